@@ -1,0 +1,52 @@
+# make quickstart: install and train the four small stages (minutes, no GPU)
+# make test:       install and run the tests
+# make lint:       install and check style and types
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+WORKDIR ?= runs/quickstart
+
+.PHONY: quickstart test lint format clean
+
+quickstart: $(VENV)/installed
+	$(RUN) main.py --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+# PARITY=1 adds PyTorch and timm, and fails if a comparison with them is
+# skipped.
+ifdef PARITY
+test: $(VENV)/installed-parity
+	JAXPROG_PARITY=1 $(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+else
+test: $(VENV)/installed-test
+	$(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+endif
+
+lint: $(VENV)/installed-lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed-lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "jaxprog needs Python 3.11, 3.12 or 3.13; set PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/installed-parity: $(VENV)/installed-test
+	$(RUN) -m pip install --quiet --editable '.[parity]'
+	touch $@
+
+$(VENV)/installed-lint: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable '.[lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

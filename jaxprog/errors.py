@@ -1,0 +1,34 @@
+"""Exceptions that end a run in a planned way, with an exit code."""
+
+import difflib
+import signal
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+  """A mistake in what the user asked for; shown in at most three lines.
+
+  The command line prints `what`, `where` and `suggestion`, a line each, and
+  exits with code 2. Anything else that escapes is our mistake, not theirs.
+  """
+
+  def __init__(self, what: str, where: str = '', suggestion: str = ''):
+    super().__init__('\n'.join(x for x in (what, where, suggestion) if x))
+    self.what, self.where, self.suggestion = what, where, suggestion
+
+
+class Stopped(Exception):  # noqa: N818, nothing went wrong.
+  """A signal asked the run to stop, and it has saved what it had."""
+
+  def __init__(self, signum: int):
+    super().__init__(f'Stopped by {signal.Signals(signum).name}, saved.')
+    self.exit_code = 128 + signum
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+  """Returns a sentence naming the word of `words` nearest to `word`."""
+  known = sorted(words)
+  near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+  if near:
+    return f'Did you mean {near[0]!r}?'
+  return f'Known: {", ".join(known)}.'

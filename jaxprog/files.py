@@ -1,0 +1,50 @@
+"""Files that are either whole or not there."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes `value` as JSON, atomically; NaN and infinities become null.
+
+  NumPy and JAX scalars become numbers, arrays and tuples lists, paths and
+  other objects strings.
+  """
+  text = json.dumps(_jsonable(value), indent=2, allow_nan=False)
+  write_bytes(path, f'{text}\n'.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+  """Replaces the file at `path`; a reader sees all of the old or the new.
+
+  The new one is on the disk before its name is, so that a crash of the whole
+  machine cannot leave an empty file.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  try:
+    with open(temporary, 'wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _jsonable(value: Any) -> Any:
+  if value is None or isinstance(value, bool | int | str):
+    return value
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if isinstance(value, dict):
+    return {str(k): _jsonable(v) for k, v in value.items()}
+  if isinstance(value, list | tuple | set | frozenset):
+    return [_jsonable(v) for v in value]
+  if hasattr(value, 'tolist'):  # NumPy and JAX, neither imported here.
+    return _jsonable(value.tolist())
+  return str(value)

@@ -1,0 +1,60 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Before jax is imported. Compiled steps are kept between tests, processes and
+# test runs.
+CACHE = pathlib.Path.home() / '.cache' / 'jaxprog' / 'xla'
+CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+  """A data_dir in which `digits` has been prepared once for all tests."""
+  from jaxprog.data import sources
+
+  path = tmp_path_factory.mktemp('data')
+  sources.load_dataset('digits', path)
+  return path
+
+
+@pytest.fixture(scope='session')
+def run_main():
+  """Runs the command line as a user does; returns the finished process."""
+
+  def run(*arguments, devices=1, timeout=300):
+    env = {
+      **os.environ,
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+      'COLUMNS': '80',
+    }
+    return subprocess.run(
+      [sys.executable, 'main.py', *map(str, arguments)],
+      cwd=ROOT,
+      env=env,
+      capture_output=True,
+      text=True,
+      timeout=timeout,
+    )
+
+  return run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+  """Lets `make test PARITY=1` fail where a comparison would be skipped."""
+  report = yield
+  if report.skipped and os.environ.get('JAXPROG_PARITY'):
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ''
+    if 'torch' in reason.lower() or 'timm' in reason:
+      report.outcome = 'failed'
+  return report

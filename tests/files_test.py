@@ -1,0 +1,33 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from jaxprog import files
+
+
+def test_json_holds_what_numpy_and_tuples_hold(tmp_path):
+  value = {'a': np.float32(0.5), 'b': (1, np.arange(2)), 'c': tmp_path}
+  files.write_json(tmp_path / 'x.json', value)
+  found = json.loads((tmp_path / 'x.json').read_text())
+  assert found == {'a': 0.5, 'b': [1, [0, 1]], 'c': str(tmp_path)}
+
+
+def test_what_json_cannot_say_becomes_null(tmp_path):
+  files.write_json(tmp_path / 'x.json', [math.nan, math.inf, 1.0])
+  assert json.loads((tmp_path / 'x.json').read_text()) == [None, None, 1.0]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / 'x'
+  files.write_bytes(path, b'old')
+
+  def full(fd):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr('os.fsync', full)
+  with pytest.raises(OSError, match='No space'):
+    files.write_bytes(path, b'new')
+  assert path.read_bytes() == b'old'
+  assert list(tmp_path.iterdir()) == [path]
