@@ -1,0 +1,1 @@
+"""Configs of jaxprog: default.py names every field, the others override."""

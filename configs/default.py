@@ -1,0 +1,125 @@
+"""Every field of a config, with its unit and default.
+
+The other configs start from `get_config()` and override. A stage is a plain
+dict: what it leaves out comes from `stage_defaults`.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+  """Returns a config without stages: all fields, all defaults."""
+  config = config_dict.ConfigDict()
+
+  # Where raw datasets lie, as their sources ship them; prepared ones go to
+  # data_dir/prepared.
+  config.data_dir = 'data'
+  # Decides initial weights, the order of examples and every augmentation.
+  config.seed = 0
+
+  # resnet10, resnet18, resnet34, resnet50, resnet101 or resnet152.
+  config.model = 'resnet50'
+  # Channels of the first block group; the published networks have 64.
+  config.num_filters = 64
+  # Side of the first convolution, in pixels: 7 as published, 3 for small
+  # images. It is the same in all stages, or weights would not fit.
+  config.stem_kernel = 7
+
+  # Images are normalised with these, in [0, 1], red, green, blue: ImageNet's.
+  # One value for all stages, because the backbone has to get used to it.
+  config.mean_rgb = (0.485, 0.456, 0.406)
+  config.std_rgb = (0.229, 0.224, 0.225)
+
+  # 'bfloat16', 'float32', or 'auto': bfloat16 on TPU and GPU, float32 on CPU,
+  # where bfloat16 is emulated. Stages without mixed_precision use float32.
+  config.dtype = 'auto'
+  # 'tpu', 'gpu' or 'cpu' refuse to run on anything else; 'any' takes what
+  # there is.
+  config.platform = 'any'
+
+  # Where compiled steps are kept for the next start, readable by their owner
+  # alone, because whoever can write there can run code; '': nowhere.
+  config.compilation_cache_dir = '~/.cache/jaxprog/xla'
+
+  # Threads that decode images in each process; 0: one a core, at most 16.
+  config.num_workers = 0
+  # Besides the end of every epoch, save every so many steps (0: never) and
+  # every so many minutes (0: never).
+  config.checkpoint_every_steps = 0
+  config.checkpoint_every_minutes = 10.0
+  # Steps between two points of a training curve in TensorBoard.
+  config.log_every_steps = 20
+
+  config.stage_defaults = stage_defaults()
+  config.stages = []
+  return config
+
+
+def stage_defaults() -> config_dict.ConfigDict:
+  """Returns the fields of one stage."""
+  stage = config_dict.ConfigDict()
+
+  # Names a directory of the run: letters, digits, '_', '-' and '.'.
+  stage.name = ''
+  # One sentence for the report.
+  stage.description = ''
+
+  # digits, imagenette, tiny_imagenet, imagenet_mini, imagenet2012,
+  # tfds:NAME or folder:PATH.
+  stage.dataset = ''
+  # Checked against the dataset; 0: whatever it has.
+  stage.num_classes = 0
+  # Use only these classes, by WordNet id or name; (): all of them.
+  stage.classes = ()
+
+  # Side of the square the network sees, in pixels.
+  stage.image_size = 224
+  # Random resized crop: smallest part of the image's area and largest
+  # width-to-height ratio (its inverse is the smallest).
+  stage.min_crop_area = 0.08
+  stage.max_crop_aspect = 4 / 3
+  # Mirror half of the training images, left to right.
+  stage.flip = True
+  # Evaluation takes the central square of this part of the shorter side.
+  stage.eval_crop = 0.875
+
+  # Passes over the training images; fractions are allowed.
+  stage.num_epochs = 1.0
+  # Images in one step, over all devices of all processes.
+  stage.batch_size = 128
+
+  # Peak of the schedule, per step.
+  stage.learning_rate = 0.001
+  # adamw or sgd_momentum.
+  stage.optimizer = 'adamw'
+  # one_cycle, cosine, cosine_warmup, polynomial or exponential_warmup.
+  stage.schedule = 'cosine_warmup'
+  # Linear rise from 0 to the peak, in epochs; one_cycle has warmup_fraction.
+  stage.warmup_epochs = 0.0
+  # one_cycle: the part of the steps that rises, the peak over the first rate,
+  # and the first rate over the last.
+  stage.warmup_fraction = 0.3
+  stage.div_factor = 25.0
+  stage.final_div_factor = 1e4
+  # polynomial: the exponent.
+  stage.power = 2.0
+  # Last rate as a part of the peak: cosine, polynomial, exponential_warmup.
+  stage.end_factor = 0.0
+
+  # AdamW: decay rates of both moments, and what keeps its division finite.
+  stage.b1 = 0.9
+  stage.b2 = 0.999
+  stage.eps = 1e-8
+  # SGD.
+  stage.momentum = 0.9
+  stage.nesterov = False
+  # On kernels only. AdamW decouples it from the gradient (and multiplies it
+  # by the learning rate); SGD adds it to the gradient, as in PyTorch.
+  stage.weight_decay = 1e-4
+  # Largest global norm of a step's gradient; 0: no limit.
+  stage.gradient_clipping = 0.0
+  # Part of the target spread evenly over all classes, in training only.
+  stage.label_smoothing = 0.0
+  # Compute in config.dtype; False: float32 throughout.
+  stage.mixed_precision = True
+  return stage

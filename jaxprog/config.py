@@ -1,0 +1,217 @@
+"""Reads a config file, applies overrides, compares two configs."""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import config_dict
+
+from jaxprog import errors, stages
+
+# What may change between two starts of one run without changing its result.
+_FREE_FIELDS = (
+  'checkpoint_every_minutes',
+  'checkpoint_every_steps',
+  'compilation_cache_dir',
+  'data_dir',
+  'log_every_steps',
+  'num_workers',
+  'platform',
+  'stage_defaults',
+)
+
+
+def load_config(
+  spec: str, overrides: Mapping[str, str] | None = None
+) -> config_dict.ConfigDict:
+  """Returns the config that FILE[:ARG] makes, with every stage complete.
+
+  A .py file is run and its `get_config` called, with ARG if there is one; a
+  .json file is only read. `overrides` maps a field's path, such as
+  'stages[0].num_epochs', to its new value as text.
+
+  Raises:
+    UserError: if the file is missing or breaks, or an override names nothing.
+  """
+  path, _, argument = spec.partition(':')
+  if path.endswith('.json'):
+    config = config_dict.ConfigDict(_read_json(pathlib.Path(path)))
+  else:
+    config = _run_config_file(pathlib.Path(path), argument)
+  pending = dict(overrides or {})
+  # Defaults first: stages that do not say otherwise take them over.
+  for field in [f for f in pending if not f.startswith('stages[')]:
+    _override(config, field, pending.pop(field))
+  config = stages.complete(config)
+  for field, text in pending.items():
+    _override(config, field, text)
+  return config
+
+
+def to_json(config: config_dict.ConfigDict) -> dict[str, Any]:
+  """Returns `config` as what JSON can hold: tuples become lists."""
+  return json.loads(json.dumps(_plain(config)))
+
+
+def config_hash(config: config_dict.ConfigDict) -> str:
+  """Returns 16 hex digits that change whenever the result might."""
+  plain = {k: v for k, v in to_json(config).items() if k not in _FREE_FIELDS}
+  text = json.dumps(plain, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(
+  old: Mapping[str, Any], new: Mapping[str, Any], started: tuple[str, ...]
+) -> list[str]:
+  """Returns 'field: old -> new' for what would change a run's meaning.
+
+  Stages are matched by name and only those `started` count: later ones may
+  still be edited, added or left out.
+  """
+  skipped = {'stages', *_FREE_FIELDS}
+  lines = _field_differences('', old, new, skipped)
+  old_stages = {s['name']: s for s in old['stages']}
+  new_stages = {s['name']: s for s in new['stages']}
+  for name in started:
+    if name in old_stages and name in new_stages:
+      lines += _field_differences(
+        f'{name}.', old_stages[name], new_stages[name], {'description'}
+      )
+  return lines
+
+
+def _field_differences(
+  prefix: str, old: Mapping[str, Any], new: Mapping[str, Any], skipped: set[str]
+) -> list[str]:
+  return [
+    f'{prefix}{k}: {old.get(k)!r} -> {new.get(k)!r}'
+    for k in sorted({*old, *new} - skipped)
+    if old.get(k) != new.get(k)
+  ]
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, config_dict.ConfigDict):
+    return {k: _plain(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(v) for v in value]
+  return value
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    fields = json.loads(path.read_text())
+    stage_list = [_with_tuples(stage) for stage in fields.pop('stages')]
+    return {**_with_tuples(fields), 'stages': stage_list}
+  except FileNotFoundError:
+    raise errors.UserError(
+      f'There is no config file {str(path)!r}.', f'--config={path}'
+    ) from None
+  except ValueError as e:
+    raise errors.UserError(f'{path} is not JSON: {e}') from None
+  except (KeyError, AttributeError):
+    raise errors.UserError(f'{path} is not a config.') from None
+
+
+def _with_tuples(value: Any) -> Any:
+  """Returns `value` with the tuples that JSON made lists of."""
+  if isinstance(value, dict):
+    return {k: _with_tuples(v) for k, v in value.items()}
+  return tuple(value) if isinstance(value, list) else value
+
+
+def _run_config_file(
+  path: pathlib.Path, argument: str
+) -> config_dict.ConfigDict:
+  where = f'--config={path}'
+  if not path.is_file():
+    siblings = [str(p) for p in path.parent.glob('*.py')]
+    raise errors.UserError(
+      f'There is no config file {str(path)!r}.',
+      where,
+      errors.did_you_mean(str(path), siblings) if siblings else '',
+    )
+  try:
+    spec = importlib.util.spec_from_file_location('jaxprog_config', path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(*([argument] if argument else []))
+  except errors.UserError:
+    raise
+  except Exception as e:
+    message = ' '.join(str(e).split())
+    raise errors.UserError(
+      f'The config file fails: {type(e).__name__}: {message}',
+      where + (f':{argument}' if argument else ''),
+      'It must define get_config(), which may take one string.',
+    ) from e
+  if not isinstance(config, config_dict.ConfigDict):
+    raise errors.UserError(
+      f'get_config returned a {type(config).__name__}, not a ConfigDict.', where
+    )
+  return config
+
+
+def _override(config: config_dict.ConfigDict, field: str, text: str) -> None:
+  """Sets one field of `config`, given by its path, from text."""
+  where = f'--config.{field}={text}'
+  *parents, last = re.findall(r'[^.\[\]]+|\[-?\d+\]', field) or ['']
+  target: Any = config
+  for part in parents:
+    target = _descend(target, part, where)
+  old = _descend(target, last, where)
+  value = _parse(text, old, where)
+  if last.startswith('['):
+    target[int(last[1:-1])] = value
+  else:
+    with target.ignore_type():
+      target[last] = value
+
+
+def _descend(target: Any, part: str, where: str) -> Any:
+  if part.startswith('['):
+    index = int(part[1:-1])
+    if not isinstance(target, list | tuple):
+      raise errors.UserError(f'{part} does not index a list.', where)
+    if not -len(target) <= index < len(target):
+      raise errors.UserError(
+        f'Index {index} is out of range: there are {len(target)}.',
+        where,
+        f'Use 0 to {len(target) - 1}.' if target else '',
+      )
+    return target[index]
+  if not isinstance(target, config_dict.ConfigDict):
+    raise errors.UserError(f'{part!r} is no field of a value.', where)
+  if part not in target:
+    raise errors.UserError(
+      f'Unknown field {part!r}.', where, errors.did_you_mean(part, target)
+    )
+  return target[part]
+
+
+def _parse(text: str, old: Any, where: str) -> Any:
+  """Returns `text` as a value of the type of `old`, the value it replaces."""
+  if isinstance(old, str):
+    return text.strip('\'"')
+  if isinstance(old, config_dict.ConfigDict | list):
+    raise errors.UserError('This names a group, not one field.', where)
+  try:
+    value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
+  except (ValueError, SyntaxError):
+    if isinstance(old, tuple):
+      return tuple(x.strip() for x in text.split(',') if x.strip())
+    value = text
+  if isinstance(old, tuple) and not isinstance(value, list | tuple):
+    value = (value,)
+  if isinstance(old, tuple) and all(isinstance(x, str) for x in old):
+    value = tuple(str(x) for x in value)
+  if isinstance(old, float) and type(value) is int:
+    value = float(value)
+  return value

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+
+from jaxprog import config as config_lib
+from jaxprog import errors, stages
+
+FILE = 'configs/quickstart.py'
+
+
+@pytest.fixture(autouse=True)
+def _in_the_root(monkeypatch, request):
+  monkeypatch.chdir(request.config.rootpath)
+
+
+def test_overrides_take_the_type_of_what_they_replace():
+  config = config_lib.load_config(
+    FILE,
+    {
+      'seed': '7',
+      'stages[0].num_epochs': '3',
+      'stages[-1].nesterov': 'true',
+      'stages[1].classes': '0,1',
+      'stages[2].name': 'renamed',
+    },
+  )
+  assert config.seed == 7
+  assert config.stages[0].num_epochs == 3.0
+  assert isinstance(config.stages[0].num_epochs, float)
+  assert config.stages[3].nesterov is True
+  assert config.stages[1].classes == ('0', '1')
+  assert config.stages[2].name == 'renamed'
+
+
+def test_a_default_reaches_every_stage_that_does_not_say_otherwise():
+  config = config_lib.load_config(FILE, {'stage_defaults.weight_decay': '0.5'})
+  decays = [stage.weight_decay for stage in config.stages]
+  assert decays == [0.5, 0.5, 1e-4, 1e-4]
+
+
+def test_an_argument_reaches_get_config():
+  config = config_lib.load_config('configs/progressive.py:resnet18')
+  assert config.model == 'resnet18'
+
+
+@pytest.mark.parametrize(
+  ('field', 'text', 'expected'),
+  [
+    ('sed', '1', "Did you mean 'seed'"),
+    ('stages[0].num_epoch', '1', "Did you mean 'num_epochs'"),
+    ('stages[4].num_epochs', '1', 'Use 0 to 3'),
+    ('stages', '1', 'names a group'),
+    ('seed.x', '1', 'no field of a value'),
+    ('seed[0]', '1', 'does not index a list'),
+  ],
+)
+def test_overrides_that_name_nothing(field, text, expected):
+  with pytest.raises(errors.UserError, match=expected) as caught:
+    config_lib.load_config(FILE, {field: text})
+  assert f'--config.{field}={text}' in str(caught.value)
+
+
+def test_config_files_that_fail(tmp_path):
+  with pytest.raises(errors.UserError, match=r'configs/quickstart\.py'):
+    config_lib.load_config('configs/quickstrat.py')
+  (tmp_path / 'a.py').write_text('def get_config(): return 1 / 0')
+  with pytest.raises(errors.UserError, match='division by zero'):
+    config_lib.load_config(str(tmp_path / 'a.py'))
+  (tmp_path / 'b.py').write_text('def get_config(): return {}')
+  with pytest.raises(errors.UserError, match='not a ConfigDict'):
+    config_lib.load_config(str(tmp_path / 'b.py'))
+  (tmp_path / 'c.json').write_text('{')
+  with pytest.raises(errors.UserError, match='not JSON'):
+    config_lib.load_config(str(tmp_path / 'c.json'))
+
+
+def test_json_round_trip_keeps_the_hash(tmp_path):
+  config = config_lib.load_config(FILE)
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(config_lib.to_json(config)))
+  again = config_lib.load_config(str(path))
+  assert config_lib.config_hash(again) == config_lib.config_hash(config)
+  assert stages.create_stages(again) == stages.create_stages(config)
+
+
+def test_hash_changes_with_what_changes_the_result():
+  config = config_lib.load_config(FILE)
+  other_place = config_lib.load_config(FILE, {'data_dir': '/elsewhere'})
+  other_rate = config_lib.load_config(FILE, {'stages[3].learning_rate': '1'})
+  assert config_lib.config_hash(other_place) == config_lib.config_hash(config)
+  assert config_lib.config_hash(other_rate) != config_lib.config_hash(config)
+
+
+def test_differences_count_only_started_stages():
+  old = config_lib.to_json(config_lib.load_config(FILE))
+  new = config_lib.to_json(
+    config_lib.load_config(
+      FILE,
+      {'seed': '1', 'stages[0].batch_size': '8', 'stages[3].power': '3'},
+    )
+  )
+  assert config_lib.differences(old, new, ('four', 'seven')) == [
+    'seed: 0 -> 1',
+    'four.batch_size: 32 -> 8',
+  ]

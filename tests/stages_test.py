@@ -1,0 +1,139 @@
+import dataclasses
+
+import pytest
+import tiny_config
+
+from configs import default
+from jaxprog import errors, stages
+
+
+def create_stages(**changes):
+  config = tiny_config.get_config()
+  config.stages[0].update(changes)
+  return stages.create_stages(config)
+
+
+def message(**changes):
+  with pytest.raises(errors.UserError) as caught:
+    create_stages(**changes)
+  lines = str(caught.value).split('\n')
+  assert len(lines) <= 3
+  return str(caught.value)
+
+
+def test_stage_has_the_fields_of_the_defaults():
+  fields = {field.name for field in dataclasses.fields(stages.Stage)}
+  assert fields == set(default.stage_defaults())
+
+
+def test_plain_dicts_are_completed_from_the_defaults():
+  first = create_stages()[0]
+  assert first.batch_size == 48
+  assert first.b2 == 0.999
+  assert first.classes == ('1', '3', '5')
+
+
+def test_ints_become_floats_and_lists_become_tuples():
+  first = create_stages(num_epochs=3, classes=['1'])[0]
+  assert isinstance(first.num_epochs, float)
+  assert first.classes == ('1',)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'expected'),
+  [
+    ({'num_epoch': 3}, "Did you mean 'num_epochs'?"),
+    ({'optimizer': 'adamW'}, "Did you mean 'adamw'?"),
+    ({'schedule': 'cosin'}, "Did you mean 'cosine'?"),
+    ({'dataset': 'imagenete'}, "Did you mean 'imagenette'?"),
+    ({'dataset': 'folder:'}, 'Unknown dataset'),
+    ({'dataset': 'folder:PATH'}, None),
+    ({'learning_rate': float('nan')}, 'finite'),
+    ({'learning_rate': -1.0}, 'above 0'),
+    ({'learning_rate': '0.1'}, 'must be a number'),
+    ({'num_epochs': 0}, 'above 0'),
+    ({'batch_size': 0.5}, 'whole number'),
+    ({'batch_size': True}, 'whole number'),
+    ({'flip': 1}, 'True or False'),
+    ({'classes': '123'}, 'tuple of strings'),
+    ({'label_smoothing': 1.5}, 'at most 1'),
+    ({'name': 'a/b'}, 'directory'),
+    ({'name': 'ten'}, "Two stages are named 'ten'"),
+    ({'schedule': 'exponential_warmup'}, 'end_factor'),
+    ({'warmup_epochs': 1.0}, 'warmup_fraction'),
+  ],
+)
+def test_mistakes_in_a_stage(changes, expected):
+  if expected is None:
+    create_stages(**changes)
+  else:
+    assert expected in message(**changes)
+
+
+def test_mistakes_name_the_stage_they_are_in():
+  assert "config.stages[0] ('three')" in message(momentum=2.0)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'expected'),
+  [
+    ('model', 'resnet51', "Did you mean 'resnet50'?"),
+    ('dtype', 'float16', 'bfloat16'),
+    ('platform', 'cuda', 'gpu'),
+    ('stem_kernel', 5, '3, 7'),
+    ('num_filters', 0, 'at least 1'),
+    ('std_rgb', (0.2, 0.2, 0.0), 'above 0'),
+    ('stages', [], 'no stages'),
+    ('stages', ['imagenette'], 'must be a dict'),
+  ],
+)
+def test_mistakes_outside_the_stages(field, value, expected):
+  config = tiny_config.get_config()
+  config[field] = value
+  with pytest.raises(errors.UserError, match=expected):
+    stages.create_stages(config)
+
+
+def test_steps_of_fractional_epochs():
+  stage = create_stages(
+    num_epochs=2.5, warmup_epochs=0.25, schedule='cosine_warmup'
+  )[0]
+  steps = stages.count_steps(stage, 48 * 10 + 47)
+  assert steps == stages.Steps(per_epoch=10, warmup=2, total=25)
+  assert steps.num_epochs == 3
+  assert [steps.epoch_end(i) for i in range(3)] == [10, 20, 25]
+
+
+def test_steps_refuse_what_cannot_be_trained():
+  with pytest.raises(errors.UserError, match='larger than the 47'):
+    stages.count_steps(create_stages()[0], 47)
+  stage = create_stages(
+    num_epochs=1, warmup_epochs=1.0, schedule='cosine_warmup'
+  )[0]
+  with pytest.raises(errors.UserError, match='none of the 1 epochs'):
+    stages.count_steps(stage, 480)
+
+
+def test_only_decides_the_order_and_skip_leaves_out():
+  found = create_stages()
+
+  def names(**kwargs):
+    return [stage.name for stage in stages.select(found, **kwargs)]
+
+  assert names() == ['three', 'ten', 'ten_again']
+  assert names(only=['ten_again', 'three']) == ['ten_again', 'three']
+  assert names(skip=['ten']) == ['three', 'ten_again']
+  assert names(only=['ten', 'three'], skip=['ten']) == ['three']
+  with pytest.raises(errors.UserError, match="Did you mean 'three'"):
+    names(only=['tree'])
+  with pytest.raises(errors.UserError, match='leave no stage'):
+    names(only=['ten'], skip=['ten'])
+
+
+def test_a_batch_must_divide_among_devices():
+  found = create_stages()
+  stages.check_devices(found, 8)
+  with pytest.raises(errors.UserError, match='45 or 50'):
+    stages.check_devices(found, 5)
+  with pytest.raises(errors.UserError, match='Set it to 64'):
+    stages.check_devices(found, 64)
