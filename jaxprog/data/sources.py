@@ -1,0 +1,589 @@
+"""From a dataset's name to its train and evaluation splits, read by index."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import read_only_builder
+from tensorflow_datasets.proto import tf_example_pb2
+
+from jaxprog import errors, files
+from jaxprog.data import builders
+
+Progress = Callable[[int, int], None]
+
+# Datasets that can be made of what lies here, by name.
+LOCAL: dict[str, type[builders.Images]] = {
+  'digits': builders.ScikitLearnDigits,
+  'imagenet2012': builders.Imagenet2012Folder,
+  'imagenet_mini': builders.ImagenetMiniFolder,
+  'imagenette': builders.ImagenetteFolder,
+  'tiny_imagenet': builders.TinyImagenetFolder,
+}
+# What tfds calls those that it can make too.
+FROM_TFDS = {
+  'imagenet2012': 'imagenet2012',
+  'imagenette': 'imagenette/full-size-v2',
+}
+# The evaluation split of a tfds dataset is the first of these that it has.
+TFDS_EVAL_SPLITS = ('validation', 'test')
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """Random access to the records of one split; can be pickled.
+
+  Reading is thread-safe and holds no lock while the file is read.
+  """
+
+  name: str
+  source: Sequence[bytes]
+  # Position in `source`, label and wnid of each record.
+  positions: np.ndarray
+  labels: np.ndarray
+  classes: tuple[str, ...]
+
+  def __len__(self) -> int:
+    return len(self.positions)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Returns image (encoded bytes), label, file_name and wnid."""
+    position = int(self.positions[index])
+    feature = _parse(self.source[position])
+    names = feature['file_name'].bytes_list.value
+    label = self.labels[index]
+    return {
+      'image': feature['image'].bytes_list.value[0],
+      'label': label,
+      'file_name': names[0].decode() if names else f'{self.name}-{position}',
+      'wnid': self.classes[label],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """One split of a dataset."""
+
+  records: Records
+
+  @property
+  def labels(self) -> np.ndarray:
+    """The int32 label of every record, without reading them."""
+    return self.records.labels
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A prepared dataset, or some of its classes."""
+
+  name: str
+  # Sorted wnids, or class names where there are none; a label is a position.
+  classes: tuple[str, ...]
+  # The same for people, where known.
+  class_names: tuple[str, ...]
+  train: Split
+  eval: Split
+  # The same on every machine that has the same images.
+  fingerprint: str
+
+  @property
+  def num_classes(self) -> int:
+    """The number of classes, which is that of the logits."""
+    return len(self.classes)
+
+
+def load_dataset(
+  dataset: str,
+  data_dir: str | os.PathLike[str],
+  *,
+  classes: Sequence[str] = (),
+  num_classes: int = 0,
+  where: str = '',
+  progress: Progress | None = None,
+) -> Dataset:
+  """Returns the dataset of that name; prepares it if it lies there raw.
+
+  `classes` keeps only these classes, `num_classes` is checked unless 0. In
+  messages `where` says who asked.
+
+  Raises:
+    UserError: if it is missing, has changed since it was prepared, or has
+      other classes than asked for.
+  """
+  data_dir = pathlib.Path(data_dir)
+  if check_dataset(dataset, data_dir) == 'raw':
+    prepare(dataset, data_dir, progress=progress)
+  prepared = _find_prepared(dataset, data_dir)
+  if prepared is None:
+    raise _missing(dataset, data_dir)
+  loaded = _open(dataset, prepared)
+  if classes:
+    loaded = _select_classes(loaded, classes, where)
+  if num_classes and num_classes != loaded.num_classes:
+    folder = _find_raw(dataset, data_dir) or prepared.data_dir
+    raise errors.UserError(
+      f'num_classes is {num_classes}, but {dataset!r} has '
+      f'{loaded.num_classes} classes.',
+      f'{where}, {folder}' if where else str(folder),
+      'Is the folder complete? If so, set num_classes to what it has.',
+    )
+  return loaded
+
+
+def check_dataset(dataset: str, data_dir: str | os.PathLike[str]) -> str:
+  """Returns 'prepared', or 'raw' if `load_dataset` would prepare it first.
+
+  Where no raw folder was written to since, that takes one look at each of
+  them; otherwise the names and sizes of all files are compared.
+
+  Raises:
+    UserError: if it is neither, the raw folder is not in order, or it has
+      changed since it was prepared.
+  """
+  data_dir = pathlib.Path(data_dir)
+  prepared = _find_prepared(dataset, data_dir)
+  if prepared is not None and _is_untouched(dataset, data_dir, prepared):
+    return 'prepared'
+  raw = _list_raw(dataset, data_dir)
+  if raw is None:
+    raise _missing(dataset, data_dir)
+  times = _folder_times(raw)
+  if prepared is None:
+    return 'raw'
+  if _fingerprint(prepared) != raw.fingerprint:
+    raise errors.UserError(
+      f'{dataset!r} has changed since it was prepared.',
+      f'{raw.root} is not what {prepared.data_dir} was made of',
+      'Prepare it again with --mode=prepare, or move the raw folder away.',
+    )
+  _write_folder_times(prepared, times)
+  return 'prepared'
+
+
+def prepare(
+  dataset: str,
+  data_dir: str | os.PathLike[str],
+  *,
+  progress: Progress | None = None,
+) -> None:
+  """Makes DATA_DIR/prepared/… of a dataset, unless it is there and current.
+
+  Local folders come before tfds, which may download. `progress` is called
+  with the images done and in all, for local ones. What is interrupted leaves
+  nothing that looks finished, and a second process waits for the first.
+
+  Raises:
+    UserError: if there is nothing to prepare it from.
+  """
+  data_dir = pathlib.Path(data_dir)
+  raw = _list_raw(dataset, data_dir)
+  # Before it is read: what is written to meanwhile is looked at again.
+  times = _folder_times(raw) if raw else {}
+  with _lock(data_dir / 'prepared'):
+    prepared = _find_prepared(dataset, data_dir)
+    if prepared is not None:
+      if raw is None or _fingerprint(prepared) == raw.fingerprint:
+        return
+      _remove(pathlib.Path(prepared.data_dir))
+    if raw is None:
+      builder = _create_tfds_builder(dataset, data_dir)
+    else:
+      builder = _create_local_builder(dataset, data_dir, raw, progress)
+    _remove_leftovers(pathlib.Path(builder.data_dir).parent)
+    _download_and_prepare(dataset, builder, data_dir)
+    _open(dataset, builder)  # Indexes the labels.
+    _write_folder_times(builder, times)
+
+
+def _find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
+  """Returns the raw folder of a dataset, if there is one."""
+  source, _, rest = dataset.partition(':')
+  if source == 'folder':
+    folders = [pathlib.Path(rest).expanduser()]
+  elif dataset in LOCAL:
+    folders = [data_dir / name for name in LOCAL[dataset].FOLDERS]
+  else:
+    folders = []
+  return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
+  folder = _find_raw(dataset, data_dir)
+  if dataset == 'digits':
+    return builders.list_digits()
+  return _local_class(dataset).list_raw(folder) if folder else None
+
+
+def _local_class(dataset: str) -> type[builders.Images]:
+  return LOCAL.get(dataset, builders.ImageClassFolder)
+
+
+def _folder_config(dataset: str) -> str:
+  """Returns a name for the prepared copy of folder:PATH; '' for others."""
+  source, _, path = dataset.partition(':')
+  if source != 'folder':
+    return ''
+  path = os.path.abspath(os.path.expanduser(path))
+  digest = hashlib.sha256(path.encode()).hexdigest()[:8]
+  return f'{os.path.basename(path)}-{digest}'
+
+
+def _create_local_builder(
+  dataset: str,
+  data_dir: pathlib.Path,
+  raw: builders.Raw,
+  progress: Progress | None,
+) -> builders.Images:
+  config = _folder_config(dataset)
+  return _local_class(dataset)(
+    raw,
+    data_dir=data_dir / 'prepared',
+    progress=progress,
+    config=tfds.core.BuilderConfig(name=config) if config else None,
+  )
+
+
+def _find_prepared(
+  dataset: str, data_dir: pathlib.Path
+) -> tfds.core.DatasetBuilder | None:
+  """Returns the prepared dataset: of a local folder first, then of tfds."""
+  root = data_dir / 'prepared'
+  source, _, spec = dataset.partition(':')
+  if source != 'tfds':
+    builder_class = _local_class(dataset)
+    path = root / builder_class.name / _folder_config(dataset)
+    path /= str(builder_class.VERSION)
+    if (path / 'dataset_info.json').is_file():
+      return tfds.builder_from_directory(path)
+    spec = FROM_TFDS.get(dataset, '')
+  if not spec or _find_raw(dataset, data_dir):
+    return None
+  try:
+    return read_only_builder.builder_from_files(spec, data_dir=root)
+  except tfds.core.registered.DatasetNotFoundError:
+    return None
+
+
+def _is_untouched(
+  dataset: str, data_dir: pathlib.Path, prepared: tfds.core.DatasetBuilder
+) -> bool:
+  """Returns whether no raw folder was written to, or there is none.
+
+  A million sizes take 10 s from a local disk, and minutes from a network's.
+  """
+  folder = _find_raw(dataset, data_dir)
+  if folder is None:
+    return True
+  try:
+    times = json.loads(_folder_times_file(prepared).read_text())
+    return times == {x: os.stat(folder / x).st_mtime_ns for x in times}
+  except (OSError, ValueError):
+    return False
+
+
+def _folder_times(raw: builders.Raw) -> dict[str, int]:
+  """Returns when each raw folder was last written to."""
+  root = pathlib.Path(raw.root)
+  return {x: os.stat(root / x).st_mtime_ns for x in raw.folders}
+
+
+def _write_folder_times(
+  prepared: tfds.core.DatasetBuilder, times: dict[str, int]
+) -> None:
+  with contextlib.suppress(OSError):  # Prepared data may be read-only.
+    files.write_json(_folder_times_file(prepared), times)
+
+
+def _folder_times_file(prepared: tfds.core.DatasetBuilder) -> pathlib.Path:
+  return pathlib.Path(prepared.data_dir) / 'folder_times.json'
+
+
+def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
+  """Returns the fingerprint of what `builder` was made of, '' from tfds."""
+  return (builder.info.metadata or {}).get('fingerprint', '')
+
+
+def _create_tfds_builder(
+  dataset: str, data_dir: pathlib.Path
+) -> tfds.core.DatasetBuilder:
+  """Returns the builder that tfds ships under a name, not prepared."""
+  source, _, spec = dataset.partition(':')
+  spec = spec if source == 'tfds' else FROM_TFDS.get(dataset, '')
+  if not spec:
+    raise _missing(dataset, data_dir)
+  try:
+    return tfds.builder(
+      spec, data_dir=data_dir / 'prepared', file_format='array_record'
+    )
+  except tfds.core.registered.DatasetNotFoundError as e:
+    raise errors.UserError(
+      f'tfds has no dataset {spec!r}.',
+      f'dataset {dataset!r}',
+      errors.did_you_mean(
+        spec, tfds.list_builders(with_community_datasets=False)
+      ),
+    ) from e
+
+
+def _download_and_prepare(
+  dataset: str, builder: tfds.core.DatasetBuilder, data_dir: pathlib.Path
+) -> None:
+  tfds.disable_progress_bar()
+  local = isinstance(builder, builders.Images)
+  if not local and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+    _check_network(dataset, builder, data_dir)
+  try:
+    builder.download_and_prepare(download_dir=data_dir / 'downloads')
+  except AssertionError as e:
+    if 'manual_dir' not in str(e) and 'Manual directory' not in str(e):
+      raise
+    raise _missing(dataset, data_dir) from e
+
+
+def _check_network(
+  dataset: str, builder: tfds.core.DatasetBuilder, data_dir: pathlib.Path
+) -> None:
+  """Raises UserError if what is to be downloaded cannot be reached.
+
+  tfds itself tries ten times, for minutes.
+  """
+  for url in list(builder.url_infos or ())[:1]:
+    request = urllib.request.Request(url, method='HEAD')
+    try:
+      urllib.request.urlopen(request, timeout=10).close()
+    except urllib.error.HTTPError:
+      pass  # It answers; tfds may ask for it otherwise.
+    except OSError as e:
+      missing = _missing(dataset, data_dir)
+      raise errors.UserError(
+        f'{missing.what} {url} cannot be reached.',
+        missing.where,
+        'Put it there, or run --mode=prepare where there is a network.',
+      ) from e
+
+
+def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
+  source, _, rest = dataset.partition(':')
+  if source == 'folder':
+    return errors.UserError(
+      f'There is no folder {rest!r}.',
+      f'looked in {pathlib.Path.cwd()}',
+      'Its images belong into PATH/{train,val}/CLASS/.',
+    )
+  looked = [str(data_dir / x) for x in _local_class(dataset).FOLDERS]
+  if source == 'tfds' or dataset in FROM_TFDS:
+    looked.append(str(data_dir / 'prepared'))
+  advice = 'Put the unpacked folder there.'
+  if dataset == 'imagenet2012':
+    looked.append(str(data_dir / 'downloads/manual/ILSVRC2012_img_train.tar'))
+  elif source == 'tfds' or dataset in FROM_TFDS:
+    advice = 'Put it there, or download it with --mode=prepare.'
+  return errors.UserError(
+    f'The dataset {dataset!r} is missing.',
+    f'looked for {", ".join(looked)}',
+    advice,
+  )
+
+
+@contextlib.contextmanager
+def _lock(root: pathlib.Path) -> Iterator[None]:
+  """Lets one process at a time prepare below `root`; the kernel frees it."""
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    file = open(root / '.lock', 'w')  # noqa: SIM115
+  except OSError as e:
+    raise errors.UserError(
+      f'Cannot write prepared data: {e.strerror}.',
+      str(root),
+      'Set config.data_dir to where there is room.',
+    ) from e
+  with file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def _remove(path: pathlib.Path) -> None:
+  """Removes a prepared dataset; half removed, it is none."""
+  path.rename(path.with_name(f'incomplete.old_{path.name}'))
+  _remove_leftovers(path.parent)
+
+
+def _remove_leftovers(folder: pathlib.Path) -> None:
+  """Removes what interrupted preparations and removals left in `folder`."""
+  for leftover in folder.glob('incomplete.*'):
+    shutil.rmtree(leftover)
+
+
+def _open(name: str, builder: tfds.core.DatasetBuilder) -> Dataset:
+  """Returns a prepared dataset with all its classes."""
+  names, eval_name = _check_features(name, builder)
+  classes = tuple(sorted(names))
+  rank = np.array([classes.index(x) for x in names], np.int32)
+  splits = [
+    _open_split(builder, split, rank, classes) for split in ('train', eval_name)
+  ]
+  known = dict(
+    zip(
+      classes,
+      (builder.info.metadata or {}).get('class_names', ()),
+      strict=False,
+    )
+  )
+  known = known or builders.IMAGENETTE_NAMES
+  return Dataset(
+    name=name,
+    classes=classes,
+    class_names=tuple(known.get(x, x) for x in classes),
+    train=splits[0],
+    eval=splits[1],
+    fingerprint=_digest(
+      builder.info.full_name,
+      _fingerprint(builder),
+      *(split.labels.tobytes() for split in splits),
+    ),
+  )
+
+
+def _check_features(
+  name: str, builder: tfds.core.DatasetBuilder
+) -> tuple[list[str], str]:
+  """Returns the class names and the evaluation split of a dataset."""
+  features = dict(builder.info.features)
+  label = features.get('label')
+  image = features.get('image')
+  if not isinstance(label, tfds.features.ClassLabel) or not isinstance(
+    image, tfds.features.Image
+  ):
+    raise errors.UserError(
+      f'{name!r} is not a classification dataset: its records hold '
+      f'{", ".join(features)}.',
+      builder.data_dir,
+      'Choose one with the features image and label.',
+    )
+  splits = builder.info.splits
+  found = [x for x in TFDS_EVAL_SPLITS if x in splits]
+  if 'train' not in splits or not found:
+    raise errors.UserError(
+      f'{name!r} has no train split or none to evaluate on.',
+      f'{builder.data_dir} has {", ".join(splits) or "none"}',
+      'Choose one with train and validation or test.',
+    )
+  return label.names, found[0]
+
+
+def _open_split(
+  builder: tfds.core.DatasetBuilder,
+  split: str,
+  rank: np.ndarray,
+  classes: tuple[str, ...],
+) -> Split:
+  try:
+    # Undecoded and unparsed: tfds' own parser takes 60 us more a record.
+    source = builder.as_data_source(
+      split,
+      deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+    )
+  except NotImplementedError as e:
+    raise errors.UserError(
+      'The prepared dataset is not in ArrayRecord files.',
+      str(builder.data_dir),
+      'Remove it and run --mode=prepare.',
+    ) from e
+  labels = _read_labels(source, pathlib.Path(builder.data_dir), split)
+  if labels.min(initial=0) < 0 or labels.max(initial=0) >= len(rank):
+    raise errors.UserError(
+      f'The {split} split has labels outside 0..{len(rank) - 1}.',
+      str(builder.data_dir),
+    )
+  positions = np.arange(len(labels))
+  return Split(Records(split, source, positions, rank[labels], classes))
+
+
+def _read_labels(
+  source: Sequence[bytes], path: pathlib.Path, split: str
+) -> np.ndarray:
+  """Returns every record's label as prepared; kept beside the records."""
+  file = path / f'labels-{split}.npy'
+  try:
+    labels = np.load(file, allow_pickle=False)
+    if labels.shape == (len(source),) and labels.dtype == np.int32:
+      return labels
+  except (OSError, ValueError, EOFError):
+    pass  # Not there yet, or not whole.
+  labels = np.fromiter(
+    (_parse(x)['label'].int64_list.value[0] for x in source),
+    np.int32,
+    len(source),
+  )
+  buffer = io.BytesIO()
+  np.save(buffer, labels)
+  with contextlib.suppress(OSError):  # Prepared data may be read-only.
+    files.write_bytes(file, buffer.getvalue())
+  return labels
+
+
+def _parse(record: bytes) -> Any:
+  """Returns the features of a serialized tf.train.Example."""
+  return tf_example_pb2.Example.FromString(record).features.feature
+
+
+def _select_classes(
+  dataset: Dataset, classes: Sequence[str], where: str
+) -> Dataset:
+  """Returns `dataset` with these classes only, labelled 0, 1, … in order."""
+  for name in classes:
+    if name not in dataset.classes:
+      raise errors.UserError(
+        f'{dataset.name!r} has no class {name!r}.',
+        f'{where}.classes' if where else '',
+        errors.did_you_mean(name, dataset.classes),
+      )
+  kept = tuple(sorted(set(classes)))
+  old = np.array([dataset.classes.index(x) for x in kept])
+  new_label = np.full(dataset.num_classes, -1, np.int32)
+  new_label[old] = np.arange(len(kept))
+
+  def select(split: Split) -> Split:
+    records = split.records
+    labels = new_label[records.labels]
+    return Split(
+      dataclasses.replace(
+        records,
+        positions=records.positions[labels >= 0],
+        labels=labels[labels >= 0],
+        classes=kept,
+      )
+    )
+
+  return dataclasses.replace(
+    dataset,
+    classes=kept,
+    class_names=tuple(dataset.class_names[i] for i in old),
+    train=select(dataset.train),
+    eval=select(dataset.eval),
+    fingerprint=_digest(dataset.fingerprint, *kept),
+  )
+
+
+def _digest(*parts: str | bytes) -> str:
+  """Returns one hash of all `parts`, in order and kept apart."""
+  digest = hashlib.sha256()
+  for part in parts:
+    encoded = part.encode() if isinstance(part, str) else part
+    digest.update(f'{len(encoded)}\0'.encode() + encoded)
+  return digest.hexdigest()

@@ -1,0 +1,174 @@
+import os
+
+import pytest
+from data_fixtures import (
+  WNIDS,
+  write_class_folders,
+  write_image,
+  write_tiny_imagenet,
+)
+from sklearn import datasets
+
+from jaxprog import errors
+from jaxprog.data import builders
+
+
+def names(raw, split):
+  return [(x.wnid, x.file_name) for x in raw.images(split)]
+
+
+def test_class_folders_are_listed_in_sorted_order(tmp_path):
+  raw = builders.list_class_folders(write_class_folders(tmp_path))
+  assert raw.classes == WNIDS
+  assert raw.num_images == 3 * (5 + 2)
+  assert names(raw, 'validation') == [
+    (w, f'{w}_val_{j}.JPEG') for w in WNIDS for j in range(2)
+  ]
+  first = next(iter(raw.images('train')))
+  assert first.data == tmp_path / 'train' / 'n01' / 'n01_train_0.JPEG'
+
+
+def test_other_files_are_ignored(tmp_path):
+  write_class_folders(tmp_path)
+  before = builders.list_class_folders(tmp_path)
+  (tmp_path / 'train' / '.DS_Store').write_text('')
+  (tmp_path / 'train' / 'readme.txt').write_text('')
+  (tmp_path / 'train' / 'n01' / 'notes.txt').write_text('')
+  (tmp_path / 'train' / 'n01' / '._n01_train_0.JPEG').write_text('')
+  (tmp_path / 'train' / '.cache').mkdir()
+  assert builders.list_class_folders(tmp_path).fingerprint == before.fingerprint
+
+
+@pytest.mark.parametrize('name', ['val', 'valid', 'validation', 'test'])
+def test_a_folder_may_name_its_eval_split(tmp_path, name):
+  write_class_folders(tmp_path, val_name=name)
+  raw = builders.ImageClassFolder.list_raw(tmp_path)
+  assert len(names(raw, 'validation')) == 6
+
+
+def test_tiny_imagenet_takes_flat_val_labels_and_sorts_wnids(tmp_path):
+  raw = builders.list_tiny_imagenet(write_tiny_imagenet(tmp_path))
+  assert raw.classes == ('n01', 'n02', 'n03')
+  assert raw.class_names == ('goldfish', 'n02', 'bee')
+  assert len(names(raw, 'train')) == 12
+  # i-th wnid: files 2 - i and 5 - i.
+  assert sorted(names(raw, 'validation')) == [
+    ('n01', 'val_2.JPEG'),
+    ('n01', 'val_5.JPEG'),
+    ('n02', 'val_1.JPEG'),
+    ('n02', 'val_4.JPEG'),
+    ('n03', 'val_0.JPEG'),
+    ('n03', 'val_3.JPEG'),
+  ]
+
+
+@pytest.mark.parametrize(
+  ('file', 'text'),
+  [
+    ('val_labels.txt', 'v_2.JPEG n01\nv_0.JPEG n03\nv_1.JPEG n02\n'),
+    ('imagenet_2012_validation_synset_labels.txt', 'n03\nn02\nn01\n'),
+    ('ILSVRC2012_validation_synset_labels.txt', 'n03\nn02\nn01\n'),
+    (
+      'LOC_val_solution.csv',
+      'ImageId,PredictionString\nv_1,n02 1 2 3 4\nv_0,n03 1 2 3 4\n'
+      'v_2,n01 1 2 3 4 n01 5 6 7 8\n',
+    ),
+  ],
+)
+def test_imagenet_val_may_be_flat_with_a_list(tmp_path, file, text):
+  write_class_folders(tmp_path, val=0)
+  for i in range(3):
+    write_image(tmp_path / 'val' / f'v_{i}.JPEG', i)
+  (tmp_path / file).write_text(text)
+  raw = builders.list_imagenet(tmp_path)
+  assert sorted(names(raw, 'validation')) == [
+    ('n01', 'v_2.JPEG'),
+    ('n02', 'v_1.JPEG'),
+    ('n03', 'v_0.JPEG'),
+  ]
+
+
+def test_imagenet_reads_names_of_kaggle(tmp_path):
+  write_class_folders(tmp_path)
+  (tmp_path / 'LOC_synset_mapping.txt').write_text('n02 tench, Tinca tinca\n')
+  assert builders.list_imagenet(tmp_path).class_names == ('n01', 'tench', 'n03')
+
+
+def test_every_fifth_digit_is_for_evaluation():
+  raw = builders.list_digits()
+  digits = datasets.load_digits()
+  found = {split: list(raw.images(split)) for split in ('train', 'validation')}
+  expected = [f'digit_{i:04d}.png' for i in range(0, 1797, 5)]
+  assert [x.file_name for x in found['validation']] == expected
+  assert len(found['train']) + len(expected) == raw.num_images
+  assert [x.wnid for x in found['validation']] == [
+    str(x) for x in digits.target[::5]
+  ]
+
+
+def remove_class(root):
+  for x in sorted((root / 'val' / 'n02').iterdir()):
+    x.unlink()
+
+
+def empty_class(root):
+  (root / 'train' / 'n00').mkdir()
+
+
+def extra_class(root):
+  write_image(root / 'val' / 'n09' / 'x.JPEG', 0)
+
+
+def no_train(root):
+  os.rename(root / 'train', root / 'training')
+
+
+@pytest.mark.parametrize(
+  ('damage', 'message'),
+  [
+    (remove_class, "Class 'n02' has no images in the validation split."),
+    (empty_class, "Class 'n00' has no images in the train split."),
+    (extra_class, "Class 'n09' is not among the 3 of training."),
+    (no_train, 'There is no folder train/.'),
+  ],
+)
+def test_wrong_class_folders_are_named(tmp_path, damage, message):
+  damage(write_class_folders(tmp_path))
+  with pytest.raises(errors.UserError) as caught:
+    builders.list_class_folders(tmp_path)
+  assert caught.value.what == message
+  assert str(tmp_path) in caught.value.where
+
+
+def test_wrong_flat_labels_are_named(tmp_path):
+  write_tiny_imagenet(tmp_path)
+  annotations = tmp_path / 'val' / 'val_annotations.txt'
+  good = annotations.read_text()
+  annotations.write_text(good.replace('n02', 'n07'))
+  with pytest.raises(errors.UserError, match="Class 'n07' is not among"):
+    builders.list_tiny_imagenet(tmp_path)
+  annotations.write_text(good.replace('val_4.JPEG\t', 'val_9.JPEG\t'))
+  with pytest.raises(errors.UserError, match=r'val_4\.JPEG has no label'):
+    builders.list_tiny_imagenet(tmp_path)
+  annotations.unlink()
+  with pytest.raises(errors.UserError, match='cannot be read'):
+    builders.list_tiny_imagenet(tmp_path)
+
+
+def test_flat_val_without_labels_says_what_is_accepted(tmp_path):
+  write_class_folders(tmp_path, val=0)
+  write_image(tmp_path / 'val' / 'v_0.JPEG', 0)
+  with pytest.raises(errors.UserError, match=r'val_labels\.txt'):
+    builders.list_imagenet(tmp_path)
+
+
+def test_fingerprint_is_of_names_and_sizes_not_of_the_place(tmp_path):
+  a = builders.list_class_folders(write_class_folders(tmp_path / 'a'))
+  b = builders.list_class_folders(write_class_folders(tmp_path / 'b'))
+  assert a.fingerprint == b.fingerprint
+  image = tmp_path / 'b' / 'train' / 'n01' / 'n01_train_0.JPEG'
+  image.write_bytes(image.read_bytes() + b' ')
+  longer = builders.list_class_folders(tmp_path / 'b')
+  image.rename(image.with_name('other.JPEG'))
+  renamed = builders.list_class_folders(tmp_path / 'b')
+  assert len({a.fingerprint, longer.fingerprint, renamed.fingerprint}) == 3

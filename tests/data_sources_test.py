@@ -1,0 +1,393 @@
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from data_fixtures import (
+  WNIDS,
+  photo,
+  read_all,
+  real_data,
+  write_class_folders,
+  write_image,
+  write_tiny_imagenet,
+)
+
+from jaxprog import errors
+from jaxprog.data import builders, sources
+
+
+@pytest.fixture
+def raw(tmp_path):
+  return write_class_folders(tmp_path / 'imagenette2')
+
+
+def test_records_are_the_files(raw):
+  dataset = sources.load_dataset('imagenette', raw.parent)
+  for split, folder in ((dataset.train, 'train'), (dataset.eval, 'val')):
+    found = {}
+    for i, record in enumerate(read_all(split)):
+      assert WNIDS[record['label']] == record['wnid']
+      assert split.labels[i] == record['label']
+      found[f'{record["wnid"]}/{record["file_name"]}'] = record['image']
+    files = (raw / folder).glob('*/*.JPEG')
+    assert found == {
+      str(file.relative_to(raw / folder)): file.read_bytes() for file in files
+    }
+  assert dataset.classes == WNIDS
+  assert dataset.train.labels.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+  ('name', 'folder'),
+  [
+    ('imagenette', 'imagenette2-160'),
+    ('imagenet_mini', 'imagenet-mini'),
+    ('imagenet2012', 'imagenet1k'),
+  ],
+)
+def test_every_local_folder_has_its_name(tmp_path, name, folder):
+  write_class_folders(tmp_path / folder)
+  dataset = sources.load_dataset(name, tmp_path)
+  assert (len(dataset.train), len(dataset.eval)) == (15, 6)
+
+
+def test_tiny_imagenet(tmp_path):
+  write_tiny_imagenet(tmp_path / 'tiny-imagenet-200')
+  dataset = sources.load_dataset('tiny_imagenet', tmp_path)
+  assert dataset.class_names == ('goldfish', 'n02', 'bee')
+  assert (len(dataset.train), len(dataset.eval)) == (12, 6)
+  for record in read_all(dataset.eval):
+    number = int(record['file_name'].removesuffix('.JPEG').split('_')[1])
+    assert record['label'] == 2 - number % 3
+
+
+def test_digits_keep_their_split_in_every_choice_of_classes(data_dir):
+  whole = sources.load_dataset('digits', data_dir)
+  some = sources.load_dataset('digits', data_dir, classes=('7', '2', '3'))
+  assert some.classes == ('2', '3', '7')
+  for a, b in ((whole.train, some.train), (whole.eval, some.eval)):
+    chosen = [r for r in read_all(a) if r['wnid'] in some.classes]
+    got = read_all(b)
+    assert [r['file_name'] for r in got] == [r['file_name'] for r in chosen]
+    assert [some.classes[r['label']] for r in got] == [
+      r['wnid'] for r in chosen
+    ]
+    np.testing.assert_array_equal(b.labels, [r['label'] for r in got])
+  assert some.fingerprint != whole.fingerprint
+  indices = [
+    int(r['file_name'].removesuffix('.png').split('_')[1])
+    for r in read_all(some.eval)
+  ]
+  assert all(i % 5 == 0 for i in indices)
+
+
+def test_any_folder(tmp_path, monkeypatch):
+  write_class_folders(tmp_path / 'pets', wnids=('cat', 'dog'))
+  dataset = sources.load_dataset(f'folder:{tmp_path}/pets', tmp_path / 'data')
+  assert dataset.classes == ('cat', 'dog')
+  # Relative to where the command runs; the same prepared copy.
+  monkeypatch.chdir(tmp_path)
+  assert sources.check_dataset('folder:pets', 'data') == 'prepared'
+  # Another folder of that name has its own.
+  write_class_folders(tmp_path / 'more/pets', wnids=('cat', 'dog', 'fish'))
+  assert sources.load_dataset('folder:more/pets', 'data').num_classes == 3
+  assert sources.load_dataset('folder:pets', 'data').num_classes == 2
+
+
+def test_open_reads_no_images_and_pickles(raw):
+  sources.load_dataset('imagenette', raw.parent)
+  dataset = sources.load_dataset('imagenette', raw.parent)
+  again = pickle.loads(pickle.dumps(dataset))
+  assert read_all(again.train) == read_all(dataset.train)
+  assert again.fingerprint == dataset.fingerprint
+
+
+def test_labels_beside_the_records_are_checked_against_them(raw):
+  expected = sources.load_dataset('imagenette', raw.parent).train.labels
+  (file,) = (raw.parent / 'prepared').rglob('labels-train.npy')
+  for content in (b'', b'not numpy', file.read_bytes()[:-8]):
+    file.write_bytes(content)
+    found = sources.load_dataset('imagenette', raw.parent).train.labels
+    np.testing.assert_array_equal(found, expected)
+  np.save(file, expected[:-1])
+  found = sources.load_dataset('imagenette', raw.parent).train.labels
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_prepared_data_may_be_used_without_the_raw_folder(raw):
+  before = sources.load_dataset('imagenette', raw.parent)
+  raw.rename(raw.parent / 'gone')
+  after = sources.load_dataset('imagenette', raw.parent)
+  assert after.fingerprint == before.fingerprint
+  assert after.class_names == before.class_names
+
+
+def test_a_touched_but_equal_folder_is_current(raw):
+  sources.prepare('imagenette', raw.parent)
+  os.utime(raw / 'train' / 'n01')
+  assert sources.check_dataset('imagenette', raw.parent) == 'prepared'
+
+
+@pytest.mark.parametrize('change', ['add', 'remove', 'rename', 'new class'])
+def test_a_changed_folder_is_said_and_prepared_again_when_asked(raw, change):
+  sources.prepare('imagenette', raw.parent)
+  image = raw / 'train' / 'n02' / 'n02_train_1.JPEG'
+  match change:
+    case 'add':
+      write_image(image.with_name('new.JPEG'), 7)
+    case 'remove':
+      image.unlink()
+    case 'rename':
+      image.rename(image.with_name('new.JPEG'))
+    case 'new class':
+      for split in ('train', 'val'):
+        write_image(raw / split / 'n015' / 'x.JPEG', 7)
+  for _ in range(2):
+    with pytest.raises(errors.UserError, match='--mode=prepare'):
+      sources.load_dataset('imagenette', raw.parent)
+  sources.prepare('imagenette', raw.parent)
+  dataset = sources.load_dataset('imagenette', raw.parent)
+  names = sorted(r['file_name'] for r in read_all(dataset.train))
+  assert names == sorted(x.name for x in (raw / 'train').glob('*/*'))
+  assert dataset.num_classes == (4 if change == 'new class' else 3)
+  for record in read_all(dataset.train):
+    assert dataset.classes[record['label']] == record['wnid']
+
+
+def test_an_edited_file_is_found_by_prepare(raw):
+  before = sources.load_dataset('imagenette', raw.parent)
+  image = raw / 'train' / 'n02' / 'n02_train_1.JPEG'
+  with open(image, 'ab') as file:
+    file.write(b'  ')
+  sources.prepare('imagenette', raw.parent)
+  after = sources.load_dataset('imagenette', raw.parent)
+  assert after.fingerprint != before.fingerprint
+  assert image.read_bytes() in [r['image'] for r in read_all(after.train)]
+
+
+def test_prepare_counts_every_file_once_and_only_once(raw):
+  seen = []
+  sources.prepare('imagenette', raw.parent, progress=lambda *x: seen.append(x))
+  assert seen == [(i + 1, 21) for i in range(21)]
+  sources.prepare('imagenette', raw.parent, progress=lambda *x: seen.append(x))
+  assert len(seen) == 21
+
+
+def test_a_failed_preparation_leaves_nothing_that_looks_finished(raw):
+  def fail(done, total):
+    if done == 9:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    sources.prepare('imagenette', raw.parent, progress=fail)
+  assert sources.check_dataset('imagenette', raw.parent) == 'raw'
+  assert len(sources.load_dataset('imagenette', raw.parent).train) == 15
+
+
+SLOWLY = """
+import sys, time
+from jaxprog.data import sources
+def progress(done, total):
+  print(done, flush=True)
+  time.sleep(0.05)
+sources.prepare('imagenette', sys.argv[1], progress=progress)
+"""
+
+
+def start_slowly(data_dir):
+  """Returns a process that prints the number of each image it prepares."""
+  return subprocess.Popen(
+    [sys.executable, '-c', SLOWLY, data_dir],
+    stdout=subprocess.PIPE,
+    cwd=pathlib.Path(__file__).parent.parent,
+  )
+
+
+def test_a_killed_preparation_leaves_nothing_that_looks_finished(raw):
+  process = start_slowly(raw.parent)
+  for _ in range(5):
+    process.stdout.readline()
+  process.kill()
+  process.wait()
+  process.stdout.close()
+  folder = raw.parent / 'prepared' / 'imagenette_folder'
+  assert [x.name[:11] for x in folder.iterdir()] == ['incomplete.']
+  assert sources.check_dataset('imagenette', raw.parent) == 'raw'
+  assert len(sources.load_dataset('imagenette', raw.parent).train) == 15
+  assert [x.name for x in folder.iterdir()] == ['1.0.0']
+
+
+def test_a_second_process_waits_for_the_first(raw):
+  process = start_slowly(raw.parent)
+  process.stdout.readline()
+  seen = []
+  dataset = sources.load_dataset(
+    'imagenette', raw.parent, progress=lambda *x: seen.append(x)
+  )
+  assert process.communicate()[0].split() == [b'%d' % i for i in range(2, 22)]
+  assert process.returncode == 0
+  assert seen == []
+  assert len(dataset.train) == 15
+
+
+@pytest.mark.parametrize(
+  ('name', 'looked_for'),
+  [
+    ('imagenette', 'imagenette2-320'),
+    ('tiny_imagenet', 'tiny-imagenet-200'),
+    ('imagenet_mini', 'imagenet-mini'),
+    ('imagenet2012', 'imagenet1k'),
+    ('folder:/no/such', '/no/such'),
+    ('tfds:mnist', 'prepared'),
+  ],
+)
+def test_a_missing_dataset_is_three_lines(tmp_path, name, looked_for):
+  for call in (sources.check_dataset, sources.load_dataset):
+    with pytest.raises(errors.UserError) as caught:
+      call(name, tmp_path)
+    lines = str(caught.value).split('\n')
+    assert len(lines) == 3
+    assert looked_for in lines[0] + lines[1]
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('name', ['imagenette', 'tfds:mnist'])
+def test_prepare_without_a_network_is_quick(tmp_path, monkeypatch, name):
+  # A port that no one listens to stands for a network that is not there.
+  monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
+  monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')
+  began = time.monotonic()
+  with pytest.raises(errors.UserError, match='cannot be reached') as caught:
+    sources.prepare(name, tmp_path)
+  assert len(str(caught.value).split('\n')) == 3
+  assert time.monotonic() - began < 30  # tfds alone takes 200 s.
+
+
+def test_a_typo_in_a_tfds_name_is_named(tmp_path):
+  with pytest.raises(errors.UserError, match="Did you mean 'mnist'"):
+    sources.prepare('tfds:mnistt', tmp_path)
+
+
+def test_wrong_classes_are_named(data_dir):
+  with pytest.raises(errors.UserError, match=r"no class 'x'\.\nstage 'a'"):
+    sources.load_dataset('digits', data_dir, classes=('x',), where="stage 'a'")
+  with pytest.raises(errors.UserError) as caught:
+    sources.load_dataset(
+      'digits', data_dir, classes=('1', '2'), num_classes=3, where="stage 'a'"
+    )
+  assert str(caught.value).startswith(
+    "num_classes is 3, but 'digits' has 2 classes.\nstage 'a'"
+  )
+
+
+def test_a_missing_class_folder_is_found_by_num_classes(raw):
+  with pytest.raises(errors.UserError, match='num_classes is 4, but') as caught:
+    sources.load_dataset('imagenette', raw.parent, num_classes=4)
+  assert str(raw) in caught.value.where
+
+
+class FakeImages(tfds.core.GeneratorBasedBuilder):
+  """A classification dataset as tfds ships them: no file name, no order."""
+
+  VERSION = tfds.core.Version('2.0.0')
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(shape=(8, 8, 3)),
+          'label': tfds.features.ClassLabel(names=['zebra', 'ant', 'cow']),
+        }
+      ),
+    )
+
+  def _split_generators(self, dl_manager):
+    return {'train': self._images(9), 'test': self._images(6)}
+
+  def _images(self, count):
+    for i in range(count):
+      yield i, {'image': np.full((8, 8, 3), i, np.uint8), 'label': i % 3}
+
+  _generate_examples = _images
+
+
+def test_any_tfds_dataset(tmp_path):
+  # 0, 1, 2 as shipped: zebra, ant, cow.
+  sources.prepare('tfds:fake_images', tmp_path)
+  dataset = sources.load_dataset('tfds:fake_images', tmp_path)
+  assert dataset.classes == ('ant', 'cow', 'zebra')
+  assert (len(dataset.train), len(dataset.eval)) == (9, 6)
+  from jaxprog.data import preprocess
+
+  for record in read_all(dataset.train):
+    shipped = preprocess.decode(record['image'])[0, 0, 0] % 3
+    assert record['wnid'] == ('zebra', 'ant', 'cow')[shipped]
+    assert record['label'] == (2, 0, 1)[shipped]
+  names = [r['file_name'] for r in read_all(dataset.train)]
+  assert len(set(names)) == 9
+  some = sources.load_dataset(
+    'tfds:fake_images', tmp_path, classes=('zebra', 'cow')
+  )
+  assert sorted(some.eval.labels) == [0, 0, 1, 1]
+
+
+class NoLabels(FakeImages):
+  """Images without labels."""
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict({'image': tfds.features.Image()}),
+    )
+
+  def _images(self, count):
+    for i in range(count):
+      yield i, {'image': photo(8, 8, i)}
+
+
+def test_a_tfds_dataset_without_labels_is_refused(tmp_path):
+  with pytest.raises(errors.UserError, match='not a classification dataset'):
+    sources.prepare('tfds:no_labels', tmp_path)
+
+
+def test_local_comes_before_tfds(tmp_path):
+  write_class_folders(tmp_path / 'imagenette2')
+  sources.prepare('imagenette', tmp_path)
+  assert [x.name for x in (tmp_path / 'prepared').iterdir() if x.is_dir()] == [
+    builders.ImagenetteFolder.name
+  ]
+
+
+def test_an_unwritable_data_dir_is_said(tmp_path):
+  (tmp_path / 'prepared').write_text('a file in the way')
+  with pytest.raises(errors.UserError, match='Cannot write prepared data'):
+    sources.load_dataset('digits', tmp_path)
+
+
+def test_tensorflow_is_not_imported(tmp_path):
+  code = (
+    'import sys; from jaxprog.data import sources\n'
+    'd = sources.load_dataset("digits", sys.argv[1]); d.train.records[0]\n'
+    'assert "tensorflow" not in sys.modules'
+  )
+  subprocess.run(
+    [sys.executable, '-c', code, tmp_path],
+    check=True,
+    cwd=pathlib.Path(__file__).parent.parent,
+  )
+
+
+def test_real_folders():
+  if not real_data():
+    pytest.skip('JAXPROG_DATA names no folder.')
+  nette = sources.load_dataset('imagenette', real_data(), num_classes=10)
+  assert nette.class_names[0] == 'tench'
+  tiny = sources.load_dataset('tiny_imagenet', real_data(), num_classes=200)
+  assert np.bincount(tiny.eval.labels).tolist() == [10] * 200
