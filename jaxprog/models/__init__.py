@@ -1,0 +1,1 @@
+"""Networks whose classifier is the module named `head`."""

@@ -1,0 +1,379 @@
+"""Convolution: XLA's own on TPU and GPU, matrix products on CPU."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import dtypes
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxprog.models import winograd
+
+
+class Conv(nn.Module):
+  """A convolution with the variables and the results of `nn.Conv`.
+
+  Attributes:
+    features: channels of the output.
+    kernel_size: side of the kernel, in pixels.
+    strides: step between two outputs, in pixels, both ways.
+    padding: zeros added on each side, in pixels, or 'SAME'; None: half of
+      the kernel, rounded down, as PyTorch's networks have it. At stride 2
+      'SAME' shifts the image by a pixel from there.
+    use_bias: whether to add a learned offset to each channel.
+    dtype: of the computation and the result; None: that of the operands.
+    param_dtype: of the parameters.
+    kernel_init: makes the kernel, HWIO.
+  """
+
+  features: int
+  kernel_size: int
+  strides: int = 1
+  padding: int | str | None = None
+  use_bias: bool = False
+  dtype: DTypeLike | None = None
+  param_dtype: DTypeLike = jnp.float32
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns the convolved NHWC images."""
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
+    bias = None
+    if self.use_bias:
+      zeros = nn.initializers.zeros_init()
+      bias = self.param('bias', zeros, (self.features,), self.param_dtype)
+    x, kernel, bias = dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    half = self.kernel_size // 2
+    padding = half if self.padding is None else self.padding
+    y = conv(x, kernel, self.strides, padding)
+    return y if bias is None else y + bias
+
+
+def conv(
+  x: jax.Array,
+  kernel: jax.Array,
+  stride: int = 1,
+  padding: int | str = 'SAME',
+  preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+  """Returns NHWC images `x` convolved with an HWIO `kernel`.
+
+  `padding` is the number of zeros on each side, or 'SAME' or 'VALID'. What
+  the program is compiled for decides how it is computed, not what compiles
+  it. Has a reverse-mode derivative only.
+  """
+  size, sides = x.shape[1:3], kernel.shape[:2]
+  if isinstance(padding, str):
+    found = lax.padtype_to_pads(size, sides, (stride, stride), padding)
+  else:
+    found = [(padding, padding)] * 2
+  pads = tuple((int(low), int(high)) for low, high in found)
+  dtype = preferred_element_type and jnp.dtype(preferred_element_type)
+  return _conv(x, kernel, stride, pads, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv(x, kernel, stride, pads, dtype):
+  return lax.platform_dependent(
+    x,
+    kernel,
+    cpu=lambda x, kernel: cpu_forward(x, kernel, stride, pads, dtype),
+    default=lambda x, kernel: xla(x, kernel, stride, pads, dtype),
+  )
+
+
+def _conv_fwd(x, kernel, stride, pads, dtype):
+  return _conv(x, kernel, stride, pads, dtype), (x, kernel)
+
+
+def _conv_bwd(stride, pads, dtype, operands, dy):
+  dx = lax.platform_dependent(
+    *operands,
+    dy,
+    cpu=lambda x, kernel, dy: cpu_input_grad(x, kernel, dy, stride, pads),
+    default=lambda x, kernel, dy: xla_input_grad(
+      x, kernel, dy, stride, pads, dtype
+    ),
+  )
+  dkernel = lax.platform_dependent(
+    *operands,
+    dy,
+    cpu=lambda x, kernel, dy: cpu_kernel_grad(x, kernel, dy, stride, pads),
+    default=lambda x, kernel, dy: xla_kernel_grad(
+      x, kernel, dy, stride, pads, dtype
+    ),
+  )
+  return dx, dkernel
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def xla(x, kernel, stride, pads, dtype=None) -> jax.Array:
+  """Returns XLA's own convolution."""
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    pads,
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    preferred_element_type=dtype,
+  )
+
+
+def xla_input_grad(x, kernel, dy, stride, pads, dtype=None) -> jax.Array:
+  """Returns the gradient of `x` as JAX derives it from `xla`."""
+  pull = jax.vjp(lambda x: xla(x, kernel, stride, pads, dtype), x)[1]
+  return pull(dy)[0]
+
+
+def xla_kernel_grad(x, kernel, dy, stride, pads, dtype=None) -> jax.Array:
+  """Returns the gradient of `kernel` as JAX derives it from `xla`."""
+  pull = jax.vjp(lambda kernel: xla(x, kernel, stride, pads, dtype), kernel)[1]
+  return pull(dy)[0]
+
+
+def cpu_forward(x, kernel, stride, pads, dtype=None) -> jax.Array:
+  """Returns the convolution in the formulation that CPUs like best."""
+  dtype = dtype or x.dtype
+  x, kernel = _at_least_float32(x, kernel)
+  return _cpu_conv(x, kernel, stride, pads).astype(dtype)
+
+
+def _cpu_conv(x, kernel, stride, pads, contract=2):
+  """Multiplies channels with the axis `contract` of `kernel`."""
+  height, width = _output_size(x, kernel, stride, pads)
+  if _suits_winograd(kernel, stride):
+    return winograd.conv(x, kernel, pads, contract)
+  if kernel.shape[:2] == (1, 1) or height * width <= 16:
+    return shifted(x, kernel, stride, pads, contract)
+  if contract == 3:
+    kernel = kernel.swapaxes(2, 3)
+  return xla(x, kernel, stride, pads)
+
+
+def cpu_input_grad(x, kernel, dy, stride, pads) -> jax.Array:
+  """Returns the gradient of `x`: convolutions at stride 1, interleaved.
+
+  Input pixels whose positions have the same remainder by `stride` see the
+  same part of the kernel, and each pixel of `dy` once. XLA instead spreads
+  `dy` out with zeros between, and multiplies those.
+  """
+  dtype = x.dtype
+  kernel, dy = _at_least_float32(kernel, dy)
+  _, height, width, _ = x.shape
+  (top, _), (left, _) = pads
+  # Every phase has the size of the longest, in order to interleave.
+  size = -(-height // stride), -(-width // stride)
+  phases = [
+    [
+      _phase(dy, kernel, stride, (i + top, j + left), size)
+      for j in range(stride)
+    ]
+    for i in range(stride)
+  ]
+  dx = winograd.interleave(phases)
+  return dx[:, :height, :width].astype(dtype)
+
+
+def _phase(dy, kernel, stride, first, size):
+  """Returns the gradient of every stride-th pixel from `first` on.
+
+  With the padding, pixel first + stride * q lies under the kernel's pixel
+  first % stride + stride * t when dy[q + first // stride - t] is computed.
+  """
+  kernel = kernel[first[0] % stride :: stride, first[1] % stride :: stride]
+  if 0 in kernel.shape:
+    return jnp.zeros((dy.shape[0], *size, kernel.shape[2]), dy.dtype)
+  pads = tuple(
+    (taps - 1 - start // stride, n - m + start // stride)
+    for taps, start, n, m in zip(
+      kernel.shape[:2], first, size, dy.shape[1:3], strict=True
+    )
+  )
+  return _cpu_conv(dy, kernel[::-1, ::-1], 1, pads, contract=3)
+
+
+def cpu_kernel_grad(x, kernel, dy, stride, pads) -> jax.Array:
+  """Returns the gradient of `kernel` in the formulation CPUs like best."""
+  dtype = kernel.dtype
+  x, kernel, dy = _at_least_float32(x, kernel, dy)
+  height, width = dy.shape[1:3]
+  if _suits_winograd(kernel, stride):
+    dkernel = winograd.kernel_grad(x, dy, pads)
+  elif (
+    kernel.shape[:2] == (1, 1)
+    or height * width <= 16
+    or (stride > 1 and kernel.shape[2] >= 16)
+  ):
+    dkernel = shifted_kernel_grad(x, kernel, dy, stride, pads)
+  else:
+    dkernel = xla_kernel_grad(x, kernel, dy, stride, pads)
+  return dkernel.astype(dtype)
+
+
+def _suits_winograd(kernel, stride):
+  return (
+    stride == 1 and kernel.shape[:2] == (3, 3) and min(kernel.shape[2:]) >= 32
+  )
+
+
+def shifted(x, kernel, stride, pads, contract=2) -> jax.Array:
+  """Returns the convolution as one matrix product per pixel of the kernel."""
+  products = [
+    lax.dot_general(part, kernel[i, j], (((3,), (contract - 2,)), ((), ())))
+    for (i, j), part in _shifts(x, kernel, stride, pads)
+  ]
+  return functools.reduce(jnp.add, products)
+
+
+def shifted_kernel_grad(x, kernel, dy, stride, pads) -> jax.Array:
+  """Returns the gradient of `kernel`, one matrix product per pixel of it."""
+  products = [
+    winograd.product_over_pixels(part, dy)
+    for _, part in _shifts(x, kernel, stride, pads)
+  ]
+  return jnp.stack(products).reshape(kernel.shape)
+
+
+def _shifts(x, kernel, stride, pads, fill=0.0):
+  """Yields ((i, j), all that the kernel's pixel (i, j) is multiplied with)."""
+  height, width = _output_size(x, kernel, stride, pads)
+  none = (0, 0, 0)
+  rows, columns = ((*pad, 0) for pad in pads)
+  x = lax.pad(x, jnp.array(fill, x.dtype), (none, rows, columns, none))
+  for i, j in itertools.product(*map(range, kernel.shape[:2])):
+    yield (
+      (i, j),
+      x[
+        :,
+        i : i + stride * (height - 1) + 1 : stride,
+        j : j + stride * (width - 1) + 1 : stride,
+      ],
+    )
+
+
+def _output_size(x, kernel, stride, pads):
+  return [
+    (n + low + high - side) // stride + 1
+    for n, (low, high), side in zip(
+      x.shape[1:3], pads, kernel.shape[:2], strict=True
+    )
+  ]
+
+
+def _at_least_float32(*xs):
+  """Products of bf16 in f32 are exact; CPUs have no others."""
+  return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in xs)
+
+
+def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+  """Returns the largest of each window of NHWC images.
+
+  Of equal values the first, row by row, gets the gradient, as in XLA.
+  `padding` pixels on each side never win. Has a reverse-mode derivative only.
+  """
+  return _max_pool(x, window, stride, padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x, window, stride, padding):
+  return _max_pool_fwd(x, window, stride, padding)[0]
+
+
+def _max_pool_fwd(x, window, stride, padding):
+  def default(x):
+    y = xla_max_pool(x, window, stride, padding)
+    return y, jnp.zeros(y.shape, jnp.uint8)
+
+  y, winner = lax.platform_dependent(
+    x,
+    cpu=lambda x: cpu_max_pool(x, window, stride, padding),
+    default=default,
+  )
+  return y, (x, winner)
+
+
+def _max_pool_bwd(window, stride, padding, residuals, dy):
+  dx = lax.platform_dependent(
+    *residuals,
+    dy,
+    cpu=lambda x, winner, dy: cpu_max_pool_grad(
+      x, winner, dy, window, stride, padding
+    ),
+    default=lambda x, _, dy: xla_max_pool_grad(x, dy, window, stride, padding),
+  )
+  return (dx,)
+
+
+_max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+def xla_max_pool(x, window, stride, padding) -> jax.Array:
+  """Returns XLA's own pooling."""
+  return nn.max_pool(
+    x, (window, window), (stride, stride), ((padding, padding),) * 2
+  )
+
+
+def xla_max_pool_grad(x, dy, window, stride, padding) -> jax.Array:
+  """Returns the gradient of `x` as JAX derives it from `xla_max_pool`."""
+  pull = jax.vjp(lambda x: xla_max_pool(x, window, stride, padding), x)[1]
+  return pull(dy)[0]
+
+
+def cpu_max_pool(x, window, stride, padding) -> tuple[jax.Array, jax.Array]:
+  """Returns the largest of each window and its index, i * window + j."""
+  # Only its shape is that of a convolution.
+  kernel = np.empty((window, window, 1, 1))
+  pads = ((padding, padding),) * 2
+  shifts = _shifts(x, kernel, stride, pads, -jnp.inf)
+  _, best = next(shifts)
+  winner = jnp.zeros(best.shape, jnp.uint8)
+  for (i, j), part in shifts:
+    # Not `part > best`: a NaN wins, as in XLA.
+    keep = best >= part
+    best = jnp.where(keep, best, part)
+    winner = jnp.where(keep, winner, jnp.uint8(i * window + j))
+  return best, winner
+
+
+def cpu_max_pool_grad(x, winner, dy, window, stride, padding) -> jax.Array:
+  """Returns the gradient of `x`, which goes to each window's winner.
+
+  XLA's select-and-scatter walks the windows one by one on CPU.
+  """
+  _, height, width, _ = x.shape
+  reach = (window - 1) // stride
+  size = -(-height // stride), -(-width // stride)
+  ends = [
+    (reach, max(0, n + padding // stride + 1 - m))
+    for n, m in zip(size, dy.shape[1:3], strict=True)
+  ]
+  dy, winner = (jnp.pad(a, ((0, 0), *ends, (0, 0))) for a in (dy, winner))
+
+  def phase(*first: int) -> jax.Array:
+    """As `_phase` of a convolution."""
+    total = jnp.zeros((dy.shape[0], *size, dy.shape[3]), dy.dtype)
+    rows, columns = (range(a % stride, window, stride) for a in first)
+    for i, j in itertools.product(rows, columns):
+      top, left = (
+        reach + (a - b) // stride for a, b in zip(first, (i, j), strict=True)
+      )
+      part = np.s_[:, top : top + size[0], left : left + size[1]]
+      total += jnp.where(winner[part] == i * window + j, dy[part], 0)
+    return total
+
+  dx = winograd.interleave(
+    [
+      [phase(i + padding, j + padding) for j in range(stride)]
+      for i in range(stride)
+    ]
+  )
+  return dx[:, :height, :width]

@@ -1,0 +1,162 @@
+"""ResNet v1.5 (He et al. 2015, arXiv:1512.03385) for any image size.
+
+v1.5 puts a bottleneck's stride on its 3x3 convolution, as torchvision does.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxprog.models import conv
+
+ModuleDef = Callable[..., Any]
+
+
+class Stem(NamedTuple):
+  """How the first convolution shrinks the image; it holds no parameters."""
+
+  stride: int
+  pool: bool
+
+
+def choose_stem(image_size: int) -> Stem:
+  """Returns the stem that leaves at least 4x4 positions at the end.
+
+  The published stem divides the image by 4 and the blocks by 8 more: 224 px
+  end as 7x7, but 64 px would end as 2x2. Images below 32 px end smaller.
+  """
+  if image_size >= 128:
+    return Stem(stride=2, pool=True)
+  return Stem(stride=2 if image_size >= 64 else 1, pool=False)
+
+
+class BasicBlock(nn.Module):
+  """Two 3x3 convolutions and a shortcut."""
+
+  filters: int
+  stride: int
+  conv: ModuleDef
+  norm: ModuleDef
+
+  @nn.compact
+  def __call__(self, x):
+    """Returns (N, H / stride, W / stride, filters)."""
+    y = self.conv(self.filters, 3, self.stride, name='conv1')(x)
+    y = nn.relu(self.norm(name='norm1')(y))
+    y = self.conv(self.filters, 3, 1, name='conv2')(y)
+    y = self.norm(name='norm2', scale_init=nn.initializers.zeros)(y)
+    return nn.relu(y + _shortcut(self, x, y))
+
+
+class BottleneckBlock(nn.Module):
+  """1x1, 3x3 and 1x1 convolutions, the last four times as wide."""
+
+  filters: int
+  stride: int
+  conv: ModuleDef
+  norm: ModuleDef
+
+  @nn.compact
+  def __call__(self, x):
+    """Returns (N, H / stride, W / stride, 4 * filters)."""
+    y = self.conv(self.filters, 1, 1, name='conv1')(x)
+    y = nn.relu(self.norm(name='norm1')(y))
+    y = self.conv(self.filters, 3, self.stride, name='conv2')(y)
+    y = nn.relu(self.norm(name='norm2')(y))
+    y = self.conv(4 * self.filters, 1, 1, name='conv3')(y)
+    y = self.norm(name='norm3', scale_init=nn.initializers.zeros)(y)
+    return nn.relu(y + _shortcut(self, x, y))
+
+
+def _shortcut(block: BasicBlock | BottleneckBlock, x, y):
+  """Returns `x`, projected if its shape is not that of `y`."""
+  if x.shape == y.shape:
+    return x
+  features = y.shape[-1]
+  x = block.conv(features, 1, block.stride, name='shortcut_conv')(x)
+  return block.norm(name='shortcut_norm')(x)
+
+
+class ResNet(nn.Module):
+  """A residual network; the last norm of each block starts at zero."""
+
+  block_sizes: Sequence[int]
+  block: ModuleDef
+  num_classes: int
+  num_filters: int = 64
+  stem: Stem = Stem(stride=2, pool=True)
+  stem_kernel: int = 7
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, *, train: bool):
+    """Returns f32 logits (N, num_classes) of images (N, H, W, 3)."""
+    conv_def = functools.partial(conv.Conv, dtype=self.dtype)
+    norm_def = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=1e-5,
+      dtype=self.dtype,
+    )
+    x = x.astype(self.dtype)
+    x = conv_def(
+      self.num_filters, self.stem_kernel, self.stem.stride, name='stem_conv'
+    )(x)
+    x = nn.relu(norm_def(name='stem_norm')(x))
+    if self.stem.pool:
+      x = conv.max_pool(x, 3, 2, 1)
+    for i, size in enumerate(self.block_sizes):
+      for j in range(size):
+        x = self.block(
+          filters=self.num_filters * 2**i,
+          stride=2 if i > 0 and j == 0 else 1,
+          conv=conv_def,
+          norm=norm_def,
+          name=f'block{i + 1}_{j + 1}',
+        )(x)
+    # f32 from here: a bf16 softmax has three digits.
+    x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    return nn.Dense(self.num_classes, dtype=jnp.float32, name='head')(x)
+
+
+resnet10 = functools.partial(ResNet, (1, 1, 1, 1), BasicBlock)
+resnet18 = functools.partial(ResNet, (2, 2, 2, 2), BasicBlock)
+resnet34 = functools.partial(ResNet, (3, 4, 6, 3), BasicBlock)
+resnet50 = functools.partial(ResNet, (3, 4, 6, 3), BottleneckBlock)
+resnet101 = functools.partial(ResNet, (3, 4, 23, 3), BottleneckBlock)
+resnet152 = functools.partial(ResNet, (3, 8, 36, 3), BottleneckBlock)
+
+
+def create_model(
+  name: str,
+  *,
+  num_classes: int,
+  image_size: int,
+  num_filters: int = 64,
+  stem_kernel: int = 7,
+  dtype: Any = jnp.float32,
+) -> ResNet:
+  """Returns the network `name` with the stem that suits `image_size`.
+
+  Parameters have the same shapes for every image size, so that weights fit
+  across stages; only `head` depends on `num_classes`.
+  """
+  models = {
+    'resnet10': resnet10,
+    'resnet18': resnet18,
+    'resnet34': resnet34,
+    'resnet50': resnet50,
+    'resnet101': resnet101,
+    'resnet152': resnet152,
+  }
+  return models[name](
+    num_classes=num_classes,
+    num_filters=num_filters,
+    stem=choose_stem(image_size),
+    stem_kernel=stem_kernel,
+    dtype=dtype,
+  )
