@@ -1,0 +1,1 @@
+"""Factories that return optax objects."""
