@@ -1,0 +1,1 @@
+"""State, steps, loop and ladder."""

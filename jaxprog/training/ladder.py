@@ -1,0 +1,411 @@
+"""For each stage: resume it or hand weights over to it, train, report."""
+
+import contextlib
+import copy
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+from ml_collections import config_dict
+
+from jaxprog import config as config_lib
+from jaxprog import errors, files, stages
+from jaxprog.reporting import environment, plots, report
+from jaxprog.reporting import history as history_lib
+from jaxprog.reporting import progress as progress_lib
+from jaxprog.training import (
+  checkpoints,
+  loop,
+  signals,
+  transfer,
+)
+from jaxprog.training import (
+  setup as setup_lib,
+)
+from jaxprog.training import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A ladder on its way: what it is made of and where it reports to."""
+
+  setup: setup_lib.Setup
+  tasks: tuple[setup_lib.Task, ...]
+  workdir: pathlib.Path
+  history: dict[str, Any]
+  progress: progress_lib.Progress
+  writer: Any
+  stop: signals.StopRequest
+  # Compiles the next stage while this one trains.
+  compiler: futures.Executor
+
+  def save_history(self) -> None:
+    """Writes training_history.json, on the process that writes."""
+    if jax.process_index() == 0:
+      path = self.workdir / 'training_history.json'
+      history_lib.save_history(path, self.history)
+
+
+def train(
+  config: config_dict.ConfigDict,
+  workdir: str | pathlib.Path,
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+  model: setup_lib.ModelFn | None = None,
+  allow_config_change: bool = False,
+) -> dict[str, Any]:
+  """Trains the stages of `config` and returns the run's history.
+
+  Finished stages of `workdir` are not trained again, an interrupted one goes
+  on at its exact step. `model` is called with num_classes, image_size and
+  dtype in place of the config's own network; its classifier must be a module
+  named head.
+
+  Raises:
+    UserError: for mistakes in the config, the data or the workdir, before
+      anything is trained.
+    Stopped: after a SIGTERM or Ctrl-C, once all is saved.
+  """
+  workdir = pathlib.Path(workdir)
+  stages.check_devices(
+    stages.select(stages.create_stages(config), only, skip), jax.device_count()
+  )
+  setup = setup_lib.create_setup(config, only=only, skip=skip, model=model)
+  history = _load_history(config, workdir, allow_config_change)
+  _write_inputs(config, workdir)
+  with (
+    signals.StopRequest() as stop,
+    _create_progress(len(setup.chosen)) as progress,
+    contextlib.closing(_create_writer(workdir)) as writer,
+    futures.ThreadPoolExecutor(1, 'compiler') as compiler,
+    futures.ThreadPoolExecutor(1, 'reporter') as reporter,
+  ):
+    tasks = tuple(setup_lib.create_task(setup, stage) for stage in setup.chosen)
+    run = Run(setup, tasks, workdir, history, progress, writer, stop, compiler)
+    progress.start_run([_plan(task) for task in tasks])
+    left = None
+    try:
+      for index, task in enumerate(_compile_ahead(run)):
+        left = _run_stage(run, index, task, left)
+        reporter.submit(write_reports, run, copy.deepcopy(history))
+    finally:
+      reporter.submit(write_reports, run, history).result()
+    progress.message(report.summary_table(history))
+  return history
+
+
+def write_reports(run: Run, history: dict[str, Any]) -> None:
+  """Writes what a person reads, from the history alone."""
+  if jax.process_index() != 0 or not history['stages']:
+    return
+  planned = [stage.name for stage in run.setup.stages]
+  text = report.report(history, environment.environment(), planned)
+  files.write_bytes(run.workdir / 'training_report.txt', text.encode())
+  plots.plot_history(
+    history,
+    run.workdir / 'training_metrics.png',
+    {task.stage.name: _sample_learning_rate(task) for task in run.tasks},
+  )
+
+
+def _compile_ahead(run: Run) -> Iterator[setup_lib.Task]:
+  """Yields each task compiled; the next one compiles while one trains.
+
+  What is done already needs no compiler.
+  """
+
+  def prepare(task):
+    if checkpoints.read_done(run.workdir, task.stage.name) is not None:
+      return task
+    carried = task is not run.tasks[0] or bool(_find_source(run, task.stage))
+    return setup_lib.compile_task(task, carried=carried)
+
+  ahead = run.compiler.submit(prepare, run.tasks[0])
+  for following in [*run.tasks[1:], None]:
+    task = ahead.result()
+    if following is not None:
+      ahead = run.compiler.submit(prepare, following)
+    yield task
+
+
+def _run_stage(
+  run: Run, index: int, task: setup_lib.Task, left: float | None
+) -> float | None:
+  """Trains a stage, unless the workdir says that it is done.
+
+  `left` is when the stage before was left, and what comes back is when this
+  one was, by the monotonic clock; None if nothing was trained.
+  """
+  name = task.stage.name
+  done = checkpoints.read_done(run.workdir, name)
+  if done is not None:
+    _put_record(run.history, done['record'])
+    run.progress.message(f'{name}: done before, not trained again')
+    return None
+  directory = checkpoints.stage_directory(run.workdir, name)
+  with checkpoints.Checkpoints(directory) as saved:
+    state, record = _resume(run, task, saved) or _begin(run, task)
+    run.save_history()
+    run.progress.start_stage(
+      index,
+      name,
+      task.steps.total,
+      task.steps.per_epoch,
+      int(state.step),
+      dataset=task.stage.dataset,
+      start=_describe_start(record),
+    )
+    out = loop.Outputs(
+      record=record,
+      meta=_describe_weights(run, task),
+      checkpoints=saved,
+      progress=run.progress,
+      writer=run.writer,
+      stop=run.stop,
+      save_history=run.save_history,
+      left=left,
+    )
+    state = loop.train_stage(task, state, out)
+    history_lib.finish_stage(record)
+    meta = {**out.meta, 'epoch': record['epochs'][-1]}
+    saved.save_weights('final', int(state.step), state.variables, meta)
+    saved.mark_done({**out.meta, 'record': record})
+    left = time.monotonic()
+  run.save_history()
+  run.progress.end_stage(record)
+  return left
+
+
+def _resume(
+  run: Run, task: setup_lib.Task, saved: checkpoints.Checkpoints
+) -> tuple[state_lib.TrainState, dict[str, Any]] | None:
+  """Returns the interrupted stage's state and record, None if it is new."""
+  restored = saved.restore_latest(task.state_shapes)
+  if restored is None:
+    return None
+  state, meta = restored
+  if tuple(meta['classes']) != task.dataset.classes:
+    raise errors.UserError(
+      'The classes of the dataset are not those of the checkpoint.',
+      f'stage {task.stage.name!r}',
+      'Use another --workdir, or the data that the run began with.',
+    )
+  record = meta['record']
+  step = task.first_step + int(state.step)
+  record['resumed_at_steps'] = [*record.get('resumed_at_steps', []), step]
+  _put_record(run.history, record)
+  return state, record
+
+
+def _begin(
+  run: Run, task: setup_lib.Task
+) -> tuple[state_lib.TrainState, dict[str, Any]]:
+  """Returns the state that a stage starts from, and its new record."""
+  variables, origin = _hand_over(run, task)
+  fields = _describe_stage(task)
+  record = history_lib.begin_stage(run.history, **fields, transfer=origin)
+  variables = jax.device_put(variables, task.shardings.replicated)
+  return task.create_state(variables), record
+
+
+def _hand_over(
+  run: Run, task: setup_lib.Task
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns a stage's first variables and a record of their origin.
+
+  They come from the best weights of the nearest earlier stage that is done.
+  """
+  source = _find_source(run, task.stage)
+  if source is None:
+    fresh = task.init(task.init_rng)
+    modules = sorted(fresh['params'])
+    return fresh, {'from': None, 'carried': [], 'fresh': modules, 'dropped': []}
+  trained, meta = checkpoints.load_weights(run.workdir, source, 'best')
+  fresh = task.state_shapes.variables
+  head = task.init_head(task.init_rng)
+  fresh = {**fresh, 'params': {**fresh['params'], 'head': head}}
+  result = transfer.transfer(
+    trained, fresh, meta['classes'], task.dataset.classes
+  )
+  return result.variables, {
+    'from': source,
+    'weights': 'best',
+    'carried': list(result.carried),
+    'fresh': list(result.fresh),
+    'dropped': list(result.dropped),
+  }
+
+
+def _find_source(run: Run, stage: stages.Stage) -> str | None:
+  """Returns the nearest earlier stage that is done, None if there is none.
+
+  Stages before it in this call come first (`--only` decides their order),
+  then those of the config that an earlier call may have trained.
+  """
+  called = [s.name for s in run.setup.chosen]
+  ladder = [s.name for s in run.setup.stages]
+  before = called[: called.index(stage.name)]
+  left_out = ladder[: ladder.index(stage.name)]
+  for name in [*before[::-1], *left_out[::-1]]:
+    if checkpoints.read_done(run.workdir, name) is not None:
+      return name
+  return None
+
+
+def _put_record(history: dict[str, Any], record: dict[str, Any]) -> None:
+  """Lets what a checkpoint says of a stage replace what was noted of it."""
+  before = history_lib.find_stage(history, record['name'])
+  if before is None:
+    history['stages'].append(record)
+  else:
+    history['stages'][history['stages'].index(before)] = record
+
+
+def _describe_stage(task: setup_lib.Task) -> dict[str, Any]:
+  """Returns the fields of a stage's record that are known beforehand."""
+  stage = task.stage
+  stem = getattr(task.model, 'stem', None)
+  return {
+    'name': stage.name,
+    'description': stage.description,
+    'dataset': stage.dataset,
+    'num_classes': len(task.dataset.classes),
+    'image_size': stage.image_size,
+    'batch_size': stage.batch_size,
+    'optimizer': stage.optimizer,
+    'schedule': stage.schedule,
+    'learning_rate': stage.learning_rate,
+    'num_epochs': stage.num_epochs,
+    'steps_per_epoch': task.steps.per_epoch,
+    'num_train_images': len(task.dataset.train),
+    'num_eval_images': len(task.dataset.eval),
+    'num_params': state_lib.count_params(task.state_shapes.params),
+    'dtype': task.dtype.name,
+    'stem': stem._asdict() if stem is not None else None,
+  }
+
+
+def _describe_weights(run: Run, task: setup_lib.Task) -> dict[str, Any]:
+  """Returns what is stored with weights, so that they can be used alone."""
+  config = run.setup.config
+  return {
+    'stage': task.stage.name,
+    'classes': list(task.dataset.classes),
+    'model': config.model,
+    'num_filters': config.num_filters,
+    'stem_kernel': config.stem_kernel,
+    'image_size': task.stage.image_size,
+    'mean_rgb': list(config.mean_rgb),
+    'std_rgb': list(config.std_rgb),
+  }
+
+
+def _describe_start(record: Mapping[str, Any]) -> str:
+  """Returns where the weights come from, for a person."""
+  origin = record['transfer']
+  if record.get('resumed_at_steps'):
+    return f'resumed at step {record["resumed_at_steps"][-1]}'
+  if origin['from'] is None:
+    return 'fresh weights'
+  head = 'fresh head' if 'head' in origin['fresh'] else 'head carried'
+  return f'from {origin["from"]}, {head}'
+
+
+def _plan(task: setup_lib.Task) -> progress_lib.PlannedStage:
+  """Returns what is printed of a stage before the run starts."""
+  stage = task.stage
+  return progress_lib.PlannedStage(
+    name=stage.name,
+    num_train_images=len(task.dataset.train),
+    num_classes=len(task.dataset.classes),
+    image_size=stage.image_size,
+    batch_size=stage.batch_size,
+    total_steps=task.steps.total,
+    warmup_steps=task.steps.warmup,
+    peak_learning_rate=stage.learning_rate,
+    final_learning_rate=float(task.learning_rate_fn(task.steps.total - 1)),
+    parameters=state_lib.count_params(task.state_shapes.params),
+  )
+
+
+def _sample_learning_rate(task: setup_lib.Task) -> list[float]:
+  """Returns 200 rates, evenly spaced from the first step to the last."""
+  at = np.linspace(0, task.steps.total - 1, 200).round().astype(np.int32)
+  return jax.vmap(task.learning_rate_fn)(at).tolist()
+
+
+def _load_history(
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  allow_config_change: bool,
+) -> dict[str, Any]:
+  """Returns the history of `workdir`, a new one where there is none.
+
+  Raises:
+    UserError: if the run there began with another config.
+  """
+  path = workdir / 'training_history.json'
+  if not path.exists():
+    return history_lib.new_history(config_lib.config_hash(config))
+  history = history_lib.load_history(path)
+  before = workdir / 'config.json'
+  if before.exists() and not allow_config_change:
+    changes = config_lib.differences(
+      config_lib.to_json(config_lib.load_config(str(before))),
+      config_lib.to_json(stages.complete(config)),
+      tuple(stage['name'] for stage in history['stages']),
+    )
+    if changes:
+      more = ' ...' if len(changes) > 3 else ''
+      raise errors.UserError(
+        f'The run in {workdir} began with another config.',
+        '; '.join(changes[:3]) + more,
+        'Use another --workdir, or --allow_config_change to go on anyway.',
+      )
+  history['config_hash'] = config_lib.config_hash(config)
+  return history
+
+
+def _write_inputs(
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> None:
+  """Writes what runs and on what, before anything is compiled."""
+  if jax.process_index() != 0:
+    return
+  try:
+    plain = config_lib.to_json(stages.complete(config))
+    files.write_json(workdir / 'config.json', plain)
+    files.write_json(workdir / 'environment.json', environment.environment())
+  except OSError as e:
+    raise errors.UserError(
+      f'Cannot write to the workdir: {e.strerror}.',
+      f'--workdir={workdir}',
+      'Name a directory that you may write to.',
+    ) from None
+
+
+def _create_progress(num_stages: int) -> progress_lib.Progress:
+  """Returns what people see; only process 0 shows it."""
+  console = rich.console.Console(quiet=jax.process_index() != 0)
+  return progress_lib.Progress(num_stages, console=console)
+
+
+def _create_writer(workdir: pathlib.Path) -> Any:
+  """Returns clu's TensorBoard writer; only process 0 writes."""
+  # TensorFlow takes seconds to import, and only this needs it.
+  import tensorflow as tf
+  from clu import metric_writers
+
+  tf.config.set_visible_devices([], 'GPU')  # It would take all their memory.
+  writers = []
+  if jax.process_index() == 0:
+    logdir = str(workdir / 'tensorboard')
+    writers.append(metric_writers.SummaryWriter(logdir))
+  return metric_writers.AsyncMultiWriter(writers)

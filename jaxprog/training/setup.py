@@ -1,0 +1,248 @@
+"""What config, data and devices decide before there are any weights."""
+
+import dataclasses
+import functools
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from ml_collections import config_dict
+
+from jaxprog import errors
+from jaxprog import stages as stages_lib
+from jaxprog.data import sources
+from jaxprog.models import resnet
+from jaxprog.optim import optimizers, schedules
+from jaxprog.training import devices
+from jaxprog.training import state as state_lib
+from jaxprog.training import steps as steps_lib
+
+# Called with num_classes, image_size and dtype; returns a Flax module whose
+# classifier is named head.
+ModelFn = Callable[..., nn.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What all stages of one call have in common."""
+
+  config: config_dict.ConfigDict
+  # Every stage of the config, and those that this call is about, in order.
+  stages: tuple[stages_lib.Stage, ...]
+  chosen: tuple[stages_lib.Stage, ...]
+  datasets: Mapping[str, sources.Dataset]
+  steps: Mapping[str, stages_lib.Steps]
+  model_fn: ModelFn
+  shardings: devices.Shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """All that stays the same while one stage trains."""
+
+  config: config_dict.ConfigDict
+  stage: stages_lib.Stage
+  steps: stages_lib.Steps
+  dataset: sources.Dataset
+  model: nn.Module
+  dtype: Any
+  tx: optax.GradientTransformation
+  learning_rate_fn: optax.Schedule
+  # The state as shapes, dtypes and shardings.
+  state_shapes: state_lib.TrainState
+  # What runs on the devices: init(rng) -> variables, init_head(rng) -> the
+  # head's part of them, create_state(variables) -> state,
+  # train_step(state, batch, rng) -> (state, metrics),
+  # eval_step(variables, batch, sums) -> sums.
+  init: Any
+  init_head: Any
+  create_state: Any
+  train_step: Any
+  eval_step: Any
+  shardings: devices.Shardings
+  # Decides the order of examples, fresh weights and augmentation.
+  seed: int
+  init_rng: jax.Array
+  step_rng: jax.Array
+  # Steps of the stages before this one: TensorBoard's x axis goes on.
+  first_step: int
+
+  @property
+  def num_workers(self) -> int:
+    """Threads that read ahead: those asked for, else one a core."""
+    return self.config.num_workers or min(os.cpu_count() or 1, 16)
+
+  def batch_shapes(self, batch_size: int) -> steps_lib.Batch:
+    """Returns a global batch as shapes, dtypes and shardings."""
+    side = self.stage.image_size
+    shapes = {
+      'image': jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8),
+      'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+      'mask': jax.ShapeDtypeStruct((batch_size,), jnp.bool_),
+    }
+    return _place(shapes, self.shardings.batch)
+
+
+def create_setup(
+  config: config_dict.ConfigDict,
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+  model: ModelFn | None = None,
+) -> Setup:
+  """Returns the chosen stages with their data, found and checked.
+
+  Raises:
+    UserError: for any mistake in the config, the devices or the data.
+  """
+  all_stages = stages_lib.create_stages(config)
+  chosen = stages_lib.select(all_stages, only, skip)
+  devices.keep_compiled(config.compilation_cache_dir)
+  devices.check_platform(config.platform)
+  datasets = load_datasets(config, chosen)
+  return Setup(
+    config=config,
+    stages=all_stages,
+    chosen=chosen,
+    datasets=datasets,
+    steps={
+      stage.name: stages_lib.count_steps(stage, len(datasets[stage.name].train))
+      for stage in chosen
+    },
+    model_fn=model or _model_fn(config),
+    shardings=devices.create_shardings(devices.create_mesh()),
+  )
+
+
+def load_datasets(
+  config: config_dict.ConfigDict, chosen: Sequence[stages_lib.Stage]
+) -> dict[str, sources.Dataset]:
+  """Returns the dataset of each stage, by the stage's name.
+
+  All are looked for before the first is prepared: a dataset missing in the
+  last stage is said at once, not hours later.
+  """
+  for stage in chosen:
+    try:
+      sources.check_dataset(stage.dataset, config.data_dir)
+    except errors.UserError as e:
+      where = f'stage {stage.name!r}: {e.where}'
+      raise errors.UserError(e.what, where, e.suggestion) from None
+  return {
+    stage.name: sources.load_dataset(
+      stage.dataset,
+      config.data_dir,
+      classes=stage.classes,
+      num_classes=stage.num_classes,
+      where=f'stage {stage.name!r}',
+    )
+    for stage in chosen
+  }
+
+
+def create_task(setup: Setup, stage: stages_lib.Stage) -> Task:
+  """Returns the model, the optimizer and both steps of `stage`."""
+  dataset, stage_steps = setup.datasets[stage.name], setup.steps[stage.name]
+  dtype = devices.resolve_dtype(
+    setup.config.dtype, stage.mixed_precision, jax.default_backend()
+  )
+  model = setup.model_fn(
+    num_classes=len(dataset.classes), image_size=stage.image_size, dtype=dtype
+  )
+  learning_rate_fn = schedules.create_learning_rate_fn(stage, stage_steps)
+  tx = optimizers.create_optimizer(stage, learning_rate_fn)
+  pixels = setup.config.mean_rgb, setup.config.std_rgb
+  replicated, divided = setup.shardings
+  seed = zlib.crc32(f'{setup.config.seed}/{stage.name}'.encode())
+  init_rng, step_rng = jax.random.split(jax.random.key(seed))
+  init = functools.partial(state_lib.init_variables, model, stage.image_size)
+  create_state = functools.partial(state_lib.create_state, tx=tx)
+  state_shapes = jax.eval_shape(lambda rng: create_state(init(rng)), init_rng)
+  return Task(
+    config=setup.config,
+    stage=stage,
+    steps=stage_steps,
+    dataset=dataset,
+    model=model,
+    dtype=jnp.dtype(dtype),
+    tx=tx,
+    learning_rate_fn=learning_rate_fn,
+    state_shapes=_place(state_shapes, replicated),
+    init=jax.jit(init, out_shardings=replicated),
+    init_head=jax.jit(
+      lambda rng: init(rng)['params']['head'], out_shardings=replicated
+    ),
+    create_state=jax.jit(create_state, out_shardings=replicated),
+    train_step=jax.jit(
+      steps_lib.create_train_step(model, tx, learning_rate_fn, stage, pixels),
+      in_shardings=(replicated, divided, replicated),
+      out_shardings=replicated,
+      donate_argnums=0,
+    ),
+    eval_step=jax.jit(
+      steps_lib.create_eval_step(model, pixels),
+      in_shardings=(replicated, divided, replicated),
+      out_shardings=replicated,
+    ),
+    shardings=setup.shardings,
+    seed=seed,
+    init_rng=jax.device_put(init_rng, replicated),
+    step_rng=jax.device_put(step_rng, replicated),
+    first_step=_count_steps_before(setup, stage),
+  )
+
+
+def compile_task(task: Task, *, carried: bool) -> Task:
+  """Returns `task` with all that it runs compiled, from shapes alone.
+
+  It may run in the background while another stage trains. A stage to which
+  weights are `carried` draws at most a new head, which compiles in a fifth of
+  the time.
+  """
+  init = 'init_head' if carried else 'init'
+  state = task.state_shapes
+  batch_size, num_devices = task.stage.batch_size, jax.device_count()
+  sums = _place(
+    jax.eval_shape(steps_lib.zero_eval_sums), task.shardings.replicated
+  )
+  return dataclasses.replace(
+    task,
+    **{init: getattr(task, init).lower(task.init_rng).compile()},
+    create_state=task.create_state.lower(state.variables).compile(),
+    train_step=task.train_step.lower(
+      state, task.batch_shapes(batch_size), task.step_rng
+    ).compile(),
+    eval_step=task.eval_step.lower(
+      state.variables,
+      task.batch_shapes(-(-batch_size // num_devices) * num_devices),
+      sums,
+    ).compile(),
+  )
+
+
+def _place(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
+  """Returns `shapes` with `sharding` on every leaf."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+  )
+
+
+def _count_steps_before(setup: Setup, stage: stages_lib.Stage) -> int:
+  """Returns how many steps the chosen stages before `stage` take."""
+  names = [s.name for s in setup.chosen]
+  before = names[: names.index(stage.name)]
+  return sum(setup.steps[name].total for name in before)
+
+
+def _model_fn(config: config_dict.ConfigDict) -> ModelFn:
+  return functools.partial(
+    resnet.create_model,
+    config.model,
+    num_filters=config.num_filters,
+    stem_kernel=config.stem_kernel,
+  )

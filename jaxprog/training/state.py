@@ -1,0 +1,66 @@
+"""Everything a stage's training has learned or counted, as one pytree."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+METRICS = ('count', 'loss', 'top1', 'grad_norm', 'steps')
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What a checkpoint holds; `step` and `opt_state` restart each stage.
+
+  `metrics` are the sums of the open epoch, so that an epoch that was
+  interrupted ends with the same figures as one that was not.
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  metrics: dict[str, jax.Array]
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What the model is applied to."""
+    return {'params': self.params, 'batch_stats': self.batch_stats}
+
+
+def init_variables(
+  model: nn.Module, image_size: int, rng: jax.Array
+) -> dict[str, Any]:
+  """Returns fresh `params` and `batch_stats`."""
+  images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
+  variables = model.init(rng, images, train=False)
+  return {
+    'params': variables['params'],
+    'batch_stats': variables.get('batch_stats', {}),
+  }
+
+
+def create_state(
+  variables: dict[str, Any], tx: optax.GradientTransformation
+) -> TrainState:
+  """Returns the state of a stage that starts from `variables`."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=variables['params'],
+    batch_stats=variables['batch_stats'],
+    opt_state=tx.init(variables['params']),
+    metrics=zero_metrics(),
+  )
+
+
+def zero_metrics() -> dict[str, jax.Array]:
+  """Returns the sums of an epoch that has not begun."""
+  return {name: jnp.zeros((), jnp.float32) for name in METRICS}
+
+
+def count_params(params: Any) -> int:
+  """Returns how many numbers `params` holds."""
+  return sum(x.size for x in jax.tree.leaves(params))
