@@ -1,0 +1,94 @@
+"""What a run ran on."""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+_PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'clu',
+  'grain',
+  'ml_collections',
+  'numpy',
+  'tensorflow',
+  'tensorflow-cpu',
+  'tensorflow-datasets',
+)
+
+
+def environment() -> dict[str, Any]:
+  """Returns what environment.json holds: time, machine, versions, devices.
+
+  Never fails for something that is missing: a package that is not installed
+  is left out, and 'git' and 'devices' are None where there are none. Devices
+  are listed only if JAX was imported before: asking starts its backend.
+  """
+  now = datetime.datetime.now(datetime.UTC)
+  return {
+    'time': now.isoformat(timespec='seconds'),
+    'host': platform.node(),
+    'platform': platform.platform(),
+    'cpu_count': os.cpu_count(),
+    'python': platform.python_version(),
+    'versions': _versions(),
+    'devices': _devices(),
+    'git': _git(pathlib.Path(__file__).parent),
+    'command': shlex.join(sys.orig_argv),
+  }
+
+
+def _versions() -> dict[str, str]:
+  versions = {}
+  for name in _PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return versions
+
+
+def _devices() -> dict[str, Any] | None:
+  jax = sys.modules.get('jax')
+  if jax is None:
+    return None
+  return {
+    'platform': jax.default_backend(),
+    'kind': jax.devices()[0].device_kind,
+    'count': jax.device_count(),
+    'process_count': jax.process_count(),
+  }
+
+
+def _git(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the commit of this program's checkout, None outside of one.
+
+  Only where this file is tracked: a copy installed below some other project's
+  checkout must not carry that project's commit.
+  """
+  try:
+    _run_git(folder, 'ls-files', '--error-unmatch', '__init__.py')
+    commit = _run_git(folder, 'rev-parse', 'HEAD')
+    dirty = bool(_run_git(folder, 'status', '--porcelain'))
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return {'commit': commit, 'dirty': dirty}
+
+
+def _run_git(folder: pathlib.Path, *arguments: str) -> str:
+  return subprocess.run(
+    ('git', '-C', str(folder), *arguments),
+    check=True,
+    capture_output=True,
+    text=True,
+    timeout=10,
+  ).stdout.strip()

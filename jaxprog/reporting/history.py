@@ -1,0 +1,182 @@
+"""The history of a run: plain dicts that say what each epoch came to.
+
+    {'version': 1, 'config_hash': ..., 'stages': [stage, ...]}
+
+Epochs count from 1: row 3 was written when the third epoch was over.
+Accuracies are fractions in [0, 1], times seconds, `global_step` counts over
+all stages. The functions change the dicts they are given and return them.
+"""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any, TypeGuard
+
+from jaxprog import errors, files
+
+History = dict[str, Any]
+Stage = dict[str, Any]
+Row = dict[str, Any]
+
+VERSION = 1
+
+STAGE_FIELDS = (
+  'name',
+  'dataset',
+  'num_classes',
+  'image_size',
+  'batch_size',
+  'optimizer',
+  'schedule',
+  'num_epochs',
+  'steps_per_epoch',
+  'num_train_images',
+  'num_eval_images',
+  'transfer',
+)
+ROW_FIELDS = (
+  'epoch',
+  'global_step',
+  'train_loss',
+  'train_top1',
+  'val_loss',
+  'val_top1',
+  'val_top5',
+  'learning_rate',
+  'grad_norm',
+  'seconds',
+  'images_per_second',
+  'input_wait',
+)
+STATUSES = ('done', 'running', 'stopped_early')
+
+
+def new_history(config_hash: str) -> History:
+  """Returns a history without stages."""
+  return {'version': VERSION, 'config_hash': config_hash, 'stages': []}
+
+
+def find_stage(history: History, name: str) -> Stage | None:
+  """Returns the stage of that name, None if it was never begun."""
+  return next((s for s in history['stages'] if s['name'] == name), None)
+
+
+def begin_stage(history: History, **fields: Any) -> Stage:
+  """Returns a running stage without rows, in place of one of the same name.
+
+  Whether a stage is begun, resumed or done is for its checkpoints to say, not
+  for this file, which a crash may leave a little ahead or behind.
+
+  Args:
+    history: changed in place.
+    **fields: all of `STAGE_FIELDS`; others are kept as they are.
+  """
+  _check_fields(fields, STAGE_FIELDS, 'A stage')
+  stage = {
+    **fields,
+    'status': 'running',
+    'seconds': 0.0,
+    'best': None,
+    'epochs': [],
+  }
+  stages, before = history['stages'], find_stage(history, fields['name'])
+  if before is None:
+    stages.append(stage)
+  else:
+    stages[stages.index(before)] = stage
+  return stage
+
+
+def add_epoch(stage: Stage, **row: Any) -> Row:
+  """Returns the row added to `stage`, in place of one of the same epoch.
+
+  Also brings the stage's 'best' and 'seconds' up to date.
+
+  Args:
+    stage: changed in place.
+    **row: all of `ROW_FIELDS`, None where there is no value; others are kept.
+  """
+  _check_fields(row, ROW_FIELDS, 'An epoch')
+  rows = [r for r in stage['epochs'] if r['epoch'] != row['epoch']] + [row]
+  stage['epochs'] = sorted(rows, key=lambda r: r['epoch'])
+  stage['best'] = best_epoch(stage['epochs'])
+  stage['seconds'] = sum(
+    (r['seconds'] or 0.0) + r.get('eval_seconds', 0.0) for r in stage['epochs']
+  )
+  return row
+
+
+def best_epoch(rows: list[Row]) -> dict[str, Any] | None:
+  """Returns {'epoch', 'top1'} of the highest `val_top1`, the first of equals.
+
+  None where no row has a finite one.
+  """
+  rated = [r for r in rows if is_number(r['val_top1'])]
+  if not rated:
+    return None
+  best = max(rated, key=lambda r: r['val_top1'])
+  return {'epoch': best['epoch'], 'top1': best['val_top1']}
+
+
+def finish_stage(
+  stage: Stage, status: str = 'done', seconds: float | None = None
+) -> Stage:
+  """Returns `stage`, finished; its time is `seconds`, else its epochs'."""
+  if status not in STATUSES:
+    raise ValueError(f'Unknown status of a stage: {status!r}.')
+  stage['status'] = status
+  if seconds is not None:
+    stage['seconds'] = seconds
+  return stage
+
+
+def save_history(path: str | os.PathLike[str], history: History) -> None:
+  """Writes training_history.json atomically; NaN and infinities as null."""
+  files.write_json(path, history)
+
+
+def load_history(path: str | os.PathLike[str]) -> History:
+  """Returns the history saved at `path`.
+
+  Raises:
+    UserError: where there is none, or something else.
+  """
+  try:
+    history = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise errors.UserError(
+      'There is no training history here yet.',
+      str(path),
+      'Name a workdir in which at least one epoch was trained.',
+    ) from None
+  except ValueError as error:
+    raise errors.UserError(
+      f'The training history is damaged: {error}.',
+      str(path),
+      'Move it away: training goes on from the checkpoints without it.',
+    ) from None
+  if not isinstance(history, dict) or not isinstance(
+    history.get('stages'), list
+  ):
+    raise errors.UserError('This is not a training history.', str(path))
+  if history.get('version') != VERSION:
+    raise errors.UserError(
+      f'The training history has version {history.get("version")!r}; '
+      f'this program reads version {VERSION}.',
+      str(path),
+    )
+  return history
+
+
+def is_number(value: float | None) -> TypeGuard[float]:
+  """Returns whether `value` can be compared and drawn: not None, NaN, inf."""
+  return value is not None and math.isfinite(value)
+
+
+def _check_fields(
+  given: dict[str, Any], wanted: tuple[str, ...], what: str
+) -> None:
+  missing = [field for field in wanted if field not in given]
+  if missing:
+    raise ValueError(f'{what} of a history lacks {", ".join(missing)}.')

@@ -1,0 +1,341 @@
+"""The picture of a run: loss, accuracy and learning rate over all stages."""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib.axes
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+import matplotlib.text
+import matplotlib.ticker
+import numpy as np
+
+from jaxprog import files
+from jaxprog.reporting import history as history_lib
+
+# Okabe and Ito's blue and vermilion: apart for colour-blind readers too.
+TRAIN, VAL, TOP5 = '#0072b2', '#d55e00', '#e0a070'
+RATE, INK, GRID, SHADE = '#4d4d4d', '#333333', '#e6e6e6', '#f4f4f4'
+
+# Above this ratio of its extremes the learning rate is drawn on a log scale.
+LOG_RATIO = 20.0
+# One-cycle ends millions below its peak; what is further down is cut off.
+LOG_DECADES = 5
+
+LearningRates = Mapping[str, Sequence[float]]
+Axes = matplotlib.axes.Axes
+
+
+class _Span(NamedTuple):
+  """The part of the x axis, in epochs, that belongs to a stage."""
+
+  stage: Mapping[str, Any]
+  begin: float
+  end: float
+
+  def epochs(self) -> np.ndarray:
+    return np.array([self.begin + r['epoch'] for r in self.stage['epochs']])
+
+  def values(self, field: str) -> np.ndarray:
+    """Returns a value for each row, NaN where the history has none."""
+    values = [row[field] for row in self.stage['epochs']]
+    return np.array(
+      [v if history_lib.is_number(v) else np.nan for v in values], float
+    )
+
+
+def plot_history(
+  history: Mapping[str, Any],
+  path: str | os.PathLike[str],
+  learning_rates: LearningRates | None = None,
+) -> None:
+  """Writes training_metrics.png: all stages side by side on one axis of epochs.
+
+  Args:
+    history: as in training_history.json, finished or under way.
+    path: replaced atomically, so that it can be looked at during a run.
+    learning_rates: by name of a stage, the rates of all its epochs at even
+      distances; without it there is one point an epoch, which hides what a
+      schedule does within it.
+  """
+  figure = matplotlib.figure.Figure(figsize=(12, 8.5), dpi=130)
+  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  spans = _spans(history['stages'])
+  loss, accuracy, rate = figure.subplots(
+    3, 1, sharex=True, height_ratios=(3, 3, 2)
+  )
+  figure.subplots_adjust(
+    left=0.07, right=0.92, bottom=0.065, top=0.9, hspace=0.09
+  )
+  for axes, title in (
+    (loss, 'loss'),
+    (accuracy, 'accuracy (%)'),
+    (rate, 'learning rate'),
+  ):
+    _style(axes, title, spans)
+  _draw_loss(loss, spans)
+  _draw_accuracy(accuracy, spans)
+  _draw_rate(rate, spans, learning_rates or {})
+  rate.set_xlabel('epochs, all stages', color=INK)
+  _title(figure, history['stages'])
+  if spans:
+    _name_stages(figure, loss, spans)
+  else:
+    figure.text(0.5, 0.5, 'no epoch finished yet', ha='center', color=INK)
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png', metadata={'Software': None})
+  files.write_bytes(path, buffer.getvalue())
+
+
+def _spans(stages: Sequence[Mapping[str, Any]]) -> list[_Span]:
+  """Returns the stages that have rows, end to end."""
+  spans, begin = [], 0.0
+  for stage in stages:
+    if stage['epochs']:
+      end = begin + stage['epochs'][-1]['epoch']
+      spans.append(_Span(stage, begin, end))
+      begin = end
+  return spans
+
+
+def _style(axes: Axes, title: str, spans: Sequence[_Span]) -> None:
+  axes.set_ylabel(title, color=INK)
+  axes.grid(color=GRID, linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.tick_params(colors=INK, length=0, labelsize=9)
+  for side in ('top', 'right', 'left'):
+    axes.spines[side].set_visible(False)
+  axes.spines['bottom'].set_color('#bbbbbb')
+  axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+  if not spans:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return
+  axes.set_xlim(0, spans[-1].end * 1.01)
+  for i, span in enumerate(spans):
+    if i % 2:
+      axes.axvspan(span.begin, span.end, color=SHADE, linewidth=0, zorder=0)
+    if i:
+      axes.axvline(span.begin, color='#bbbbbb', linewidth=0.8)
+
+
+def _draw_loss(axes: Axes, spans: Sequence[_Span]) -> None:
+  _line(axes, spans, 'train_loss', TRAIN)
+  _line(axes, spans, 'val_loss', VAL)
+  _label_ends(
+    axes, spans, {'train_loss': ('train', TRAIN), 'val_loss': ('val', VAL)}
+  )
+
+
+def _draw_accuracy(axes: Axes, spans: Sequence[_Span]) -> None:
+  lines = {
+    'val_top5': ('val top-5', TOP5),
+    'train_top1': ('train top-1', TRAIN),
+    'val_top1': ('val top-1', VAL),
+  }
+  for field, (_, color) in lines.items():
+    _line(axes, spans, field, color, scale=100)
+  _label_ends(axes, spans, lines, scale=100)
+  if spans:
+    # Room for the labels of best epochs near 100 %.
+    axes.set_ylim(0, 108)
+    axes.set_yticks(range(0, 101, 20))
+  for span in spans:
+    _mark_best(axes, span)
+
+
+def _draw_rate(
+  axes: Axes, spans: Sequence[_Span], learning_rates: LearningRates
+) -> None:
+  drawn = []
+  for span in spans:
+    rates = np.asarray(learning_rates.get(span.stage['name'], ()), float)
+    if rates.size > 1:
+      epochs = np.linspace(0, span.stage['num_epochs'], rates.size)
+      trained = epochs <= span.end - span.begin
+      x, rates = span.begin + epochs[trained], rates[trained]
+      axes.plot(x, rates, color=RATE, linewidth=1.5)
+    else:
+      rates = span.values('learning_rate')
+      _line(axes, [span], 'learning_rate', RATE)
+    drawn.append(rates)
+  rates = np.concatenate([*drawn, []])
+  positive = rates[rates > 0]
+  if positive.size and positive.max() > LOG_RATIO * positive.min():
+    axes.set_yscale('log', nonpositive='mask')
+    floor = max(positive.min(), positive.max() / 10**LOG_DECADES)
+    axes.set_ylim(floor / 2, positive.max() * 2)
+    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+  elif positive.size:
+    axes.set_ylim(0, positive.max() * 1.1)
+    axes.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
+
+
+def _line(
+  axes: Axes,
+  spans: Sequence[_Span],
+  field: str,
+  color: str,
+  scale: float = 1.0,
+) -> None:
+  """Draws one line a stage, with points where a line alone would not show."""
+  for span in spans:
+    values = span.values(field) * scale
+    finite = np.isfinite(values)
+    neighbours = np.convolve(finite, (1, 0, 1), 'same') > 0
+    few = finite & ~neighbours if len(values) > 6 else finite
+    axes.plot(
+      span.epochs(),
+      values,
+      color=color,
+      linewidth=1.5,
+      marker='o',
+      markersize=3.5,
+      markevery=list(np.flatnonzero(few)),
+    )
+
+
+def _label_ends(
+  axes: Axes,
+  spans: Sequence[_Span],
+  lines: Mapping[str, tuple[str, str]],
+  scale: float = 1.0,
+) -> None:
+  """Names the lines at their right ends, moved apart where they are close."""
+  if not spans:
+    return
+  ends = []
+  for field, (label, color) in lines.items():
+    values = spans[-1].values(field)
+    finite = values[np.isfinite(values)] * scale
+    if finite.size:
+      ends.append((finite[-1], label, color))
+  low, high = axes.get_ylim() if scale == 1 else (0.0, 108.0)
+  # A label is 5.5 % of the panel high.
+  heights = _spread([(e[0] - low) / (high - low) for e in sorted(ends)], 0.055)
+  for height, (_, label, color) in zip(heights, sorted(ends), strict=True):
+    axes.annotate(
+      label,
+      (1.005, height),
+      xycoords='axes fraction',
+      va='center',
+      color=color,
+      fontsize=9,
+      annotation_clip=False,
+    )
+
+
+def _spread(heights: Sequence[float], distance: float) -> list[float]:
+  """Returns ascending `heights` at least `distance` apart, below 1."""
+  spread: list[float] = []
+  for height in heights:
+    spread.append(max(height, spread[-1] + distance if spread else 0.0))
+  limit = 1.0
+  for i in reversed(range(len(spread))):
+    spread[i] = min(spread[i], limit)
+    limit = spread[i] - distance
+  return spread
+
+
+def _mark_best(axes: Axes, span: _Span) -> None:
+  best = span.stage['best']
+  if not best:
+    return
+  x, y = span.begin + best['epoch'], 100 * best['top1']
+  axes.plot(x, y, 'o', color=VAL, markeredgecolor='white', markersize=7)
+  # On the side where training has been, except at the panel's left edge.
+  right = x > 0.08 * axes.get_xlim()[1]
+  axes.annotate(
+    f'{y:.1f}%',
+    (x, y),
+    xytext=(2 if right else -2, -8),
+    textcoords='offset points',
+    ha='right' if right else 'left',
+    va='top',
+    color=VAL,
+    fontsize=9.5,
+    fontweight='bold',
+    bbox={'color': 'white', 'alpha': 0.6, 'pad': 0.8, 'linewidth': 0},
+  )
+
+
+def _name_stages(
+  figure: matplotlib.figure.Figure, axes: Axes, spans: Sequence[_Span]
+) -> None:
+  """Writes each name above the beginning of its stage.
+
+  From right to left, on the lowest line where it meets no name: so the lines
+  that lead down to the stages pass by the names of later ones.
+  """
+  right_edge = axes.get_window_extent().x1
+  taken: list[float] = []
+  for span in reversed(spans):
+    text = _above(axes, span.begin, 2, 5)
+    name, size = span.stage['name'], span.stage['image_size']
+    text.set_text(f'{_shorten(name)}  {size} px')
+    box = text.get_window_extent()
+    shift = min(right_edge - box.x1, 0)
+    left, right = box.x0 + shift, box.x1 + shift
+    line = next(
+      (i for i, begin in enumerate(taken) if right + 6 < begin), len(taken)
+    )
+    taken[line : line + 1] = [left]
+    text.set_position((2 + shift * 72 / figure.dpi, 5 + 13 * line))
+    if line:
+      _leader(axes, span.begin, 5 + 13 * line)
+  top = 1 - (36 + 13 * len(taken)) / (72 * figure.get_figheight())
+  figure.subplots_adjust(top=top)
+
+
+def _above(
+  axes: Axes, x: float, right: float, up: float
+) -> matplotlib.text.Annotation:
+  """Returns an empty text at epoch `x`, `up` points above the panel."""
+  return axes.annotate(
+    '',
+    (x, 1.0),
+    xycoords=('data', 'axes fraction'),
+    xytext=(right, up),
+    textcoords='offset points',
+    color=INK,
+    fontsize=9,
+    bbox={'color': 'white', 'pad': 0.5, 'linewidth': 0},
+    annotation_clip=False,
+  )
+
+
+def _leader(axes: Axes, x: float, height: float) -> None:
+  """Draws a thin line from a stage up to its name, `height` in points."""
+  axes.annotate(
+    '',
+    (x, 1.0),
+    xycoords=('data', 'axes fraction'),
+    xytext=(0, height),
+    textcoords='offset points',
+    arrowprops={
+      'arrowstyle': '-',
+      'color': '#bbbbbb',
+      'linewidth': 0.8,
+      'shrinkA': 0,
+      'shrinkB': 0,
+    },
+    annotation_clip=False,
+    zorder=0,
+  )
+
+
+def _shorten(name: str, width: int = 28) -> str:
+  return name if len(name) <= width else f'{name[: width - 1]}…'
+
+
+def _title(
+  figure: matplotlib.figure.Figure, stages: Sequence[Mapping[str, Any]]
+) -> None:
+  running = [s['name'] for s in stages if s['status'] == 'running']
+  text = f'in training: {running[-1]}' if running else ''
+  figure.text(
+    0.07, 0.965, 'Training metrics', fontsize=14, color=INK, weight='bold'
+  )
+  figure.text(0.92, 0.965, text, fontsize=10, color=INK, ha='right')

@@ -1,0 +1,450 @@
+"""The report in words: training_report.txt and the table after a run."""
+
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import rich.box
+import rich.table
+
+from jaxprog.reporting import history as history_lib
+from jaxprog.reporting import progress
+
+WIDTH = 80
+
+# Train top-1 above validation top-1 by more than this, at the end of a stage,
+# is named overfitting.
+OVERFITTING_GAP = 0.10
+
+
+class Expectation(NamedTuple):
+  """What the mission expects of a stage, and the size it speaks of."""
+
+  top1: tuple[float, float]
+  minutes: tuple[float, float]
+  num_train_images: int
+  num_epochs: int
+
+
+# By dataset. The mission states these ranges without evidence.
+EXPECTATIONS = {
+  'imagenette': Expectation((0.85, 0.95), (30, 30), 9_469, 20),
+  'tiny_imagenet': Expectation((0.60, 0.70), (60, 120), 100_000, 30),
+  'imagenet_mini': Expectation((0.45, 0.55), (120, 180), 34_745, 40),
+  'imagenet2012': Expectation((0.70, 0.80), (300, 420), 1_281_167, 60),
+}
+
+
+class Score(NamedTuple):
+  """A stage beside its expectation; verdicts: below, within, above or ''."""
+
+  stage: str
+  dataset: str
+  top1: float | None
+  minutes: float
+  expectation: Expectation | None
+  top1_verdict: str
+  minutes_verdict: str
+  comparable: bool
+
+
+def report(
+  history: Mapping[str, Any],
+  environment: Mapping[str, Any] | None = None,
+  planned: Sequence[str] = (),
+) -> str:
+  """Returns the report as plain text, at most 80 columns wide.
+
+  Args:
+    history: of a run that is finished or under way.
+    environment: what environment.json holds.
+    planned: names of all stages of the config, so that the report can say
+      which of them were not run.
+  """
+  stages = history['stages']
+  sections = [
+    ('Training report', _header(history, environment)),
+    ('Stages', _stage_table(stages)),
+    ('Results', _result_table(stages)),
+    ('Weights carried over', _transfer_table(stages)),
+    ('Scorecard', _scorecard_lines(history)),
+    ('Notes', _notes(stages, planned)),
+  ]
+  if not stages:
+    del sections[1:5]
+  return (
+    '\n\n'.join(
+      '\n'.join((title, '=' * len(title), *lines)) for title, lines in sections
+    )
+    + '\n'
+  )
+
+
+def summary_table(history: Mapping[str, Any]) -> rich.table.Table:
+  """Returns a table of the stages' results, to be printed after a run."""
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+  columns = ('stage', 'px', 'best top-1', 'epoch', 'top-5', 'time', 'status')
+  for column in columns:
+    right = column not in ('stage', 'status')
+    table.add_column(
+      column, justify='right' if right else 'left', no_wrap=column != 'status'
+    )
+  for stage in history['stages']:
+    best = _best_row(stage)
+    epoch = f'{best["epoch"]}/{_epochs(stage)}' if best else '-'
+    table.add_row(
+      stage['name'],
+      str(stage['image_size']),
+      progress.format_percent(best['val_top1'] if best else None),
+      epoch,
+      progress.format_percent(best['val_top5'] if best else None),
+      progress.format_duration(stage['seconds']),
+      stage['status'].replace('_', ' '),
+    )
+  return table
+
+
+def scorecard(history: Mapping[str, Any]) -> list[Score]:
+  """Returns every stage beside what the mission expects of its dataset.
+
+  Compared is what is printed: top-1 in tenths of a percent, time in minutes.
+  """
+  return [_score(stage) for stage in history['stages']]
+
+
+def overfitting_gap(stage: Mapping[str, Any]) -> float | None:
+  """Returns train minus validation top-1 in the last epoch, None if unknown.
+
+  Train top-1 is a running average over the epoch, on augmented images, so the
+  gap on equal terms is larger.
+  """
+  return _gap(stage['epochs'][-1]) if stage['epochs'] else None
+
+
+def _header(
+  history: Mapping[str, Any], environment: Mapping[str, Any] | None
+) -> list[str]:
+  pairs = [('config', history['config_hash'] or '-')]
+  if environment:
+    devices = environment.get('devices') or {}
+    git = environment.get('git') or {}
+    dirty = ' with uncommitted changes' if git.get('dirty') else ''
+    count = f'{devices.get("count")} x {devices.get("kind")}'
+    processes = devices.get('process_count', 1)
+    spread = f', {processes} processes' if processes > 1 else ''
+    versions = environment.get('versions', {})
+    shown = ('jax', 'flax', 'optax', 'orbax-checkpoint')
+    pairs += [
+      ('date', environment.get('time', '-')),
+      ('host', environment.get('host', '-')),
+      ('platform', environment.get('platform', '-')),
+      ('devices', count + spread if devices else '-'),
+      ('commit', git.get('commit', '-') + dirty),
+      ('python', environment.get('python', '-')),
+      (
+        'versions',
+        ', '.join(f'{k} {versions[k]}' for k in shown if k in versions),
+      ),
+      ('command', environment.get('command', '-')),
+    ]
+  total = sum(stage['seconds'] for stage in history['stages'])
+  pairs.append(('trained', progress.format_duration(total)))
+  return [line for pair in pairs for line in _definition(*pair)]
+
+
+def _stage_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+  rows = [
+    (
+      stage['name'],
+      stage['dataset'],
+      str(stage['num_classes']),
+      f'{stage["num_train_images"]:,}',
+      f'{stage["num_eval_images"]:,}',
+      str(stage['image_size']),
+      str(stage['batch_size']),
+      f'{_trained(stage)}/{_epochs(stage)}',
+    )
+    for stage in stages
+  ]
+  titles = 'stage', 'dataset', 'classes', 'train', 'val', 'px', 'batch'
+  return _table((*titles, 'epochs'), rows, left=(0, 1))
+
+
+def _result_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+  rows = []
+  for stage in stages:
+    best = stage['best'] or {'epoch': '-', 'top1': None}
+    last = stage['epochs'][-1] if stage['epochs'] else {}
+    speeds = [
+      row['images_per_second']
+      for row in stage['epochs']
+      if history_lib.is_number(row['images_per_second'])
+    ]
+    speed = {'images_per_second': statistics.median(speeds) if speeds else None}
+    rows.append(
+      (
+        stage['name'],
+        progress.format_percent(best['top1']),
+        str(best['epoch']),
+        progress.format_percent(last.get('val_top1')),
+        progress.format_percent(last.get('val_top5')),
+        progress.format_duration(stage['seconds']),
+        progress.format_cell('images_per_second', speed),
+        stage['status'].replace('_', ' '),
+      )
+    )
+  titles = 'stage', 'best', 'epoch', 'last', 'top-5', 'time', 'images/s'
+  lines = _table((*titles, 'status'), rows, left=(0, 7))
+  note = 'best and last are top-1, top-5 is of the last epoch, on val images.'
+  return [*lines, '', note]
+
+
+def _transfer_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+  rows = []
+  for stage in stages:
+    transfer = stage['transfer'] or {}
+    rows.append(
+      (
+        stage['name'],
+        transfer.get('from') or '-',
+        *(_names(transfer.get(k)) for k in ('carried', 'fresh', 'dropped')),
+      )
+    )
+  titles = 'stage', 'from', 'carried', 'fresh', 'dropped'
+  return _table(titles, rows, left=range(5))
+
+
+def _scorecard_lines(history: Mapping[str, Any]) -> list[str]:
+  scores = scorecard(history)
+  rows = []
+  for score in scores:
+    expected = score.expectation
+    star = '' if score.comparable or not expected else ' *'
+    rows.append(
+      (
+        score.stage,
+        progress.format_percent(score.top1),
+        _percents(expected.top1) if expected else 'no expectation stated',
+        score.top1_verdict + (star if score.top1_verdict else ''),
+        progress.format_duration(score.minutes * 60),
+        _minutes(expected.minutes) if expected else '',
+        score.minutes_verdict + (star if expected else ''),
+      )
+    )
+  titles = 'stage', 'top-1', 'expected', 'is', 'time', 'expected', 'is'
+  lines = _table(titles, rows, left=(0, 2, 3, 5, 6))
+  if any(score.expectation for score in scores):
+    lines += ['', *_wrap('Expectation of the mission, given without evidence.')]
+  for score in scores:
+    if score.expectation and not score.comparable:
+      lines += _wrap(
+        f'* {score.stage}: the expectation speaks of '
+        f'{score.expectation.num_train_images:,} training images and '
+        f'{score.expectation.num_epochs} epochs; '
+        f'{_as_run(history_lib.find_stage(dict(history), score.stage))}.'
+      )
+  return lines
+
+
+def _notes(
+  stages: Sequence[Mapping[str, Any]], planned: Sequence[str]
+) -> list[str]:
+  notes = [note for stage in stages for note in _stage_notes(stage)]
+  begun = {stage['name'] for stage in stages}
+  if missing := [name for name in planned if name not in begun]:
+    notes.append(f"Not run, of this config's stages: {', '.join(missing)}.")
+  finished = {s['dataset'] for s in stages if s['status'] != 'running'}
+  if unseen := [name for name in EXPECTATIONS if name not in finished]:
+    notes.append(
+      f"Not finished in this run, of the mission's datasets: "
+      f'{", ".join(unseen)}. Nothing here speaks for them.'
+    )
+  return [line for note in notes for line in _wrap(f'- {note}')] or ['none']
+
+
+def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
+  name, notes = stage['name'], []
+  planned, done = _epochs(stage), _trained(stage)
+  if stage['status'] == 'running':
+    notes.append(
+      f'{name}: not finished, {done} of {planned} epochs; its figures are '
+      'provisional.'
+    )
+  if stage['status'] == 'stopped_early':
+    notes.append(
+      f'{name}: stopped early, after {done} of {planned} epochs; its schedule '
+      f'({stage["schedule"]}) never reached its last learning rates.'
+    )
+  if steps := stage.get('resumed_at_steps'):
+    times = 'once' if len(steps) == 1 else f'{len(steps)} times'
+    where = ', '.join(f'{step:,}' for step in steps)
+    notes.append(
+      f'{name}: interrupted and resumed {times}, at global step {where}.'
+    )
+  if note := _overfitting_note(stage):
+    notes.append(note)
+  if bad := [r['epoch'] for r in stage['epochs'] if _is_broken(r)]:
+    notes.append(f'{name}: the loss was not finite in epochs {_ranges(bad)}.')
+  return notes
+
+
+def _overfitting_note(stage: Mapping[str, Any]) -> str:
+  """Returns a sentence if the gap is large and wider than it was before."""
+  gaps = [(gap, r) for r in stage['epochs'] if (gap := _gap(r)) is not None]
+  if not gaps:
+    return ''
+  (narrow, then), (wide, _) = min(gaps, key=lambda x: x[0]), gaps[-1]
+  if wide <= OVERFITTING_GAP or wide <= narrow:
+    return ''
+  return (
+    f'{stage["name"]}: overfitting: train top-1 ends {100 * wide:.1f} points '
+    f'above validation top-1 ({100 * narrow:+.1f} in epoch {then["epoch"]}). '
+    'Train top-1 is a running average on augmented images, so the gap on '
+    'equal terms is larger.'
+  )
+
+
+def _score(stage: Mapping[str, Any]) -> Score:
+  best = stage['best']
+  top1 = best['top1'] if best else None
+  minutes = stage['seconds'] / 60
+  expected = EXPECTATIONS.get(stage['dataset'])
+  score = Score(
+    stage['name'], stage['dataset'], top1, minutes, expected, '', '', True
+  )
+  if expected is None:
+    return score
+  size = expected.num_train_images, expected.num_epochs
+  return score._replace(
+    top1_verdict=_verdict(top1, expected.top1, 3),
+    minutes_verdict=_verdict(minutes, expected.minutes, 0),
+    comparable=size == (stage['num_train_images'], len(stage['epochs'])),
+  )
+
+
+def _verdict(
+  value: float | None, bounds: tuple[float, float], digits: int
+) -> str:
+  if value is None:
+    return ''
+  value, (low, high) = round(value, digits), bounds
+  return 'below' if value < low else 'above' if value > high else 'within'
+
+
+def _as_run(stage: Mapping[str, Any] | None) -> str:
+  if stage is None:
+    return ''
+  done = len(stage['epochs'])
+  epochs = 'epoch' if done == 1 else 'epochs'
+  return f'here it was {stage["num_train_images"]:,} and {done} {epochs}'
+
+
+def _best_row(stage: Mapping[str, Any]) -> Mapping[str, Any] | None:
+  best = stage['best'] or {}
+  rows = (r for r in stage['epochs'] if r['epoch'] == best.get('epoch'))
+  return next(rows, None)
+
+
+def _gap(row: Mapping[str, Any]) -> float | None:
+  train, val = row['train_top1'], row['val_top1']
+  if history_lib.is_number(train) and history_lib.is_number(val):
+    return train - val
+  return None
+
+
+def _is_broken(row: Mapping[str, Any]) -> bool:
+  return not history_lib.is_number(row['train_loss'])
+
+
+def _epochs(stage: Mapping[str, Any]) -> str:
+  return f'{stage["num_epochs"]:g}'
+
+
+def _trained(stage: Mapping[str, Any]) -> str:
+  """Returns the epochs trained; the row of a shorter last one counts less."""
+  return f'{min(len(stage["epochs"]), stage["num_epochs"]):g}'
+
+
+def _names(value: Any) -> str:
+  """Returns what a transfer lists: names as they are, many as a number."""
+  if value is None:
+    return '-'
+  if isinstance(value, str | int):
+    return str(value)
+  names = list(value)
+  text = ', '.join(names)
+  return (text or 'none') if len(text) <= 24 else f'{len(names)} modules'
+
+
+def _percents(bounds: tuple[float, float]) -> str:
+  return f'{100 * bounds[0]:g}-{100 * bounds[1]:g}%'
+
+
+def _minutes(bounds: tuple[float, float]) -> str:
+  low, high = bounds
+  if low == high:
+    return f'{low:g} min'
+  return f'{low / 60:g}-{high / 60:g} h'
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+  """Returns '3, 7-9' for [3, 7, 8, 9]."""
+  parts: list[list[int]] = []
+  for number in numbers:
+    if parts and number == parts[-1][-1] + 1:
+      parts[-1].append(number)
+    else:
+      parts.append([number])
+  return ', '.join(
+    f'{p[0]}-{p[-1]}' if len(p) > 1 else str(p[0]) for p in parts
+  )
+
+
+def _table(
+  titles: Sequence[str],
+  rows: Sequence[Sequence[str]],
+  left: Sequence[int] = (),
+) -> list[str]:
+  """Returns aligned lines of at most `WIDTH`; texts may lose their middle.
+
+  Args:
+    titles: of the columns.
+    rows: a cell for each title.
+    left: the columns of text, aligned left; numbers are never shortened.
+  """
+  widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+  gap = 2
+  while sum(widths) + gap * (len(widths) - 1) > WIDTH:
+    widths[max(left, key=widths.__getitem__)] -= 1
+  lines = []
+  for row in (titles, ['-' * w for w in widths], *rows):
+    cells = (
+      _shorten(cell, w).ljust(w) if i in left else _shorten(cell, w).rjust(w)
+      for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    )
+    lines.append((' ' * gap).join(cells).rstrip())
+  return lines
+
+
+def _shorten(text: str, width: int) -> str:
+  if len(text) <= width:
+    return text
+  head = (width - 2) // 2
+  return f'{text[:head]}..{text[len(text) - (width - 2 - head) :]}'
+
+
+def _definition(name: str, text: str) -> list[str]:
+  return textwrap.wrap(
+    text,
+    WIDTH,
+    initial_indent=f'{name:<10}',
+    subsequent_indent=' ' * 10,
+    break_on_hyphens=False,
+  ) or [name]
+
+
+def _wrap(text: str) -> list[str]:
+  return textwrap.wrap(
+    text, WIDTH, subsequent_indent='  ', break_on_hyphens=False
+  )

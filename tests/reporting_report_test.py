@@ -1,0 +1,208 @@
+import io
+import itertools
+import math
+
+import history_fixture
+import pytest
+import rich.console
+
+from jaxprog.reporting import history as history_lib
+from jaxprog.reporting import report as report_lib
+
+ENVIRONMENT = {
+  'time': '2026-11-24T12:00:00+00:00',
+  'host': 'machine',
+  'platform': 'Linux',
+  'python': '3.12.1',
+  'versions': {'jax': '0.10.2', 'flax': '0.12.0'},
+  'devices': {'kind': 'TPU v5e', 'count': 8, 'process_count': 2},
+  'git': {'commit': 'c0ffee', 'dirty': True},
+  'command': 'python main.py ' + '--config=' + 'x' * 70,
+}
+
+
+def create_stage(**fields):
+  """Returns a finished imagenette stage as the mission has it."""
+  stage = history_fixture.create_history((None,))['stages'][0]
+  return {**stage, 'seconds': 1800.0, **fields}
+
+
+def score(**fields):
+  history = {'config_hash': '', 'stages': [create_stage(**fields)]}
+  return report_lib.scorecard(history)[0]
+
+
+def in_words(*stages, **arguments):
+  """Returns the report with its lines joined, so that no break matters."""
+  history = {'config_hash': 'hash', 'stages': list(stages)}
+  text = report_lib.report(history, **arguments)
+  assert max(map(len, text.splitlines())) <= 80
+  assert text.isascii()
+  return ' '.join(text.split())
+
+
+@pytest.mark.parametrize(
+  ('top1', 'verdict'),
+  [
+    (0.8494, 'below'),
+    (0.8496, 'within'),  # Printed as 85.0%.
+    (0.95, 'within'),
+    (0.9504, 'within'),
+    (0.9506, 'above'),
+  ],
+)
+def test_top1_verdict_agrees_with_the_printed_number(top1, verdict):
+  assert score(best={'epoch': 3, 'top1': top1}).top1_verdict == verdict
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'verdict'),
+  [(1700, 'below'), (1800, 'within'), (1825, 'within'), (1900, 'above')],
+)
+def test_time_verdict_is_in_minutes(seconds, verdict):
+  assert score(seconds=seconds).minutes_verdict == verdict
+
+
+def test_expectations_are_the_missions():
+  ranges = {
+    name: (e.top1, e.minutes) for name, e in report_lib.EXPECTATIONS.items()
+  }
+  assert ranges == {
+    'imagenette': ((0.85, 0.95), (30, 30)),
+    'tiny_imagenet': ((0.60, 0.70), (60, 120)),
+    'imagenet_mini': ((0.45, 0.55), (120, 180)),
+    'imagenet2012': ((0.70, 0.80), (300, 420)),
+  }
+
+
+def test_expectations_belong_to_datasets_not_to_names():
+  assert score(name='mine').expectation.top1 == (0.85, 0.95)
+  other = score(name='imagenette', dataset='digits')
+  assert (other.expectation, other.top1_verdict) == (None, '')
+  words = in_words(create_stage(dataset='digits'))
+  assert 'no expectation stated' in words
+  assert 'without evidence' not in words
+
+
+def test_says_when_data_or_epochs_are_not_the_missions():
+  assert score().comparable
+  whole = in_words(create_stage())
+  assert 'given without evidence' in whole
+  assert 'the expectation speaks of' not in whole
+  assert not score(num_train_images=100).comparable
+  fewer = create_stage(epochs=create_stage()['epochs'][:3])
+  assert (
+    'the expectation speaks of 9,469 training images and 20 epochs; here it '
+    'was 9,469 and 3 epochs'
+  ) in in_words(fewer)
+
+
+def test_complete_ladder_fits_and_shortens_no_name():
+  history = history_fixture.create_history()
+  text = report_lib.report(history, ENVIRONMENT)
+  assert max(map(len, text.splitlines())) <= 80
+  assert '..' not in text
+  for stage in history['stages']:
+    assert f'{stage["best"]["top1"]:.1%}' in text
+    # Stages, results, weights, scorecard.
+    begins = [x for x in text.splitlines() if x.startswith(stage['name'] + ' ')]
+    assert len(begins) == 4
+
+
+def test_columns_are_aligned():
+  history = history_fixture.create_history()
+  lines = report_lib.report(history).splitlines()
+  begin = lines.index('Results') + 2
+  titles, dashes, *rows = lines[begin : begin + 6]
+  ends = [
+    i
+    for i, (a, b) in enumerate(itertools.pairwise(f'{dashes} '))
+    if a == '-' and b == ' '
+  ]
+  assert len(ends) == len(dashes.split())
+  for row in rows:
+    for end in ends[1:-1]:
+      assert row[end] != ' ', row
+      assert row[end + 1] == ' ', row
+  assert titles.split()[-1] == 'status'
+
+
+def test_header_says_what_ran_on_what():
+  words = in_words(create_stage(), environment=ENVIRONMENT)
+  assert '8 x TPU v5e, 2 processes' in words
+  assert 'c0ffee with uncommitted changes' in words
+  assert 'jax 0.10.2, flax 0.12.0' in words
+
+
+def test_overfitting_is_flagged_only_when_wide_and_growing():
+  def stage(*gaps):
+    rows = [
+      history_fixture.create_row(i + 1, train_top1=0.5 + g, val_top1=0.5)
+      for i, g in enumerate(gaps)
+    ]
+    return create_stage(epochs=rows)
+
+  words = in_words(stage(-0.02, 0.05, 0.151))
+  assert (
+    'train top-1 ends 15.1 points above validation top-1 (-2.0 in epoch 1)'
+  ) in words
+  assert 'running average on augmented images' in words
+  assert 'overfitting' not in in_words(stage(-0.02, 0.05, 0.099))
+  assert 'overfitting' not in in_words(stage(0.2, 0.15, 0.15))
+  assert report_lib.overfitting_gap(stage(0.0, 0.2)) == pytest.approx(0.2)
+  assert report_lib.overfitting_gap(stage()) is None
+
+
+def test_says_what_was_cut_resumed_or_not_run():
+  stopped = create_stage(status='stopped_early')
+  stopped['epochs'] = stopped['epochs'][:12]
+  words = in_words(stopped)
+  assert 'stopped early, after 12 of 20 epochs' in words
+  assert '(one_cycle) never reached its last learning rates' in words
+  running = create_stage(status='running', resumed_at_steps=[1480, 2000])
+  words = in_words(running, planned=('imagenette', 'pets'))
+  assert 'not finished, 20 of 20 epochs' in words
+  assert 'resumed 2 times, at global step 1,480, 2,000' in words
+  assert "Not run, of this config's stages: pets." in words
+  unseen = 'imagenette, tiny_imagenet, imagenet_mini, imagenet2012'
+  assert f"of the mission's datasets: {unseen}" in words
+  ladder = history_fixture.create_history()['stages']
+  assert "of the mission's datasets" not in in_words(*ladder)
+
+
+def test_copes_with_nothing_and_with_nulls():
+  assert 'none' not in in_words()
+  rows = [
+    history_fixture.create_row(
+      e, train_loss=loss, train_top1=None, val_top1=None, images_per_second=None
+    )
+    for e, loss in enumerate((1.0, None, math.nan, 2.0, None), 1)
+  ]
+  broken = create_stage(epochs=rows, best=None, transfer=None)
+  words = in_words(broken, create_stage(name='empty', epochs=[], best=None))
+  assert 'the loss was not finite in epochs 2-3, 5.' in words
+
+
+def test_long_names_lose_their_middle_and_numbers_nothing():
+  stage = create_stage(dataset='folder:/' + 'deep/' * 30 + 'pets')
+  text = report_lib.report({'config_hash': '', 'stages': [stage]})
+  assert max(map(len, text.splitlines())) <= 80
+  assert '/pets ' in text
+  assert '9,469' in text
+
+
+def test_summary_table_fits_80_columns():
+  history = history_fixture.create_history((None, 2))
+  history_lib.finish_stage(history['stages'][1], 'stopped_early')
+  console = rich.console.Console(file=io.StringIO(), width=80)
+  console.print(report_lib.summary_table(history))
+  text = console.file.getvalue()
+  best = history['stages'][0]['best']
+  row = next(x for x in text.splitlines() if 'imagenette' in x).split()
+  assert row[:4] == [
+    'imagenette',
+    '224',
+    f'{best["top1"]:.1%}',
+    f'{best["epoch"]}/20',
+  ]
+  assert 'stopped early' in text
