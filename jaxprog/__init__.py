@@ -1,0 +1,118 @@
+"""Train one ResNet up a ladder of image datasets.
+
+Everything the command line does is one call here. The names below import
+what they need when they are called, so that `import jaxprog` is quick.
+"""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxprog.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+  from ml_collections import config_dict
+
+  from jaxprog.data import sources
+
+__all__ = [
+  'Stopped',
+  'UserError',
+  'evaluate',
+  'load_config',
+  'load_datasets',
+  'plot_history',
+  'prepare',
+  'report',
+  'train',
+  'train_stage',
+]
+__version__ = '0.1.0'
+
+
+def load_config(
+  spec: str, overrides: dict[str, str] | None = None
+) -> 'config_dict.ConfigDict':
+  """Returns the config of FILE[:ARG]; see jaxprog.config.load_config."""
+  from jaxprog import config
+
+  return config.load_config(spec, overrides)
+
+
+def load_datasets(
+  config: 'config_dict.ConfigDict', names: Sequence[str] = ()
+) -> 'dict[str, sources.Dataset]':
+  """Returns each stage's dataset, checked; prepares what is local."""
+  from jaxprog import stages
+  from jaxprog.training import setup
+
+  chosen = stages.select(stages.create_stages(config), names)
+  return setup.load_datasets(config, chosen)
+
+
+def prepare(
+  config: 'config_dict.ConfigDict',
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+) -> None:
+  """Prepares the datasets of the stages; see jaxprog.tools.prepare."""
+  from jaxprog.tools import prepare as tool
+
+  tool.prepare(config, only=only, skip=skip)
+
+
+def train(
+  config: 'config_dict.ConfigDict',
+  workdir: str | pathlib.Path,
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+  model: Callable[..., Any] | None = None,
+  allow_config_change: bool = False,
+) -> dict[str, Any]:
+  """Returns the history of the run; see jaxprog.training.ladder.train."""
+  from jaxprog.training import ladder
+
+  return ladder.train(
+    config,
+    workdir,
+    only=only,
+    skip=skip,
+    model=model,
+    allow_config_change=allow_config_change,
+  )
+
+
+def train_stage(
+  config: 'config_dict.ConfigDict', name: str, workdir: str | pathlib.Path
+) -> dict[str, Any]:
+  """Returns the history of `train` with only the stage `name`."""
+  return train(config, workdir, only=(name,))
+
+
+def evaluate(
+  config: 'config_dict.ConfigDict',
+  workdir: str | pathlib.Path,
+  *,
+  stage: str = '',
+  weights: str = 'best',
+) -> dict[str, Any]:
+  """Returns loss, top1, top5; see jaxprog.tools.evaluate.evaluate."""
+  from jaxprog.tools import evaluate as tool
+
+  return tool.evaluate(config, workdir, stage=stage, weights=weights)
+
+
+def plot_history(history: dict[str, Any], path: str | pathlib.Path) -> None:
+  """Draws loss, accuracy and learning rate over all stages to `path`."""
+  from jaxprog.reporting import plots
+
+  plots.plot_history(history, path)
+
+
+def report(history: dict[str, Any]) -> str:
+  """Returns the report of a run as plain text."""
+  from jaxprog.reporting import report as reporting
+
+  return reporting.report(history)

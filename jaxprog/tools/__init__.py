@@ -1,0 +1,1 @@
+"""One module for each mode of the command line besides training."""

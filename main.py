@@ -1,0 +1,172 @@
+"""Trains image classifiers up a ladder of datasets.
+
+    python main.py --config=configs/quickstart.py --workdir=runs/first
+
+--config.FIELD=VALUE overrides one field: --config.stages[0].num_epochs=3.
+Without --config, the one that WORKDIR was trained with serves.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+from absl import flags
+
+import jaxprog
+from jaxprog import errors
+
+MODES = ('train', 'prepare', 'eval')
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string('config', '', 'Config FILE[:ARG].', flag_values=FLAGS)
+flags.DEFINE_string(
+  'workdir', '', 'Directory for everything a run writes.', flag_values=FLAGS
+)
+flags.DEFINE_string('mode', 'train', ', '.join(MODES), flag_values=FLAGS)
+flags.DEFINE_list(
+  'only', [], 'Train just these stages, in this order.', flag_values=FLAGS
+)
+flags.DEFINE_list('skip', [], 'Leave out these stages.', flag_values=FLAGS)
+flags.DEFINE_string(
+  'stage', '', 'eval: which stage; else the last one done.', flag_values=FLAGS
+)
+flags.DEFINE_string(
+  'weights', 'best', 'eval: best or final.', flag_values=FLAGS
+)
+flags.DEFINE_bool(
+  'allow_config_change',
+  False,
+  'Go on with a run that began with another config.',
+  flag_values=FLAGS,
+)
+flags.DEFINE_bool('help', False, 'Show this.', flag_values=FLAGS)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Returns 0, or 1: it failed, 2: the user's mistake, 128 + n: signal n."""
+  # TensorFlow, which only writes TensorBoard's files, has much to say.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  try:
+    return run(parse_flags(argv))
+  except errors.UserError as e:
+    print(e, file=sys.stderr)
+    write_traceback()
+    return 2
+  except KeyboardInterrupt:
+    return 128 + signal.SIGINT
+  except jaxprog.Stopped as e:
+    print(f'{e} The same command goes on from there.', file=sys.stderr)
+    return e.exit_code
+  except Exception as e:
+    message = ' '.join(str(e).split())[:300]
+    print(f'Failed: {type(e).__name__}: {message}', file=sys.stderr)
+    path = write_traceback()
+    print(f'Traceback: {path}' if path else '', file=sys.stderr)
+    return 1
+
+
+def run(overrides: dict[str, str]) -> int:
+  """Makes the one call that --mode names; returns the exit code."""
+  if FLAGS.help:
+    print(__doc__, FLAGS.main_module_help(), sep='\n')
+    return 0
+  if FLAGS.mode not in MODES:
+    raise errors.UserError(
+      f'Unknown mode {FLAGS.mode!r}.',
+      f'--mode={FLAGS.mode}',
+      errors.did_you_mean(FLAGS.mode, MODES),
+    )
+  config = jaxprog.load_config(FLAGS.config or saved_config(), overrides)
+  match FLAGS.mode:
+    case 'prepare':
+      jaxprog.prepare(config, only=FLAGS.only, skip=FLAGS.skip)
+    case 'train':
+      jaxprog.train(
+        config,
+        require_workdir(),
+        only=FLAGS.only,
+        skip=FLAGS.skip,
+        allow_config_change=FLAGS.allow_config_change,
+      )
+    case 'eval':
+      scores = jaxprog.evaluate(
+        config, require_workdir(), stage=FLAGS.stage, weights=FLAGS.weights
+      )
+      print(f'{100 * scores["top1"]:.1f}')
+  return 0
+
+
+def parse_flags(argv: Sequence[str]) -> dict[str, str]:
+  """Fills FLAGS and returns the overrides: field of the config -> text."""
+  prefix = '--config.'
+  overrides, rest = {}, [argv[0]]
+  for word in argv[1:]:
+    if word.startswith(prefix):
+      field, equals, text = word[len(prefix) :].partition('=')
+      if not equals:
+        raise errors.UserError(
+          'An override needs a value.', word, f'Write {word}=VALUE.'
+        )
+      overrides[field] = text
+    else:
+      rest.append(word)
+  try:
+    unused = FLAGS(rest)[1:]
+  except flags.UnrecognizedFlagError as e:
+    suggestion = errors.did_you_mean(e.flagname, FLAGS)
+    raise errors.UserError(
+      f'Unknown flag --{e.flagname}.', '', suggestion
+    ) from None
+  except flags.Error as e:
+    message = ' '.join(str(e).split())
+    raise errors.UserError(f'A flag is wrong: {message}') from None
+  if unused:
+    raise errors.UserError(
+      f'{unused[0]!r} belongs to no flag.', '', 'Flags are --NAME=VALUE.'
+    )
+  return overrides
+
+
+def saved_config() -> str:
+  """Returns the path of the config that the workdir was trained with."""
+  path = pathlib.Path(FLAGS.workdir) / 'config.json'
+  if FLAGS.workdir and path.is_file():
+    return str(path)
+  raise errors.UserError(
+    'There is no --config.',
+    f'--mode={FLAGS.mode}',
+    'Begin with --config=configs/quickstart.py.',
+  )
+
+
+def require_workdir() -> str:
+  """Returns --workdir."""
+  if not FLAGS.workdir:
+    raise errors.UserError(
+      'There is no --workdir.',
+      f'--mode={FLAGS.mode}',
+      'Name a directory for what the run writes: --workdir=runs/first.',
+    )
+  return FLAGS.workdir
+
+
+def write_traceback() -> pathlib.Path | None:
+  """Appends the traceback to WORKDIR/error.log, if it can be written to."""
+  if not FLAGS.is_parsed() or not FLAGS.workdir:
+    return None
+  path = pathlib.Path(FLAGS.workdir) / 'error.log'
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a') as file:
+      traceback.print_exc(file=file)
+  except OSError:
+    return None
+  return path
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

@@ -1,0 +1,70 @@
+"""The calls of a notebook."""
+
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+import tiny_config
+from flax import linen as nn
+
+import jaxprog
+
+
+class Plain(nn.Module):
+  """A network of the user's: no BatchNorm, no stem."""
+
+  num_classes: int
+  image_size: int
+  dtype: type = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    x = nn.relu(nn.Dense(16, name='body')(x.mean(axis=(1,))))
+    return nn.Dense(self.num_classes, name='head')(x.mean(axis=1))
+
+
+def test_importing_takes_no_framework():
+  code = (
+    'import sys, jaxprog; '
+    'print([m for m in ("jax", "flax", "tensorflow", "tensorflow_datasets", '
+    '"matplotlib", "rich") if m in sys.modules])'
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert result.stdout.strip() == '[]'
+
+
+def test_datasets_by_stage(data_dir):
+  config = tiny_config.get_config(data_dir)
+  found = jaxprog.load_datasets(config)
+  assert list(found) == ['three', 'ten', 'ten_again']
+  assert found['three'].classes == ('1', '3', '5')
+  assert len(found['ten'].train) + len(found['ten'].eval) == 1797
+  assert list(jaxprog.load_datasets(config, ['ten'])) == ['ten']
+
+
+def test_a_model_and_a_stage_of_ones_own(data_dir, tmp_path):
+  config = tiny_config.get_config(data_dir)
+  config.stages.append(
+    {'name': 'two', 'classes': ('0', '8'), 'num_epochs': 1, 'image_size': 8}
+  )
+  history = jaxprog.train(
+    config, tmp_path / 'run', only=('three', 'two'), model=Plain
+  )
+  three, two = history['stages']
+  assert two['transfer']['carried'] == ['body']
+  assert two['transfer']['fresh'] == ['head']
+  assert three['stem'] is None
+  assert 'two' in jaxprog.report(history)
+  jaxprog.plot_history(history, tmp_path / 'picture.png')
+  assert (tmp_path / 'picture.png').stat().st_size > 10_000
+
+
+def test_a_stage_that_was_not_trained_cannot_be_evaluated(data_dir, tmp_path):
+  config = tiny_config.get_config(data_dir)
+  with pytest.raises(jaxprog.UserError, match='no best weights'):
+    jaxprog.evaluate(config, tmp_path, stage='ten')
+  with pytest.raises(jaxprog.UserError, match='Unknown weights'):
+    jaxprog.evaluate(config, tmp_path, stage='ten', weights='latest')
