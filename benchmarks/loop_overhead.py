@@ -1,0 +1,109 @@
+"""Measures the part of an epoch that is spent outside the compiled step.
+
+The same compiled step, alternating: a bare Python loop over one batch that is
+already on the device, and the program's own loop with its data, metrics and
+progress. Prints medians over the rounds.
+
+  python benchmarks/loop_overhead.py --data_dir=data
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import statistics
+import time
+from unittest import mock
+
+import jax
+import rich.console
+
+import jaxprog
+from jaxprog import stages
+from jaxprog.data import loader
+from jaxprog.reporting import progress as progress_lib
+from jaxprog.training import loop, setup, signals
+
+
+def main() -> None:
+  """Prints seconds a step for both loops and their difference."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--config', default='configs/nette_tiny.py')
+  parser.add_argument('--data_dir', default='data')
+  parser.add_argument('--stage', default='imagenette')
+  parser.add_argument('--steps', type=int, default=40, help='at most one epoch')
+  parser.add_argument('--rounds', type=int, default=5)
+  args = parser.parse_args()
+  config = jaxprog.load_config(args.config, {'data_dir': args.data_dir})
+  found = setup.create_setup(config, only=(args.stage,))
+  task = setup.compile_task(
+    setup.create_task(found, found.chosen[0]), carried=False
+  )
+  epoch = stages.Steps(per_epoch=args.steps, warmup=0, total=args.steps)
+  task = dataclasses.replace(task, steps=epoch)
+  bare, whole, waits = [], [], []
+  for _ in range(args.rounds):
+    bare.append(time_bare(task, args.steps))
+    seconds, wait = time_loop(task, args.steps)
+    whole.append(seconds)
+    waits.append(wait)
+  overhead = statistics.median(
+    1 - a / b for a, b in zip(bare, whole, strict=True)
+  )
+  print(f'bare step   {1e3 * statistics.median(bare):7.1f} ms')
+  print(f'whole loop  {1e3 * statistics.median(whole):7.1f} ms a step')
+  print(f'outside the compiled step {100 * overhead:.1f}%')
+  print(f'waiting for input {100 * statistics.median(waits):.1f}%')
+
+
+def time_bare(task: setup.Task, num_steps: int) -> float:
+  """Returns seconds a step over one batch that never changes."""
+  batch = next(iter(device_batches(task, 1)))
+  state = task.create_state(task.init(task.init_rng))
+  state, _ = task.train_step(state, batch, task.step_rng)
+  jax.block_until_ready(state)
+  start = time.monotonic()
+  for _ in range(num_steps):
+    state, _ = task.train_step(state, batch, task.step_rng)
+  jax.block_until_ready(state)
+  return (time.monotonic() - start) / num_steps
+
+
+def time_loop(task: setup.Task, num_steps: int) -> tuple[float, float]:
+  """Returns seconds a step of the program's own loop, and its input wait."""
+  state = task.create_state(task.init(task.init_rng))
+  console = rich.console.Console(file=io.StringIO())
+  with progress_lib.Progress(1, console=console) as progress:
+    progress.start_stage(0, 'benchmark', num_steps, num_steps)
+    out = loop.Outputs(
+      record={},
+      meta={},
+      checkpoints=mock.Mock(),
+      progress=progress,
+      writer=mock.Mock(),
+      stop=signals.StopRequest(),
+      save_history=mock.Mock(),
+    )
+    with contextlib.closing(device_batches(task, num_steps)) as batches:
+      _, timing = loop._train_epoch(task, state, batches, 0, out)
+  return timing['seconds'] / num_steps, timing['input_wait']
+
+
+def device_batches(task: setup.Task, num_steps: int):
+  """Yields `num_steps` batches of the stage, on the devices."""
+  with contextlib.closing(
+    loader.train_batches(
+      task.dataset.train,
+      task.stage,
+      seed=task.seed,
+      steps=task.steps,
+      num_workers=task.num_workers,
+    )
+  ) as batches:
+    on_device = loader.prefetch_to_device(batches, task.shardings.batch)
+    for _ in range(num_steps):
+      yield next(on_device)
+
+
+if __name__ == '__main__':
+  main()
