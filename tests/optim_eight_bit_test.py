@@ -92,6 +92,15 @@ def test_rounding_is_right_on_average(dtype):
   np.testing.assert_allclose(found.mean(axis=0), x, rtol=1e-3, atol=3e-8)
 
 
+@pytest.mark.parametrize('dtype', [np.int8, np.uint8])
+@pytest.mark.parametrize('value', [0.0, 1e-40])
+def test_blocks_of_zeros_and_subnormals_have_the_lowest_code(dtype, value):
+  x = np.full(256, value, np.float32)
+  encoded = jax.jit(eight_bit.encode)(x, blocks(dtype), 1)
+  np.testing.assert_array_equal(encoded.codes, 0)
+  assert np.all(eight_bit.decode(encoded, x.shape) <= value)
+
+
 def test_shapes_that_do_not_fill_their_blocks():
   x = np.random.default_rng(0).normal(size=(3, 100, 7)).astype(np.float32)
   opt_state = TRACE_8BIT.init(x)
@@ -142,6 +151,15 @@ def test_updates_stay_near_those_of_optax():
     assert ratio == pytest.approx(1, abs=0.1)
   assert norm(found - expected) < 0.15 * norm(expected)
   assert np.abs(found).max() < 2 * np.abs(expected).max()
+
+
+def test_momentum_reaches_the_sum_of_steady_gradients():
+  """With the nearest code it would stop up to 5% below or above it."""
+  steady = 10 ** np.random.default_rng(0).uniform(-3, 0, 4096)
+  grads = jnp.broadcast_to(jnp.float32(steady), (300, 4096))
+  found = update_all(eight_bit.trace_8bit(0.9, min_size=1), grads)[100:]
+  np.testing.assert_allclose(found.mean(axis=0), 10 * steady, rtol=0.03)
+  np.testing.assert_allclose(found / (10 * steady), 1, atol=0.2)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ quotient stays bounded. The price is paid beside an outlier: while its scale
 lasts, smaller entries of its block take smaller steps than in f32.
 
 To round to the nearest code would freeze what changes by less than half a
-step, as a second moment does: by 0.1% a step at b2 = 0.999. So r is rounded
-up as often as it is nearer to the upper of its neighbours, which is right on
+step, as a second moment does: by 0.1% a step at b2 = 0.999. So r goes to the
+upper of its neighbours as often as it lies near it, which is right on
 average. Measured with 16384 elements, half of whose gradients shrank by a
 factor of 100 within 3000 steps, over the last 1500: sqrt(v) was 150% too
 large with the nearest code, and is 2% too small like this, with an rms error
