@@ -70,7 +70,7 @@ def get_config() -> config_dict.ConfigDict:
       'optimizer': 'sgd_momentum',
       'schedule': 'exponential_warmup',
       'warmup_epochs': 1,
-      'end_factor': 0.02,
+      'end_factor': 0.01,
       'weight_decay': 1e-4,
     },
   ]

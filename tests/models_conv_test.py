@@ -33,6 +33,24 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def no_convolution_is_too_small(monkeypatch):
+  monkeypatch.setattr(conv, '_LEAST_FLOP', 0)
+
+
+def test_little_work_is_left_to_xla(monkeypatch):
+  x, kernel, dy = operands(SHAPES[0])
+
+  def text():
+    f = jax.jit(lambda *a: with_gradients(conv.conv, *a))
+    return f.lower(x, kernel, dy).as_text()
+
+  assert 'dot_general' in text()
+  monkeypatch.setattr(conv, '_LEAST_FLOP', 2 * 3 * 8 * 8 * kernel.size + 1)
+  assert 'dot_general' not in text()
+  assert text().count('stablehlo.convolution') == 3
+
+
 def operands(shape, batch=3, dtype=np.float32):
   size, side, stride, padding, channels, features = shape
   rng = np.random.default_rng(0)
@@ -185,6 +203,7 @@ _SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxprog.models import conv, winograd
+conv._LEAST_FLOP = 0
 mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
 divided, copied = (NamedSharding(mesh, P(*a)) for a in (('data',), ()))
 winograd._BAND_BYTES = 1 << 20
