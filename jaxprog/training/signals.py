@@ -19,7 +19,9 @@ class StopRequest:
   def _handle(self, signum: int, frame: FrameType | None) -> None:
     del frame
     self.signum = signum
-    self._restore()
+    # Not what they did before: shells ignore Ctrl-C for background jobs.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
   def _restore(self) -> None:
     for signum, handler in self._previous.items():
