@@ -19,7 +19,6 @@ import jax
 import rich.console
 
 import jaxprog
-from jaxprog import stages
 from jaxprog.data import loader
 from jaxprog.reporting import progress as progress_lib
 from jaxprog.training import loop, setup, signals
@@ -39,8 +38,11 @@ def main() -> None:
   task = setup.compile_task(
     setup.create_task(found, found.chosen[0]), carried=False
   )
-  epoch = stages.Steps(per_epoch=args.steps, warmup=0, total=args.steps)
-  task = dataclasses.replace(task, steps=epoch)
+  phase = dataclasses.replace(task.steps.phases[0], per_epoch=args.steps)
+  steps = dataclasses.replace(
+    task.steps, phases=(phase,), total=args.steps, frozen=0
+  )
+  task = dataclasses.replace(task, steps=steps)
   bare, whole, waits = [], [], []
   for _ in range(args.rounds):
     bare.append(time_bare(task, args.steps))
@@ -60,11 +62,12 @@ def time_bare(task: setup.Task, num_steps: int) -> float:
   """Returns seconds a step over one batch that never changes."""
   batch = next(iter(device_batches(task, 1)))
   state = task.create_state(task.init(task.init_rng))
-  state, _ = task.train_step(state, batch, task.step_rng)
+  train_step = task.train_steps[task.program(0)]
+  state, _ = train_step(state, batch, task.step_rng)
   jax.block_until_ready(state)
   start = time.monotonic()
   for _ in range(num_steps):
-    state, _ = task.train_step(state, batch, task.step_rng)
+    state, _ = train_step(state, batch, task.step_rng)
   jax.block_until_ready(state)
   return (time.monotonic() - start) / num_steps
 
@@ -74,7 +77,7 @@ def time_loop(task: setup.Task, num_steps: int) -> tuple[float, float]:
   state = task.create_state(task.init(task.init_rng))
   console = rich.console.Console(file=io.StringIO())
   with progress_lib.Progress(1, console=console) as progress:
-    progress.start_stage(0, 'benchmark', num_steps, num_steps)
+    progress.start_stage(0, 'benchmark', [num_steps])
     out = loop.Outputs(
       record={},
       meta={},

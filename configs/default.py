@@ -50,6 +50,11 @@ def get_config() -> config_dict.ConfigDict:
   # Steps between two points of a training curve in TensorBoard.
   config.log_every_steps = 20
 
+  # --mode=lr_find: so many steps, each at a higher rate.
+  config.lr_find_steps = 100
+  config.lr_find_min = 1e-6
+  config.lr_find_max = 10.0
+
   config.stage_defaults = stage_defaults()
   config.stages = []
   return config
@@ -88,14 +93,28 @@ def stage_defaults() -> config_dict.ConfigDict:
   # Images in one step, over all devices of all processes.
   stage.batch_size = 128
 
+  # Images whose gradients are computed at once, on all devices; those of a
+  # whole batch are averaged before the update. 0: the whole batch.
+  stage.micro_batch_size = 0
+  # What changes within the stage: dicts with from_epoch (whole, from 1 on,
+  # counted from 0) and a new batch_size, in order of from_epoch.
+  stage.phases = ()
+
   # Peak of the schedule, per step.
   stage.learning_rate = 0.001
-  # adamw or sgd_momentum.
+  # SGD, LARS: multiply learning_rate by batch_size / base_batch_size.
+  stage.scale_learning_rate = False
+  stage.base_batch_size = 256
+  # adamw, adamw_8bit, lamb, lars, muon, rmsprop, sgd_momentum or
+  # sgd_momentum_8bit.
   stage.optimizer = 'adamw'
-  # one_cycle, cosine, cosine_warmup, polynomial or exponential_warmup.
+  # constant, cosine, cosine_warmup, exponential_warmup, linear, one_cycle,
+  # plateau, polynomial or step.
   stage.schedule = 'cosine_warmup'
-  # Linear rise from 0 to the peak, in epochs; one_cycle has warmup_fraction.
+  # Linear rise from 0 to the peak, in epochs or else in optimizer steps;
+  # one_cycle has warmup_fraction.
   stage.warmup_epochs = 0.0
+  stage.warmup_steps = 0
   # one_cycle: the part of the steps that rises, the peak over the first rate,
   # and the first rate over the last.
   stage.warmup_fraction = 0.3
@@ -103,21 +122,71 @@ def stage_defaults() -> config_dict.ConfigDict:
   stage.final_div_factor = 1e4
   # polynomial: the exponent.
   stage.power = 2.0
-  # Last rate as a part of the peak: cosine, polynomial, exponential_warmup.
+  # Last rate as a part of the peak, or the least one: cosine, polynomial,
+  # exponential_warmup, linear, plateau.
   stage.end_factor = 0.0
+  # cosine, cosine_warmup: epochs from the peak to the first warm restart (0:
+  # none), and each period over the one before.
+  stage.restart_epochs = 0.0
+  stage.restart_factor = 1.0
+  # step: epochs at which the rate is multiplied by step_factor.
+  stage.milestones = ()
+  stage.step_factor = 0.1
+  # plateau: the rate is multiplied by plateau_factor when val_loss or val_top1
+  # has not improved by plateau_min_delta for more than plateau_patience
+  # evaluations; then plateau_cooldown evaluations do not count.
+  stage.plateau_metric = 'val_loss'
+  stage.plateau_factor = 0.1
+  stage.plateau_patience = 3
+  stage.plateau_min_delta = 0.0
+  stage.plateau_cooldown = 0
 
-  # AdamW: decay rates of both moments, and what keeps its division finite.
+  # AdamW, LAMB: decay rates of both moments, and what keeps the division
+  # finite (RMSprop too). Muon uses them for all but kernels.
   stage.b1 = 0.9
   stage.b2 = 0.999
   stage.eps = 1e-8
-  # SGD.
+  # SGD, LARS, Muon, RMSprop.
   stage.momentum = 0.9
+  # SGD, LARS, Muon.
   stage.nesterov = False
-  # On kernels only. AdamW decouples it from the gradient (and multiplies it
-  # by the learning rate); SGD adds it to the gradient, as in PyTorch.
+  # RMSprop: decay rate of the mean square; PyTorch's alpha.
+  stage.rms_decay = 0.99
+  # LARS: a layer's rate is this times its weights' norm over its gradient's.
+  stage.trust_coefficient = 0.001
+  # 8-bit: numbers that share a scale, and the size of the smallest array that
+  # is quantised.
+  stage.quantization_block = 256
+  stage.quantization_min_size = 4096
+  # On kernels only. 'decoupled': each step takes learning_rate * weight_decay
+  # of a kernel. 'coupled': it is part of the gradient. 'auto': decoupled for
+  # AdamW, LAMB and Muon, coupled for SGD, LARS and RMSprop, as in PyTorch.
   stage.weight_decay = 1e-4
+  stage.weight_decay_kind = 'auto'
   # Largest global norm of a step's gradient; 0: no limit.
   stage.gradient_clipping = 0.0
+  # Or largest norm of a unit's gradient over that of its weights (Brock et al.
+  # 2021, arXiv:2102.06171); 0: no limit.
+  stage.adaptive_clipping = 0.0
+  # Keep an exponential moving average of the weights, evaluated beside them;
+  # how much of it stays each step, 0: none.
+  stage.ema_decay = 0.0
+
+  # Train only the head in the first epochs.
+  stage.freeze_epochs = 0.0
+  # Rates of the head and of the backbone over the schedule's.
+  stage.head_rate_factor = 1.0
+  stage.backbone_rate_factor = 1.0
+  # Rate of each block of layers over that of the one after it.
+  stage.layer_decay = 1.0
+
+  # Stop the stage once val_top1 is this high; 0: never.
+  stage.target_top1 = 0.0
+  # Stop when val_top1 has not improved by early_stopping_min_delta for so many
+  # evaluations; 0: never.
+  stage.early_stopping_patience = 0
+  stage.early_stopping_min_delta = 0.0
+
   # Part of the target spread evenly over all classes, in training only.
   stage.label_smoothing = 0.0
   # Compute in config.dtype; False: float32 throughout.

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 __all__ = [
   'Stopped',
   'UserError',
+  'check',
   'evaluate',
   'load_config',
   'load_datasets',
+  'lr_find',
   'plot_history',
   'prepare',
   'report',
@@ -89,6 +91,31 @@ def train_stage(
 ) -> dict[str, Any]:
   """Returns the history of `train` with only the stage `name`."""
   return train(config, workdir, only=(name,))
+
+
+def check(
+  config: 'config_dict.ConfigDict',
+  workdir: str | pathlib.Path | None = None,
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+) -> None:
+  """Prints the plan and the learning rates; see jaxprog.tools.check."""
+  from jaxprog.tools import check as tool
+
+  tool.check(config, workdir, only=only, skip=skip)
+
+
+def lr_find(
+  config: 'config_dict.ConfigDict',
+  workdir: str | pathlib.Path,
+  *,
+  stage: str = '',
+) -> dict[str, Any]:
+  """Returns a range test of the rate; see jaxprog.tools.lr_find.lr_find."""
+  from jaxprog.tools import lr_find as tool
+
+  return tool.lr_find(config, workdir, stage=stage)
 
 
 def evaluate(

@@ -20,6 +20,9 @@ _FREE_FIELDS = (
   'compilation_cache_dir',
   'data_dir',
   'log_every_steps',
+  'lr_find_max',
+  'lr_find_min',
+  'lr_find_steps',
   'num_workers',
   'platform',
   'stage_defaults',
@@ -167,7 +170,7 @@ def _override(config: config_dict.ConfigDict, field: str, text: str) -> None:
   for part in parents:
     target = _descend(target, part, where)
   old = _descend(target, last, where)
-  value = _parse(text, old, where)
+  value = _parse(text, old, last, where)
   if last.startswith('['):
     target[int(last[1:-1])] = value
   else:
@@ -196,7 +199,7 @@ def _descend(target: Any, part: str, where: str) -> Any:
   return target[part]
 
 
-def _parse(text: str, old: Any, where: str) -> Any:
+def _parse(text: str, old: Any, field: str, where: str) -> Any:
   """Returns `text` as a value of the type of `old`, the value it replaces."""
   if isinstance(old, str):
     return text.strip('\'"')
@@ -210,7 +213,7 @@ def _parse(text: str, old: Any, where: str) -> Any:
     value = text
   if isinstance(old, tuple) and not isinstance(value, list | tuple):
     value = (value,)
-  if isinstance(old, tuple) and all(isinstance(x, str) for x in old):
+  if field == 'classes':
     value = tuple(str(x) for x in value)
   if isinstance(old, float) and type(value) is int:
     value = float(value)

@@ -4,6 +4,7 @@ Nothing is imported that takes time, so that a typo costs a second.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,14 +29,29 @@ MODELS = (
   'resnet101',
   'resnet152',
 )
-OPTIMIZERS = ('adamw', 'sgd_momentum')
+OPTIMIZERS = (
+  'adamw',
+  'adamw_8bit',
+  'lamb',
+  'lars',
+  'muon',
+  'rmsprop',
+  'sgd_momentum',
+  'sgd_momentum_8bit',
+)
 SCHEDULES = (
+  'constant',
   'cosine',
   'cosine_warmup',
   'exponential_warmup',
+  'linear',
   'one_cycle',
+  'plateau',
   'polynomial',
+  'step',
 )
+WEIGHT_DECAY_KINDS = ('auto', 'coupled', 'decoupled')
+PLATEAU_METRICS = ('val_loss', 'val_top1')
 DTYPES = ('auto', 'bfloat16', 'float32')
 PLATFORMS = ('any', 'cpu', 'gpu', 'tpu')
 
@@ -56,68 +72,65 @@ class Stage:
   eval_crop: float
   num_epochs: float
   batch_size: int
+  micro_batch_size: int
+  phases: tuple[Mapping[str, int], ...]
   learning_rate: float
+  scale_learning_rate: bool
+  base_batch_size: int
   optimizer: str
   schedule: str
   warmup_epochs: float
+  warmup_steps: int
   warmup_fraction: float
   div_factor: float
   final_div_factor: float
   power: float
   end_factor: float
+  restart_epochs: float
+  restart_factor: float
+  milestones: tuple[float, ...]
+  step_factor: float
+  plateau_metric: str
+  plateau_factor: float
+  plateau_patience: int
+  plateau_min_delta: float
+  plateau_cooldown: int
   b1: float
   b2: float
   eps: float
   momentum: float
   nesterov: bool
+  rms_decay: float
+  trust_coefficient: float
+  quantization_block: int
+  quantization_min_size: int
   weight_decay: float
+  weight_decay_kind: str
   gradient_clipping: float
+  adaptive_clipping: float
+  ema_decay: float
+  freeze_epochs: float
+  head_rate_factor: float
+  backbone_rate_factor: float
+  layer_decay: float
+  target_top1: float
+  early_stopping_patience: int
+  early_stopping_min_delta: float
   label_smoothing: float
   mixed_precision: bool
 
-
-@dataclasses.dataclass(frozen=True)
-class Steps:
-  """The lengths of one stage in optimizer steps."""
-
-  per_epoch: int
-  warmup: int
-  total: int
+  @property
+  def batch_sizes(self) -> tuple[tuple[int, int], ...]:
+    """The epoch from which, counted from 0, and the batch size."""
+    later = [(p['from_epoch'], p['batch_size']) for p in self.phases]
+    return ((0, self.batch_size), *later)
 
   @property
-  def num_epochs(self) -> int:
-    """Epochs begun; the last one may be shorter."""
-    return -(-self.total // self.per_epoch)
-
-  def epoch_end(self, epoch: int) -> int:
-    """Returns the step at which `epoch` (from 0) is over."""
-    return min((epoch + 1) * self.per_epoch, self.total)
-
-
-def count_steps(stage: Stage, num_train_images: int) -> Steps:
-  """Turns epochs into steps; the only place that does.
-
-  An epoch drops the images that do not fill its last batch; the order changes
-  each epoch, so they are other ones each time.
-  """
-  per_epoch = num_train_images // stage.batch_size
-  if per_epoch == 0:
-    raise errors.UserError(
-      f'batch_size {stage.batch_size} is larger than the {num_train_images} '
-      f'training images of {stage.dataset!r}.',
-      _where(stage.name),
-      f'Set batch_size to at most {num_train_images}.',
-    )
-  total = max(1, round(stage.num_epochs * per_epoch))
-  warmup = round(stage.warmup_epochs * per_epoch)
-  if warmup >= total:
-    raise errors.UserError(
-      f'warmup_epochs {stage.warmup_epochs:g} leaves none of the '
-      f'{stage.num_epochs:g} epochs to decay in.',
-      _where(stage.name),
-      'Set warmup_epochs below num_epochs.',
-    )
-  return Steps(per_epoch, warmup, total)
+  def peak_learning_rate(self) -> float:
+    """`learning_rate`, scaled with the global batch if that is asked for."""
+    if not self.scale_learning_rate:
+      return self.learning_rate
+    return self.learning_rate * self.batch_size / self.base_batch_size
 
 
 def complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
@@ -189,15 +202,18 @@ def select(
 def check_devices(stages: Iterable[Stage], num_devices: int) -> None:
   """Raises UserError for a batch that the devices cannot share evenly."""
   for stage in stages:
-    if stage.batch_size % num_devices:
-      below = stage.batch_size // num_devices * num_devices
-      near = [b for b in (below, below + num_devices) if b]
-      raise errors.UserError(
-        f'batch_size {stage.batch_size} is not divisible by '
-        f'{num_devices} devices.',
-        _where(stage.name),
-        f'Set it to {" or ".join(map(str, near))}.',
-      )
+    sizes = [('batch_size', size) for _, size in stage.batch_sizes]
+    if stage.micro_batch_size:
+      sizes.append(('micro_batch_size', stage.micro_batch_size))
+    for field, size in sizes:
+      if size % num_devices:
+        below = size // num_devices * num_devices
+        near = [b for b in (below, below + num_devices) if b]
+        raise errors.UserError(
+          f'{field} {size} is not divisible by {num_devices} devices.',
+          f'stage {stage.name!r}',
+          f'Set it to {" or ".join(map(str, near))}.',
+        )
 
 
 def check_config(config: config_dict.ConfigDict) -> None:
@@ -223,10 +239,19 @@ def check_config(config: config_dict.ConfigDict) -> None:
     ('checkpoint_every_steps', 0),
     ('checkpoint_every_minutes', 0.0),
     ('log_every_steps', 1),
+    ('lr_find_steps', 10),
+    ('lr_find_min', 1e-30),
+    ('lr_find_max', 1e-30),
   ):
     value = _check_type(config[field], minimum, field, where)
     if not minimum <= value < math.inf:
       raise _out_of_range(field, value, f'at least {minimum:g}', where)
+  if config.lr_find_min >= config.lr_find_max:
+    raise errors.UserError(
+      f'lr_find_min {config.lr_find_min:g} is not below lr_find_max '
+      f'{config.lr_find_max:g}.',
+      'config.lr_find_min',
+    )
 
 
 def _create_stage(
@@ -248,10 +273,16 @@ def _create_stage(
   values = {
     field: _check_type(fields[field], default, field, where)
     for field, default in defaults.items()
+    if field not in ('milestones', 'phases')
   }
-  stage = Stage(**values)
+  stage = Stage(
+    **values,
+    milestones=_check_milestones(fields.milestones, where),
+    phases=_check_phases(fields.phases, where),
+  )
   _check_names(stage, where)
   _check_ranges(stage, where)
+  _check_combinations(stage, where)
   return stage
 
 
@@ -270,6 +301,13 @@ def _check_names(stage: Stage, where: str) -> None:
       raise errors.UserError(
         f'{stage.dataset!r} only shows how a dataset is named.', where
       )
+  plain = stage.optimizer.removesuffix('_8bit')
+  if plain in OPTIMIZERS and stage.optimizer not in OPTIMIZERS:
+    raise errors.UserError(
+      f'{plain} has no 8-bit state here.',
+      f'{where}.optimizer',
+      "Use 'adamw_8bit' or 'sgd_momentum_8bit'.",
+    )
   _check_choice(stage.optimizer, OPTIMIZERS, 'optimizer', where)
   _check_choice(stage.schedule, SCHEDULES, 'schedule', where)
 
@@ -283,19 +321,42 @@ _RANGES = (
   ('eval_crop', 0, 1, False),
   ('num_epochs', 0, math.inf, False),
   ('batch_size', 1, math.inf, True),
+  ('micro_batch_size', 0, math.inf, True),
   ('learning_rate', 0, math.inf, False),
+  ('base_batch_size', 1, math.inf, True),
   ('warmup_epochs', 0, math.inf, True),
+  ('warmup_steps', 0, math.inf, True),
   ('warmup_fraction', 0, 1, False),
   ('div_factor', 1, math.inf, True),
   ('final_div_factor', 1, math.inf, True),
   ('power', 0, math.inf, False),
   ('end_factor', 0, 1, True),
+  ('restart_epochs', 0, math.inf, True),
+  ('restart_factor', 1, math.inf, True),
+  ('step_factor', 0, 1, False),
+  ('plateau_factor', 0, 1, False),
+  ('plateau_patience', 0, math.inf, True),
+  ('plateau_min_delta', 0, math.inf, True),
+  ('plateau_cooldown', 0, math.inf, True),
   ('b1', 0, 1, True),
   ('b2', 0, 1, True),
   ('eps', 0, math.inf, False),
   ('momentum', 0, 1, True),
+  ('rms_decay', 0, 1, True),
+  ('trust_coefficient', 0, math.inf, False),
+  ('quantization_block', 8, math.inf, True),
+  ('quantization_min_size', 0, math.inf, True),
   ('weight_decay', 0, math.inf, True),
   ('gradient_clipping', 0, math.inf, True),
+  ('adaptive_clipping', 0, math.inf, True),
+  ('ema_decay', 0, 1, True),
+  ('freeze_epochs', 0, math.inf, True),
+  ('head_rate_factor', 0, math.inf, True),
+  ('backbone_rate_factor', 0, math.inf, True),
+  ('layer_decay', 0, 1, False),
+  ('target_top1', 0, 1, True),
+  ('early_stopping_patience', 0, math.inf, True),
+  ('early_stopping_min_delta', 0, math.inf, True),
   ('label_smoothing', 0, 1, True),
 )
 
@@ -308,19 +369,156 @@ def _check_ranges(stage: Stage, where: str) -> None:
       if high < math.inf:
         bounds += f' and at most {high:g}'
       raise _out_of_range(field, value, bounds, where)
-  if stage.schedule == 'exponential_warmup' and stage.end_factor == 0:
+
+
+def _check_milestones(milestones: Any, where: str) -> tuple[float, ...]:
+  if not isinstance(milestones, list | tuple):
     raise errors.UserError(
-      'An exponential never reaches an end_factor of 0.',
-      where,
-      'Set end_factor to a small part of the peak, such as 0.001.',
+      f'milestones must be epochs, not {milestones!r}.', f'{where}.milestones'
     )
-  if stage.schedule in ('one_cycle', 'cosine') and stage.warmup_epochs:
-    other = {'one_cycle': 'warmup_fraction', 'cosine': 'cosine_warmup'}
-    raise errors.UserError(
-      f'The schedule {stage.schedule!r} does not use warmup_epochs.',
-      where,
-      f'Use {other[stage.schedule]!r}, or set warmup_epochs to 0.',
-    )
+  return tuple(_check_type(x, 0.0, 'milestones', where) for x in milestones)
+
+
+def _check_phases(phases: Any, where: str) -> tuple[Mapping[str, int], ...]:
+  where = f'{where}.phases'
+  if not isinstance(phases, list | tuple):
+    raise errors.UserError(f'phases must be dicts, not {phases!r}.', where)
+  before, found = 0, []
+  for phase in phases:
+    if not isinstance(phase, Mapping | config_dict.ConfigDict) or set(
+      phase
+    ) != {'from_epoch', 'batch_size'}:
+      raise errors.UserError(
+        f'A phase is not {phase!r}.',
+        where,
+        "Write {'from_epoch': 10, 'batch_size': 256}.",
+      )
+    values = {key: _check_type(phase[key], 1, key, where) for key in phase}
+    if values['from_epoch'] <= before or values['batch_size'] < 1:
+      raise errors.UserError(
+        f'Phases must follow one another from epoch 1 on, not {values!r}.',
+        where,
+      )
+    before = values['from_epoch']
+    found.append(values)
+  return tuple(found)
+
+
+def _check_combinations(stage: Stage, where: str) -> None:
+  """Refuses what would be ignored or could not work, by name."""
+  mistakes = (*_schedule_mistakes(stage), *_optimizer_mistakes(stage))
+  for wrong, field, what, suggestion in mistakes:
+    if wrong:
+      raise errors.UserError(what, f'{where}.{field}', suggestion)
+
+
+Mistake = tuple[bool, str, str, str]
+
+
+def _schedule_mistakes(stage: Stage) -> Iterable[Mistake]:
+  """Yields (whether it is there, field, what is wrong, a suggestion)."""
+  name = stage.schedule
+  warmup = bool(stage.warmup_epochs or stage.warmup_steps)
+  yield (
+    bool(stage.warmup_epochs and stage.warmup_steps),
+    'warmup_steps',
+    'warmup_epochs and warmup_steps are both set.',
+    'Set one of them to 0.',
+  )
+  yield (
+    warmup and name in ('one_cycle', 'cosine'),
+    'schedule',
+    f'The schedule {name!r} does not use a warmup.',
+    "Use 'cosine_warmup', or warmup_fraction with 'one_cycle'.",
+  )
+  yield (
+    name == 'exponential_warmup' and stage.end_factor == 0,
+    'end_factor',
+    'An exponential never reaches an end_factor of 0.',
+    'Set end_factor to a small part of the peak, such as 0.001.',
+  )
+  yield (
+    bool(stage.restart_epochs) and name not in ('cosine', 'cosine_warmup'),
+    'restart_epochs',
+    f'The schedule {name!r} has no warm restarts.',
+    "Use 'cosine_warmup', or set restart_epochs to 0.",
+  )
+  yield (
+    bool(stage.milestones) != (name == 'step'),
+    'milestones',
+    "milestones and the schedule 'step' need each other.",
+    "Write 'schedule': 'step', 'milestones': (30, 60).",
+  )
+  yield (
+    any(a >= b for a, b in itertools.pairwise((0, *stage.milestones))),
+    'milestones',
+    f'milestones must rise from above 0: {stage.milestones}.',
+    '',
+  )
+  yield (
+    stage.plateau_metric not in PLATEAU_METRICS,
+    'plateau_metric',
+    f'Unknown plateau_metric {stage.plateau_metric!r}.',
+    errors.did_you_mean(stage.plateau_metric, PLATEAU_METRICS),
+  )
+  evaluations = math.ceil(stage.num_epochs)
+  yield (
+    name == 'plateau' and evaluations <= stage.plateau_patience + 1,
+    'plateau_patience',
+    f"The schedule 'plateau' needs more than plateau_patience + 1 = "
+    f'{stage.plateau_patience + 1} evaluations; this stage has {evaluations}.',
+    'Lower plateau_patience, or train for more epochs.',
+  )
+  yield (
+    any(p['from_epoch'] >= stage.num_epochs for p in stage.phases),
+    'phases',
+    f'A phase begins after the last of {stage.num_epochs:g} epochs.',
+    '',
+  )
+
+
+def _optimizer_mistakes(stage: Stage) -> Iterable[Mistake]:
+  """Yields as `_schedule_mistakes`."""
+  name = stage.optimizer
+  yield (
+    stage.nesterov
+    and name not in ('lars', 'muon', 'sgd_momentum', 'sgd_momentum_8bit'),
+    'nesterov',
+    f'The optimizer {name!r} has no Nesterov momentum.',
+    "Use 'sgd_momentum', or set nesterov to False.",
+  )
+  yield (
+    stage.scale_learning_rate
+    and name not in ('lars', 'sgd_momentum', 'sgd_momentum_8bit'),
+    'scale_learning_rate',
+    f'The linear scaling rule is about SGD, not {name!r}.',
+    'Set learning_rate for this batch, and scale_learning_rate to False.',
+  )
+  yield (
+    bool(stage.gradient_clipping and stage.adaptive_clipping),
+    'adaptive_clipping',
+    'gradient_clipping and adaptive_clipping are both set.',
+    'Set one of them to 0.',
+  )
+  yield (
+    stage.weight_decay_kind not in WEIGHT_DECAY_KINDS,
+    'weight_decay_kind',
+    f'Unknown weight_decay_kind {stage.weight_decay_kind!r}.',
+    errors.did_you_mean(stage.weight_decay_kind, WEIGHT_DECAY_KINDS),
+  )
+  yield (
+    stage.ema_decay == 1,
+    'ema_decay',
+    'An average with ema_decay 1 never moves.',
+    'Set ema_decay to 0.999 or so.',
+  )
+  micro = stage.micro_batch_size
+  yield (
+    bool(micro) and any(batch % micro for _, batch in stage.batch_sizes),
+    'micro_batch_size',
+    f'micro_batch_size {micro} does not divide the batch size.',
+    '',
+  )
 
 
 def _check_type(value: Any, default: Any, field: str, where: str) -> Any:
@@ -367,7 +565,3 @@ def _out_of_range(
   return errors.UserError(
     f'{field} is {value:g}; it must be {bounds}.', f'{where}.{field}'
   )
-
-
-def _where(name: str) -> str:
-  return f'stage {name!r}'

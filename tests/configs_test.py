@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxprog
-from jaxprog import stages
+from jaxprog import epochs, stages
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers, schedules
 from jaxprog.training import state
@@ -40,9 +40,9 @@ def test_config(path):
       num_filters=config.num_filters,
       stem_kernel=config.stem_kernel,
     )
-    steps = stages.count_steps(stage, NUM_IMAGES[stage.dataset])
+    steps = epochs.count_steps(stage, NUM_IMAGES[stage.dataset])
     learning_rate_fn = schedules.create_learning_rate_fn(stage, steps)
-    tx = optimizers.create_optimizer(stage, learning_rate_fn)
+    tx = optimizers.create_optimizer(stage)
 
     def create(rng, model=model, size=stage.image_size, tx=tx):
       variables = state.init_variables(model, size, rng)
@@ -60,7 +60,7 @@ def test_config(path):
     ]
     first, last = (float(learning_rate_fn(i)) for i in (0, steps.total - 1))
     assert np.isfinite(rates).all()
-    assert max(rates) == pytest.approx(stage.learning_rate, rel=0.05)
+    assert max(rates) == pytest.approx(stage.peak_learning_rate, rel=0.05)
     assert first < stage.learning_rate or stage.warmup_epochs == 0
     assert last < stage.learning_rate / 50
 

@@ -13,7 +13,7 @@ import pytest
 from data_fixtures import encode, photo, stage, write_class_folders
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxprog import stages
+from jaxprog import epochs
 from jaxprog.data import loader, preprocess, sources
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -33,7 +33,7 @@ def digest(batch) -> str:
 def digests(dataset, count=12, seed=3, **options):
   # 5 batches an epoch.
   a_stage = stage(batch_size=len(dataset.train) // 5, num_epochs=4)
-  steps = stages.count_steps(a_stage, len(dataset.train))
+  steps = epochs.count_steps(a_stage, len(dataset.train))
   batches = loader.train_batches(
     dataset.train, a_stage, seed=seed, steps=steps, **options
   )
@@ -62,7 +62,7 @@ def test_seeds_give_other_batches(data_dir):
 
 def test_processes_share_a_global_batch(dataset):
   a_stage = stage(batch_size=64)
-  steps = stages.count_steps(a_stage, len(dataset.train))
+  steps = epochs.count_steps(a_stage, len(dataset.train))
   options = {'seed': 5, 'steps': steps}
   for step in (0, 30):
     whole = loader.TrainBatches(dataset.train, a_stage, **options)[step]
@@ -79,7 +79,7 @@ def test_processes_share_a_global_batch(dataset):
 
 def test_an_epoch_visits_every_example_at_most_once(dataset):
   a_stage = stage(batch_size=100, num_epochs=3)
-  steps = stages.count_steps(a_stage, len(dataset.train))
+  steps = epochs.count_steps(a_stage, len(dataset.train))
   batches = loader.TrainBatches(dataset.train, a_stage, seed=0, steps=steps)
   assert len(batches) == 3 * 14
   seen = []
@@ -122,7 +122,7 @@ def test_labels_belong_to_their_images(dataset):
   a_stage = stage(
     image_size=8, batch_size=50, min_crop_area=1.0, max_crop_aspect=1.0
   )
-  steps = stages.count_steps(a_stage, len(dataset.train))
+  steps = epochs.count_steps(a_stage, len(dataset.train))
   batches = loader.TrainBatches(dataset.train, a_stage, seed=9, steps=steps)
   batch, (_, indices) = batches[3], batches.indices(3)
   assert batch['image'].dtype == np.uint8
@@ -180,7 +180,7 @@ def test_a_bad_record_stops_with_its_name(tmp_path):
   bad.write_bytes(b'<html>Not Found</html>')
   split = sources.load_dataset('imagenette', tmp_path).train
   a_stage = stage(batch_size=8)
-  steps = stages.count_steps(a_stage, len(split))
+  steps = epochs.count_steps(a_stage, len(split))
   for num_workers in (0, 2):
     batches = loader.train_batches(
       split, a_stage, seed=0, steps=steps, num_workers=num_workers
@@ -203,7 +203,7 @@ def count_threads(wanted: int) -> int:
 
 def test_closing_releases_the_threads(dataset):
   a_stage = stage(batch_size=8)
-  steps = stages.count_steps(a_stage, len(dataset.train))
+  steps = epochs.count_steps(a_stage, len(dataset.train))
   assert count_threads(0) == 0
   batches = [
     loader.train_batches(
@@ -221,14 +221,16 @@ def test_closing_releases_the_threads(dataset):
 
 # Reads on until it is stopped, never closing anything.
 ENDLESS = """
-import sys
+import signal, sys
+# A job that a shell put in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = ['tests', '.']
 import data_fixtures
-from jaxprog import stages
+from jaxprog import epochs
 from jaxprog.data import loader, sources
 split = sources.load_dataset('digits', sys.argv[1]).train
 stage = data_fixtures.stage(batch_size=32, num_epochs=100_000)
-steps = stages.count_steps(stage, len(split))
+steps = epochs.count_steps(stage, len(split))
 batches = loader.train_batches(
   split, stage, seed=0, steps=steps, num_workers=2)
 next(batches)
@@ -298,6 +300,6 @@ def test_greyscale_and_transparent_files_fit_one_batch(tmp_path):
   (folder / 'one.png').write_bytes(encode(photo(1, 1)))
   split = sources.load_dataset('imagenette', tmp_path).train
   a_stage = stage(batch_size=4)
-  steps = stages.count_steps(a_stage, len(split))
+  steps = epochs.count_steps(a_stage, len(split))
   batch = loader.TrainBatches(split, a_stage, seed=0, steps=steps)[0]
   assert batch['image'].shape == (4, 16, 16, 3)

@@ -104,7 +104,8 @@ def run(console, history, clock=None):
     shown.start_run(plan)
     for index, stage in enumerate(history['stages']):
       name = stage['name']
-      shown.start_stage(index, name, plan[index].total_steps, 10, optimizer='x')
+      ends = range(10, plan[index].total_steps + 1, 10)
+      shown.start_stage(index, name, ends, optimizer='x')
       for row in stage['epochs']:
         for step in range(10):
           clock.now += 0.1
@@ -178,7 +179,7 @@ def test_plan_shows_what_was_derived():
 def test_bar_is_drawn_at_most_eight_times_a_second():
   clock, console = Clock(), create_console()
   with progress_lib.Progress(1, console=console, clock=clock) as shown:
-    shown.start_stage(0, 'a', 1000, 1000)
+    shown.start_stage(0, 'a', [1000])
     begin = console.file.tell()
     for step in range(1000):
       clock.now += 0.01
@@ -190,7 +191,7 @@ def test_bar_is_drawn_at_most_eight_times_a_second():
 def test_bar_shows_step_metrics_and_times():
   clock, console = Clock(), create_console()
   shown = progress_lib.Progress(1, console=console, clock=clock)
-  shown.start_stage(0, 'a', 300, 100, start_step=140)
+  shown.start_stage(0, 'a', [100, 200, 300], start_step=140)
   assert 'compiling' in console.file.getvalue()
   for step in range(141, 151):
     shown.step(step, METRICS)
@@ -220,7 +221,7 @@ def paced():
   plan = create_plan(history_fixture.create_history((3, 3)))
   shown = progress_lib.Progress(2, console=console, clock=clock)
   shown.start_run(plan)
-  shown.start_stage(0, 'imagenette', 30, 10)
+  shown.start_stage(0, 'imagenette', [10, 20, 30])
 
   def train(first):
     """Takes ten steps of 40 s each, longer than between two lines."""
@@ -277,7 +278,7 @@ def test_time_left_ignores_pauses_between_epochs(paced):
 def test_rate_follows_a_machine_that_slows_down():
   clock, console = Clock(), create_console(terminal=False)
   shown = progress_lib.Progress(1, console=console, clock=clock)
-  shown.start_stage(0, 'a', 10_000, 10_000)
+  shown.start_stage(0, 'a', [10_000])
   for step in range(1, 1201):
     clock.now += 0.1 if step < 1000 else 3.0
     shown.step(step, METRICS)
@@ -311,7 +312,7 @@ def test_pipe_gets_one_greppable_line_an_epoch():
 def test_pipe_gets_no_more_than_a_line_on_steps_every_30_seconds():
   clock, console = Clock(), create_console(terminal=False)
   shown = progress_lib.Progress(1, console=console, clock=clock)
-  shown.start_stage(0, 'a', 10_000, 10_000, note='two words')
+  shown.start_stage(0, 'a', [10_000], note='two words')
   for step in range(1, 10_001):
     clock.now += 0.1
     shown.step(step, METRICS)
@@ -336,7 +337,7 @@ def test_live_only_where_it_can_be(monkeypatch, variables, live):
     file=io.StringIO(), force_terminal=True, _environ=variables
   )
   with progress_lib.Progress(1, console=console, clock=Clock()) as shown:
-    shown.start_stage(0, 'a', 10, 10)
+    shown.start_stage(0, 'a', [10])
   text = console.file.getvalue()
   assert ('\x1b' in text) == live
   assert ('event=stage' in text) == (not live)
@@ -348,7 +349,7 @@ def test_bar_is_taken_away_when_training_fails():
 
   def fail():
     with progress_lib.Progress(1, console=console, clock=clock) as shown:
-      shown.start_stage(0, 'a', 10, 10)
+      shown.start_stage(0, 'a', [10])
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):

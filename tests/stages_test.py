@@ -13,6 +13,14 @@ def create_stages(**changes):
   return stages.create_stages(config)
 
 
+COSINE = {'schedule': 'cosine_warmup'}
+PLATEAU = {'schedule': 'plateau', 'plateau_patience': 0}
+
+
+def phase(from_epoch, batch_size):
+  return {'from_epoch': from_epoch, 'batch_size': batch_size}
+
+
 def message(**changes):
   with pytest.raises(errors.UserError) as caught:
     create_stages(**changes)
@@ -61,6 +69,26 @@ def test_ints_become_floats_and_lists_become_tuples():
     ({'name': 'ten'}, "Two stages are named 'ten'"),
     ({'schedule': 'exponential_warmup'}, 'end_factor'),
     ({'warmup_epochs': 1.0}, 'warmup_fraction'),
+    ({**COSINE, 'warmup_epochs': 0.5, 'warmup_steps': 3}, 'both set'),
+    ({'schedule': 'step'}, 'need each other'),
+    ({'milestones': (1, 2)}, 'need each other'),
+    ({'schedule': 'step', 'milestones': (2, 1)}, 'must rise'),
+    ({'schedule': 'step', 'milestones': 30}, 'must be epochs'),
+    ({'schedule': 'linear', 'restart_epochs': 1.0}, 'no warm restarts'),
+    ({'schedule': 'plateau', 'plateau_patience': 2}, 'has 2'),
+    ({**PLATEAU, 'plateau_metric': 'val_los'}, "mean 'val_loss'"),
+    ({'optimizer': 'rmsprop_8bit'}, 'rmsprop has no 8-bit state'),
+    ({'optimizer': 'adamw', 'nesterov': True}, 'no Nesterov'),
+    ({'optimizer': 'adamw', 'scale_learning_rate': True}, 'about SGD'),
+    ({'gradient_clipping': 1.0, 'adaptive_clipping': 0.1}, 'both set'),
+    ({'weight_decay_kind': 'couple'}, "mean 'coupled'"),
+    ({'ema_decay': 1.0}, 'never moves'),
+    ({'micro_batch_size': 7}, 'does not divide'),
+    ({'phases': ({'from_epoch': 1},)}, 'A phase is not'),
+    ({'phases': (phase(2, 96), phase(1, 192))}, 'follow one another'),
+    ({'phases': (phase(9, 96),)}, 'after the last of 2'),
+    ({'phases': (phase(1, 96),)}, None),
+    ({'schedule': 'step', 'milestones': (1, 2.5)}, None),
   ],
 )
 def test_mistakes_in_a_stage(changes, expected):
@@ -94,26 +122,6 @@ def test_mistakes_outside_the_stages(field, value, expected):
     stages.create_stages(config)
 
 
-def test_steps_of_fractional_epochs():
-  stage = create_stages(
-    num_epochs=2.5, warmup_epochs=0.25, schedule='cosine_warmup'
-  )[0]
-  steps = stages.count_steps(stage, 48 * 10 + 47)
-  assert steps == stages.Steps(per_epoch=10, warmup=2, total=25)
-  assert steps.num_epochs == 3
-  assert [steps.epoch_end(i) for i in range(3)] == [10, 20, 25]
-
-
-def test_steps_refuse_what_cannot_be_trained():
-  with pytest.raises(errors.UserError, match='larger than the 47'):
-    stages.count_steps(create_stages()[0], 47)
-  stage = create_stages(
-    num_epochs=1, warmup_epochs=1.0, schedule='cosine_warmup'
-  )[0]
-  with pytest.raises(errors.UserError, match='none of the 1 epochs'):
-    stages.count_steps(stage, 480)
-
-
 def test_only_decides_the_order_and_skip_leaves_out():
   found = create_stages()
 
@@ -137,3 +145,16 @@ def test_a_batch_must_divide_among_devices():
     stages.check_devices(found, 5)
   with pytest.raises(errors.UserError, match='Set it to 64'):
     stages.check_devices(found, 64)
+  grows = create_stages(phases=[phase(1, 100)])
+  with pytest.raises(errors.UserError, match='batch_size 100'):
+    stages.check_devices(grows, 8)
+  parts = create_stages(micro_batch_size=12)
+  with pytest.raises(errors.UserError, match='micro_batch_size 12'):
+    stages.check_devices(parts, 8)
+
+
+def test_the_rate_grows_with_the_batch_if_asked():
+  sgd = {'optimizer': 'sgd_momentum', 'learning_rate': 0.1, 'batch_size': 512}
+  assert create_stages(**sgd)[0].peak_learning_rate == 0.1
+  scaled = create_stages(**sgd, scale_learning_rate=True)[0]
+  assert scaled.peak_learning_rate == 0.2

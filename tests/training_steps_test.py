@@ -3,13 +3,23 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tiny_config
 from flax import linen as nn
 
-from jaxprog import stages
+from jaxprog import epochs, stages
+from jaxprog.models import resnet
+from jaxprog.optim import optimizers
 from jaxprog.training import augment, state, steps
 
+# The update is the gradient.
+PLAIN = {
+  'optimizer': 'sgd_momentum',
+  'momentum': 0.0,
+  'weight_decay': 0.0,
+  'gradient_clipping': 0.0,
+  'label_smoothing': 0.0,
+  'flip': False,
+}
 PIXELS = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
@@ -25,15 +35,28 @@ class Linear(nn.Module):
     return nn.Dense(self.num_classes, name='head')(x)
 
 
-def create(num_classes=4, rate=0.5, **fields):
+def create(num_classes=4, rate=0.5, frozen=0, model=None, **fields):
   stage = stages.create_stages(tiny_config.get_config())[0]
-  stage = dataclasses.replace(stage, **fields)
-  model, tx = Linear(num_classes), optax.sgd(rate)
+  stage = dataclasses.replace(stage, **{**PLAIN, **fields})
+  lengths = epochs.Steps((epochs.Phase(0, 0, 10, 6),), 10, frozen=frozen)
+  model, tx = model or Linear(num_classes), optimizers.create_optimizer(stage)
   variables = state.init_variables(model, 2, jax.random.key(0))
-  train_step = steps.create_train_step(
-    model, tx, lambda step: rate * (step + 1), stage, PIXELS
-  )
-  return model, state.create_state(variables, tx), jax.jit(train_step)
+  train_steps = [
+    jax.jit(
+      steps.create_train_step(
+        model,
+        tx,
+        lambda step: rate * (step + 1),
+        stage,
+        lengths,
+        PIXELS,
+        frozen=only_head,
+      )
+    )
+    for only_head in (False, True)
+  ]
+  current = state.create_state(variables, tx, ema=stage.ema_decay > 0)
+  return model, current, train_steps[0], train_steps[1]
 
 
 def batch(n=6, num_classes=4):
@@ -51,7 +74,7 @@ def softmax(x):
 
 
 def test_a_step_is_the_gradient_written_down():
-  _, before, train_step = create(label_smoothing=0.2)
+  _, before, train_step, _ = create(label_smoothing=0.2)
   data = batch()
   after, metrics = train_step(before, data, jax.random.key(1))
 
@@ -75,7 +98,7 @@ def test_a_step_is_the_gradient_written_down():
 
 
 def test_sums_of_an_epoch_are_weighted_by_images():
-  _, current, train_step = create()
+  _, current, train_step, _ = create()
   losses = []
   for n in (6, 6, 6):
     current, metrics = train_step(current, batch(n), jax.random.key(1))
@@ -88,7 +111,7 @@ def test_sums_of_an_epoch_are_weighted_by_images():
 
 
 def test_a_step_depends_on_the_step_and_the_rng_alone():
-  _, current, train_step = create(flip=True)
+  _, current, train_step, _ = create(flip=True)
   data = batch(64)
   first, _ = train_step(current, data, jax.random.key(1))
   again, _ = train_step(current, data, jax.random.key(1))
@@ -98,6 +121,135 @@ def test_a_step_depends_on_the_step_and_the_rng_alone():
   assert (kernel == again.params['head']['kernel']).all()
   assert not (kernel == other.params['head']['kernel']).all()
   assert not (kernel == later.params['head']['kernel']).all()
+
+
+def small_resnet():
+  return resnet.resnet10(
+    num_classes=4, num_filters=4, stem=resnet.Stem(1, False), stem_kernel=3
+  )
+
+
+def equal(a, b):
+  return all(
+    jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+  )
+
+
+def test_micro_batches_add_up_to_the_batch():
+  _, whole, step, _ = create(optimizer='adamw', gradient_clipping=0.1)
+  _, parts, step_in_parts, _ = create(
+    optimizer='adamw', gradient_clipping=0.1, micro_batch_size=2
+  )
+  for _ in range(3):
+    whole, expected = step(whole, batch(12), jax.random.key(1))
+    parts, metrics = step_in_parts(parts, batch(12), jax.random.key(1))
+  for name in expected:
+    np.testing.assert_allclose(metrics[name], expected[name], rtol=2e-6)
+  np.testing.assert_allclose(
+    parts.params['head']['kernel'], whole.params['head']['kernel'], rtol=1e-5
+  )
+
+
+def test_batch_norm_sees_each_micro_batch_by_itself():
+  _, current, step_in_parts, _ = create(
+    model=small_resnet(), micro_batch_size=2
+  )
+  after, _ = step_in_parts(current, batch(4), jax.random.key(1))
+  _, _, step, _ = create(model=small_resnet())
+  data = batch(4)
+  expected = current
+  for part in (slice(0, 4, 2), slice(1, 4, 2)):
+    data_part = {name: x[part] for name, x in data.items()}
+    # Each part moves the statistics, none the weights.
+    moved, _ = step(expected, data_part, jax.random.key(1))
+    expected = expected.replace(batch_stats=moved.batch_stats)
+  for found, wanted in zip(
+    jax.tree.leaves(after.batch_stats),
+    jax.tree.leaves(expected.batch_stats),
+    strict=True,
+  ):
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted():
+  _, before, train_step, _ = create(model=small_resnet(), ema_decay=0.9)
+  poisoned = jax.tree.map(jnp.copy, before)
+  poisoned.params['head']['bias'] = jnp.full(4, jnp.nan)
+  after, metrics = train_step(poisoned, batch(), jax.random.key(1))
+  assert not np.isfinite(metrics['loss'])
+  for name in ('batch_stats', 'opt_state', 'ema'):
+    assert equal(getattr(after, name), getattr(before, name)), name
+  assert equal(after.params['stem_conv'], before.params['stem_conv'])
+  assert after.step == 1
+  assert after.metrics['skipped'] == 1
+  assert after.metrics['count'] == after.metrics['loss'] == 0
+  healthy, _ = train_step(before, batch(), jax.random.key(1))
+  assert healthy.metrics['skipped'] == 0
+  assert not equal(healthy.batch_stats, before.batch_stats)
+
+
+def test_a_frozen_backbone_stays_bit_for_bit_and_then_starts_anew():
+  _, state0, step, frozen_step = create(
+    model=small_resnet(), frozen=2, optimizer='adamw', weight_decay=0.1
+  )
+  current = state0
+  for _ in range(2):
+    current, _ = frozen_step(current, batch(), jax.random.key(1))
+  backbone = {k: v for k, v in current.params.items() if k != 'head'}
+  assert equal(backbone, {k: state0.params[k] for k in backbone})
+  assert equal(current.batch_stats, state0.batch_stats)
+  assert not equal(current.params['head'], state0.params['head'])
+  after, _ = step(current, batch(), jax.random.key(1))
+  assert not equal(after.params['stem_conv'], state0.params['stem_conv'])
+  # What it would be if the optimizer had never seen the frozen steps.
+  _, fresh, _, _ = create(
+    model=small_resnet(), optimizer='adamw', weight_decay=0.1
+  )
+  fresh = current.replace(opt_state=fresh.opt_state)
+  expected, _ = step(fresh, batch(), jax.random.key(1))
+  assert equal(after.params, expected.params)
+
+
+def test_a_frozen_step_trains_the_head_on_the_running_statistics():
+  model, current, _, frozen_step = create(model=small_resnet(), frozen=9)
+  data = batch()
+  x = augment.normalise(data['image'], *PIXELS)
+  after, metrics = frozen_step(current, data, jax.random.key(1))
+  logits = np.asarray(model.apply(current.variables, x, train=False))
+  loss = -np.log(softmax(logits)[np.arange(6), data['label']]).mean()
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
+  grad = (softmax(logits) - np.eye(4)[data['label']]).mean(axis=0)
+  bias = current.params['head']['bias'] - 0.5 * grad
+  np.testing.assert_allclose(after.params['head']['bias'], bias, atol=1e-6)
+
+
+def test_the_average_follows_weights_and_statistics():
+  _, current, train_step, _ = create(model=small_resnet(), ema_decay=0.15)
+  assert equal(current.ema, current.variables)
+  expected = current.ema
+  for i in range(3):
+    current, _ = train_step(current, batch(), jax.random.key(1))
+    decay = min(0.15, (1 + i) / (10 + i))
+    expected = jax.tree.map(
+      lambda a, b, d=decay: d * a + (1 - d) * b, expected, current.variables
+    )
+  for found, wanted in zip(
+    jax.tree.leaves(current.ema), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_plateau_scales_the_rate():
+  _, current, train_step, _ = create()
+  whole, _ = train_step(current, batch(), jax.random.key(1))
+  current = current.replace(rate_scale=jnp.float32(0.25))
+  quarter, metrics = train_step(current, batch(), jax.random.key(1))
+  assert metrics['learning_rate'] == 0.125
+
+  def moved(after):
+    return after.params['head']['kernel'] - current.params['head']['kernel']
+
+  np.testing.assert_allclose(4 * moved(quarter), moved(whole), atol=1e-6)
 
 
 def test_flip_mirrors_about_half_of_the_images():

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from jaxprog.data import preprocess, sources
-from jaxprog.stages import Stage, Steps
+from jaxprog.epochs import Steps
+from jaxprog.stages import Stage
 
 # Host arrays, `image` uint8 (b, S, S, 3), `label` int32 (b,), `mask` bool (b,).
 HostBatch = dict[str, np.ndarray]
@@ -57,12 +58,12 @@ class TrainBatches(Sequence[HostBatch]):
     process_index: int = 0,
     process_count: int = 1,
   ):
-    if stage.batch_size % process_count:
-      raise ValueError(f'{stage.batch_size=} for {process_count=}.')
+    for phase in steps.phases:
+      if phase.batch_size % process_count:
+        raise ValueError(f'{phase.batch_size=} for {process_count=}.')
     self._split, self._stage, self._seed = split, stage, seed
     self._steps = steps
-    self._local_batch_size = stage.batch_size // process_count
-    self._offset = process_index * self._local_batch_size
+    self._process_index, self._process_count = process_index, process_count
     self._order = (-1, np.empty(0, np.int64))
 
   def __len__(self) -> int:
@@ -72,17 +73,18 @@ class TrainBatches(Sequence[HostBatch]):
     epoch, indices = self.indices(step)
     return _stack(
       [self._example(epoch, int(i)) for i in indices],
-      self._local_batch_size,
+      len(indices),
       self._stage.image_size,
     )
 
   def indices(self, step: int) -> tuple[int, np.ndarray]:
     """Returns the epoch of `step` and the examples of its batch."""
-    epoch, step_in_epoch = divmod(int(step), self._steps.per_epoch)
-    start = step_in_epoch * self._stage.batch_size + self._offset
-    return epoch, self._epoch_order(epoch)[
-      start : start + self._local_batch_size
-    ]
+    epoch = self._steps.epoch(int(step))
+    batch_size = self._steps.phase(int(step)).batch_size
+    local_batch_size = batch_size // self._process_count
+    start = (int(step) - self._steps.epoch_start(epoch)) * batch_size
+    start += self._process_index * local_batch_size
+    return epoch, self._epoch_order(epoch)[start : start + local_batch_size]
 
   def _epoch_order(self, epoch: int) -> np.ndarray:
     # One tuple, replaced whole: threads may compute it twice, never mix it.

@@ -1,5 +1,6 @@
 """Optimizers: factories that return optax gradient transformations."""
 
+import re
 from typing import Any
 
 import jax
@@ -7,39 +8,194 @@ import jax.numpy as jnp
 import optax
 
 from jaxprog import stages
+from jaxprog.optim import eight_bit
+
+# Root mean square of Muon's updates: what AdamW's have in practice (Liu et al.
+# 2025, arXiv:2502.16982, section 2.2), so that one learning rate fits both.
+MUON_RMS = 0.2
 
 
-def create_optimizer(
-  stage: stages.Stage, learning_rate_fn: optax.Schedule
-) -> optax.GradientTransformation:
+def create_optimizer(stage: stages.Stage) -> optax.GradientTransformation:
   """Returns clipping, the optimizer of `stage` and its weight decay.
 
-  AdamW decouples the decay (Loshchilov & Hutter 2019, arXiv:1711.05101): each
-  step takes learning_rate * weight_decay of a kernel. SGD couples it, as
-  PyTorch does: the decay is part of the gradient and of the momentum.
+  There is no learning rate in it, and no sign: the training step takes
+  params - rate * updates. So the rate follows the stage's own step even when
+  a step is skipped, and momentum holds no rates, as in PyTorch's SGD.
+
+  Coupled decay is part of the gradient (after clipping), and so of every
+  moment; decoupled decay (Loshchilov & Hutter 2019, arXiv:1711.05101) is added
+  at the end, except that LAMB's trust ratio sees it.
   """
-  match stage.optimizer:
-    case 'adamw':
-      update = optax.adamw(
-        learning_rate_fn,
-        b1=stage.b1,
-        b2=stage.b2,
-        eps=stage.eps,
-        weight_decay=stage.weight_decay,
-        mask=weight_decay_mask,
-      )
-    case 'sgd_momentum':
-      update = optax.chain(
-        optax.add_decayed_weights(stage.weight_decay, mask=weight_decay_mask),
-        optax.sgd(learning_rate_fn, stage.momentum, stage.nesterov),
-      )
-    case _:
-      raise ValueError(f'Unknown optimizer: {stage.optimizer!r}.')
-  if not stage.gradient_clipping:
-    return update
-  return optax.chain(optax.clip_by_global_norm(stage.gradient_clipping), update)
+  coupled = decoupled = optax.identity()
+  if stage.weight_decay:
+    decay = optax.add_decayed_weights(stage.weight_decay, weight_decay_mask)
+    if _is_coupled(stage):
+      coupled = decay
+    else:
+      decoupled = decay
+  return optax.chain(
+    _create_clipping(stage), coupled, _create_direction(stage, decoupled)
+  )
 
 
 def weight_decay_mask(params: Any) -> Any:
   """Returns True for kernels, False for biases and BatchNorm's scales."""
   return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
+
+
+def rate_factors(params: Any, stage: stages.Stage) -> Any:
+  """Returns what each leaf's learning rate is multiplied by, floats.
+
+  The head or the backbone has its own factor. Each group of layers has
+  `layer_decay` times the rate of the one after it (Clark et al. 2020,
+  arXiv:2003.10555): modules named stem_* first, the others each for itself in
+  natural order of their names (block2_9 before block2_10), `head` last. The
+  order of the dict itself says nothing: jit sorts it.
+  """
+  groups = sorted({_layer_group(name) for name in params})
+  factors = {}
+  for name, module in params.items():
+    groups_after = len(groups) - 1 - groups.index(_layer_group(name))
+    own = stage.backbone_rate_factor
+    if name == 'head':
+      own = stage.head_rate_factor
+    factor = own * stage.layer_decay**groups_after
+    factors[name] = jax.tree.map(lambda _, factor=factor: factor, module)
+  return factors
+
+
+def _layer_group(name: str) -> tuple[int, tuple[str | int, ...]]:
+  """Returns a key that is the same within a group and sorts by depth."""
+  if name == 'head':
+    return 2, ()
+  if name.startswith('stem_'):
+    return 0, ()
+  # A split at numbers alternates text and number, so that keys compare.
+  parts = re.split(r'(\d+)', name)
+  return 1, tuple(int(p) if p.isdecimal() else p for p in parts)
+
+
+def _is_coupled(stage: stages.Stage) -> bool:
+  if stage.weight_decay_kind != 'auto':
+    return stage.weight_decay_kind == 'coupled'
+  return stage.optimizer in (
+    'lars',
+    'rmsprop',
+    'sgd_momentum',
+    'sgd_momentum_8bit',
+  )
+
+
+def _create_clipping(
+  stage: stages.Stage,
+) -> optax.GradientTransformation:
+  """Returns the limit on the global norm, or on the norm of each unit.
+
+  Units are the outputs of a layer; the classifier is left alone (Brock et al.
+  2021, arXiv:2102.06171, section 4).
+  """
+  if stage.gradient_clipping:
+    return optax.clip_by_global_norm(stage.gradient_clipping)
+  if stage.adaptive_clipping:
+    return optax.masked(
+      optax.adaptive_grad_clip(stage.adaptive_clipping),
+      lambda params: {name: name != 'head' for name in params},
+    )
+  return optax.identity()
+
+
+def _create_direction(
+  stage: stages.Stage, decay: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Returns the optimizer proper and the decoupled `decay`."""
+  adam = optax.scale_by_adam(stage.b1, stage.b2, stage.eps)
+  match stage.optimizer:
+    case 'adamw':
+      return optax.chain(adam, decay)
+    case 'adamw_8bit':
+      adam = eight_bit.scale_by_adam_8bit(
+        stage.b1,
+        stage.b2,
+        stage.eps,
+        block_size=stage.quantization_block,
+        min_size=stage.quantization_min_size,
+      )
+      return optax.chain(adam, decay)
+    case 'lamb':
+      # You et al. 2020, arXiv:1904.00962, algorithm 2.
+      return optax.chain(adam, decay, _scale_kernels_by_trust_ratio(1.0))
+    case 'lars':
+      # You et al. 2017, arXiv:1708.03888, but as in optax: the ratio's
+      # denominator is the norm of gradient plus decay, not a sum of norms.
+      trust_ratio = _scale_kernels_by_trust_ratio(stage.trust_coefficient)
+      return optax.chain(trust_ratio, _create_trace(stage), decay)
+    case 'muon':
+      muon = _create_muon(stage.momentum, stage.nesterov)
+      parts = {'muon': muon, 'adam': adam}
+      return optax.chain(optax.partition(parts, _label_muon), decay)
+    case 'rmsprop':
+      # torch.optim.RMSprop adds eps after the root; so does this.
+      rms = optax.scale_by_rms(stage.rms_decay, stage.eps, eps_in_sqrt=False)
+      return optax.chain(rms, _create_trace(stage), decay)
+    case 'sgd_momentum':
+      return optax.chain(_create_trace(stage), decay)
+    case 'sgd_momentum_8bit':
+      trace = eight_bit.trace_8bit(
+        stage.momentum,
+        stage.nesterov,
+        block_size=stage.quantization_block,
+        min_size=stage.quantization_min_size,
+      )
+      return optax.chain(trace, decay)
+    case _:
+      raise ValueError(f'Unknown optimizer: {stage.optimizer!r}.')
+
+
+def _create_trace(stage: stages.Stage) -> optax.GradientTransformation:
+  """Returns PyTorch's momentum without dampening: m = momentum * m + g."""
+  if not stage.momentum:
+    return optax.identity()
+  return optax.trace(stage.momentum, stage.nesterov)
+
+
+def _scale_kernels_by_trust_ratio(
+  coefficient: float,
+) -> optax.GradientTransformation:
+  """Multiplies a kernel's update by coefficient * |kernel| / |update|."""
+  trust_ratio = optax.scale_by_trust_ratio(trust_coefficient=coefficient)
+  return optax.masked(trust_ratio, weight_decay_mask)
+
+
+def _create_muon(beta: float, nesterov: bool) -> optax.GradientTransformation:
+  """Returns Muon (Jordan et al. 2024) for kernels (H, W, in, out).
+
+  A kernel is a matrix (H * W * in, out). Orthogonal, its root mean square is
+  max(rows, columns) ** -0.5; that is scaled to MUON_RMS, whatever the shape.
+  """
+
+  def dimension_numbers(kernels):
+    numbers = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
+    return jax.tree.map(lambda _: numbers, kernels)
+
+  def scale(update, _):
+    height, width, num_in, num_out = update.shape
+    return MUON_RMS * max(height * width * num_in, num_out) ** 0.5 * update
+
+  return optax.chain(
+    optax.contrib.scale_by_muon(
+      beta=beta, nesterov=nesterov, weight_dimension_numbers=dimension_numbers
+    ),
+    optax.stateless_with_tree_map(scale),
+  )
+
+
+def _label_muon(params: Any) -> Any:
+  """Returns 'muon' for the backbone's convolutions, 'adam' for the rest."""
+
+  def label(name, leaf):
+    return 'muon' if name != 'head' and jnp.ndim(leaf) == 4 else 'adam'
+
+  return {
+    name: jax.tree.map(lambda leaf, name=name: label(name, leaf), module)
+    for name, module in params.items()
+  }

@@ -1,42 +1,78 @@
-"""Learning rates: factories that return a pure function of the step."""
+"""Learning rates: factories that return a pure function of the step.
 
+Falling curves are written in the steps that remain, a whole number: 1 + cos(x)
+near x = pi has no correct digit left in float32, sin(pi - x) has them all.
+"""
+
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jaxprog import stages
+from jaxprog import epochs, stages
+
+# Of steps since the warmup, the part of the peak; both f32 or int32, any shape.
+Decay = Callable[[jax.Array], jax.Array]
 
 
 def create_learning_rate_fn(
-  stage: stages.Stage, steps: stages.Steps
+  stage: stages.Stage, steps: epochs.Steps
 ) -> optax.Schedule:
-  """Returns the learning rate as a function of the step within one stage.
+  """Returns the learning rate, f32, as a function of the step in one stage.
 
-  Rises linearly from 0 over `steps.warmup` steps (one_cycle rises its own
-  way), is at `stage.learning_rate` there, and falls until `steps.total`.
+  Rises linearly from 0 over `steps.warmup` steps, is at the stage's peak
+  there, and falls until `steps.total`. one_cycle rises its own way and cosine
+  not at all; constant, plateau and step do not end at `steps.total`.
   """
-  peak, end = stage.learning_rate, stage.learning_rate * stage.end_factor
-  decay_steps = steps.total - steps.warmup
+  peak = stage.peak_learning_rate
+  if stage.schedule == 'one_cycle':
+    return one_cycle(
+      peak,
+      steps.total,
+      stage.warmup_fraction,
+      stage.div_factor,
+      stage.final_div_factor,
+    )
+  warmup = 0 if stage.schedule == 'cosine' else steps.warmup
+  decay = _create_decay(stage, steps, warmup)
+
+  def learning_rate_fn(step):
+    step = jnp.asarray(step)
+    rising = step.astype(jnp.float32) / max(warmup, 1)
+    return peak * jnp.where(step < warmup, rising, decay(step - warmup))
+
+  return learning_rate_fn
+
+
+def _create_decay(
+  stage: stages.Stage, steps: epochs.Steps, warmup: int
+) -> Decay:
+  """Returns what follows the warmup, 1 at its first step."""
+  end, num = stage.end_factor, steps.total - warmup
   match stage.schedule:
-    case 'one_cycle':
-      return one_cycle(
-        peak,
-        steps.total,
-        stage.warmup_fraction,
-        stage.div_factor,
-        stage.final_div_factor,
-      )
+    case 'constant' | 'plateau':
+      # The plateau's scale depends on evaluations; the step applies it.
+      return lambda step: jnp.ones(step.shape, jnp.float32)
+    case 'cosine' | 'cosine_warmup' if steps.restart:
+      return _warm_restarts(end, steps.restart, stage.restart_factor, num)
     case 'cosine' | 'cosine_warmup':
-      decay = optax.cosine_decay_schedule(peak, decay_steps, stage.end_factor)
-    case 'polynomial':
-      decay = optax.polynomial_schedule(peak, end, stage.power, decay_steps)
+      return lambda step: _half_cosine(end, 1.0, _remaining(step, num))
     case 'exponential_warmup':
-      decay = optax.exponential_decay(peak, decay_steps, stage.end_factor)
+      log_end = np.log(end)
+      return lambda step: jnp.exp(log_end * (1 - _remaining(step, num)))
+    case 'linear':
+      return lambda step: end + (1 - end) * _remaining(step, num)
+    case 'polynomial':
+      return lambda step: end + (1 - end) * _remaining(step, num) ** stage.power
+    case 'step':
+      milestones = np.array(steps.milestones, np.int32) - warmup
+      return lambda step: (
+        jnp.float32(stage.step_factor) ** _count_passed(step, milestones)
+      )
     case _:
       raise ValueError(f'Unknown schedule: {stage.schedule!r}.')
-  if steps.warmup == 0:
-    return decay
-  warmup = optax.linear_schedule(0.0, peak, steps.warmup)
-  return optax.join_schedules([warmup, decay], [steps.warmup])
 
 
 def one_cycle(
@@ -59,13 +95,55 @@ def one_cycle(
   final = first / final_div_factor
 
   def learning_rate_fn(step):
-    rising = _half_cosine(first, peak, step / max(up, 1e-9))
-    falling = _half_cosine(peak, final, (step - up) / max(last - up, 1e-9))
+    step = jnp.asarray(step)
+    rising = _half_cosine(
+      first, peak, jnp.clip(step.astype(jnp.float32) / max(up, 1e-9), 0, 1)
+    )
+    # A stage of one step has only the peak.
+    falling = _half_cosine(
+      final, peak, _remaining(step, last, last - up) if last > up else 1.0
+    )
     return jnp.where(step < up, rising, falling)
 
   return learning_rate_fn
 
 
-def _half_cosine(start: float, end: float, fraction):
-  fraction = jnp.clip(fraction, 0.0, 1.0)
-  return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * fraction))
+def _warm_restarts(end: float, first: int, factor: float, num: int) -> Decay:
+  """Returns SGDR's cosines (Loshchilov & Hutter 2017, arXiv:1608.03983).
+
+  Periods of first * factor**i steps, i = 0, 1, ..., fall from 1 to `end` each,
+  until `num`, which may cut the last one short. Starts are rounded to whole
+  steps, so that every period begins exactly at its peak; with a whole `factor`
+  nothing is rounded, and this is PyTorch's CosineAnnealingWarmRestarts.
+  """
+  bounds, length = [0.0], float(first)
+  while bounds[-1] < num:
+    bounds.append(bounds[-1] + length)
+    length *= factor
+  # Not np.round: 1.5 and 2.5 would both be 2, and a period would be empty.
+  starts = np.floor(np.array(bounds) + 0.5).astype(np.int32)
+
+  def decay(step):
+    period = _count_passed(step, starts[1:-1])
+    length = jnp.asarray(np.diff(starts))[period]
+    return _half_cosine(
+      end, 1.0, _remaining(step - jnp.asarray(starts)[period], length)
+    )
+
+  return decay
+
+
+def _count_passed(step: jax.Array, bounds: np.ndarray) -> jax.Array:
+  """Returns how many of the ascending `bounds` are at most `step`, int32."""
+  return jnp.sum(step[..., None] >= bounds, axis=-1, dtype=jnp.int32)
+
+
+def _remaining(step, num, length=None):
+  """Returns (num - step) / length, f32, from 1 to 0; `length` is `num`."""
+  left = (num - step).astype(jnp.float32)
+  return jnp.clip(left / (num if length is None else length), 0.0, 1.0)
+
+
+def _half_cosine(low, high, part):
+  """Returns `low` at part 0 and `high` at part 1, level at both."""
+  return low + (high - low) * jnp.sin(jnp.pi / 2 * part) ** 2

@@ -84,6 +84,82 @@ def plot_history(
     _name_stages(figure, loss, spans)
   else:
     figure.text(0.5, 0.5, 'no epoch finished yet', ha='center', color=INK)
+  _save(figure, path)
+
+
+def plot_learning_rates(
+  learning_rates: LearningRates,
+  num_epochs: Mapping[str, float],
+  path: str | os.PathLike[str],
+) -> None:
+  """Writes a picture of each stage's rates, one panel a stage.
+
+  Args:
+    learning_rates: by name of a stage, at even distances in epochs.
+    num_epochs: by name of a stage.
+    path: replaced atomically.
+  """
+  names = list(learning_rates)
+  columns = min(len(names), 4)
+  rows = -(-len(names) // columns)
+  figure = matplotlib.figure.Figure(figsize=(3 * columns, 2.4 * rows), dpi=130)
+  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  for i, name in enumerate(names):
+    axes = figure.add_subplot(rows, columns, i + 1)
+    _bare(axes)
+    rates = learning_rates[name]
+    epochs = np.linspace(0, num_epochs[name], len(rates))
+    axes.plot(epochs, rates, color=RATE, linewidth=1.5)
+    axes.set_xlim(0, num_epochs[name])
+    axes.set_ylim(0, 1.1 * max(rates))
+    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+    axes.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
+    axes.set_title(_shorten(name), fontsize=10, color=INK, loc='left')
+    if i >= len(names) - columns:
+      axes.set_xlabel('epochs', color=INK, fontsize=9)
+  figure.suptitle(
+    'Learning rates', x=0.02, ha='left', fontsize=12, color=INK, weight='bold'
+  )
+  figure.tight_layout()
+  _save(figure, path)
+
+
+def plot_lr_find(
+  rates: Sequence[float],
+  losses: Sequence[float],
+  smooth: Sequence[float],
+  suggestion: float | None,
+  path: str | os.PathLike[str],
+) -> None:
+  """Writes a range test: the loss of each step over its learning rate."""
+  figure = matplotlib.figure.Figure(figsize=(7, 4.2), dpi=130)
+  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  _bare(axes)
+  axes.plot(rates, losses, color=TRAIN, linewidth=0.8, alpha=0.4)
+  axes.plot(rates, smooth, color=TRAIN, linewidth=1.8)
+  axes.set_xscale('log')
+  axes.set_xlabel('learning rate', color=INK)
+  axes.set_ylabel('loss', color=INK)
+  low, first = float(np.nanmin(smooth)), float(smooth[0])
+  axes.set_ylim(low - 0.1 * (first - low), first + 0.5 * (first - low) + 1e-3)
+  if suggestion:
+    axes.axvline(suggestion, color=VAL, linewidth=1.2)
+    axes.annotate(
+      f' {suggestion:.2g}',
+      (suggestion, 0.97),
+      xycoords=('data', 'axes fraction'),
+      va='top',
+      color=VAL,
+      fontweight='bold',
+    )
+  figure.tight_layout()
+  _save(figure, path)
+
+
+def _save(
+  figure: matplotlib.figure.Figure, path: str | os.PathLike[str]
+) -> None:
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', metadata={'Software': None})
   files.write_bytes(path, buffer.getvalue())
@@ -102,12 +178,7 @@ def _spans(stages: Sequence[Mapping[str, Any]]) -> list[_Span]:
 
 def _style(axes: Axes, title: str, spans: Sequence[_Span]) -> None:
   axes.set_ylabel(title, color=INK)
-  axes.grid(color=GRID, linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.tick_params(colors=INK, length=0, labelsize=9)
-  for side in ('top', 'right', 'left'):
-    axes.spines[side].set_visible(False)
-  axes.spines['bottom'].set_color('#bbbbbb')
+  _bare(axes)
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
   if not spans:
     axes.set_xticks([])
@@ -119,6 +190,16 @@ def _style(axes: Axes, title: str, spans: Sequence[_Span]) -> None:
       axes.axvspan(span.begin, span.end, color=SHADE, linewidth=0, zorder=0)
     if i:
       axes.axvline(span.begin, color='#bbbbbb', linewidth=0.8)
+
+
+def _bare(axes: Axes) -> None:
+  """Leaves of the frame what guides the eye."""
+  axes.grid(color=GRID, linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.tick_params(colors=INK, length=0, labelsize=9)
+  for side in ('top', 'right', 'left'):
+    axes.spines[side].set_visible(False)
+  axes.spines['bottom'].set_color('#bbbbbb')
 
 
 def _draw_loss(axes: Axes, spans: Sequence[_Span]) -> None:

@@ -5,6 +5,7 @@ that is drawn anew at most eight times a second. Anywhere else, with NO_COLOR
 or on a dumb terminal: lines of `key=value`, to be searched with grep.
 """
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -63,15 +64,17 @@ NOTHING_KNOWN = Remaining()
 
 @dataclasses.dataclass(frozen=True)
 class StageProgress:
-  """Where a stage stands; `step` counts its finished steps."""
+  """Where a stage stands; `step` counts its finished steps.
+
+  `epoch_ends` are the steps finished at the end of each epoch.
+  """
 
   index: int
   num_stages: int
   name: str
   epoch: int
   step: int
-  total_steps: int
-  steps_per_epoch: int
+  epoch_ends: tuple[int, ...]
   metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   remaining: Remaining = NOTHING_KNOWN
   evaluating: tuple[int, int] | None = None
@@ -79,13 +82,17 @@ class StageProgress:
   @property
   def num_epochs(self) -> int:
     """Epochs begun in the whole stage; the last one may be shorter."""
-    return math.ceil(self.total_steps / self.steps_per_epoch)
+    return len(self.epoch_ends)
+
+  @property
+  def total_steps(self) -> int:
+    """Steps of the whole stage."""
+    return self.epoch_ends[-1]
 
   @property
   def epoch_steps(self) -> tuple[int, int]:
     """Steps done and to do in this epoch."""
-    begin = (self.epoch - 1) * self.steps_per_epoch
-    end = min(begin + self.steps_per_epoch, self.total_steps)
+    begin, end = (0, *self.epoch_ends)[self.epoch - 1 : self.epoch + 1]
     return self.step - begin, end - begin
 
 
@@ -122,22 +129,16 @@ class Progress:
     self,
     index: int,
     name: str,
-    total_steps: int,
-    steps_per_epoch: int,
+    epoch_ends: Sequence[int],
     start_step: int = 0,
     **details: Any,
   ) -> None:
     """Announces the stage at `index` (from 0); `details` are shown as given."""
     self._timer = _Timer(self._clock)
-    epoch = min(start_step, total_steps - 1) // steps_per_epoch + 1
+    ends = tuple(epoch_ends)
+    epoch = bisect.bisect_right(ends[:-1], start_step) + 1
     self._at = StageProgress(
-      index,
-      self._num_stages,
-      name,
-      epoch,
-      start_step,
-      total_steps,
-      steps_per_epoch,
+      index, self._num_stages, name, epoch, start_step, ends
     )
     self._view.begin(self._at, details)
     self._show()
@@ -154,7 +155,7 @@ class Progress:
     self._timer.train(step)
     self._at = dataclasses.replace(
       at,
-      epoch=max(1, math.ceil(step / at.steps_per_epoch)),
+      epoch=bisect.bisect_left(at.epoch_ends, step) + 1,
       step=step,
       metrics={**at.metrics, **metrics},
       evaluating=None,
@@ -304,7 +305,7 @@ class _PlainView:
       stage=at.name,
       index=f'{at.index + 1}/{at.num_stages}',
       total_steps=at.total_steps,
-      steps_per_epoch=at.steps_per_epoch,
+      epochs=at.num_epochs,
       start_step=at.step,
       **details,
     )
@@ -557,6 +558,13 @@ def _pack(parts: Sequence[str], width: int) -> list[str]:
     else:
       lines.append(part)
   return lines
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+  """Returns `values` as `width` bars, from 0 to the largest."""
+  top = max(values) or 1.0
+  at = [round(i * (len(values) - 1) / (width - 1)) for i in range(width)]
+  return ''.join('▁▂▃▄▅▆▇█'[round(7 * values[i] / top)] for i in at)
 
 
 def format_duration(seconds: float | None) -> str:

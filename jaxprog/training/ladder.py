@@ -16,18 +16,11 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
-from jaxprog.reporting import environment, plots, report
+from jaxprog.reporting import environment, plots, report, tensorboard
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import progress as progress_lib
-from jaxprog.training import (
-  checkpoints,
-  loop,
-  signals,
-  transfer,
-)
-from jaxprog.training import (
-  setup as setup_lib,
-)
+from jaxprog.training import checkpoints, loop, signals, transfer
+from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
 
 
@@ -40,7 +33,7 @@ class Run:
   workdir: pathlib.Path
   history: dict[str, Any]
   progress: progress_lib.Progress
-  writer: Any
+  writer: tensorboard.Writer
   stop: signals.StopRequest
   # Compiles the next stage while this one trains.
   compiler: futures.Executor
@@ -78,6 +71,7 @@ def train(
     stages.select(stages.create_stages(config), only, skip), jax.device_count()
   )
   setup = setup_lib.create_setup(config, only=only, skip=skip, model=model)
+  _check_frozen(setup, workdir)
   history = _load_history(config, workdir, allow_config_change)
   _write_inputs(config, workdir)
   with (
@@ -89,7 +83,7 @@ def train(
   ):
     tasks = tuple(setup_lib.create_task(setup, stage) for stage in setup.chosen)
     run = Run(setup, tasks, workdir, history, progress, writer, stop, compiler)
-    progress.start_run([_plan(task) for task in tasks])
+    progress.start_run([plan(task) for task in tasks])
     left = None
     try:
       for index, task in enumerate(_compile_ahead(run)):
@@ -111,7 +105,11 @@ def write_reports(run: Run, history: dict[str, Any]) -> None:
   plots.plot_history(
     history,
     run.workdir / 'training_metrics.png',
-    {task.stage.name: _sample_learning_rate(task) for task in run.tasks},
+    {
+      task.stage.name: sample_learning_rate(task)
+      for task in run.tasks
+      if task.stage.schedule != 'plateau'
+    },
   )
 
 
@@ -124,7 +122,9 @@ def _compile_ahead(run: Run) -> Iterator[setup_lib.Task]:
   def prepare(task):
     if checkpoints.read_done(run.workdir, task.stage.name) is not None:
       return task
-    carried = task is not run.tasks[0] or bool(_find_source(run, task.stage))
+    carried = task is not run.tasks[0] or bool(
+      find_source(run.setup, run.workdir, task.stage)
+    )
     return setup_lib.compile_task(task, carried=carried)
 
   ahead = run.compiler.submit(prepare, run.tasks[0])
@@ -156,8 +156,7 @@ def _run_stage(
     run.progress.start_stage(
       index,
       name,
-      task.steps.total,
-      task.steps.per_epoch,
+      task.steps.epoch_ends,
       int(state.step),
       dataset=task.stage.dataset,
       start=_describe_start(record),
@@ -173,7 +172,8 @@ def _run_stage(
       left=left,
     )
     state = loop.train_stage(task, state, out)
-    history_lib.finish_stage(record)
+    stopped = 'stopped_early' if 'stopped' in record else 'done'
+    history_lib.finish_stage(record, stopped)
     meta = {**out.meta, 'epoch': record['epochs'][-1]}
     saved.save_weights('final', int(state.step), state.variables, meta)
     saved.mark_done({**out.meta, 'record': record})
@@ -208,26 +208,26 @@ def _begin(
   run: Run, task: setup_lib.Task
 ) -> tuple[state_lib.TrainState, dict[str, Any]]:
   """Returns the state that a stage starts from, and its new record."""
-  variables, origin = _hand_over(run, task)
+  variables, origin = hand_over(run.setup, run.workdir, task)
   fields = _describe_stage(task)
   record = history_lib.begin_stage(run.history, **fields, transfer=origin)
   variables = jax.device_put(variables, task.shardings.replicated)
   return task.create_state(variables), record
 
 
-def _hand_over(
-  run: Run, task: setup_lib.Task
+def hand_over(
+  setup: setup_lib.Setup, workdir: pathlib.Path, task: setup_lib.Task
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns a stage's first variables and a record of their origin.
 
   They come from the best weights of the nearest earlier stage that is done.
   """
-  source = _find_source(run, task.stage)
+  source = find_source(setup, workdir, task.stage)
   if source is None:
     fresh = task.init(task.init_rng)
     modules = sorted(fresh['params'])
     return fresh, {'from': None, 'carried': [], 'fresh': modules, 'dropped': []}
-  trained, meta = checkpoints.load_weights(run.workdir, source, 'best')
+  trained, meta = checkpoints.load_weights(workdir, source, 'best')
   fresh = task.state_shapes.variables
   head = task.init_head(task.init_rng)
   fresh = {**fresh, 'params': {**fresh['params'], 'head': head}}
@@ -243,20 +243,36 @@ def _hand_over(
   }
 
 
-def _find_source(run: Run, stage: stages.Stage) -> str | None:
+def find_source(
+  setup: setup_lib.Setup, workdir: pathlib.Path, stage: stages.Stage
+) -> str | None:
   """Returns the nearest earlier stage that is done, None if there is none.
 
   Stages before it in this call come first (`--only` decides their order),
   then those of the config that an earlier call may have trained.
   """
-  called = [s.name for s in run.setup.chosen]
-  ladder = [s.name for s in run.setup.stages]
+  called = [s.name for s in setup.chosen]
+  ladder = [s.name for s in setup.stages]
   before = called[: called.index(stage.name)]
   left_out = ladder[: ladder.index(stage.name)]
   for name in [*before[::-1], *left_out[::-1]]:
-    if checkpoints.read_done(run.workdir, name) is not None:
+    if checkpoints.read_done(workdir, name) is not None:
       return name
   return None
+
+
+def _check_frozen(setup: setup_lib.Setup, workdir: pathlib.Path) -> None:
+  first = setup.chosen[0]
+  if (
+    setup.steps[first.name].frozen
+    and checkpoints.read_done(workdir, first.name) is None
+    and find_source(setup, workdir, first) is None
+  ):
+    raise errors.UserError(
+      'freeze_epochs would train a head on a backbone of fresh weights.',
+      f'stage {first.name!r}',
+      'Set it to 0, or train a stage before this one.',
+    )
 
 
 def _put_record(history: dict[str, Any], record: dict[str, Any]) -> None:
@@ -281,9 +297,9 @@ def _describe_stage(task: setup_lib.Task) -> dict[str, Any]:
     'batch_size': stage.batch_size,
     'optimizer': stage.optimizer,
     'schedule': stage.schedule,
-    'learning_rate': stage.learning_rate,
+    'learning_rate': stage.peak_learning_rate,
     'num_epochs': stage.num_epochs,
-    'steps_per_epoch': task.steps.per_epoch,
+    'steps_per_epoch': task.steps.phases[0].per_epoch,
     'num_train_images': len(task.dataset.train),
     'num_eval_images': len(task.dataset.eval),
     'num_params': state_lib.count_params(task.state_shapes.params),
@@ -318,7 +334,7 @@ def _describe_start(record: Mapping[str, Any]) -> str:
   return f'from {origin["from"]}, {head}'
 
 
-def _plan(task: setup_lib.Task) -> progress_lib.PlannedStage:
+def plan(task: setup_lib.Task) -> progress_lib.PlannedStage:
   """Returns what is printed of a stage before the run starts."""
   stage = task.stage
   return progress_lib.PlannedStage(
@@ -329,15 +345,25 @@ def _plan(task: setup_lib.Task) -> progress_lib.PlannedStage:
     batch_size=stage.batch_size,
     total_steps=task.steps.total,
     warmup_steps=task.steps.warmup,
-    peak_learning_rate=stage.learning_rate,
+    peak_learning_rate=stage.peak_learning_rate,
     final_learning_rate=float(task.learning_rate_fn(task.steps.total - 1)),
     parameters=state_lib.count_params(task.state_shapes.params),
   )
 
 
-def _sample_learning_rate(task: setup_lib.Task) -> list[float]:
-  """Returns 200 rates, evenly spaced from the first step to the last."""
-  at = np.linspace(0, task.steps.total - 1, 200).round().astype(np.int32)
+def sample_learning_rate(task: setup_lib.Task) -> list[float]:
+  """Returns 200 rates at even distances in epochs, first to last.
+
+  Without what the plateau schedule will lower them by: nobody knows yet.
+  """
+  steps = task.steps
+  at = np.array(
+    [
+      min(steps.step_at(epoch), steps.total - 1)
+      for epoch in np.linspace(0, task.stage.num_epochs, 200)
+    ],
+    np.int32,
+  )
   return jax.vmap(task.learning_rate_fn)(at).tolist()
 
 
@@ -397,15 +423,7 @@ def _create_progress(num_stages: int) -> progress_lib.Progress:
   return progress_lib.Progress(num_stages, console=console)
 
 
-def _create_writer(workdir: pathlib.Path) -> Any:
-  """Returns clu's TensorBoard writer; only process 0 writes."""
-  # TensorFlow takes seconds to import, and only this needs it.
-  import tensorflow as tf
-  from clu import metric_writers
-
-  tf.config.set_visible_devices([], 'GPU')  # It would take all their memory.
-  writers = []
-  if jax.process_index() == 0:
-    logdir = str(workdir / 'tensorboard')
-    writers.append(metric_writers.SummaryWriter(logdir))
-  return metric_writers.AsyncMultiWriter(writers)
+def _create_writer(workdir: pathlib.Path) -> tensorboard.Writer:
+  """Returns TensorBoard's writer; only process 0 writes."""
+  writes = jax.process_index() == 0
+  return tensorboard.Writer(workdir / 'tensorboard' if writes else None)

@@ -2,18 +2,21 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxprog import errors
 from jaxprog.data import loader
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import progress as progress_lib
+from jaxprog.reporting import tensorboard
 from jaxprog.training import checkpoints as checkpoints_lib
-from jaxprog.training import setup, signals, steps
+from jaxprog.training import decisions, setup, signals, steps
 from jaxprog.training import state as state_lib
 
 
@@ -27,7 +30,7 @@ class Outputs:
   meta: dict[str, Any]
   checkpoints: checkpoints_lib.Checkpoints
   progress: progress_lib.Progress
-  writer: Any
+  writer: tensorboard.Writer
   stop: signals.StopRequest
   save_history: Callable[[], None]
   # When the stage before was left, by the monotonic clock.
@@ -53,7 +56,11 @@ def train_stage(
   with contextlib.closing(local_batches):
     batches = loader.prefetch_to_device(local_batches, task.shardings.batch)
     while int(state.step) < task.steps.total:
-      epoch = int(state.step) // task.steps.per_epoch
+      reason = decisions.reason_to_stop(task.stage, out.record['epochs'])
+      if reason:
+        out.record['stopped'] = reason
+        break
+      epoch = task.steps.epoch(int(state.step))
       state, timing = _train_epoch(task, state, batches, epoch, out)
       state = _end_epoch(task, state, epoch, timing, out)
   return state
@@ -97,7 +104,8 @@ def _train_epoch(
   out: Outputs,
 ) -> tuple[state_lib.TrainState, dict[str, float]]:
   """Runs to the end of `epoch`; returns the state and where the time went."""
-  first, end = int(state.step), task.steps.epoch_end(epoch)
+  first, end = int(state.step), task.steps.epoch_ends[epoch]
+  batch_size = task.steps.phase(first).batch_size
   began, waited = time.monotonic(), 0.0
   pending = None
   for step in range(first, end):
@@ -105,18 +113,19 @@ def _train_epoch(
     batch = next(batches)
     waited += time.monotonic() - asked
     # Step n is dispatched before the metrics of step n - 1 are read.
-    state, metrics = task.train_step(state, batch, task.step_rng)
+    train_step = task.train_steps[task.program(step)]
+    state, metrics = train_step(state, batch, task.step_rng)
     if out.left is not None:
       out.record['handover_seconds'] = time.monotonic() - out.left
       out.left = None
     if pending is not None:
-      images = (step - first) * task.stage.batch_size
+      images = (step - first) * batch_size
       _report_step(task, *pending, images / (time.monotonic() - began), out)
     pending = step, metrics
     _answer_requests(task, state, step + 1, step + 1 == end, out)
   jax.block_until_ready(state)
   seconds = time.monotonic() - began
-  rate = (end - first) * task.stage.batch_size / seconds
+  rate = (end - first) * batch_size / seconds
   if pending is not None:
     _report_step(task, *pending, rate, out)
   return state, {
@@ -136,20 +145,24 @@ def _end_epoch(
   """Evaluates, records and saves; returns the state with empty sums."""
   began = time.monotonic()
   scores = evaluate(task, state.variables, out.progress.evaluate)
+  averaged = evaluate(task, state.ema) if state.ema else {}
   sums = {name: float(x) for name, x in state.metrics.items()}
   step = int(state.step)
+  rate = float(task.learning_rate_fn(step - 1) * state.rate_scale)
   row = history_lib.add_epoch(
     out.record,
     epoch=epoch + 1,
     global_step=task.first_step + step,
-    train_loss=sums['loss'] / sums['count'],
-    train_top1=sums['top1'] / sums['count'],
+    train_loss=_mean(sums['loss'], sums['count']),
+    train_top1=_mean(sums['top1'], sums['count']),
     val_loss=scores['loss'],
     val_top1=scores['top1'],
     val_top5=scores['top5'],
-    learning_rate=float(task.learning_rate_fn(step - 1)),
-    grad_norm=sums['grad_norm'] / sums['steps'],
+    learning_rate=rate,
+    grad_norm=_mean(sums['grad_norm'], sums['steps']),
+    skipped_steps=int(sums['skipped']),
     eval_seconds=time.monotonic() - began,
+    **{f'ema_{name}': averaged[name] for name in averaged},
     **timing,
   )
   best = out.record['best'] or {'epoch': row['epoch']}  # No finite score yet.
@@ -159,15 +172,32 @@ def _end_epoch(
     out.checkpoints.save_weights(
       'best', step, state.variables, {**out.meta, 'epoch': row}
     )
-  state = dataclasses.replace(
-    state,
-    metrics=jax.device_put(state_lib.zero_metrics(), task.shardings.replicated),
+  _save_best_average(state, row, out)
+  scale = decisions.rate_scale(task.stage, out.record['epochs'])
+  metrics, rate_scale = jax.device_put(
+    (state_lib.zero_metrics(), np.float32(scale)), task.shardings.replicated
   )
+  state = dataclasses.replace(state, metrics=metrics, rate_scale=rate_scale)
   save(task, state, out)
   out.save_history()
   out.progress.end_epoch(row, is_best)
   _stop_if_asked(out)
   return state
+
+
+def _save_best_average(
+  state: state_lib.TrainState, row: dict[str, Any], out: Outputs
+) -> None:
+  """Saves the averaged variables where they score best so far."""
+  scores = [r.get('ema_top1', 0.0) for r in out.record['epochs']]
+  if state.ema and row['ema_top1'] > max([-1.0, *scores[:-1]]):
+    meta = {**out.meta, 'epoch': row}
+    out.checkpoints.save_weights('ema', int(state.step), state.ema, meta)
+
+
+def _mean(total: float, count: float) -> float:
+  """Returns NaN where every step was skipped."""
+  return total / count if count else math.nan
 
 
 def save(task: setup.Task, state: state_lib.TrainState, out: Outputs) -> None:
@@ -229,4 +259,3 @@ def _write_epoch(task: setup.Task, row: dict[str, Any], out: Outputs) -> None:
   scalars['train/epoch_top1'] = row['train_top1']
   scalars['perf/input_wait'] = row['input_wait']
   out.writer.write_scalars(row['global_step'], scalars)
-  out.writer.flush()

@@ -5,7 +5,7 @@ import functools
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import optax
 from flax import linen as nn
 from ml_collections import config_dict
 
-from jaxprog import errors
+from jaxprog import epochs, errors
 from jaxprog import stages as stages_lib
 from jaxprog.data import sources
 from jaxprog.models import resnet
@@ -36,9 +36,16 @@ class Setup:
   stages: tuple[stages_lib.Stage, ...]
   chosen: tuple[stages_lib.Stage, ...]
   datasets: Mapping[str, sources.Dataset]
-  steps: Mapping[str, stages_lib.Steps]
+  steps: Mapping[str, epochs.Steps]
   model_fn: ModelFn
   shardings: devices.Shardings
+
+
+class Program(NamedTuple):
+  """Steps that differ in these are compiled one by one."""
+
+  batch_size: int
+  frozen: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Task:
 
   config: config_dict.ConfigDict
   stage: stages_lib.Stage
-  steps: stages_lib.Steps
+  steps: epochs.Steps
   dataset: sources.Dataset
   model: nn.Module
   dtype: Any
@@ -57,12 +64,12 @@ class Task:
   state_shapes: state_lib.TrainState
   # What runs on the devices: init(rng) -> variables, init_head(rng) -> the
   # head's part of them, create_state(variables) -> state,
-  # train_step(state, batch, rng) -> (state, metrics),
+  # train_steps[program](state, batch, rng) -> (state, metrics),
   # eval_step(variables, batch, sums) -> sums.
   init: Any
   init_head: Any
   create_state: Any
-  train_step: Any
+  train_steps: Mapping[Program, Any]
   eval_step: Any
   shardings: devices.Shardings
   # Decides the order of examples, fresh weights and augmentation.
@@ -76,6 +83,10 @@ class Task:
   def num_workers(self) -> int:
     """Threads that read ahead: those asked for, else one a core."""
     return self.config.num_workers or min(os.cpu_count() or 1, 16)
+
+  def program(self, step: int) -> Program:
+    """Returns which of the compiled steps `step` of the stage is."""
+    return _program(self.steps, step)
 
   def batch_shapes(self, batch_size: int) -> steps_lib.Batch:
     """Returns a global batch as shapes, dtypes and shardings."""
@@ -111,7 +122,7 @@ def create_setup(
     chosen=chosen,
     datasets=datasets,
     steps={
-      stage.name: stages_lib.count_steps(stage, len(datasets[stage.name].train))
+      stage.name: epochs.count_steps(stage, len(datasets[stage.name].train))
       for stage in chosen
     },
     model_fn=model or _model_fn(config),
@@ -145,8 +156,15 @@ def load_datasets(
   }
 
 
-def create_task(setup: Setup, stage: stages_lib.Stage) -> Task:
-  """Returns the model, the optimizer and both steps of `stage`."""
+def create_task(
+  setup: Setup,
+  stage: stages_lib.Stage,
+  learning_rate_fn: optax.Schedule | None = None,
+) -> Task:
+  """Returns the model, the optimizer and the steps of `stage`.
+
+  `learning_rate_fn` takes the place of the stage's own schedule.
+  """
   dataset, stage_steps = setup.datasets[stage.name], setup.steps[stage.name]
   dtype = devices.resolve_dtype(
     setup.config.dtype, stage.mixed_precision, jax.default_backend()
@@ -154,14 +172,18 @@ def create_task(setup: Setup, stage: stages_lib.Stage) -> Task:
   model = setup.model_fn(
     num_classes=len(dataset.classes), image_size=stage.image_size, dtype=dtype
   )
-  learning_rate_fn = schedules.create_learning_rate_fn(stage, stage_steps)
-  tx = optimizers.create_optimizer(stage, learning_rate_fn)
+  learning_rate_fn = learning_rate_fn or schedules.create_learning_rate_fn(
+    stage, stage_steps
+  )
+  tx = optimizers.create_optimizer(stage)
   pixels = setup.config.mean_rgb, setup.config.std_rgb
   replicated, divided = setup.shardings
   seed = zlib.crc32(f'{setup.config.seed}/{stage.name}'.encode())
   init_rng, step_rng = jax.random.split(jax.random.key(seed))
   init = functools.partial(state_lib.init_variables, model, stage.image_size)
-  create_state = functools.partial(state_lib.create_state, tx=tx)
+  create_state = functools.partial(
+    state_lib.create_state, tx=tx, ema=stage.ema_decay > 0
+  )
   state_shapes = jax.eval_shape(lambda rng: create_state(init(rng)), init_rng)
   return Task(
     config=setup.config,
@@ -178,12 +200,23 @@ def create_task(setup: Setup, stage: stages_lib.Stage) -> Task:
       lambda rng: init(rng)['params']['head'], out_shardings=replicated
     ),
     create_state=jax.jit(create_state, out_shardings=replicated),
-    train_step=jax.jit(
-      steps_lib.create_train_step(model, tx, learning_rate_fn, stage, pixels),
-      in_shardings=(replicated, divided, replicated),
-      out_shardings=replicated,
-      donate_argnums=0,
-    ),
+    train_steps={
+      program: jax.jit(
+        steps_lib.create_train_step(
+          model,
+          tx,
+          learning_rate_fn,
+          stage,
+          stage_steps,
+          pixels,
+          frozen=program.frozen,
+        ),
+        in_shardings=(replicated, divided, replicated),
+        out_shardings=replicated,
+        donate_argnums=0,
+      )
+      for program in _programs(stage_steps)
+    },
     eval_step=jax.jit(
       steps_lib.create_eval_step(model, pixels),
       in_shardings=(replicated, divided, replicated),
@@ -214,15 +247,28 @@ def compile_task(task: Task, *, carried: bool) -> Task:
     task,
     **{init: getattr(task, init).lower(task.init_rng).compile()},
     create_state=task.create_state.lower(state.variables).compile(),
-    train_step=task.train_step.lower(
-      state, task.batch_shapes(batch_size), task.step_rng
-    ).compile(),
+    train_steps={
+      program: step.lower(
+        state, task.batch_shapes(program.batch_size), task.step_rng
+      ).compile()
+      for program, step in task.train_steps.items()
+    },
     eval_step=task.eval_step.lower(
       state.variables,
       task.batch_shapes(-(-batch_size // num_devices) * num_devices),
       sums,
     ).compile(),
   )
+
+
+def _programs(steps: epochs.Steps) -> list[Program]:
+  """Returns every program of a stage, the first one first."""
+  starts = {steps.frozen, *(phase.first_step for phase in steps.phases)}
+  return list(dict.fromkeys(_program(steps, step) for step in sorted(starts)))
+
+
+def _program(steps: epochs.Steps, step: int) -> Program:
+  return Program(steps.phase(step).batch_size, step < steps.frozen)
 
 
 def _place(shapes: Any, sharding: jax.sharding.Sharding) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-METRICS = ('count', 'loss', 'top1', 'grad_norm', 'steps')
+METRICS = ('count', 'loss', 'top1', 'grad_norm', 'steps', 'skipped')
 
 
 @flax.struct.dataclass
@@ -16,7 +16,9 @@ class TrainState:
   """What a checkpoint holds; `step` and `opt_state` restart each stage.
 
   `metrics` are the sums of the open epoch, so that an epoch that was
-  interrupted ends with the same figures as one that was not.
+  interrupted ends with the same figures as one that was not. `rate_scale` is
+  what the plateau schedule has lowered the rate to, as a part. `ema` are the
+  averaged variables, {} where the stage has none.
   """
 
   step: jax.Array
@@ -24,6 +26,8 @@ class TrainState:
   batch_stats: Any
   opt_state: Any
   metrics: dict[str, jax.Array]
+  rate_scale: jax.Array
+  ema: dict[str, Any]
 
   @property
   def variables(self) -> dict[str, Any]:
@@ -44,7 +48,10 @@ def init_variables(
 
 
 def create_state(
-  variables: dict[str, Any], tx: optax.GradientTransformation
+  variables: dict[str, Any],
+  tx: optax.GradientTransformation,
+  *,
+  ema: bool = False,
 ) -> TrainState:
   """Returns the state of a stage that starts from `variables`."""
   return TrainState(
@@ -53,6 +60,9 @@ def create_state(
     batch_stats=variables['batch_stats'],
     opt_state=tx.init(variables['params']),
     metrics=zero_metrics(),
+    rate_scale=jnp.ones((), jnp.float32),
+    # A copy: two leaves of a donated state may not share memory.
+    ema=jax.tree.map(jnp.copy, variables) if ema else {},
   )
 
 

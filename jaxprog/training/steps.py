@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from jaxprog import stages
+from jaxprog import epochs, stages
+from jaxprog.optim import optimizers
 from jaxprog.training import augment
 from jaxprog.training import state as state_lib
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+TrainStep = Callable[..., tuple[state_lib.TrainState, Metrics]]
 
 
 def create_train_step(
@@ -21,61 +23,175 @@ def create_train_step(
   tx: optax.GradientTransformation,
   learning_rate_fn: optax.Schedule,
   stage: stages.Stage,
+  steps: epochs.Steps,
   pixels: tuple[Sequence[float], Sequence[float]],
-) -> Callable[..., tuple[state_lib.TrainState, Metrics]]:
+  *,
+  frozen: bool = False,
+) -> TrainStep:
   """Returns train_step(state, batch, rng) -> (state, metrics), pure.
 
   `batch` is the global one: uint8 image (N, H, W, 3), int32 label (N,). The
   randomness of a step depends on `rng` and `state.step` alone. `metrics` are
-  this step's means; their sums go into `state.metrics`. `pixels` are the mean
-  and standard deviation that images are normalised with.
-  """
+  this step's means; their sums go into `state.metrics`. A step whose loss or
+  gradient is not finite changes nothing but `step` and is counted as skipped.
 
-  def loss_fn(params, batch_stats, images, labels):
-    logits, updates = model.apply(
-      {'params': params, 'batch_stats': batch_stats},
-      images,
-      train=True,
-      mutable=['batch_stats'],
-    )
-    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
-    targets = optax.smooth_labels(targets, stage.label_smoothing)
-    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-    return loss, (logits, updates.get('batch_stats', {}))
+  Args:
+    model: classifies images; its classifier is the module `head`.
+    tx: makes of gradients what is subtracted, times the learning rate.
+    learning_rate_fn: the rate of a step, before the plateau's scale.
+    stage: what is trained.
+    steps: its lengths in steps.
+    pixels: mean and standard deviation that images are normalised with.
+    frozen: train the head alone: the backbone is a fixed function of the
+      image, with its running statistics, and needs no gradient.
+  """
+  grads_of = _create_grads_fn(model, stage, frozen)
 
   def train_step(state, batch, rng):
     images, labels = batch['image'], batch['label']
     if stage.flip:
       images = augment.random_flip(jax.random.fold_in(rng, state.step), images)
     images = augment.normalise(images, *pixels)
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, (logits, batch_stats)), grads = grad_fn(
-      state.params, state.batch_stats, images, labels
+    grads, batch_stats, loss, top1 = grads_of(state, images, labels)
+    learning_rate = state.rate_scale * jnp.asarray(
+      learning_rate_fn(state.step), jnp.float32
     )
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {
       'loss': loss,
-      'top1': jnp.mean(jnp.argmax(logits, -1) == labels),
+      'top1': top1,
       'grad_norm': optax.global_norm(grads),
-      'learning_rate': jnp.asarray(learning_rate_fn(state.step), jnp.float32),
+      'learning_rate': learning_rate,
     }
-    sums = {
-      'count': jnp.float32(labels.size),
-      'loss': loss * labels.size,
-      'top1': metrics['top1'] * labels.size,
-      'grad_norm': metrics['grad_norm'],
-      'steps': jnp.float32(1),
+    # Moments that saw a frozen backbone know nothing of its gradients.
+    opt_state = state.opt_state
+    if steps.frozen and not frozen:
+      opt_state = _select(
+        state.step == steps.frozen, tx.init(state.params), opt_state
+      )
+    updates, opt_state = tx.update(grads, opt_state, state.params)
+    factors = optimizers.rate_factors(state.params, stage)
+    params = jax.tree.map(
+      lambda p, u, factor: p - (factor * learning_rate) * u,
+      state.params,
+      updates,
+      factors,
+    )
+    if frozen:
+      params = {**state.params, 'head': params['head']}
+    learned = {
+      'params': params,
+      'batch_stats': batch_stats,
+      'opt_state': opt_state,
+      'ema': _average(state, params, batch_stats, stage.ema_decay),
     }
+    finite = jnp.isfinite(loss) & jnp.isfinite(metrics['grad_norm'])
+    learned = _select(
+      finite, learned, {name: getattr(state, name) for name in learned}
+    )
     state = state.replace(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      batch_stats=batch_stats,
-      opt_state=opt_state,
-      metrics=jax.tree.map(jnp.add, state.metrics, sums),
+      metrics=_add_metrics(state.metrics, metrics, labels.size, finite),
+      **learned,
     )
     return state, metrics
 
   return train_step
+
+
+def _create_grads_fn(
+  model: nn.Module, stage: stages.Stage, frozen: bool
+) -> Callable[..., Any]:
+  """Returns f(state, images, labels) -> grads, batch_stats, loss, top1.
+
+  With a micro_batch_size they are means over the micro-batches, one after the
+  other: those of the whole batch, but that BatchNorm sees each by itself.
+  """
+
+  def loss_fn(trained, fixed, batch_stats, images, labels):
+    variables = {'params': {**fixed, **trained}, 'batch_stats': batch_stats}
+    if frozen:
+      logits: Any = model.apply(variables, images, train=False)
+    else:
+      logits, changed = model.apply(
+        variables, images, train=True, mutable=['batch_stats']
+      )
+      batch_stats = changed.get('batch_stats', {})
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
+    targets = optax.smooth_labels(targets, stage.label_smoothing)
+    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+    top1 = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+    return loss, (batch_stats, loss, top1)
+
+  def grads_of_part(state, batch_stats, images, labels):
+    trained, fixed = state.params, {}
+    if frozen:
+      trained, fixed = {'head': state.params['head']}, state.params
+    grads, aux = jax.grad(loss_fn, has_aux=True)(
+      trained, fixed, batch_stats, images, labels
+    )
+    if frozen:
+      zeros = jax.tree.map(jnp.zeros_like, state.params)
+      grads = {**zeros, **grads}
+    return grads, *aux
+
+  def grads_of(state, images, labels):
+    micro = stage.micro_batch_size or labels.size
+    parts = labels.size // micro
+    if parts == 1:
+      return grads_of_part(state, state.batch_stats, images, labels)
+
+    def split(x):
+      # Every parts-th example: each device keeps the examples it has.
+      return jnp.moveaxis(x.reshape(micro, parts, *x.shape[1:]), 1, 0)
+
+    def add_part(sums, part):
+      grads, batch_stats, loss, top1 = grads_of_part(state, sums[1], *part)
+      total = jax.tree.map(jnp.add, (sums[0], *sums[2:]), (grads, loss, top1))
+      return (total[0], batch_stats, *total[1:]), None
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    start = zeros, state.batch_stats, jnp.zeros(()), jnp.zeros(())
+    sums, _ = jax.lax.scan(add_part, start, (split(images), split(labels)))
+    grads, batch_stats, loss, top1 = sums
+    mean = jax.tree.map(lambda x: x / parts, (grads, loss, top1))
+    return mean[0], batch_stats, *mean[1:]
+
+  return grads_of
+
+
+def _average(state, params, batch_stats, decay):
+  """Returns the next averaged variables, statistics included.
+
+  Averages of weights need averages of their statistics. In the first steps
+  less of the old is kept, so that a short stage does not average its start.
+  """
+  if not state.ema:
+    return {}
+  count = state.step.astype(jnp.float32)
+  decay = jnp.minimum(decay, (1 + count) / (10 + count))
+  return jax.tree.map(
+    lambda old, new: decay * old + (1 - decay) * new,
+    state.ema,
+    {'params': params, 'batch_stats': batch_stats},
+  )
+
+
+def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _add_metrics(sums, metrics, batch_size, finite):
+  terms = {
+    'count': jnp.float32(batch_size),
+    'loss': metrics['loss'] * batch_size,
+    'top1': metrics['top1'] * batch_size,
+    'grad_norm': metrics['grad_norm'],
+    'steps': jnp.float32(1),
+  }
+  added = {
+    name: sums[name] + jnp.where(finite, terms[name], 0) for name in terms
+  }
+  return {**added, 'skipped': sums['skipped'] + jnp.where(finite, 0.0, 1.0)}
 
 
 def create_eval_step(

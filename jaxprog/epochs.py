@@ -1,0 +1,136 @@
+"""Epochs become optimizer steps here and nowhere else."""
+
+import bisect
+import dataclasses
+
+from jaxprog import errors
+from jaxprog.stages import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """Epochs of one batch size; a step is counted from the stage's first."""
+
+  first_epoch: int
+  first_step: int
+  per_epoch: int
+  batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """The lengths of one stage in optimizer steps.
+
+  Attributes:
+    phases: in order; the first one begins at epoch 0 and step 0.
+    total: steps of the stage.
+    warmup: steps in which the learning rate rises to its peak.
+    restart: steps from the peak to the first warm restart; 0: none.
+    milestones: where the `step` schedule lowers the rate.
+    frozen: first steps, which train the head alone.
+  """
+
+  phases: tuple[Phase, ...]
+  total: int
+  warmup: int = 0
+  restart: int = 0
+  milestones: tuple[int, ...] = ()
+  frozen: int = 0
+
+  @property
+  def epoch_ends(self) -> tuple[int, ...]:
+    """Steps done at the end of each epoch; the last may be a part of one."""
+    ends: list[int] = []
+    while not ends or ends[-1] < self.total:
+      ends.append(min(self.epoch_start(len(ends) + 1), self.total))
+    return tuple(ends)
+
+  def epoch_start(self, epoch: int) -> int:
+    """Returns the first step of `epoch`, counted from 0."""
+    at = bisect.bisect_right([p.first_epoch for p in self.phases], epoch)
+    phase = self.phases[at - 1]
+    return phase.first_step + (epoch - phase.first_epoch) * phase.per_epoch
+
+  def step_at(self, epochs: float) -> int:
+    """Returns the step nearest to where `epochs` are over."""
+    return _step_at(self.phases, epochs)
+
+  def phase(self, step: int) -> Phase:
+    """Returns the phase of `step`."""
+    at = bisect.bisect_right([p.first_step for p in self.phases], step)
+    return self.phases[at - 1]
+
+  def epoch(self, step: int) -> int:
+    """Returns the epoch of `step`, counted from 0."""
+    phase = self.phase(step)
+    return phase.first_epoch + (step - phase.first_step) // phase.per_epoch
+
+
+def count_steps(stage: Stage, num_train_images: int) -> Steps:
+  """Returns the steps of `stage`.
+
+  An epoch drops the images that do not fill its last batch; the order changes
+  each epoch, so they are other ones each time.
+
+  Raises:
+    UserError: if a part of the stage is longer than the whole.
+  """
+  phases = _count_phases(stage, num_train_images)
+  steps = Steps(
+    phases=phases,
+    total=max(1, _step_at(phases, stage.num_epochs)),
+    warmup=stage.warmup_steps or _step_at(phases, stage.warmup_epochs),
+    restart=round(stage.restart_epochs * phases[0].per_epoch),
+    milestones=tuple(_step_at(phases, epoch) for epoch in stage.milestones),
+    frozen=_step_at(phases, stage.freeze_epochs),
+  )
+  _check_steps(stage, steps)
+  return steps
+
+
+def _count_phases(stage: Stage, num_train_images: int) -> tuple[Phase, ...]:
+  phases: list[Phase] = []
+  for first_epoch, batch_size in stage.batch_sizes:
+    per_epoch = num_train_images // batch_size
+    if per_epoch == 0:
+      raise errors.UserError(
+        f'batch_size {batch_size} is larger than the {num_train_images} '
+        f'training images of {stage.dataset!r}.',
+        f'stage {stage.name!r}',
+        f'Set batch_size to at most {num_train_images}.',
+      )
+    first_step = 0
+    if phases:
+      last = phases[-1]
+      num_epochs = first_epoch - last.first_epoch
+      first_step = last.first_step + num_epochs * last.per_epoch
+    phases.append(Phase(first_epoch, first_step, per_epoch, batch_size))
+  return tuple(phases)
+
+
+def _step_at(phases: tuple[Phase, ...], epochs: float) -> int:
+  phase = [p for p in phases if p.first_epoch <= epochs][-1]
+  part = (epochs - phase.first_epoch) * phase.per_epoch
+  return phase.first_step + round(part)
+
+
+def _check_steps(stage: Stage, steps: Steps) -> None:
+  decay = steps.total - steps.warmup
+  for field, count, limit, rest in (
+    ('warmup', steps.warmup, steps.total, 'leaves no step to decay in'),
+    ('restart_epochs', steps.restart, decay, 'is all that follows the warmup'),
+    ('freeze_epochs', steps.frozen, steps.total, 'leaves nothing to unfreeze'),
+    (
+      'milestones',
+      max(steps.milestones, default=0),
+      steps.total,
+      'is past the end',
+    ),
+  ):
+    if count and count >= limit:
+      raise errors.UserError(
+        f'{field}: step {count} of {steps.total} {rest}.',
+        f'stage {stage.name!r}',
+        f'The stage has {stage.num_epochs:g} epochs of '
+        f'{steps.phases[0].per_epoch} steps.',
+      )

@@ -1,0 +1,124 @@
+"""The learning-rate range test (Smith 2017, arXiv:1506.01186)."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+from jaxprog import files, stages
+from jaxprog.data import loader
+from jaxprog.reporting import plots
+from jaxprog.training import ladder
+from jaxprog.training import setup as setup_lib
+
+# The test ends when the smoothed loss is this much above its least.
+_DIVERGED = 4.0
+_SMOOTHING = 0.9
+
+
+def lr_find(
+  config: config_dict.ConfigDict,
+  workdir: str | pathlib.Path,
+  *,
+  stage: str = '',
+) -> dict[str, Any]:
+  """Returns stage, rates, losses, smoothed losses and suggestion.
+
+  Trains `stage` (by default the config's first) for config.lr_find_steps
+  steps at rates that rise geometrically from lr_find_min to lr_find_max, from
+  the weights it would begin with, and forgets them: a later run is not
+  changed. Writes WORKDIR/lr_find/STAGE.json and .png. The suggestion is None
+  where the loss never fell.
+
+  Raises:
+    UserError: for mistakes in the config or the data.
+  """
+  workdir = pathlib.Path(workdir)
+  chosen = stages.select(
+    stages.create_stages(config), (stage,) if stage else ()
+  )[:1]
+  stages.check_devices(chosen, jax.device_count())
+  setup = setup_lib.create_setup(config, only=(chosen[0].name,))
+  num_steps = config.lr_find_steps
+  ratio = math.log(config.lr_find_max / config.lr_find_min) / (num_steps - 1)
+  rates = config.lr_find_min * np.exp(ratio * np.arange(num_steps))
+  losses = _run(setup, workdir, rates.astype(np.float32))
+  rates = rates[: len(losses)]
+  smooth = smoothed(losses)
+  result = {
+    'stage': chosen[0].name,
+    'suggestion': suggest(rates, smooth),
+    'rates': rates.tolist(),
+    'losses': losses,
+    'smooth': smooth,
+  }
+  if jax.process_index() == 0:
+    path = workdir / 'lr_find' / f'{chosen[0].name}.json'
+    files.write_json(path, result)
+    plots.plot_lr_find(
+      rates, losses, smooth, result['suggestion'], path.with_suffix('.png')
+    )
+  return result
+
+
+def _run(
+  setup: setup_lib.Setup, workdir: pathlib.Path, rates: np.ndarray
+) -> list[float]:
+  """Returns the loss of each step, up to where it diverges."""
+  task = setup_lib.create_task(
+    setup, setup.chosen[0], lambda step: jax.numpy.asarray(rates)[step]
+  )
+  steps = dataclasses.replace(task.steps, total=len(rates), frozen=0)
+  variables, _ = ladder.hand_over(setup, workdir, task)
+  state = task.create_state(
+    jax.device_put(variables, task.shardings.replicated)
+  )
+  train_step = task.train_steps[task.program(task.steps.frozen)]
+  batches = loader.train_batches(
+    task.dataset.train,
+    task.stage,
+    seed=task.seed,
+    steps=steps,
+    num_workers=task.num_workers,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  losses: list[float] = []
+  with contextlib.closing(batches):
+    for batch in loader.prefetch_to_device(batches, task.shardings.batch):
+      state, metrics = train_step(state, batch, task.step_rng)
+      losses.append(float(metrics['loss']))
+      smooth = smoothed(losses)
+      if not smooth[-1] < _DIVERGED * min(smooth):
+        break
+  return losses
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+  """Returns the debiased exponential moving average of `losses`."""
+  average, found = 0.0, []
+  for i, loss in enumerate(losses):
+    average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
+    found.append(average / (1 - _SMOOTHING ** (i + 1)))
+  return found
+
+
+def suggest(rates: Sequence[float], smooth: Sequence[float]) -> float | None:
+  """Returns the rate at which the loss falls fastest, over the log of rates.
+
+  Only what comes before the lowest loss counts, and the first tenth of the
+  steps does not: their average has seen too little.
+  """
+  finite = np.array([x if math.isfinite(x) else np.inf for x in smooth])
+  begin, lowest = len(rates) // 10, int(np.argmin(finite))
+  if lowest - begin < 2:
+    return None
+  slopes = np.gradient(finite[: lowest + 1], np.log(rates[: lowest + 1]))
+  steepest = begin + int(np.argmin(slopes[begin:]))
+  return float(rates[steepest]) if slopes[steepest] < 0 else None

@@ -1,0 +1,81 @@
+import dataclasses
+
+import pytest
+import tiny_config
+
+from jaxprog import epochs, errors, stages
+
+
+def count(num_images, **fields):
+  stage = stages.create_stages(tiny_config.get_config())[0]
+  stage = dataclasses.replace(stage, **fields)
+  return epochs.count_steps(stage, num_images)
+
+
+def test_fractional_epochs():
+  steps = count(48 * 10 + 47, num_epochs=2.5, warmup_epochs=0.25)
+  assert steps == epochs.Steps(
+    phases=(epochs.Phase(0, 0, 10, 48),), total=25, warmup=2
+  )
+  assert steps.epoch_ends == (10, 20, 25)
+  assert [steps.epoch(i) for i in (0, 9, 10, 24)] == [0, 0, 1, 2]
+
+
+def test_batches_that_grow_within_a_stage():
+  steps = count(
+    48 * 12,
+    num_epochs=4.5,
+    phases=(
+      {'from_epoch': 1, 'batch_size': 96},
+      {'from_epoch': 3, 'batch_size': 192},
+    ),
+    milestones=(2.5, 3.5),
+    freeze_epochs=1.5,
+    schedule='step',
+  )
+  assert steps.epoch_ends == (12, 18, 24, 27, 28)
+  assert [steps.phase(i).batch_size for i in (0, 11, 12, 23, 24)] == [
+    48,
+    48,
+    96,
+    96,
+    192,
+  ]
+  assert [steps.epoch(i) for i in (11, 12, 17, 18, 24, 27)] == [
+    0,
+    1,
+    1,
+    2,
+    3,
+    4,
+  ]
+  assert steps.milestones == (21, 26)
+  assert steps.frozen == 15
+
+
+def test_every_image_at_most_once_in_an_epoch():
+  steps = count(1000, num_epochs=3.0)
+  ends = (0, *steps.epoch_ends)
+  for epoch in range(3):
+    assert (ends[epoch + 1] - ends[epoch]) * 48 <= 1000
+
+
+def test_warmup_in_steps():
+  assert count(480, warmup_steps=7).warmup == 7
+
+
+@pytest.mark.parametrize(
+  ('fields', 'expected'),
+  [
+    ({'batch_size': 481}, 'larger than the 480'),
+    ({'num_epochs': 1.0, 'warmup_epochs': 1.0}, 'no step to decay in'),
+    ({'num_epochs': 1.0, 'warmup_steps': 11}, 'no step to decay in'),
+    ({'num_epochs': 1.0, 'restart_epochs': 1.0}, 'all that follows'),
+    ({'num_epochs': 1.0, 'freeze_epochs': 2.0}, 'nothing to unfreeze'),
+    ({'num_epochs': 1.0, 'milestones': (0.5, 1.0)}, 'past the end'),
+  ],
+)
+def test_parts_longer_than_the_whole(fields, expected):
+  with pytest.raises(errors.UserError, match=expected) as caught:
+    count(480, **fields)
+  assert len(str(caught.value).split('\n')) == 3
