@@ -35,7 +35,7 @@ flags.DEFINE_string(
   'stage', '', 'eval: which stage; else the last one done.', flag_values=FLAGS
 )
 flags.DEFINE_string(
-  'weights', 'best', 'eval: best or final.', flag_values=FLAGS
+  'weights', 'best', 'eval: best, final or ema.', flag_values=FLAGS
 )
 flags.DEFINE_bool(
   'allow_config_change',

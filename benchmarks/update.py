@@ -19,11 +19,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from configs import default
+from jaxprog import stages
 from jaxprog.models import resnet
-from jaxprog.optim import eight_bit
+from jaxprog.optim import eight_bit, optimizers
 
 # Whom each is compared with.
-PEERS = {'scale_by_adam_8bit': 'scale_by_adam', 'trace_8bit': 'trace'}
+PEERS = {
+  'scale_by_adam_8bit': 'scale_by_adam',
+  'trace_8bit': 'trace',
+  'jaxprog adamw': 'optax.adamw',
+  'jaxprog adamw_8bit': 'optax.adamw',
+  'jaxprog sgd_momentum': 'optax.sgd',
+}
+RATE, DECAY = 1e-3, 1e-4
 
 
 def transformations() -> dict[str, optax.GradientTransformation]:
@@ -33,7 +42,26 @@ def transformations() -> dict[str, optax.GradientTransformation]:
     'scale_by_adam_8bit': eight_bit.scale_by_adam_8bit(),
     'trace': optax.trace(0.9),
     'trace_8bit': eight_bit.trace_8bit(0.9),
+    'optax.adamw': optax.adamw(
+      RATE, weight_decay=DECAY, mask=optimizers.weight_decay_mask
+    ),
+    'jaxprog adamw': ours('adamw'),
+    'jaxprog adamw_8bit': ours('adamw_8bit'),
+    'optax.sgd': optax.chain(
+      optax.add_decayed_weights(DECAY, optimizers.weight_decay_mask),
+      optax.sgd(RATE, 0.9),
+    ),
+    'jaxprog sgd_momentum': ours('sgd_momentum'),
   }
+
+
+def ours(name: str) -> optax.GradientTransformation:
+  """Returns an optimizer as a stage has it, with the step's rate and sign."""
+  config = default.get_config()
+  stage = {'name': name, 'dataset': 'digits', 'optimizer': name}
+  config.stages = [{**stage, 'weight_decay': DECAY}]
+  direction = optimizers.create_optimizer(stages.create_stages(config)[0])
+  return optax.chain(direction, optax.scale(-RATE))
 
 
 def main() -> None:
@@ -54,7 +82,7 @@ def main() -> None:
     for name, step in steps.items():
       seconds[name].append(step())
   for name, times in seconds.items():
-    row = f'{name:20} {1e3 * statistics.median(times):7.1f} ms'
+    row = f'{name:21}{1e3 * statistics.median(times):7.1f} ms'
     row += f' {size[name] / 1e6:7.1f} MB'
     if peer := PEERS.get(name):
       both = zip(times, seconds[peer], strict=True)

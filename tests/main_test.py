@@ -41,13 +41,13 @@ def without_times(value):
   return value
 
 
-def final_bits(workdir, stage='ten_again'):
-  """Returns the bytes of the final weights of `stage`, leaf by leaf."""
+def bits(workdir, stage, weights='final'):
+  """Returns the bytes of saved weights of `stage`, leaf by leaf."""
   import jax
 
   from jaxprog.training import checkpoints
 
-  variables, _ = checkpoints.load_weights(pathlib.Path(workdir), stage, 'final')
+  variables, _ = checkpoints.load_weights(pathlib.Path(workdir), stage, weights)
   return [np.asarray(x).tobytes() for x in jax.tree.leaves(variables)]
 
 
@@ -171,7 +171,7 @@ def test_interrupted_equals_uninterrupted(
   assert resumed['stages'][1]['resumed_at_steps']
   assert without_times(resumed) == without_times(read_history(trained[0]))
   for stage in ('ten', 'ten_again'):
-    assert final_bits(tmp_path, stage) == final_bits(trained[0], stage)
+    assert bits(tmp_path, stage) == bits(trained[0], stage)
 
 
 def test_eight_devices_train_like_one(run_main, trained, config, tmp_path):

@@ -28,9 +28,9 @@ def evaluate(
       dataset's.
   """
   workdir = pathlib.Path(workdir)
-  if weights not in ('best', 'final'):
+  if weights not in ('best', 'final', 'ema'):
     raise errors.UserError(
-      f'Unknown weights {weights!r}.', '--weights', 'Use best or final.'
+      f'Unknown weights {weights!r}.', '--weights', 'Use best, final or ema.'
     )
   name = stage or last_done_stage(config, workdir)
   stages.select(stages.create_stages(config), only=(name,))

@@ -29,24 +29,22 @@ class Checkpoints:
 
   def __init__(self, directory: pathlib.Path) -> None:
     self._directory = directory
-    self._managers = {
-      'latest': _create_manager(directory / 'latest', keep=2),
-      'best': _create_manager(directory / 'best', keep=1),
-      'final': _create_manager(directory / 'final', keep=1),
-    }
+    self._managers: dict[str, ocp.CheckpointManager] = {}
 
   def save_latest(self, state: state_lib.TrainState, meta: Meta) -> None:
     """Saves all of `state`, with what `restore_latest` needs beside it.
 
-    A best that `meta` speaks of is on disk before this one is.
+    The weights that `meta` speaks of are on disk before this one is.
     """
-    self._managers['best'].wait_until_finished()
+    for name, manager in self._managers.items():
+      if name != 'latest':
+        manager.wait_until_finished()
     self._save('latest', int(state.step), state, meta)
 
   def save_weights(
     self, name: str, step: int, variables: dict[str, Any], meta: Meta
   ) -> None:
-    """Saves `variables` as the 'best' or 'final' ones of the stage."""
+    """Saves `variables` as the 'best', 'final' or 'ema' ones of the stage."""
     self._save(name, step, variables, meta)
 
   def restore_latest(
@@ -58,7 +56,7 @@ class Checkpoints:
       UserError: if a leaf is missing or has another shape or dtype; orbax
         itself would convert or drop it silently.
     """
-    manager = self._managers['latest']
+    manager = self._manager('latest')
     manager.wait_until_finished()
     step = manager.latest_step()
     if step is None:
@@ -96,8 +94,14 @@ class Checkpoints:
     """Closes."""
     self.close()
 
+  def _manager(self, name: str) -> ocp.CheckpointManager:
+    if name not in self._managers:
+      keep = 2 if name == 'latest' else 1
+      self._managers[name] = _create_manager(self._directory / name, keep)
+    return self._managers[name]
+
   def _save(self, name: str, step: int, tree: Any, meta: Meta) -> None:
-    manager = self._managers[name]
+    manager = self._manager(name)
     # A run that resumed from before `step` trains it again: its result counts.
     stale = [old for old in manager.all_steps() if old >= step]
     if stale:
@@ -127,7 +131,7 @@ def read_done(workdir: pathlib.Path, stage: str) -> Meta | None:
 def load_weights(
   workdir: pathlib.Path, stage: str, name: str
 ) -> tuple[dict[str, Any], Meta]:
-  """Returns the 'best' or 'final' variables of `stage` as NumPy arrays.
+  """Returns the 'best', 'final' or 'ema' variables of `stage`, in NumPy.
 
   Raises:
     UserError: if there are none.

@@ -1,0 +1,34 @@
+"""A short ladder that uses what a stage can be told beyond its schedule."""
+
+import tiny_config
+
+
+def get_config(data_dir='data'):
+  config = tiny_config.get_config(data_dir)
+  config.lr_find_steps = 40
+  config.stages = [
+    {'name': 'three', 'classes': ('1', '3', '5'), 'num_epochs': 1.0},
+    {
+      'name': 'ten',
+      'num_epochs': 8.0,
+      'batch_size': 48,
+      'micro_batch_size': 24,
+      'phases': ({'from_epoch': 1, 'batch_size': 96},),
+      'optimizer': 'rmsprop',
+      'learning_rate': 0.002,
+      'momentum': 0.5,
+      'layer_decay': 0.9,
+      'head_rate_factor': 2.0,
+      'gradient_clipping': 1.0,
+      'ema_decay': 0.9,
+      'freeze_epochs': 0.5,
+      # No evaluation gains as much as is asked for: every one is a bad one.
+      'schedule': 'plateau',
+      'plateau_patience': 0,
+      'plateau_factor': 0.5,
+      'plateau_min_delta': 100.0,
+      'early_stopping_patience': 3,
+      'early_stopping_min_delta': 1.0,
+    },
+  ]
+  return config
