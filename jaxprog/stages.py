@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
@@ -56,6 +56,13 @@ DTYPES = ('auto', 'bfloat16', 'float32')
 PLATFORMS = ('any', 'cpu', 'gpu', 'tpu')
 
 
+class PhaseStart(NamedTuple):
+  """What changes within a stage, from the beginning of an epoch."""
+
+  from_epoch: int
+  batch_size: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One rung of the ladder, validated; fields as in configs/default.py."""
@@ -73,7 +80,7 @@ class Stage:
   num_epochs: float
   batch_size: int
   micro_batch_size: int
-  phases: tuple[Mapping[str, int], ...]
+  phases: tuple[PhaseStart, ...]
   learning_rate: float
   scale_learning_rate: bool
   base_batch_size: int
@@ -122,8 +129,7 @@ class Stage:
   @property
   def batch_sizes(self) -> tuple[tuple[int, int], ...]:
     """The epoch from which, counted from 0, and the batch size."""
-    later = [(p['from_epoch'], p['batch_size']) for p in self.phases]
-    return ((0, self.batch_size), *later)
+    return ((0, self.batch_size), *self.phases)
 
   @property
   def peak_learning_rate(self) -> float:
@@ -379,28 +385,30 @@ def _check_milestones(milestones: Any, where: str) -> tuple[float, ...]:
   return tuple(_check_type(x, 0.0, 'milestones', where) for x in milestones)
 
 
-def _check_phases(phases: Any, where: str) -> tuple[Mapping[str, int], ...]:
+def _check_phases(phases: Any, where: str) -> tuple[PhaseStart, ...]:
   where = f'{where}.phases'
   if not isinstance(phases, list | tuple):
     raise errors.UserError(f'phases must be dicts, not {phases!r}.', where)
-  before, found = 0, []
+  found: list[PhaseStart] = []
   for phase in phases:
     if not isinstance(phase, Mapping | config_dict.ConfigDict) or set(
       phase
-    ) != {'from_epoch', 'batch_size'}:
+    ) != set(PhaseStart._fields):
       raise errors.UserError(
         f'A phase is not {phase!r}.',
         where,
         "Write {'from_epoch': 10, 'batch_size': 256}.",
       )
-    values = {key: _check_type(phase[key], 1, key, where) for key in phase}
-    if values['from_epoch'] <= before or values['batch_size'] < 1:
+    start = PhaseStart(
+      **{key: _check_type(phase[key], 1, key, where) for key in phase}
+    )
+    before = found[-1].from_epoch if found else 0
+    if start.from_epoch <= before or start.batch_size < 1:
       raise errors.UserError(
-        f'Phases must follow one another from epoch 1 on, not {values!r}.',
+        f'Phases must follow one another from epoch 1 on, not {phase!r}.',
         where,
       )
-    before = values['from_epoch']
-    found.append(values)
+    found.append(start)
   return tuple(found)
 
 
@@ -470,7 +478,7 @@ def _schedule_mistakes(stage: Stage) -> Iterable[Mistake]:
     'Lower plateau_patience, or train for more epochs.',
   )
   yield (
-    any(p['from_epoch'] >= stage.num_epochs for p in stage.phases),
+    any(p.from_epoch >= stage.num_epochs for p in stage.phases),
     'phases',
     f'A phase begins after the last of {stage.num_epochs:g} epochs.',
     '',

@@ -1,6 +1,6 @@
 """A short ladder that uses what a stage can be told beyond its schedule."""
 
-import tiny_config
+from tests import tiny_config
 
 
 def get_config(data_dir='data'):

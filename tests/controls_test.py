@@ -115,7 +115,7 @@ def test_check_shows_the_rates_before_anything_is_trained(
   result = run_main(config, f'--workdir={tmp_path}', '--mode=check')
   assert result.returncode == 0, result.stderr
   assert 'event=plan stage=ten' in result.stdout
-  assert '  three  ▁' in result.stdout
+  assert '  three  █' in result.stdout
   assert 'plateau' in result.stdout
   written = [p.name for p in tmp_path.iterdir()]
   assert written == ['learning_rates.png']

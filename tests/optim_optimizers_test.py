@@ -277,6 +277,17 @@ def test_8bit_leaves_small_arrays_in_float32(name, kind):
     )
 
 
+@pytest.mark.parametrize('name', ['adamw_8bit', 'sgd_momentum_8bit'])
+def test_8bit_shares_scales_within_blocks(name):
+  tx = create_optimizer(name, quantization_block=64, quantization_min_size=1024)
+  leaves = jax.tree.leaves(tx.init({'kernel': jnp.zeros((32, 32))}))
+  codes = [x for x in leaves if x.dtype.itemsize == 1]
+  scales = [x for x in leaves if x.dtype == jnp.float32]
+  moments = 2 if name == 'adamw_8bit' else 1
+  assert [x.size for x in codes] == [1024] * moments
+  assert [x.size for x in scales] == [16] * moments
+
+
 @pytest.mark.parametrize('name', stages.OPTIMIZERS)
 def test_every_optimizer_descends_in_float32(name):
   # More momentum or a larger rate would overshoot.

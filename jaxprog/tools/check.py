@@ -50,4 +50,4 @@ def check(
     path = pathlib.Path(workdir) / 'learning_rates.png'
     epochs = {task.stage.name: task.stage.num_epochs for task in tasks}
     plots.plot_learning_rates(rates, epochs, path)
-    console.print(f'\n{path}', highlight=False)
+    console.print(f'\n{path}', highlight=False, soft_wrap=True)
