@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_config
 
-from jaxprog import errors
+from jaxprog import errors, stages
 from jaxprog.models import resnet
+from jaxprog.optim import optimizers
 from jaxprog.training import checkpoints, state
 
 META = {'classes': ['a', 'b'], 'record': {'epochs': []}}
@@ -36,6 +39,25 @@ def test_latest_comes_back_bit_for_bit(tmp_path):
   assert bits(found) == bits(saved)
   assert jax.tree.structure(found) == jax.tree.structure(saved)
   assert meta == META
+
+
+@pytest.mark.parametrize('name', stages.OPTIMIZERS)
+def test_every_optimizers_state_comes_back(name, tmp_path):
+  stage = stages.create_stages(tiny_config.get_config())[0]
+  stage = dataclasses.replace(stage, optimizer=name, quantization_min_size=16)
+  tx = optimizers.create_optimizer(stage)
+  saved = create_state(tx=tx)
+  grads = jax.tree.map(jnp.ones_like, saved.params)
+  _, opt_state = tx.update(grads, saved.opt_state, saved.params)
+  saved = saved.replace(opt_state=opt_state, ema=saved.variables)
+  with checkpoints.Checkpoints(tmp_path) as manager:
+    manager.save_latest(saved, META)
+  like = create_state(1, tx)
+  like = jax.eval_shape(lambda: like.replace(ema=like.variables))
+  with checkpoints.Checkpoints(tmp_path) as manager:
+    found, _ = manager.restore_latest(like)
+  assert bits(found) == bits(saved)
+  assert jax.tree.structure(found) == jax.tree.structure(saved)
 
 
 def test_two_latest_are_kept_and_the_newest_is_used(tmp_path):
