@@ -112,8 +112,16 @@ def test_lr_find_of_a_later_stage_begins_with_what_is_handed_over(
 def test_check_shows_the_rates_before_anything_is_trained(
   run_main, config, tmp_path
 ):
-  result = run_main(config, f'--workdir={tmp_path}', '--mode=check')
+  result = run_main(
+    config,
+    f'--workdir={tmp_path}',
+    '--mode=check',
+    '--config.stages[0].optimizer=sgd_momentum',
+    '--config.stages[0].scale_learning_rate=true',
+    '--config.stages[0].base_batch_size=96',
+  )
   assert result.returncode == 0, result.stderr
+  assert 'three: learning rate 0.01 x 48 / 96 = 0.005' in result.stdout
   assert 'event=plan stage=ten' in result.stdout
   assert '  three  █' in result.stdout
   assert 'plateau' in result.stdout

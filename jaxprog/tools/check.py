@@ -35,15 +35,14 @@ def check(
   rates = {task.stage.name: ladder.sample_learning_rate(task) for task in tasks}
   console = rich.console.Console()
   with progress_lib.Progress(len(tasks), console=console) as progress:
-    progress.start_run([ladder.plan(task) for task in tasks])
+    ladder.announce(progress, tasks)
   console.print('\nlearning rates, first step to last', highlight=False)
   width = max(len(name) for name in rates)
   for task in tasks:
     name = task.stage.name
     line = progress_lib.sparkline(rates[name], 40)
-    scaled = ', scaled with the batch' if task.stage.scale_learning_rate else ''
     console.print(
-      f'  {name:{width}}  {line}  {task.stage.schedule}{scaled}',
+      f'  {name:{width}}  {line}  {task.stage.schedule}',
       highlight=False,
     )
   if workdir and jax.process_index() == 0:

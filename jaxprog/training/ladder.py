@@ -83,7 +83,7 @@ def train(
   ):
     tasks = tuple(setup_lib.create_task(setup, stage) for stage in setup.chosen)
     run = Run(setup, tasks, workdir, history, progress, writer, stop, compiler)
-    progress.start_run([plan(task) for task in tasks])
+    announce(progress, tasks)
     left = None
     try:
       for index, task in enumerate(_compile_ahead(run)):
@@ -332,6 +332,20 @@ def _describe_start(record: Mapping[str, Any]) -> str:
     return 'fresh weights'
   head = 'fresh head' if 'head' in origin['fresh'] else 'head carried'
   return f'from {origin["from"]}, {head}'
+
+
+def announce(
+  progress: progress_lib.Progress, tasks: Sequence[setup_lib.Task]
+) -> None:
+  """Shows the plan of the run, and each rate that the batch has scaled."""
+  progress.start_run([plan(task) for task in tasks])
+  for stage in (task.stage for task in tasks):
+    if stage.scale_learning_rate:
+      progress.message(
+        f'{stage.name}: learning rate {stage.learning_rate:g} x '
+        f'{stage.batch_size} / {stage.base_batch_size} = '
+        f'{stage.peak_learning_rate:g}'
+      )
 
 
 def plan(task: setup_lib.Task) -> progress_lib.PlannedStage:
