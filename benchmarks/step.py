@@ -1,6 +1,6 @@
 """Measures a whole training step: ours, plain Flax and PyTorch, in one run.
 
-Forward, backward and SGD with momentum on one batch of noise, f32, on CPU.
+Forward, backward and SGD with momentum on one batch of noise, on CPU.
 Each contestant takes some steps in turn, so that all see the same machine,
 the first of them uncounted, because the other's turn has emptied caches and
 given memory back; the ratios are medians over the rounds.
@@ -32,6 +32,9 @@ def main() -> None:
   parser.add_argument('--image_size', type=int, default=64)
   parser.add_argument('--batch_size', type=int, default=128)
   parser.add_argument('--stem', default='auto', choices=('auto', 'published'))
+  parser.add_argument(
+    '--dtype', default='float32', choices=('float32', 'bfloat16')
+  )
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--steps', type=int, default=3, help='in a round')
   parser.add_argument('--threads', type=int, default=os.cpu_count())
@@ -57,7 +60,9 @@ def compare(args: argparse.Namespace) -> None:
       turn = [step() for _ in range(args.steps + 1)]
       seconds[name].append(statistics.mean(turn[1:]))
   ours = seconds['jaxprog']
-  print(f'{args.model}, {args.image_size} px, batch {args.batch_size}, f32')
+  print(
+    f'{args.model}, {args.image_size} px, batch {args.batch_size}, {args.dtype}'
+  )
   for name, times in seconds.items():
     speed = args.batch_size / statistics.median(times)
     ratio = statistics.median(a / b for a, b in zip(times, ours, strict=True))
@@ -77,7 +82,10 @@ def jax_steps(args: argparse.Namespace) -> dict:
   from jaxprog.models import conv, resnet
 
   model = resnet.create_model(
-    args.model, num_classes=NUM_CLASSES, image_size=args.image_size
+    args.model,
+    num_classes=NUM_CLASSES,
+    image_size=args.image_size,
+    dtype=args.dtype,
   )
   if args.stem == 'published':
     model = model.clone(stem=resnet.Stem(stride=2, pool=True))
@@ -197,7 +205,11 @@ def torch_step(
   def step() -> float:
     start = time.perf_counter()
     optimizer.zero_grad()
-    loss = functional.cross_entropy(model(image), label)
+    with torch.autocast(
+      'cpu', torch.bfloat16, enabled=args.dtype == 'bfloat16'
+    ):
+      logits = model(image)
+    loss = functional.cross_entropy(logits.float(), label)
     loss.backward()
     optimizer.step()
     loss.item()

@@ -159,6 +159,10 @@ def test_says_what_was_cut_resumed_or_not_run():
   words = in_words(stopped)
   assert 'stopped early, after 12 of 20 epochs' in words
   assert '(one_cycle) never reached its last learning rates' in words
+  stopped.update(stopped='out of patience', schedule='plateau')
+  words = in_words(stopped)
+  assert 'after 12 of 20 epochs (out of patience).' in words
+  assert 'never reached' not in words
   running = create_stage(status='running', resumed_at_steps=[1480, 2000])
   words = in_words(running, planned=('imagenette', 'pets'))
   assert 'not finished, 20 of 20 epochs' in words
@@ -168,6 +172,18 @@ def test_says_what_was_cut_resumed_or_not_run():
   assert f"of the mission's datasets: {unseen}" in words
   ladder = history_fixture.create_history()['stages']
   assert "of the mission's datasets" not in in_words(*ladder)
+
+
+def test_says_what_averages_reach_and_what_was_skipped():
+  stage = create_stage()
+  assert 'averaged' not in in_words(stage)
+  assert 'changed nothing' not in in_words(stage)
+  for i, row in enumerate(stage['epochs']):
+    row.update(ema_top1=0.5 + 0.01 * (i == 3), skipped_steps=i == 5)
+  stage['epochs'][7]['ema_top1'] = math.nan
+  words = in_words(stage)
+  assert 'averaged weights reach 51.0% at epoch 4.' in words
+  assert '1 steps changed nothing' in words
 
 
 def test_copes_with_nothing_and_with_nulls():

@@ -272,10 +272,14 @@ def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
       'provisional.'
     )
   if stage['status'] == 'stopped_early':
-    notes.append(
-      f'{name}: stopped early, after {done} of {planned} epochs; its schedule '
-      f'({stage["schedule"]}) never reached its last learning rates.'
-    )
+    why = f' ({stage["stopped"]})' if 'stopped' in stage else ''
+    note = f'{name}: stopped early, after {done} of {planned} epochs{why}'
+    if stage['schedule'] not in ('constant', 'plateau'):
+      note += (
+        f'; its schedule ({stage["schedule"]}) never reached its last '
+        'learning rates'
+      )
+    notes.append(f'{note}.')
   if steps := stage.get('resumed_at_steps'):
     times = 'once' if len(steps) == 1 else f'{len(steps)} times'
     where = ', '.join(f'{step:,}' for step in steps)
@@ -284,6 +288,19 @@ def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
     )
   if note := _overfitting_note(stage):
     notes.append(note)
+  if averages := [
+    r for r in stage['epochs'] if history_lib.is_number(r.get('ema_top1'))
+  ]:
+    best = max(averages, key=lambda r: r['ema_top1'])
+    notes.append(
+      f'{name}: its averaged weights reach '
+      f'{progress.format_percent(best["ema_top1"])} at epoch {best["epoch"]}.'
+    )
+  if skipped := sum(r.get('skipped_steps', 0) for r in stage['epochs']):
+    notes.append(
+      f'{name}: {skipped} steps changed nothing, because their loss or '
+      'gradient was not finite.'
+    )
   if bad := [r['epoch'] for r in stage['epochs'] if _is_broken(r)]:
     notes.append(f'{name}: the loss was not finite in epochs {_ranges(bad)}.')
   return notes

@@ -255,6 +255,10 @@ def _write_epoch(task: setup.Task, row: dict[str, Any], out: Outputs) -> None:
     f'eval/{task.stage.name}/{name}': row[f'val_{name}']
     for name in ('loss', 'top1', 'top5')
   }
+  for name in ('ema_loss', 'ema_top1', 'ema_top5'):
+    if name in row:
+      scalars[f'eval/{task.stage.name}/{name}'] = row[name]
+  scalars['train/skipped_steps'] = row['skipped_steps']
   scalars['train/epoch_loss'] = row['train_loss']
   scalars['train/epoch_top1'] = row['train_top1']
   scalars['perf/input_wait'] = row['input_wait']
