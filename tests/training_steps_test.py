@@ -208,6 +208,11 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_then_starts_anew():
   fresh = current.replace(opt_state=fresh.opt_state)
   expected, _ = step(fresh, batch(), jax.random.key(1))
   assert equal(after.params, expected.params)
+  # A first step that is skipped forgets the frozen ones all the same.
+  nan = jax.tree.map(lambda x: x * jnp.nan, current.params)
+  skipped, _ = step(current.replace(params=nan), batch(), jax.random.key(1))
+  assert skipped.metrics['skipped'] == current.metrics['skipped'] + 1
+  assert equal(skipped.opt_state, fresh.opt_state)
 
 
 def test_a_frozen_step_trains_the_head_on_the_running_statistics():

@@ -107,16 +107,18 @@ def add_epoch(stage: Stage, **row: Any) -> Row:
   return row
 
 
-def best_epoch(rows: list[Row]) -> dict[str, Any] | None:
-  """Returns {'epoch', 'top1'} of the highest `val_top1`, the first of equals.
+def best_epoch(
+  rows: list[Row], field: str = 'val_top1'
+) -> dict[str, Any] | None:
+  """Returns {'epoch', 'top1'} of the highest `field`, the first of equals.
 
   None where no row has a finite one.
   """
-  rated = [r for r in rows if is_number(r['val_top1'])]
+  rated = [r for r in rows if is_number(r.get(field))]
   if not rated:
     return None
-  best = max(rated, key=lambda r: r['val_top1'])
-  return {'epoch': best['epoch'], 'top1': best['val_top1']}
+  best = max(rated, key=lambda r: r[field])
+  return {'epoch': best['epoch'], 'top1': best[field]}
 
 
 def finish_stage(

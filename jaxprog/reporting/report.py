@@ -288,13 +288,11 @@ def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
     )
   if note := _overfitting_note(stage):
     notes.append(note)
-  if averages := [
-    r for r in stage['epochs'] if history_lib.is_number(r.get('ema_top1'))
-  ]:
-    best = max(averages, key=lambda r: r['ema_top1'])
+  if average := history_lib.best_epoch(stage['epochs'], 'ema_top1'):
     notes.append(
       f'{name}: its averaged weights reach '
-      f'{progress.format_percent(best["ema_top1"])} at epoch {best["epoch"]}.'
+      f'{progress.format_percent(average["top1"])} at epoch '
+      f'{average["epoch"]}.'
     )
   if skipped := sum(r.get('skipped_steps', 0) for r in stage['epochs']):
     notes.append(

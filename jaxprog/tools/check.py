@@ -7,7 +7,6 @@ import jax
 import rich.console
 from ml_collections import config_dict
 
-from jaxprog import stages
 from jaxprog.reporting import plots
 from jaxprog.reporting import progress as progress_lib
 from jaxprog.training import ladder
@@ -28,8 +27,6 @@ def check(
   Raises:
     UserError: for any mistake in the config, the devices or the data.
   """
-  chosen = stages.select(stages.create_stages(config), only, skip)
-  stages.check_devices(chosen, jax.device_count())
   setup = setup_lib.create_setup(config, only=only, skip=skip)
   tasks = [setup_lib.create_task(setup, stage) for stage in setup.chosen]
   rates = {task.stage.name: ladder.sample_learning_rate(task) for task in tasks}

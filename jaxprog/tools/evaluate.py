@@ -35,7 +35,7 @@ def evaluate(
   name = stage or last_done_stage(config, workdir)
   stages.select(stages.create_stages(config), only=(name,))
   variables, meta = checkpoints.load_weights(workdir, name, weights)
-  setup = setup_lib.create_setup(config, only=(name,))
+  setup = setup_lib.create_setup(config, only=(name,), training=False)
   task = setup_lib.create_task(setup, setup.chosen[0])
   if tuple(meta['classes']) != task.dataset.classes:
     raise errors.UserError(

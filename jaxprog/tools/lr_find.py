@@ -40,11 +40,8 @@ def lr_find(
     UserError: for mistakes in the config or the data.
   """
   workdir = pathlib.Path(workdir)
-  chosen = stages.select(
-    stages.create_stages(config), (stage,) if stage else ()
-  )[:1]
-  stages.check_devices(chosen, jax.device_count())
-  setup = setup_lib.create_setup(config, only=(chosen[0].name,))
+  stage = stage or stages.create_stages(config)[0].name
+  setup = setup_lib.create_setup(config, only=(stage,))
   num_steps = config.lr_find_steps
   ratio = math.log(config.lr_find_max / config.lr_find_min) / (num_steps - 1)
   rates = config.lr_find_min * np.exp(ratio * np.arange(num_steps))
@@ -52,14 +49,14 @@ def lr_find(
   rates = rates[: len(losses)]
   smooth = smoothed(losses)
   result = {
-    'stage': chosen[0].name,
+    'stage': stage,
     'suggestion': suggest(rates, smooth),
     'rates': rates.tolist(),
     'losses': losses,
     'smooth': smooth,
   }
   if jax.process_index() == 0:
-    path = workdir / 'lr_find' / f'{chosen[0].name}.json'
+    path = workdir / 'lr_find' / f'{stage}.json'
     files.write_json(path, result)
     plots.plot_lr_find(
       rates, losses, smooth, result['suggestion'], path.with_suffix('.png')
@@ -71,20 +68,27 @@ def _run(
   setup: setup_lib.Setup, workdir: pathlib.Path, rates: np.ndarray
 ) -> list[float]:
   """Returns the loss of each step, up to where it diverges."""
-  task = setup_lib.create_task(
-    setup, setup.chosen[0], lambda step: jax.numpy.asarray(rates)[step]
+  stage = setup.chosen[0]
+  steps = setup.steps[stage.name]
+  # One batch size and the whole network, whatever the stage does later.
+  steps = dataclasses.replace(
+    steps, total=len(rates), phases=steps.phases[:1], frozen=0
   )
-  steps = dataclasses.replace(task.steps, total=len(rates), frozen=0)
+  task = setup_lib.create_task(
+    dataclasses.replace(setup, steps={stage.name: steps}),
+    stage,
+    lambda step: jax.numpy.asarray(rates)[step],
+  )
   variables, _ = ladder.hand_over(setup, workdir, task)
   state = task.create_state(
     jax.device_put(variables, task.shardings.replicated)
   )
-  train_step = task.train_steps[task.program(task.steps.frozen)]
+  train_step = task.train_steps[task.program(0)]
   batches = loader.train_batches(
     task.dataset.train,
     task.stage,
     seed=task.seed,
-    steps=steps,
+    steps=task.steps,
     num_workers=task.num_workers,
     process_index=jax.process_index(),
     process_count=jax.process_count(),

@@ -67,9 +67,6 @@ def train(
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
   workdir = pathlib.Path(workdir)
-  stages.check_devices(
-    stages.select(stages.create_stages(config), only, skip), jax.device_count()
-  )
   setup = setup_lib.create_setup(config, only=only, skip=skip, model=model)
   _check_frozen(setup, workdir)
   history = _load_history(config, workdir, allow_config_change)
@@ -87,8 +84,9 @@ def train(
     left = None
     try:
       for index, task in enumerate(_compile_ahead(run)):
+        if index:
+          reporter.submit(write_reports, run, copy.deepcopy(history))
         left = _run_stage(run, index, task, left)
-        reporter.submit(write_reports, run, copy.deepcopy(history))
     finally:
       reporter.submit(write_reports, run, history).result()
     progress.message(report.summary_table(history))

@@ -172,7 +172,11 @@ def _end_epoch(
     out.checkpoints.save_weights(
       'best', step, state.variables, {**out.meta, 'epoch': row}
     )
-  _save_best_average(state, row, out)
+  average = history_lib.best_epoch(out.record['epochs'], 'ema_top1')
+  if average and average['epoch'] == row['epoch']:
+    out.checkpoints.save_weights(
+      'ema', step, state.ema, {**out.meta, 'epoch': row}
+    )
   scale = decisions.rate_scale(task.stage, out.record['epochs'])
   metrics, rate_scale = jax.device_put(
     (state_lib.zero_metrics(), np.float32(scale)), task.shardings.replicated
@@ -183,16 +187,6 @@ def _end_epoch(
   out.progress.end_epoch(row, is_best)
   _stop_if_asked(out)
   return state
-
-
-def _save_best_average(
-  state: state_lib.TrainState, row: dict[str, Any], out: Outputs
-) -> None:
-  """Saves the averaged variables where they score best so far."""
-  scores = [r.get('ema_top1', 0.0) for r in out.record['epochs']]
-  if state.ema and row['ema_top1'] > max([-1.0, *scores[:-1]]):
-    meta = {**out.meta, 'epoch': row}
-    out.checkpoints.save_weights('ema', int(state.step), state.ema, meta)
 
 
 def _mean(total: float, count: float) -> float:

@@ -105,8 +105,12 @@ def create_setup(
   only: Sequence[str] = (),
   skip: Sequence[str] = (),
   model: ModelFn | None = None,
+  training: bool = True,
 ) -> Setup:
   """Returns the chosen stages with their data, found and checked.
+
+  Without `training`, batches need not divide among the devices: evaluation
+  pads them.
 
   Raises:
     UserError: for any mistake in the config, the devices or the data.
@@ -115,6 +119,8 @@ def create_setup(
   chosen = stages_lib.select(all_stages, only, skip)
   devices.keep_compiled(config.compilation_cache_dir)
   devices.check_platform(config.platform)
+  if training:
+    stages_lib.check_devices(chosen, jax.device_count())
   datasets = load_datasets(config, chosen)
   return Setup(
     config=config,

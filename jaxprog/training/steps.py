@@ -62,13 +62,14 @@ def create_train_step(
       'grad_norm': optax.global_norm(grads),
       'learning_rate': learning_rate,
     }
-    # Moments that saw a frozen backbone know nothing of its gradients.
-    opt_state = state.opt_state
     if steps.frozen and not frozen:
+      # Moments that saw a frozen backbone know nothing of its gradients. They
+      # go even if this step is then skipped.
       opt_state = _select(
-        state.step == steps.frozen, tx.init(state.params), opt_state
+        state.step == steps.frozen, tx.init(state.params), state.opt_state
       )
-    updates, opt_state = tx.update(grads, opt_state, state.params)
+      state = state.replace(opt_state=opt_state)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
     factors = optimizers.rate_factors(state.params, stage)
     params = jax.tree.map(
       lambda p, u, factor: p - (factor * learning_rate) * u,
