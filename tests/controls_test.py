@@ -3,8 +3,8 @@
 import json
 import signal
 
-import main_test
 import pytest
+import runs
 
 CONFIG = 'tests/controls_config.py'
 
@@ -23,7 +23,7 @@ def trained(run_main, config, tmp_path_factory):
 
 
 def test_plateau_and_early_stop_decide_as_told(trained):
-  ten = main_test.read_history(trained)['stages'][1]
+  ten = runs.read_history(trained)['stages'][1]
   rates = [row['learning_rate'] for row in ten['epochs']]
   assert rates == pytest.approx([0.002, 0.002, 0.001, 0.0005])
   assert ten['status'] == 'stopped_early'
@@ -34,7 +34,7 @@ def test_plateau_and_early_stop_decide_as_told(trained):
 
 
 def test_batches_grow_where_the_config_says(trained):
-  three, ten = main_test.read_history(trained)['stages']
+  three, ten = runs.read_history(trained)['stages']
   begin = three['epochs'][-1]['global_step']
   steps = [row['global_step'] - begin for row in ten['epochs']]
   assert steps == [29, 29 + 14, 29 + 28, 29 + 42]
@@ -45,23 +45,23 @@ def test_killed_and_resumed_decides_as_uninterrupted(
 ):
   often = '--config.checkpoint_every_steps=7'
   arguments = (config, often, f'--workdir={tmp_path}')
-  process = main_test.start_main(*arguments)
-  main_test.wait_for_step(process, tmp_path, 'ten', 49)
+  process = runs.start_main(*arguments)
+  runs.wait_for_step(process, tmp_path, 'ten', 49)
   process.send_signal(signal.SIGKILL)
   process.communicate(timeout=60)
   result = run_main(*arguments)
   assert result.returncode == 0, result.stderr
-  resumed = main_test.read_history(tmp_path)
+  resumed = runs.read_history(tmp_path)
   assert resumed['stages'][1]['resumed_at_steps']
-  expected = main_test.read_history(trained)
-  assert main_test.without_times(resumed) == main_test.without_times(expected)
+  expected = runs.read_history(trained)
+  assert runs.without_times(resumed) == runs.without_times(expected)
   for weights in ('final', 'ema'):
-    found = main_test.bits(tmp_path, 'ten', weights)
-    assert found == main_test.bits(trained, 'ten', weights)
+    found = runs.bits(tmp_path, 'ten', weights)
+    assert found == runs.bits(trained, 'ten', weights)
 
 
 def test_averaged_weights_are_evaluated_beside_the_raw_ones(run_main, trained):
-  ten = main_test.read_history(trained)['stages'][1]
+  ten = runs.read_history(trained)['stages'][1]
   best = max(row['ema_top1'] for row in ten['epochs'])
   assert best > 0.1
   result = run_main('--mode=eval', f'--workdir={trained}', '--weights=ema')
@@ -93,20 +93,20 @@ def test_lr_find_changes_nothing(run_main, trained, config, tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['lr_find']
   result = run_main(config, f'--workdir={tmp_path}', '--only=three')
   assert result.returncode == 0, result.stderr
-  found = main_test.bits(tmp_path, 'three', 'final')
-  assert found == main_test.bits(trained, 'three', 'final')
+  found = runs.bits(tmp_path, 'three', 'final')
+  assert found == runs.bits(trained, 'three', 'final')
 
 
 def test_lr_find_of_a_later_stage_begins_with_what_is_handed_over(
   run_main, trained, config
 ):
-  before = main_test.read_history(trained)
+  before = runs.read_history(trained)
   result = run_main(
     config, f'--workdir={trained}', '--mode=lr_find', '--only=ten'
   )
   assert result.returncode == 0, result.stderr
   assert (trained / 'lr_find' / 'ten.json').is_file()
-  assert main_test.read_history(trained) == before
+  assert runs.read_history(trained) == before
 
 
 def test_check_shows_the_rates_before_anything_is_trained(

@@ -1,17 +1,11 @@
 """What users do: the command line, in a process of its own."""
 
-import json
-import pathlib
 import signal
-import subprocess
-import sys
-import time
 
-import numpy as np
 import pytest
+import runs
 
 CONFIG = 'tests/tiny_config.py'
-TIMES = ('seconds', 'images_per_second', 'input_wait', 'handover_seconds')
 
 
 @pytest.fixture(scope='module')
@@ -26,29 +20,6 @@ def trained(run_main, config, tmp_path_factory):
   result = run_main(config, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   return workdir, result
-
-
-def read_history(workdir):
-  return json.loads((workdir / 'training_history.json').read_text())
-
-
-def without_times(value):
-  if isinstance(value, dict):
-    skipped = (*TIMES, 'eval_seconds', 'compile_seconds', 'resumed_at_steps')
-    return {k: without_times(v) for k, v in value.items() if k not in skipped}
-  if isinstance(value, list):
-    return [without_times(v) for v in value]
-  return value
-
-
-def bits(workdir, stage, weights='final'):
-  """Returns the bytes of saved weights of `stage`, leaf by leaf."""
-  import jax
-
-  from jaxprog.training import checkpoints
-
-  variables, _ = checkpoints.load_weights(pathlib.Path(workdir), stage, weights)
-  return [np.asarray(x).tobytes() for x in jax.tree.leaves(variables)]
 
 
 def test_a_run_writes_what_the_design_says(trained):
@@ -69,7 +40,7 @@ def test_a_run_writes_what_the_design_says(trained):
 
 
 def test_the_history_tells_the_ladder(trained):
-  history = read_history(trained[0])
+  history = runs.read_history(trained[0])
   assert history['version'] == 1
   three, ten, again = history['stages']
   assert [s['status'] for s in history['stages']] == ['done'] * 3
@@ -100,11 +71,11 @@ def test_tensorboard_has_the_figures_of_the_history(trained):
 
 def test_a_finished_run_is_not_trained_again(run_main, trained, config):
   workdir, _ = trained
-  before = read_history(workdir)
+  before = runs.read_history(workdir)
   result = run_main(config, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   assert result.stdout.count('done before') == 3
-  assert read_history(workdir) == before
+  assert runs.read_history(workdir) == before
 
 
 @pytest.mark.parametrize('devices', [1, 3, 8])
@@ -114,7 +85,7 @@ def test_eval_counts_every_image_once_on_any_devices(
   workdir, _ = trained
   result = run_main('--mode=eval', f'--workdir={workdir}', devices=devices)
   assert result.returncode == 0, result.stderr
-  best = read_history(workdir)['stages'][-1]['best']['top1']
+  best = runs.read_history(workdir)['stages'][-1]['best']['top1']
   assert result.stdout.strip() == f'{100 * best:.1f}'
 
 
@@ -123,33 +94,8 @@ def test_eval_of_another_stage(run_main, trained):
   result = run_main(
     '--mode=eval', f'--workdir={workdir}', '--stage=three', '--weights=final'
   )
-  final = read_history(workdir)['stages'][0]['epochs'][-1]['val_top1']
+  final = runs.read_history(workdir)['stages'][0]['epochs'][-1]['val_top1']
   assert result.stdout.strip() == f'{100 * final:.1f}'
-
-
-def start_main(*arguments):
-  return subprocess.Popen(
-    [sys.executable, 'main.py', *map(str, arguments)],
-    cwd=pathlib.Path(__file__).parent.parent,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
-
-
-def wait_for_step(process, workdir, stage, step):
-  """Waits until a checkpoint of `stage` at `step` or later has committed."""
-  latest = workdir / 'checkpoints' / stage / 'latest'
-  deadline = time.monotonic() + 120
-  while time.monotonic() < deadline:
-    if latest.is_dir():
-      steps = [int(p.name) for p in latest.iterdir() if p.name.isdigit()]
-      if any(s >= step for s in steps):
-        return
-    if process.poll() is not None:
-      raise AssertionError(process.communicate()[0])
-    time.sleep(0.005)
-  raise AssertionError('No checkpoint came.')
 
 
 @pytest.mark.parametrize('signum', [signal.SIGKILL, signal.SIGTERM])
@@ -158,8 +104,8 @@ def test_interrupted_equals_uninterrupted(
 ):
   often = '--config.checkpoint_every_steps=5'
   arguments = (config, often, f'--workdir={tmp_path}')
-  process = start_main(*arguments)
-  wait_for_step(process, tmp_path, 'ten', 10)
+  process = runs.start_main(*arguments)
+  runs.wait_for_step(process, tmp_path, 'ten', 10)
   process.send_signal(signum)
   output = process.communicate(timeout=60)[0]
   expected = -signum if signum == signal.SIGKILL else 143
@@ -167,19 +113,21 @@ def test_interrupted_equals_uninterrupted(
   result = run_main(*arguments)
   assert result.returncode == 0, result.stderr
   assert 'three: done before' in result.stdout
-  resumed = read_history(tmp_path)
+  resumed = runs.read_history(tmp_path)
   assert resumed['stages'][1]['resumed_at_steps']
-  assert without_times(resumed) == without_times(read_history(trained[0]))
+  assert runs.without_times(resumed) == runs.without_times(
+    runs.read_history(trained[0])
+  )
   for stage in ('ten', 'ten_again'):
-    assert bits(tmp_path, stage) == bits(trained[0], stage)
+    assert runs.bits(tmp_path, stage) == runs.bits(trained[0], stage)
 
 
 def test_eight_devices_train_like_one(run_main, trained, config, tmp_path):
   result = run_main(config, f'--workdir={tmp_path}', devices=8)
   assert result.returncode == 0, result.stderr
   for one, eight in zip(
-    read_history(trained[0])['stages'],
-    read_history(tmp_path)['stages'],
+    runs.read_history(trained[0])['stages'],
+    runs.read_history(tmp_path)['stages'],
     strict=True,
   ):
     for a, b in zip(one['epochs'], eight['epochs'], strict=True):
@@ -199,7 +147,7 @@ def test_only_and_skip(run_main, config, tmp_path):
   assert first.returncode == 0, first.stderr
   second = run_main(*arguments, '--skip=three,ten')
   assert second.returncode == 0, second.stderr
-  stages = read_history(tmp_path)['stages']
+  stages = runs.read_history(tmp_path)['stages']
   assert [s['name'] for s in stages] == ['three', 'ten_again']
   assert stages[1]['transfer']['from'] == 'three'
   assert 'from three' in second.stdout

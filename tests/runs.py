@@ -1,0 +1,59 @@
+"""What tests of the command line look at, and how they interrupt it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from jaxprog.training import checkpoints
+
+ROOT = pathlib.Path(__file__).parent.parent
+TIMES = ('seconds', 'images_per_second', 'input_wait', 'handover_seconds')
+
+
+def read_history(workdir):
+  return json.loads((workdir / 'training_history.json').read_text())
+
+
+def without_times(value):
+  if isinstance(value, dict):
+    skipped = (*TIMES, 'eval_seconds', 'compile_seconds', 'resumed_at_steps')
+    return {k: without_times(v) for k, v in value.items() if k not in skipped}
+  if isinstance(value, list):
+    return [without_times(v) for v in value]
+  return value
+
+
+def bits(workdir, stage, weights='final'):
+  """Returns the bytes of saved weights of `stage`, leaf by leaf."""
+  variables, _ = checkpoints.load_weights(pathlib.Path(workdir), stage, weights)
+  return [np.asarray(x).tobytes() for x in jax.tree.leaves(variables)]
+
+
+def start_main(*arguments):
+  return subprocess.Popen(
+    [sys.executable, 'main.py', *map(str, arguments)],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def wait_for_step(process, workdir, stage, step):
+  """Waits until a checkpoint of `stage` at `step` or later has committed."""
+  latest = workdir / 'checkpoints' / stage / 'latest'
+  deadline = time.monotonic() + 120
+  while time.monotonic() < deadline:
+    if latest.is_dir():
+      steps = [int(p.name) for p in latest.iterdir() if p.name.isdigit()]
+      if any(s >= step for s in steps):
+        return
+    if process.poll() is not None:
+      raise AssertionError(process.communicate()[0])
+    time.sleep(0.005)
+  raise AssertionError('No checkpoint came.')
