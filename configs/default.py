@@ -24,6 +24,8 @@ def get_config() -> config_dict.ConfigDict:
   # Side of the first convolution, in pixels: 7 as published, 3 for small
   # images. It is the same in all stages, or weights would not fit.
   config.stem_kernel = 7
+  # Blur before subsampling (Zhang 2019, arXiv:1904.11486): BlurPool.
+  config.blur_pool = False
 
   # Images are normalised with these, in [0, 1], red, green, blue: ImageNet's.
   # One value for all stages, because the backbone has to get used to it.
@@ -41,8 +43,17 @@ def get_config() -> config_dict.ConfigDict:
   # alone, because whoever can write there can run code; '': nowhere.
   config.compilation_cache_dir = '~/.cache/jaxprog/xla'
 
-  # Threads that decode images in each process; 0: one a core, at most 16.
+  # Workers that decode images in each process; 0: one a core.
   config.num_workers = 0
+  # 'thread', 'process', or 'auto': threads up to 16 workers, then processes,
+  # because Python runs in one thread at a time.
+  config.worker_kind = 'auto'
+  # Train on no image that some stage evaluates on, nor on any of ILSVRC's
+  # validation images.
+  config.exclude_leaks = False
+  # Images that cannot be decoded are left out of the loss and named; more than
+  # so many in one stage end the run.
+  config.max_bad_images = 10
   # Besides the end of every epoch, save every so many steps (0: never) and
   # every so many minutes (0: never).
   config.checkpoint_every_steps = 0
@@ -77,6 +88,11 @@ def stage_defaults() -> config_dict.ConfigDict:
   # Use only these classes, by WordNet id or name; (): all of them.
   stage.classes = ()
 
+  # How training images are kept: 'original', as they came; 'jpeg:N' with the
+  # shorter side at most N pixels, quality 90 ('jpeg:N:QUALITY'); 'raw' or
+  # 'raw:N', decoded, three bytes a pixel.
+  stage.storage = 'original'
+
   # Side of the square the network sees, in pixels.
   stage.image_size = 224
   # Random resized crop: smallest part of the image's area and largest
@@ -85,8 +101,41 @@ def stage_defaults() -> config_dict.ConfigDict:
   stage.max_crop_aspect = 4 / 3
   # Mirror half of the training images, left to right.
   stage.flip = True
-  # Evaluation takes the central square of this part of the shorter side.
+  # Mirror an image every other epoch instead of by chance.
+  stage.alternating_flip = False
+  # Random colours: each factor is uniform in [1 - x, 1 + x], the shift of the
+  # hue in [-x, x] turns; in random order, as torchvision's ColorJitter.
+  stage.brightness = 0.0
+  stage.contrast = 0.0
+  stage.saturation = 0.0
+  stage.hue = 0.0
+  # 'none', 'rand_augment' (arXiv:1909.13719) or 'trivial_augment'
+  # (arXiv:2103.10158).
+  stage.auto_augment = 'none'
+  # rand_augment: operations one after the other, and their strength of 0..30.
+  stage.rand_augment_layers = 2
+  stage.rand_augment_magnitude = 9
+  # Chance to fill a random rectangle with noise, and its part of the area
+  # (Zhong et al. 2017, arXiv:1708.04896).
+  stage.erasing_probability = 0.0
+  stage.erasing_min_area = 0.02
+  stage.erasing_max_area = 1 / 3
+  # Beta distribution that mixes two images or pastes a rectangle of one into
+  # the other, 0: not; where both are set, each step takes one of them
+  # (arXiv:1710.09412, arXiv:1905.04899).
+  stage.mixup_alpha = 0.0
+  stage.cutmix_alpha = 0.0
+
+  # What decides which weights are best: 'validation', or 'holdout:2%' of the
+  # training images; then the validation images are looked at once, at the end.
+  stage.eval_split = 'validation'
+  # Side of evaluation images; 0: the largest the stage trains on.
+  stage.eval_image_size = 0
+  # Evaluation resizes the shorter side to eval_image_size / eval_crop and
+  # takes the centre.
   stage.eval_crop = 0.875
+  # 'bilinear' or 'bicubic'.
+  stage.eval_interpolation = 'bilinear'
 
   # Passes over the training images; fractions are allowed.
   stage.num_epochs = 1.0
@@ -96,8 +145,9 @@ def stage_defaults() -> config_dict.ConfigDict:
   # Images whose gradients are computed at once, on all devices; those of a
   # whole batch are averaged before the update. 0: the whole batch.
   stage.micro_batch_size = 0
-  # What changes within the stage: dicts with from_epoch (whole, from 1 on,
-  # counted from 0) and a new batch_size, in order of from_epoch.
+  # What changes within the stage, such as ({'from_epoch': 10, 'image_size':
+  # 192, 'mixup_alpha': 0.2},), in order of from_epoch (whole, from 1 on,
+  # counted from 0): batch_size, image_size, or how images are augmented.
   stage.phases = ()
 
   # Peak of the schedule, per step.

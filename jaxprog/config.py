@@ -23,9 +23,11 @@ _FREE_FIELDS = (
   'lr_find_max',
   'lr_find_min',
   'lr_find_steps',
+  'max_bad_images',
   'num_workers',
   'platform',
   'stage_defaults',
+  'worker_kind',
 )
 
 

@@ -9,7 +9,7 @@ from jaxprog.stages import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """Epochs of one batch size; a step is counted from the stage's first."""
+  """Epochs that are alike; a step is counted from the stage's first."""
 
   first_epoch: int
   first_step: int
@@ -90,7 +90,8 @@ def count_steps(stage: Stage, num_train_images: int) -> Steps:
 
 def _count_phases(stage: Stage, num_train_images: int) -> tuple[Phase, ...]:
   phases: list[Phase] = []
-  for first_epoch, batch_size in stage.batch_sizes:
+  for first_epoch, part in stage.parts:
+    batch_size = part.batch_size
     per_epoch = num_train_images // batch_size
     if per_epoch == 0:
       raise errors.UserError(

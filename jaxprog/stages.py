@@ -54,13 +54,41 @@ WEIGHT_DECAY_KINDS = ('auto', 'coupled', 'decoupled')
 PLATEAU_METRICS = ('val_loss', 'val_top1')
 DTYPES = ('auto', 'bfloat16', 'float32')
 PLATFORMS = ('any', 'cpu', 'gpu', 'tpu')
+WORKER_KINDS = ('auto', 'process', 'thread')
+AUTO_AUGMENTS = ('none', 'rand_augment', 'trivial_augment')
+INTERPOLATIONS = ('bicubic', 'bilinear')
+# What may change within a stage.
+PHASE_FIELDS = (
+  'batch_size',
+  'brightness',
+  'contrast',
+  'cutmix_alpha',
+  'erasing_probability',
+  'hue',
+  'image_size',
+  'label_smoothing',
+  'min_crop_area',
+  'mixup_alpha',
+  'rand_augment_magnitude',
+  'saturation',
+)
 
 
 class PhaseStart(NamedTuple):
   """What changes within a stage, from the beginning of an epoch."""
 
   from_epoch: int
-  batch_size: int
+  # (field, its new value), of PHASE_FIELDS.
+  changes: tuple[tuple[str, Any], ...]
+
+
+class Storage(NamedTuple):
+  """How training images are kept; see `Stage.storage`."""
+
+  kind: str
+  # Pixels of the shorter side at most; 0: no limit.
+  size: int = 0
+  quality: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +100,28 @@ class Stage:
   dataset: str
   num_classes: int
   classes: tuple[str, ...]
+  storage: str
   image_size: int
   min_crop_area: float
   max_crop_aspect: float
   flip: bool
+  alternating_flip: bool
+  brightness: float
+  contrast: float
+  saturation: float
+  hue: float
+  auto_augment: str
+  rand_augment_layers: int
+  rand_augment_magnitude: int
+  erasing_probability: float
+  erasing_min_area: float
+  erasing_max_area: float
+  mixup_alpha: float
+  cutmix_alpha: float
+  eval_split: str
+  eval_image_size: int
   eval_crop: float
+  eval_interpolation: str
   num_epochs: float
   batch_size: int
   micro_batch_size: int
@@ -127,9 +172,34 @@ class Stage:
   mixed_precision: bool
 
   @property
-  def batch_sizes(self) -> tuple[tuple[int, int], ...]:
-    """The epoch from which, counted from 0, and the batch size."""
-    return ((0, self.batch_size), *self.phases)
+  def parts(self) -> tuple[tuple[int, 'Stage'], ...]:
+    """The epoch from which, counted from 0, and the stage as it is then."""
+    parts, changed = [(0, self)], self
+    for phase in self.phases:
+      changed = dataclasses.replace(changed, **dict(phase.changes))
+      parts.append((phase.from_epoch, changed))
+    return tuple(parts)
+
+  def in_epoch(self, epoch: int) -> 'Stage':
+    """Returns the stage as it is in `epoch`, counted from 0."""
+    return [part for first, part in self.parts if first <= epoch][-1]
+
+  @property
+  def eval_size(self) -> int:
+    """Side of evaluation images, in pixels."""
+    largest = max(part.image_size for _, part in self.parts)
+    return self.eval_image_size or largest
+
+  @property
+  def holdout(self) -> float:
+    """Part of the training images that is for selection; 0: none."""
+    kind, _, part = self.eval_split.partition(':')
+    return float(part.removesuffix('%')) / 100 if kind == 'holdout' else 0.0
+
+  @property
+  def stored(self) -> Storage:
+    """`storage`, parsed."""
+    return parse_storage(self.storage)
 
   @property
   def peak_learning_rate(self) -> float:
@@ -137,6 +207,27 @@ class Stage:
     if not self.scale_learning_rate:
       return self.learning_rate
     return self.learning_rate * self.batch_size / self.base_batch_size
+
+
+def parse_storage(text: str) -> Storage:
+  """Returns what 'original', 'raw', 'raw:N', 'jpeg:N' or 'jpeg:N:Q' says.
+
+  Raises:
+    ValueError: if it is none of them.
+  """
+  if text == 'original':
+    return Storage('original')
+  match = re.fullmatch(r'raw(?::(\d+))?|jpeg:(\d+)(?::(\d+))?', text)
+  if not match:
+    raise ValueError(text)
+  raw, jpeg, quality = match.groups()
+  if jpeg is None:
+    storage = Storage('raw', int(raw or 0))
+  else:
+    storage = Storage('jpeg', int(jpeg), int(quality or 90))
+  if (storage.size < 8 and (raw or jpeg)) or storage.quality > 100:
+    raise ValueError(text)
+  return storage
 
 
 def complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
@@ -208,7 +299,7 @@ def select(
 def check_devices(stages: Iterable[Stage], num_devices: int) -> None:
   """Raises UserError for a batch that the devices cannot share evenly."""
   for stage in stages:
-    sizes = [('batch_size', size) for _, size in stage.batch_sizes]
+    sizes = [('batch_size', part.batch_size) for _, part in stage.parts]
     if stage.micro_batch_size:
       sizes.append(('micro_batch_size', stage.micro_batch_size))
     for field, size in sizes:
@@ -228,6 +319,9 @@ def check_config(config: config_dict.ConfigDict) -> None:
   _check_choice(config.model, MODELS, 'model', where)
   _check_choice(config.dtype, DTYPES, 'dtype', where)
   _check_choice(config.platform, PLATFORMS, 'platform', where)
+  _check_choice(config.worker_kind, WORKER_KINDS, 'worker_kind', where)
+  for field in ('blur_pool', 'exclude_leaks'):
+    _check_type(config[field], False, field, where)
   _check_choice(config.stem_kernel, (3, 7), 'stem_kernel', where)
   for field, low in (('mean_rgb', -math.inf), ('std_rgb', 0)):
     value = config[field]
@@ -242,6 +336,7 @@ def check_config(config: config_dict.ConfigDict) -> None:
     ('seed', 0),
     ('num_filters', 1),
     ('num_workers', 0),
+    ('max_bad_images', 0),
     ('checkpoint_every_steps', 0),
     ('checkpoint_every_minutes', 0.0),
     ('log_every_steps', 1),
@@ -284,10 +379,11 @@ def _create_stage(
   stage = Stage(
     **values,
     milestones=_check_milestones(fields.milestones, where),
-    phases=_check_phases(fields.phases, where),
+    phases=_check_phases(fields.phases, defaults, where),
   )
   _check_names(stage, where)
-  _check_ranges(stage, where)
+  for _, part in stage.parts:
+    _check_ranges(part, where)
   _check_combinations(stage, where)
   return stage
 
@@ -316,6 +412,27 @@ def _check_names(stage: Stage, where: str) -> None:
     )
   _check_choice(stage.optimizer, OPTIMIZERS, 'optimizer', where)
   _check_choice(stage.schedule, SCHEDULES, 'schedule', where)
+  _check_choice(stage.auto_augment, AUTO_AUGMENTS, 'auto_augment', where)
+  _check_choice(
+    stage.eval_interpolation, INTERPOLATIONS, 'eval_interpolation', where
+  )
+  try:
+    parse_storage(stage.storage)
+  except ValueError:
+    raise errors.UserError(
+      f'Unknown storage {stage.storage!r}.',
+      f'{where}.storage',
+      "Use 'original', 'raw', 'raw:256' or 'jpeg:512'.",
+    ) from None
+  percent = re.fullmatch(r'holdout:(\d+(\.\d+)?)%', stage.eval_split)
+  if stage.eval_split != 'validation' and not (
+    percent and 0 < float(percent[1]) < 100
+  ):
+    raise errors.UserError(
+      f'Unknown eval_split {stage.eval_split!r}.',
+      f'{where}.eval_split',
+      "Use 'validation', or a part of the training images: 'holdout:2%'.",
+    )
 
 
 # (field, lower bound, upper bound, whether the lower bound itself is allowed)
@@ -324,6 +441,18 @@ _RANGES = (
   ('image_size', 8, math.inf, True),
   ('min_crop_area', 0, 1, False),
   ('max_crop_aspect', 1, math.inf, True),
+  ('brightness', 0, math.inf, True),
+  ('contrast', 0, math.inf, True),
+  ('saturation', 0, math.inf, True),
+  ('hue', 0, 0.5, True),
+  ('rand_augment_layers', 1, math.inf, True),
+  ('rand_augment_magnitude', 0, 30, True),
+  ('erasing_probability', 0, 1, True),
+  ('erasing_min_area', 0, 1, False),
+  ('erasing_max_area', 0, 1, False),
+  ('mixup_alpha', 0, math.inf, True),
+  ('cutmix_alpha', 0, math.inf, True),
+  ('eval_image_size', 0, math.inf, True),
   ('eval_crop', 0, 1, False),
   ('num_epochs', 0, math.inf, False),
   ('batch_size', 1, math.inf, True),
@@ -385,36 +514,48 @@ def _check_milestones(milestones: Any, where: str) -> tuple[float, ...]:
   return tuple(_check_type(x, 0.0, 'milestones', where) for x in milestones)
 
 
-def _check_phases(phases: Any, where: str) -> tuple[PhaseStart, ...]:
+def _check_phases(
+  phases: Any, defaults: config_dict.ConfigDict, where: str
+) -> tuple[PhaseStart, ...]:
   where = f'{where}.phases'
   if not isinstance(phases, list | tuple):
     raise errors.UserError(f'phases must be dicts, not {phases!r}.', where)
   found: list[PhaseStart] = []
   for phase in phases:
-    if not isinstance(phase, Mapping | config_dict.ConfigDict) or set(
-      phase
-    ) != set(PhaseStart._fields):
+    if (
+      not isinstance(phase, Mapping | config_dict.ConfigDict)
+      or 'from_epoch' not in phase
+      or len(phase) < 2
+    ):
       raise errors.UserError(
         f'A phase is not {phase!r}.',
         where,
         "Write {'from_epoch': 10, 'batch_size': 256}.",
       )
-    start = PhaseStart(
-      **{key: _check_type(phase[key], 1, key, where) for key in phase}
-    )
-    before = found[-1].from_epoch if found else 0
-    if start.from_epoch <= before or start.batch_size < 1:
+    from_epoch = _check_type(phase['from_epoch'], 1, 'from_epoch', where)
+    if from_epoch <= (found[-1].from_epoch if found else 0):
       raise errors.UserError(
         f'Phases must follow one another from epoch 1 on, not {phase!r}.',
         where,
       )
-    found.append(start)
+    changes = []
+    for field in phase:
+      if field == 'from_epoch':
+        continue
+      _check_choice(field, PHASE_FIELDS, 'field of a phase', where)
+      value = _check_type(phase[field], defaults[field], field, where)
+      changes.append((field, value))
+    found.append(PhaseStart(from_epoch, tuple(sorted(changes))))
   return tuple(found)
 
 
 def _check_combinations(stage: Stage, where: str) -> None:
   """Refuses what would be ignored or could not work, by name."""
-  mistakes = (*_schedule_mistakes(stage), *_optimizer_mistakes(stage))
+  mistakes = (
+    *_schedule_mistakes(stage),
+    *_optimizer_mistakes(stage),
+    *_image_mistakes(stage),
+  )
   for wrong, field, what, suggestion in mistakes:
     if wrong:
       raise errors.UserError(what, f'{where}.{field}', suggestion)
@@ -522,9 +663,37 @@ def _optimizer_mistakes(stage: Stage) -> Iterable[Mistake]:
   )
   micro = stage.micro_batch_size
   yield (
-    bool(micro) and any(batch % micro for _, batch in stage.batch_sizes),
+    bool(micro) and any(part.batch_size % micro for _, part in stage.parts),
     'micro_batch_size',
     f'micro_batch_size {micro} does not divide the batch size.',
+    '',
+  )
+
+
+def _image_mistakes(stage: Stage) -> Iterable[Mistake]:
+  """Yields as `_schedule_mistakes`."""
+  yield (
+    stage.alternating_flip and not stage.flip,
+    'alternating_flip',
+    'alternating_flip is a kind of flip, and flip is False.',
+    'Set both, or neither.',
+  )
+  yield (
+    stage.erasing_min_area > stage.erasing_max_area,
+    'erasing_min_area',
+    f'erasing_min_area {stage.erasing_min_area:g} is above erasing_max_area '
+    f'{stage.erasing_max_area:g}.',
+    '',
+  )
+  yield (
+    stage.auto_augment != 'rand_augment'
+    and any(
+      field == 'rand_augment_magnitude'
+      for phase in stage.phases
+      for field, _ in phase.changes
+    ),
+    'phases',
+    "rand_augment_magnitude changes, but auto_augment is not 'rand_augment'.",
     '',
   )
 

@@ -88,6 +88,23 @@ def test_ints_become_floats_and_lists_become_tuples():
     ({'phases': (phase(2, 96), phase(1, 192))}, 'follow one another'),
     ({'phases': (phase(9, 96),)}, 'after the last of 2'),
     ({'phases': (phase(1, 96),)}, None),
+    ({'phases': ({'from_epoch': 1, 'flip': False},)}, 'field of a phase'),
+    ({'phases': ({'from_epoch': 1, 'image_size': 2},)}, 'at least 8'),
+    ({'phases': ({'from_epoch': 1, 'image_size': 16},)}, None),
+    ({'storage': 'raw:256'}, None),
+    ({'storage': 'jpeg:512:95'}, None),
+    ({'storage': 'jpeg'}, 'Unknown storage'),
+    ({'storage': 'jpeg:512:101'}, 'Unknown storage'),
+    ({'storage': 'raw:2'}, 'Unknown storage'),
+    ({'eval_split': 'holdout:2%'}, None),
+    ({'eval_split': 'holdout:0%'}, 'Unknown eval_split'),
+    ({'eval_split': 'holdout:2'}, 'Unknown eval_split'),
+    ({'eval_split': 'test'}, 'Unknown eval_split'),
+    ({'auto_augment': 'randaugment'}, "mean 'rand_augment'"),
+    ({'eval_interpolation': 'cubic'}, "mean 'bicubic'"),
+    ({'flip': False, 'alternating_flip': True}, 'a kind of flip'),
+    ({'erasing_min_area': 0.5}, 'above erasing_max_area'),
+    ({'hue': 0.6}, 'at most 0.5'),
     ({'schedule': 'step', 'milestones': (1, 2.5)}, None),
   ],
 )
@@ -158,3 +175,24 @@ def test_the_rate_grows_with_the_batch_if_asked():
   assert create_stages(**sgd)[0].peak_learning_rate == 0.1
   scaled = create_stages(**sgd, scale_learning_rate=True)[0]
   assert scaled.peak_learning_rate == 0.2
+
+
+def test_a_stage_changes_from_phase_to_phase():
+  stage = create_stages(
+    num_epochs=9.0,
+    image_size=16,
+    phases=(
+      {'from_epoch': 2, 'image_size': 24, 'batch_size': 96},
+      {'from_epoch': 5, 'mixup_alpha': 0.2},
+    ),
+  )[0]
+  found = [
+    (part.image_size, part.batch_size, part.mixup_alpha)
+    for part in map(stage.in_epoch, (0, 1, 2, 4, 5, 8))
+  ]
+  assert found == [(16, 48, 0)] * 2 + [(24, 96, 0)] * 2 + [(24, 96, 0.2)] * 2
+  assert stage.eval_size == 24
+  assert stage.holdout == 0
+  assert create_stages(eval_split='holdout:2.5%')[0].holdout == 0.025
+  assert create_stages(storage='jpeg:512')[0].stored == ('jpeg', 512, 90)
+  assert create_stages(storage='raw')[0].stored == ('raw', 0, 0)
