@@ -19,7 +19,7 @@ import jax
 import rich.console
 
 import jaxprog
-from jaxprog.data import loader
+from jaxprog.data import loader, workers
 from jaxprog.reporting import progress as progress_lib
 from jaxprog.training import loop, setup, signals
 
@@ -60,7 +60,8 @@ def main() -> None:
 
 def time_bare(task: setup.Task, num_steps: int) -> float:
   """Returns seconds a step over one batch that never changes."""
-  batch = next(iter(device_batches(task, 1)))
+  with contextlib.closing(create_reader(task)) as reader:
+    batch = next(loader.prefetch_to_device(reader, task.shardings.batch))
   state = task.create_state(task.init(task.init_rng))
   train_step = task.train_steps[task.program(0)]
   state, _ = train_step(state, batch, task.step_rng)
@@ -87,25 +88,22 @@ def time_loop(task: setup.Task, num_steps: int) -> tuple[float, float]:
       stop=signals.StopRequest(),
       save_history=mock.Mock(),
     )
-    with contextlib.closing(device_batches(task, num_steps)) as batches:
-      _, timing = loop._train_epoch(task, state, batches, 0, out)
+    with contextlib.closing(create_reader(task)) as reader:
+      batches = loader.prefetch_to_device(reader, task.shardings.batch)
+      _, timing = loop._train_epoch(task, state, batches, reader, 0, out)
   return timing['seconds'] / num_steps, timing['input_wait']
 
 
-def device_batches(task: setup.Task, num_steps: int):
-  """Yields `num_steps` batches of the stage, on the devices."""
-  with contextlib.closing(
-    loader.train_batches(
-      task.dataset.train,
-      task.stage,
-      seed=task.seed,
-      steps=task.steps,
-      num_workers=task.num_workers,
-    )
-  ) as batches:
-    on_device = loader.prefetch_to_device(batches, task.shardings.batch)
-    for _ in range(num_steps):
-      yield next(on_device)
+def create_reader(task: setup.Task) -> workers.Reader:
+  """Returns the stage's own batches, on the host."""
+  return loader.train_batches(
+    task.dataset.train,
+    task.stage,
+    seed=task.seed,
+    steps=task.steps,
+    num_workers=task.num_workers,
+    worker_kind=task.config.worker_kind,
+  )
 
 
 if __name__ == '__main__':

@@ -60,6 +60,10 @@ class Steps:
     at = bisect.bisect_right([p.first_step for p in self.phases], step)
     return self.phases[at - 1]
 
+  def part(self, stage: Stage, step: int) -> Stage:
+    """Returns `stage` as it is at `step`."""
+    return stage.parts[self.phases.index(self.phase(step))][1]
+
   def epoch(self, step: int) -> int:
     """Returns the epoch of `step`, counted from 0."""
     phase = self.phase(step)

@@ -1,11 +1,10 @@
 import contextlib
 import hashlib
+import os
 import pathlib
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import jax
 import numpy as np
@@ -14,7 +13,8 @@ from data_fixtures import encode, photo, stage, write_class_folders
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprog import epochs
-from jaxprog.data import loader, preprocess, sources
+from jaxprog.data import batches as batches_lib
+from jaxprog.data import loader, preprocess, sources, workers
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def digest(batch) -> str:
 
 def digests(dataset, count=12, seed=3, **options):
   # 5 batches an epoch.
-  a_stage = stage(batch_size=len(dataset.train) // 5, num_epochs=4)
+  a_stage = stage(batch_size=len(dataset.train) // 5, num_epochs=40)
   steps = epochs.count_steps(a_stage, len(dataset.train))
   batches = loader.train_batches(
     dataset.train, a_stage, seed=seed, steps=steps, **options
@@ -43,15 +43,18 @@ def digests(dataset, count=12, seed=3, **options):
 
 def test_batches_are_the_same_with_any_workers_and_after_a_restart(data_dir):
   dataset = sources.load_dataset('digits', data_dir, classes=('3', '8'))
-  expected = digests(dataset)
-  assert len(set(expected)) == 12
-  for num_workers in (1, 2, 4):
-    assert digests(dataset, num_workers=num_workers) == expected
-    # In the second epoch and at its end.
-    for start in (7, 10):
-      got = digests(
-        dataset, 12 - start, start_step=start, num_workers=num_workers
-      )
+  expected = digests(dataset, 200)
+  assert len(set(expected)) == 200
+  for options in (
+    {'num_workers': 1},
+    {'num_workers': 2},
+    {'num_workers': 4},
+    {'num_workers': 2, 'worker_kind': 'process'},
+  ):
+    assert digests(dataset, 200, **options) == expected
+    # In the middle of an epoch and at its end.
+    for start in (117, 195):
+      got = digests(dataset, 200 - start, start_step=start, **options)
       assert got == expected[start:]
 
 
@@ -64,12 +67,17 @@ def test_processes_share_a_global_batch(dataset):
   a_stage = stage(batch_size=64)
   steps = epochs.count_steps(a_stage, len(dataset.train))
   options = {'seed': 5, 'steps': steps}
-  for step in (0, 30):
-    whole = loader.TrainBatches(dataset.train, a_stage, **options)[step]
+  for step in range(0, steps.total, 3):
+    whole = batches_lib.read_batch(
+      batches_lib.TrainBatches(dataset.train, a_stage, **options), step
+    )
     parts = [
-      loader.TrainBatches(
-        dataset.train, a_stage, **options, process_index=i, process_count=4
-      )[step]
+      batches_lib.read_batch(
+        batches_lib.TrainBatches(
+          dataset.train, a_stage, **options, process_index=i, process_count=4
+        ),
+        step,
+      )
       for i in range(4)
     ]
     for name in whole:
@@ -80,7 +88,9 @@ def test_processes_share_a_global_batch(dataset):
 def test_an_epoch_visits_every_example_at_most_once(dataset):
   a_stage = stage(batch_size=100, num_epochs=3)
   steps = epochs.count_steps(a_stage, len(dataset.train))
-  batches = loader.TrainBatches(dataset.train, a_stage, seed=0, steps=steps)
+  batches = batches_lib.TrainBatches(
+    dataset.train, a_stage, seed=0, steps=steps
+  )
   assert len(batches) == 3 * 14
   seen = []
   for epoch in range(3):
@@ -97,7 +107,7 @@ def test_an_epoch_visits_every_example_at_most_once(dataset):
 
 
 def test_an_order_is_uniform():
-  orders = np.array([loader.epoch_order(1, e, 10) for e in range(5000)])
+  orders = np.array([batches_lib.epoch_order(1, e, 10) for e in range(5000)])
   counts = np.array(
     [np.bincount(orders[:, i], minlength=10) for i in range(10)]
   )
@@ -107,14 +117,14 @@ def test_an_order_is_uniform():
 
 def test_random_streams_never_meet():
   streams = [
-    loader.example_rng(seed, epoch, index).random(50)
+    batches_lib.example_rng(seed, epoch, index).random(50)
     for seed in (0, 1)
     for epoch in (0, 1)
     for index in (0, 1)
   ]
   assert len(set(np.concatenate(streams).tolist())) == 8 * 50
-  order = loader.epoch_order(0, 0, 100)
-  assert (order != loader.example_rng(0, 0, 0).permutation(100)).any()
+  order = batches_lib.epoch_order(0, 0, 100)
+  assert (order != batches_lib.example_rng(0, 0, 0).permutation(100)).any()
 
 
 def test_labels_belong_to_their_images(dataset):
@@ -123,8 +133,11 @@ def test_labels_belong_to_their_images(dataset):
     image_size=8, batch_size=50, min_crop_area=1.0, max_crop_aspect=1.0
   )
   steps = epochs.count_steps(a_stage, len(dataset.train))
-  batches = loader.TrainBatches(dataset.train, a_stage, seed=9, steps=steps)
-  batch, (_, indices) = batches[3], batches.indices(3)
+  batches = batches_lib.TrainBatches(
+    dataset.train, a_stage, seed=9, steps=steps
+  )
+  batch = batches_lib.read_batch(batches, 3)
+  _, indices = batches.indices(3)
   assert batch['image'].dtype == np.uint8
   assert batch['label'].dtype == np.int32
   assert batch['mask'].all()
@@ -164,59 +177,140 @@ def test_processes_evaluate_as_many_batches_of_one_size(dataset):
   a_stage = stage(batch_size=128, image_size=8)
   found = []
   for i in range(2):
-    batches = list(
-      loader.eval_batches(
-        dataset.eval, a_stage, num_shards=4, process_index=i, process_count=2
-      )
+    reader = loader.eval_batches(
+      dataset.eval, a_stage, num_shards=4, process_index=i, process_count=2
     )
-    assert [x['image'].shape for x in batches] == [(64, 8, 8, 3)] * 3
-    found.append([int(x['mask'].sum()) for x in batches])
+    with contextlib.closing(reader):
+      rows = [(x['image'].shape, int(x['mask'].sum())) for x in reader]
+    assert [shape for shape, _ in rows] == [(64, 8, 8, 3)] * 3
+    found.append([count for _, count in rows])
   assert found == [[64, 64, 64], [64, 64, 40]]
 
 
-def test_a_bad_record_stops_with_its_name(tmp_path):
+def damaged_split(tmp_path):
   raw = write_class_folders(tmp_path / 'imagenette2', train=8)
   bad = raw / 'train' / 'n02' / 'n02_train_3.JPEG'
   bad.write_bytes(b'<html>Not Found</html>')
-  split = sources.load_dataset('imagenette', tmp_path).train
+  (raw / 'val' / 'n01' / 'n01_val_0.JPEG').write_bytes(b'')
+  return sources.load_dataset('imagenette', tmp_path)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_a_bad_image_is_hidden_and_named(tmp_path, num_workers):
+  split = damaged_split(tmp_path).train
   a_stage = stage(batch_size=8)
   steps = epochs.count_steps(a_stage, len(split))
-  for num_workers in (0, 2):
-    batches = loader.train_batches(
-      split, a_stage, seed=0, steps=steps, num_workers=num_workers
-    )
-    name = r'n02/n02_train_3\.JPEG'
-    bad_image = pytest.raises(preprocess.BadImageError, match=name)
-    with contextlib.closing(batches), bad_image:
-      list(batches)
+  batches = loader.train_batches(
+    split, a_stage, seed=0, steps=steps, num_workers=num_workers
+  )
+  hidden = 0
+  with contextlib.closing(batches):
+    for batch in batches:
+      for row in np.flatnonzero(~batch['mask']):
+        hidden += 1
+        # BatchNorm sees another example there, once more.
+        same = (batch['image'] == batch['image'][row]).all((1, 2, 3))
+        assert same.sum() == 2
+        assert (batch['label'][same] == batch['label'][row]).all()
+  assert hidden == 1
+  assert list(batches.bad) == ['n02/n02_train_3.JPEG']
+  assert 'identify' in batches.bad['n02/n02_train_3.JPEG']
 
 
-def count_threads(wanted: int) -> int:
-  """Returns how many threads read ahead, once `wanted` or after 20 s."""
-  deadline = time.monotonic() + 20
-  while True:
-    count = sum('grain' in x.name for x in threading.enumerate())
-    if count == wanted or time.monotonic() > deadline:
-      return count
-    time.sleep(0.01)
+def test_a_bad_image_is_wrong_in_evaluation(tmp_path):
+  split = damaged_split(tmp_path).eval
+  reader = loader.eval_batches(split, stage(batch_size=8))
+  with contextlib.closing(reader):
+    (batch,) = list(reader)
+  assert batch['mask'].tolist() == [True] * 6 + [False] * 2
+  assert sorted(batch['label'][:6]) == [-1, 0, 1, 1, 2, 2]
+  assert list(reader.bad) == ['n01/n01_val_0.JPEG']
 
 
-def test_closing_releases_the_threads(dataset):
-  a_stage = stage(batch_size=8)
+@pytest.mark.parametrize('kind', ['thread', 'process'])
+def test_a_batch_is_valid_until_the_second_next(dataset, kind):
+  a_stage = stage(batch_size=64, num_epochs=1)
   steps = epochs.count_steps(a_stage, len(dataset.train))
-  assert count_threads(0) == 0
-  batches = [
-    loader.train_batches(
-      dataset.train, a_stage, seed=0, steps=steps, num_workers=2
+  expected = batches_lib.TrainBatches(
+    dataset.train, a_stage, seed=0, steps=steps
+  )
+  reader = loader.train_batches(
+    dataset.train,
+    a_stage,
+    seed=0,
+    steps=steps,
+    num_workers=2,
+    worker_kind=kind,
+  )
+  with contextlib.closing(reader):
+    before = next(reader)
+    for step in range(1, 12):
+      batch = next(reader)
+      assert digest(before) == digest(
+        batches_lib.read_batch(expected, step - 1)
+      )
+      before = batch
+    memory = {x.__array_interface__['data'][0] for x in (before['image'],)}
+    for _ in range(8):
+      memory.add(next(reader)['image'].__array_interface__['data'][0])
+  assert len(memory) <= 6  # Used again and again.
+
+
+def test_images_may_grow_within_a_stage(dataset):
+  a_stage = stage(
+    batch_size=64,
+    num_epochs=3,
+    phases=(
+      {'from_epoch': 1, 'image_size': 24},
+      {'from_epoch': 2, 'image_size': 32, 'batch_size': 32},
+    ),
+  )
+  steps = epochs.count_steps(a_stage, len(dataset.train))
+  for kind in ('thread', 'process'):
+    reader = loader.train_batches(
+      dataset.train,
+      a_stage,
+      seed=0,
+      steps=steps,
+      num_workers=2,
+      worker_kind=kind,
     )
-    for _ in range(2)
-  ]
-  for x in batches:
-    next(x)
-  assert count_threads(4) == 4
-  for x in batches:
-    x.close()
-  assert count_threads(0) == 0
+    with contextlib.closing(reader):
+      shapes = [x['image'].shape[:2] for x in reader]
+    assert shapes == [(64, 16)] * 22 + [(64, 24)] * 22 + [(32, 32)] * 44
+
+
+def children(of: int) -> list[int]:
+  path = pathlib.Path(f'/proc/{of}/task/{of}/children')
+  return [int(x) for x in path.read_text().split()]
+
+
+def test_killed_workers_are_replaced_and_the_batches_are_the_same(data_dir):
+  dataset = sources.load_dataset('digits', data_dir, classes=('3', '8'))
+  expected = digests(dataset)
+  a_stage = stage(batch_size=len(dataset.train) // 5, num_epochs=40)
+  steps = epochs.count_steps(a_stage, len(dataset.train))
+  reader = loader.train_batches(
+    dataset.train,
+    a_stage,
+    seed=3,
+    steps=steps,
+    num_workers=2,
+    worker_kind='process',
+  )
+  with contextlib.closing(reader):
+    found = [digest(next(reader)) for _ in range(3)]
+    found_workers = [
+      pid
+      for pid in children(os.getpid())
+      if b'spawn_main' in pathlib.Path(f'/proc/{pid}/cmdline').read_bytes()
+    ]
+    assert len(found_workers) >= 2
+    for pid in found_workers:
+      os.kill(pid, signal.SIGKILL)
+    found += [digest(next(reader)) for _ in range(9)]
+  assert found == expected
+  assert reader.restarts == 1
 
 
 # Reads on until it is stopped, never closing anything.
@@ -279,6 +373,17 @@ def test_batches_arrive_on_the_device_in_order_and_all():
       np.testing.assert_array_equal(a['mask'], b['mask'])
 
 
+def test_what_is_on_the_device_does_not_change_with_the_host():
+  for offset in (0, 16):  # Aligned memory is what JAX would borrow.
+    memory = np.zeros(4096 + 128, np.uint8)
+    first = -memory.ctypes.data % 64 + offset
+    x = memory[first : first + 4096]
+    on_device = loader.to_device({'image': x}, sharding())
+    jax.block_until_ready(on_device)
+    x[:] = 7
+    assert not np.asarray(on_device['image']).any()
+
+
 def test_two_batches_are_under_way():
   taken = []
 
@@ -301,5 +406,24 @@ def test_greyscale_and_transparent_files_fit_one_batch(tmp_path):
   split = sources.load_dataset('imagenette', tmp_path).train
   a_stage = stage(batch_size=4)
   steps = epochs.count_steps(a_stage, len(split))
-  batch = loader.TrainBatches(split, a_stage, seed=0, steps=steps)[0]
+  batches = batches_lib.TrainBatches(split, a_stage, seed=0, steps=steps)
+  batch = batches_lib.read_batch(batches, 0)
   assert batch['image'].shape == (4, 16, 16, 3)
+
+
+def test_workers_are_threads_until_python_itself_limits_them():
+  assert workers.choose_kind('auto', 16) == 'thread'
+  assert workers.choose_kind('auto', 17) == 'process'
+  assert workers.choose_kind('auto', 2, light=True) == 'thread'
+  assert workers.choose_kind('auto', 3, light=True) == 'process'
+  assert workers.choose_kind('process', 1) == 'process'
+
+
+def test_starting_an_example_is_its_own_generator():
+  generator = np.random.Generator(np.random.Philox(5))
+  for seed, epoch, index in ((0, 0, 0), (2**32 - 1, 3, 7), (1, 2, 10**6)):
+    generator.random(3)
+    generator.integers(2, dtype=np.uint32)
+    batches_lib._start_example(generator, seed, epoch, index)
+    expected = batches_lib.example_rng(seed, epoch, index)
+    np.testing.assert_array_equal(generator.random(9), expected.random(9))

@@ -11,7 +11,7 @@ import pathlib
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxprog import errors, files
-from jaxprog.data import builders
+from jaxprog.data import builders, packs, preprocess
+from jaxprog.stages import Storage
 
 Progress = Callable[[int, int], None]
 
@@ -49,11 +50,17 @@ class Records:
   """
 
   name: str
+  # Where the prepared dataset lies.
+  directory: pathlib.Path
   source: Sequence[bytes]
   # Position in `source`, label and wnid of each record.
   positions: np.ndarray
   labels: np.ndarray
   classes: tuple[str, ...]
+  # Of the whole dataset; see Dataset.fingerprint.
+  fingerprint: str = ''
+  # Images in another form, by position.
+  pack: packs.Pack | None = None
 
   def __len__(self) -> int:
     return len(self.positions)
@@ -61,7 +68,7 @@ class Records:
   def __getitem__(self, index: int) -> dict[str, Any]:
     """Returns image (encoded bytes), label, file_name and wnid."""
     position = int(self.positions[index])
-    feature = _parse(self.source[position])
+    feature = parse_record(self.source[position])
     names = feature['file_name'].bytes_list.value
     label = self.labels[index]
     return {
@@ -70,6 +77,33 @@ class Records:
       'file_name': names[0].decode() if names else f'{self.name}-{position}',
       'wnid': self.classes[label],
     }
+
+  def image(self, index: int) -> preprocess.Encoded:
+    """Returns the image as it is stored for training."""
+    if self.pack is None:
+      return self.original(index)
+    return self.pack[int(self.positions[index])]
+
+  def original(self, index: int) -> bytes:
+    """Returns the encoded image as it came."""
+    position = int(self.positions[index])
+    return parse_record(self.source[position])['image'].bytes_list.value[0]
+
+  def describe(self, index: int) -> str:
+    """Returns wnid/file name."""
+    record = self[index]
+    return f'{record["wnid"]}/{record["file_name"]}'
+
+  def names(self) -> list[str]:
+    """Returns the file name of every record; kept beside them."""
+    names = _read_names(self.source, self.directory, self.name)
+    return [names[position] for position in self.positions]
+
+  def select(self, chosen: np.ndarray) -> 'Records':
+    """Returns those whose entry of `chosen`, bool (n,), is True."""
+    return dataclasses.replace(
+      self, positions=self.positions[chosen], labels=self.labels[chosen]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +116,10 @@ class Split:
   def labels(self) -> np.ndarray:
     """The int32 label of every record, without reading them."""
     return self.records.labels
+
+  def select(self, chosen: np.ndarray) -> 'Split':
+    """Returns the records whose entry of `chosen`, bool (n,), is True."""
+    return Split(self.records.select(chosen))
 
   def __len__(self) -> int:
     return len(self.records)
@@ -98,8 +136,24 @@ class Dataset:
   class_names: tuple[str, ...]
   train: Split
   eval: Split
+  # Part of the training images that decides which weights are best.
+  holdout: Split | None = None
+  # Training images left out because they leak, by reason.
+  excluded: Mapping[str, int] = dataclasses.field(default_factory=dict)
   # The same on every machine that has the same images.
-  fingerprint: str
+  fingerprint: str = ''
+
+  @property
+  def selection(self) -> Split:
+    """What is evaluated while a stage trains."""
+    return self.holdout or self.eval
+
+  @property
+  def version(self) -> str:
+    """What is read in training: of the records, and how they are stored."""
+    version = self.train.records.directory.name
+    pack = self.train.records.pack
+    return f'{version}+{pack.name}' if pack else version
 
   @property
   def num_classes(self) -> int:
@@ -128,14 +182,14 @@ def load_dataset(
   data_dir = pathlib.Path(data_dir)
   if check_dataset(dataset, data_dir) == 'raw':
     prepare(dataset, data_dir, progress=progress)
-  prepared = _find_prepared(dataset, data_dir)
+  prepared = find_prepared(dataset, data_dir)
   if prepared is None:
     raise _missing(dataset, data_dir)
-  loaded = _open(dataset, prepared)
+  loaded = open_prepared(dataset, prepared)
   if classes:
     loaded = _select_classes(loaded, classes, where)
   if num_classes and num_classes != loaded.num_classes:
-    folder = _find_raw(dataset, data_dir) or prepared.data_dir
+    folder = find_raw(dataset, data_dir) or prepared.data_dir
     raise errors.UserError(
       f'num_classes is {num_classes}, but {dataset!r} has '
       f'{loaded.num_classes} classes.',
@@ -156,10 +210,10 @@ def check_dataset(dataset: str, data_dir: str | os.PathLike[str]) -> str:
       changed since it was prepared.
   """
   data_dir = pathlib.Path(data_dir)
-  prepared = _find_prepared(dataset, data_dir)
+  prepared = find_prepared(dataset, data_dir)
   if prepared is not None and _is_untouched(dataset, data_dir, prepared):
     return 'prepared'
-  raw = _list_raw(dataset, data_dir)
+  raw = list_raw(dataset, data_dir)
   if raw is None:
     raise _missing(dataset, data_dir)
   times = _folder_times(raw)
@@ -191,11 +245,11 @@ def prepare(
     UserError: if there is nothing to prepare it from.
   """
   data_dir = pathlib.Path(data_dir)
-  raw = _list_raw(dataset, data_dir)
+  raw = list_raw(dataset, data_dir)
   # Before it is read: what is written to meanwhile is looked at again.
   times = _folder_times(raw) if raw else {}
   with _lock(data_dir / 'prepared'):
-    prepared = _find_prepared(dataset, data_dir)
+    prepared = find_prepared(dataset, data_dir)
     if prepared is not None:
       if raw is None or _fingerprint(prepared) == raw.fingerprint:
         return
@@ -206,11 +260,11 @@ def prepare(
       builder = _create_local_builder(dataset, data_dir, raw, progress)
     _remove_leftovers(pathlib.Path(builder.data_dir).parent)
     _download_and_prepare(dataset, builder, data_dir)
-    _open(dataset, builder)  # Indexes the labels.
+    open_prepared(dataset, builder)  # Indexes the labels.
     _write_folder_times(builder, times)
 
 
-def _find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
+def find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
   """Returns the raw folder of a dataset, if there is one."""
   source, _, rest = dataset.partition(':')
   if source == 'folder':
@@ -222,8 +276,13 @@ def _find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
   return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def _list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
-  folder = _find_raw(dataset, data_dir)
+def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
+  """Returns the raw images of a dataset, None if they are not here.
+
+  Raises:
+    UserError: if their folder is not in order.
+  """
+  folder = find_raw(dataset, data_dir)
   if dataset == 'digits':
     return builders.list_digits()
   return _local_class(dataset).list_raw(folder) if folder else None
@@ -233,8 +292,8 @@ def _local_class(dataset: str) -> type[builders.Images]:
   return LOCAL.get(dataset, builders.ImageClassFolder)
 
 
-def _folder_config(dataset: str) -> str:
-  """Returns a name for the prepared copy of folder:PATH; '' for others."""
+def folder_config(dataset: str) -> str:
+  """Returns a name for the prepared copy of folder:PATH, '' for others."""
   source, _, path = dataset.partition(':')
   if source != 'folder':
     return ''
@@ -249,7 +308,7 @@ def _create_local_builder(
   raw: builders.Raw,
   progress: Progress | None,
 ) -> builders.Images:
-  config = _folder_config(dataset)
+  config = folder_config(dataset)
   return _local_class(dataset)(
     raw,
     data_dir=data_dir / 'prepared',
@@ -258,7 +317,7 @@ def _create_local_builder(
   )
 
 
-def _find_prepared(
+def find_prepared(
   dataset: str, data_dir: pathlib.Path
 ) -> tfds.core.DatasetBuilder | None:
   """Returns the prepared dataset: of a local folder first, then of tfds."""
@@ -266,12 +325,12 @@ def _find_prepared(
   source, _, spec = dataset.partition(':')
   if source != 'tfds':
     builder_class = _local_class(dataset)
-    path = root / builder_class.name / _folder_config(dataset)
+    path = root / builder_class.name / folder_config(dataset)
     path /= str(builder_class.VERSION)
     if (path / 'dataset_info.json').is_file():
       return tfds.builder_from_directory(path)
     spec = FROM_TFDS.get(dataset, '')
-  if not spec or _find_raw(dataset, data_dir):
+  if not spec or find_raw(dataset, data_dir):
     return None
   try:
     return read_only_builder.builder_from_files(spec, data_dir=root)
@@ -286,7 +345,7 @@ def _is_untouched(
 
   A million sizes take 10 s from a local disk, and minutes from a network's.
   """
-  folder = _find_raw(dataset, data_dir)
+  folder = find_raw(dataset, data_dir)
   if folder is None:
     return True
   try:
@@ -429,14 +488,23 @@ def _remove_leftovers(folder: pathlib.Path) -> None:
     shutil.rmtree(leftover)
 
 
-def _open(name: str, builder: tfds.core.DatasetBuilder) -> Dataset:
+def open_prepared(name: str, builder: tfds.core.DatasetBuilder) -> Dataset:
   """Returns a prepared dataset with all its classes."""
   names, eval_name = _check_features(name, builder)
   classes = tuple(sorted(names))
   rank = np.array([classes.index(x) for x in names], np.int32)
-  splits = [
+  train, evaluation = (
     _open_split(builder, split, rank, classes) for split in ('train', eval_name)
-  ]
+  )
+  fingerprint = _digest(
+    builder.info.full_name,
+    _fingerprint(builder),
+    *(split.labels.tobytes() for split in (train, evaluation)),
+  )
+  train, evaluation = (
+    Split(dataclasses.replace(x.records, fingerprint=fingerprint))
+    for x in (train, evaluation)
+  )
   known = dict(
     zip(
       classes,
@@ -449,13 +517,9 @@ def _open(name: str, builder: tfds.core.DatasetBuilder) -> Dataset:
     name=name,
     classes=classes,
     class_names=tuple(known.get(x, x) for x in classes),
-    train=splits[0],
-    eval=splits[1],
-    fingerprint=_digest(
-      builder.info.full_name,
-      _fingerprint(builder),
-      *(split.labels.tobytes() for split in splits),
-    ),
+    train=train,
+    eval=evaluation,
+    fingerprint=fingerprint,
   )
 
 
@@ -510,8 +574,16 @@ def _open_split(
       f'The {split} split has labels outside 0..{len(rank) - 1}.',
       str(builder.data_dir),
     )
-  positions = np.arange(len(labels))
-  return Split(Records(split, source, positions, rank[labels], classes))
+  return Split(
+    Records(
+      name=split,
+      directory=pathlib.Path(builder.data_dir),
+      source=source,
+      positions=np.arange(len(labels)),
+      labels=rank[labels],
+      classes=classes,
+    )
+  )
 
 
 def _read_labels(
@@ -526,7 +598,7 @@ def _read_labels(
   except (OSError, ValueError, EOFError):
     pass  # Not there yet, or not whole.
   labels = np.fromiter(
-    (_parse(x)['label'].int64_list.value[0] for x in source),
+    (parse_record(x)['label'].int64_list.value[0] for x in source),
     np.int32,
     len(source),
   )
@@ -537,7 +609,89 @@ def _read_labels(
   return labels
 
 
-def _parse(record: bytes) -> Any:
+def _read_names(
+  source: Sequence[bytes], path: pathlib.Path, split: str
+) -> list[str]:
+  """Returns every record's file name; tfds' own datasets have numbers."""
+  file = path / f'names-{split}.txt'
+  try:
+    names = file.read_text('utf-8').split('\n')
+    if len(names) == len(source):
+      return names
+  except (OSError, ValueError):
+    pass  # Not there yet, or not whole.
+  names = []
+  for position, record in enumerate(source):
+    found = parse_record(record)['file_name'].bytes_list.value
+    names.append(found[0].decode() if found else f'{split}-{position}')
+  with contextlib.suppress(OSError):  # Prepared data may be read-only.
+    files.write_bytes(file, '\n'.join(names).encode())
+  return names
+
+
+def hold_out(dataset: Dataset, part: float, where: str) -> Dataset:
+  """Returns `dataset` with `part` of its training images set aside.
+
+  A file's name decides, so that a stage never selects on an image that an
+  earlier one has trained on: the datasets of the ladder share their names.
+
+  Raises:
+    UserError: if nothing would be left on one side.
+  """
+  limit = int(part * 2**64)
+  chosen = np.array(
+    [
+      int.from_bytes(hashlib.sha256(x.encode()).digest()[:8]) < limit
+      for x in dataset.train.records.names()
+    ]
+  )
+  if chosen.all() or not chosen.any():
+    raise errors.UserError(
+      f'A hold-out of {part:.1%} takes {chosen.sum()} of the '
+      f'{len(chosen)} training images of {dataset.name!r}.',
+      f'{where}.eval_split',
+    )
+  return dataclasses.replace(
+    dataset,
+    train=dataset.train.select(~chosen),
+    holdout=dataset.train.select(chosen),
+  )
+
+
+def store(
+  dataset: Dataset, storage: Storage, *, progress: Progress | None = None
+) -> Dataset:
+  """Returns `dataset` with its training images stored for speed.
+
+  They are written at the first call, beside the prepared dataset. Evaluation
+  goes on reading the originals.
+  """
+  records = dataset.train.records
+  if storage.kind == 'original' or records.pack is not None:
+    return dataset
+  directory = records.directory.parent / 'packed'
+  path = directory / f'{records.directory.name}+{packs.pack_name(storage)}'
+  whole = dataclasses.replace(
+    records, positions=np.arange(len(records.source)), labels=np.empty(0)
+  )
+  with _lock(directory):
+    pack = packs.open_pack(path, records.fingerprint)
+    if pack is None:
+      _remove_leftovers(directory)
+      packs.write_pack(
+        path,
+        whole.original,
+        len(records.source),
+        storage,
+        fingerprint=records.fingerprint,
+        progress=progress,
+      )
+      pack = packs.open_pack(path, records.fingerprint)
+  packed = dataclasses.replace(records, pack=pack)
+  return dataclasses.replace(dataset, train=Split(packed))
+
+
+def parse_record(record: bytes) -> Any:
   """Returns the features of a serialized tf.train.Example."""
   return tf_example_pb2.Example.FromString(record).features.feature
 
@@ -559,16 +713,9 @@ def _select_classes(
   new_label[old] = np.arange(len(kept))
 
   def select(split: Split) -> Split:
-    records = split.records
-    labels = new_label[records.labels]
-    return Split(
-      dataclasses.replace(
-        records,
-        positions=records.positions[labels >= 0],
-        labels=labels[labels >= 0],
-        classes=kept,
-      )
-    )
+    labels = new_label[split.labels]
+    records = dataclasses.replace(split.records, labels=labels, classes=kept)
+    return Split(records.select(labels >= 0))
 
   return dataclasses.replace(
     dataset,

@@ -17,7 +17,7 @@ _PACKAGES = (
   'optax',
   'orbax-checkpoint',
   'clu',
-  'grain',
+  'opencv-python-headless',
   'ml_collections',
   'numpy',
   'tensorflow',

@@ -1,0 +1,277 @@
+"""What each batch holds: a pure function of (seed, epoch, step).
+
+Nothing depends on how many workers there are or where a run was restarted.
+Workers import this module and what it needs, but not JAX.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from jaxprog.data import policies, preprocess, sources
+from jaxprog.epochs import Steps
+from jaxprog.stages import Stage
+
+# Host arrays of b examples: `image` uint8 (b, S, S, 3), `label` int32 (b,),
+# `mask` bool (b,); in training `index` and `epoch` int32 (b,), of which
+# augmentation on the device is a function.
+HostBatch = dict[str, np.ndarray]
+# Name -> shape and dtype of the arrays of a batch.
+Layout = tuple[tuple[str, tuple[int, ...], str], ...]
+
+# Streams of random numbers that must never meet.
+_ORDER, _CROPS = 0, 1
+
+
+class BadImage(NamedTuple):
+  """An image that could not be decoded, and its row in the batch."""
+
+  row: int
+  name: str
+  reason: str
+
+
+class Batches(Protocol):
+  """Batches by step; can be pickled, and filled from many threads."""
+
+  def __len__(self) -> int: ...
+
+  def layout(self, step: int) -> Layout:
+    """Returns the arrays of batch `step`."""
+    ...
+
+  def fill(self, step: int, rows: range, batch: HostBatch) -> list[BadImage]:
+    """Writes `rows` of batch `step`; returns those that it could not."""
+    ...
+
+
+def example_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+  """Returns the randomness of one example in one epoch."""
+  return _rng(seed, _CROPS, epoch, index)
+
+
+def _start_example(
+  generator: np.random.Generator, seed: int, epoch: int, index: int
+) -> None:
+  """Makes `generator` what `example_rng` returns, in a tenth of the time."""
+  generator.bit_generator.state = {
+    'bit_generator': 'Philox',
+    'state': {
+      'counter': np.array((0, 0, epoch, index), np.uint64),
+      'key': np.array((seed, _CROPS), np.uint64),
+    },
+    'buffer': np.zeros(4, np.uint64),
+    'buffer_pos': 4,
+    'has_uint32': 0,
+    'uinteger': 0,
+  }
+
+
+def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+  """Returns the order in which `epoch` visits the examples."""
+  return _rng(seed, _ORDER, epoch, 0).permutation(num_examples)
+
+
+def _rng(seed: int, stream: int, epoch: int, index: int) -> np.random.Generator:
+  # Philox is a keyed hash of its counter, whose low words count the numbers
+  # drawn: other high words are other streams, and starting one takes 4 us.
+  return np.random.Generator(
+    np.random.Philox(key=[seed, stream], counter=[0, 0, epoch, index])
+  )
+
+
+class TrainBatches:
+  """This process's part of each training batch, by step within the stage.
+
+  Global batch s of an epoch is positions [s * B, (s + 1) * B) of the epoch's
+  order, of which process p of P has the p-th of P equal parts. What does not
+  fill a last batch is left out for that epoch. An image that cannot be decoded
+  is hidden by `mask`.
+  """
+
+  def __init__(
+    self,
+    split: sources.Split,
+    stage: Stage,
+    *,
+    seed: int,
+    steps: Steps,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    for phase in steps.phases:
+      if phase.batch_size % process_count:
+        raise ValueError(f'{phase.batch_size=} for {process_count=}.')
+    self._split, self._stage = split, stage
+    self._seed, self._steps = seed, steps
+    self._process_index, self._process_count = process_index, process_count
+    self._order = (-1, np.empty(0, np.int64))
+
+  def __len__(self) -> int:
+    return self._steps.total
+
+  def layout(self, step: int) -> Layout:
+    """Returns the arrays of batch `step`."""
+    size = self._steps.part(self._stage, step).image_size
+    count = self._steps.phase(step).batch_size // self._process_count
+    return (
+      ('image', (count, size, size, 3), 'uint8'),
+      ('label', (count,), 'int32'),
+      ('mask', (count,), 'bool'),
+      ('index', (count,), 'int32'),
+      ('epoch', (count,), 'int32'),
+    )
+
+  def fill(self, step: int, rows: range, batch: HostBatch) -> list[BadImage]:
+    """Writes `rows` of batch `step`; returns those that it could not."""
+    epoch, indices = self.indices(step)
+    part, records = self._steps.part(self._stage, step), self._split.records
+    rng, bad = np.random.Generator(np.random.Philox(0)), []
+    for row in rows:
+      index = int(indices[row])
+      batch['index'][row], batch['epoch'][row] = index, epoch
+      batch['label'][row] = records.labels[index]
+      out = batch['image'][row]
+      _start_example(rng, self._seed, epoch, index)
+      try:
+        preprocess.random_crop(
+          records.image(index),
+          part.image_size,
+          rng,
+          min_area=part.min_crop_area,
+          max_aspect=part.max_crop_aspect,
+          out=out,
+        )
+        batch['mask'][row] = True
+      except preprocess.BadImageError as e:
+        batch['mask'][row] = False
+        bad.append(_bad(row, records.describe(index), e))
+        continue
+      if part.auto_augment == 'rand_augment':
+        out[...] = policies.rand_augment(
+          out, rng, part.rand_augment_layers, part.rand_augment_magnitude
+        )
+      elif part.auto_augment == 'trivial_augment':
+        out[...] = policies.trivial_augment(out, rng)
+    return bad
+
+  def indices(self, step: int) -> tuple[int, np.ndarray]:
+    """Returns the epoch of `step` and the examples of its batch."""
+    epoch = self._steps.epoch(step)
+    batch_size = self._steps.phase(step).batch_size
+    local_batch_size = batch_size // self._process_count
+    start = (step - self._steps.epoch_start(epoch)) * batch_size
+    start += self._process_index * local_batch_size
+    return epoch, self._epoch_order(epoch)[start : start + local_batch_size]
+
+  def _epoch_order(self, epoch: int) -> np.ndarray:
+    # One tuple, replaced whole: threads may compute it twice, never mix it.
+    known, order = self._order
+    if known != epoch:
+      order = epoch_order(self._seed, epoch, len(self._split))
+      self._order = (epoch, order)
+    return order
+
+
+class EvalBatches:
+  """This process's part of each evaluation batch: every example once.
+
+  Every process has the same number of batches of the same size; what is
+  missing is filled with black images whose mask is False. An image that cannot
+  be decoded counts as wrong: its label is -1.
+  """
+
+  def __init__(
+    self,
+    split: sources.Split,
+    stage: Stage,
+    *,
+    num_shards: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    if num_shards % process_count:
+      raise ValueError(f'{num_shards=} for {process_count=}.')
+    self._split, self._stage = split, stage
+    self._batch_size = -(-stage.batch_size // num_shards) * num_shards
+    self._local_batch_size = self._batch_size // process_count
+    self._offset = process_index * self._local_batch_size
+
+  def __len__(self) -> int:
+    return -(-len(self._split) // self._batch_size)
+
+  def layout(self, step: int) -> Layout:
+    """Returns the arrays of a batch; all are alike."""
+    del step
+    count, size = self._local_batch_size, self._stage.eval_size
+    return (
+      ('image', (count, size, size, 3), 'uint8'),
+      ('label', (count,), 'int32'),
+      ('mask', (count,), 'bool'),
+    )
+
+  def fill(self, step: int, rows: range, batch: HostBatch) -> list[BadImage]:
+    """Writes `rows` of batch `step`; returns those that it could not."""
+    records, stage = self._split.records, self._stage
+    start, bad = step * self._batch_size + self._offset, []
+    for row in rows:
+      index, out = start + row, batch['image'][row]
+      batch['mask'][row] = index < len(self._split)
+      if index >= len(self._split):
+        out[...], batch['label'][row] = 0, 0
+        continue
+      batch['label'][row] = records.labels[index]
+      try:
+        preprocess.center_crop(
+          records.original(index),
+          stage.eval_size,
+          eval_crop=stage.eval_crop,
+          interpolation=stage.eval_interpolation,
+          out=out,
+        )
+      except preprocess.BadImageError as e:
+        out[...], batch['label'][row] = 0, -1
+        bad.append(_bad(row, records.describe(index), e))
+    return bad
+
+
+def read_batch(batches: Batches, step: int) -> HostBatch:
+  """Returns batch `step`, read here and now."""
+  batch = allocate(batches.layout(step))
+  hide_bad(batch, batches.fill(step, range(len(batch['mask'])), batch))
+  return batch
+
+
+def allocate(layout: Layout) -> HostBatch:
+  """Returns the arrays of a batch, not filled."""
+  return {name: np.empty(shape, dtype) for name, shape, dtype in layout}
+
+
+def _bad(row: int, name: str, error: Exception) -> BadImage:
+  return BadImage(row, name, str(error).removeprefix(': '))
+
+
+def hide_bad(batch: HostBatch, bad: Sequence[BadImage]) -> None:
+  """Shows BatchNorm and mixing another example in each bad one's place.
+
+  The loss does not see it: its mask stays False.
+  """
+  good = np.flatnonzero(batch['mask'])
+  for item in bad if 'index' in batch else ():
+    if len(good):
+      after = good[np.searchsorted(good, item.row) % len(good)]
+      for name in ('image', 'label'):
+        batch[name][item.row] = batch[name][after]
+    else:
+      batch['image'][item.row] = 0
+
+
+def count_bytes(layout: Layout) -> Mapping[str, tuple[int, int]]:
+  """Returns name -> (offset, bytes) of a batch in one piece of memory."""
+  places, offset = {}, 0
+  for name, shape, dtype in layout:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    places[name] = (offset, size)
+    offset += -(-size // 64) * 64
+  return places

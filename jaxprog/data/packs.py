@@ -1,0 +1,185 @@
+"""Images in one file, decoded or encoded anew, so that training reads fast.
+
+A pack holds the images of a split by position: `images.bin`, where each begins
+in it (`offsets.npy`) and how large it is (`sizes.npy`).
+"""
+
+import collections
+import dataclasses
+import functools
+import io
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent import futures
+
+import numpy as np
+from PIL import Image
+
+from jaxprog import errors, files
+from jaxprog.data import jpeg, preprocess
+from jaxprog.stages import Storage
+
+# Of which the size of a pack is guessed before it is written.
+_SAMPLE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+  """The images of a split; reading is thread-safe. Can be pickled.
+
+  A file that could not be decoded when the pack was written is empty here.
+  """
+
+  path: pathlib.Path
+  kind: str
+
+  @property
+  def name(self) -> str:
+    """What it adds to the version of the dataset: raw.256."""
+    return self.path.name.partition('+')[2]
+
+  @functools.cached_property
+  def offsets(self) -> np.ndarray:
+    """Where each image begins, int64, and the end of the last."""
+    return np.load(self.path / 'offsets.npy', allow_pickle=False)
+
+  @functools.cached_property
+  def sizes(self) -> np.ndarray:
+    """Width and height of each image, int32."""
+    return np.load(self.path / 'sizes.npy', allow_pickle=False)
+
+  @functools.cached_property
+  def _file(self) -> int:
+    return os.open(self.path / 'images.bin', os.O_RDONLY | os.O_CLOEXEC)
+
+  def __getitem__(self, position: int) -> preprocess.Encoded:
+    start, stop = self.offsets[position : position + 2].tolist()
+    if self.kind != 'raw' or start == stop:
+      return os.pread(self._file, stop - start, start)
+    width, height = self.sizes[position].tolist()
+
+    def read_rows(top: int, bottom: int) -> np.ndarray:
+      # Not mapped: a page fault would hold the interpreter's lock.
+      row = 3 * width
+      rows = os.pread(self._file, (bottom - top) * row, start + top * row)
+      return np.frombuffer(rows, np.uint8).reshape(bottom - top, width, 3)
+
+    return preprocess.Pixels(width, height, read_rows)
+
+  def __getstate__(self) -> dict[str, object]:
+    """Leaves out what is open."""
+    return {'path': self.path, 'kind': self.kind}
+
+
+def pack_name(storage: Storage) -> str:
+  """Returns 'raw', 'raw.256' or 'jpeg.512.90'."""
+  return '.'.join(str(x) for x in storage if x)
+
+
+def open_pack(path: pathlib.Path, fingerprint: str) -> Pack | None:
+  """Returns the pack at `path`, None if there is none of that dataset."""
+  try:
+    info = json.loads((path / 'pack.json').read_text())
+  except (OSError, ValueError):
+    return None
+  if info['fingerprint'] != fingerprint:
+    return None
+  return Pack(path, info['kind'])
+
+
+def write_pack(
+  path: pathlib.Path,
+  read: Callable[[int], bytes],
+  count: int,
+  storage: Storage,
+  *,
+  fingerprint: str = '',
+  progress: Callable[[int, int], None] | None = None,
+) -> None:
+  """Writes the images `read(0)` to `read(count - 1)` as a pack at `path`.
+
+  What is interrupted leaves nothing that looks finished.
+
+  Raises:
+    UserError: if they need more room than there is.
+  """
+  temporary = path.with_name(f'incomplete.{path.name}')
+  temporary.mkdir(parents=True)
+  convert = functools.partial(_convert, read, storage)
+  _check_room(path, convert, count)
+  offsets = np.zeros(count + 1, np.int64)
+  sizes = np.zeros((count, 2), np.int32)
+  with open(temporary / 'images.bin', 'wb') as file:
+    for i, (size, data) in enumerate(_in_order(convert, count)):
+      file.write(data)
+      sizes[i], offsets[i + 1] = size, offsets[i] + len(data)
+      if progress:
+        progress(i + 1, count)
+    file.flush()
+    os.fsync(file.fileno())
+  np.save(temporary / 'offsets.npy', offsets)
+  np.save(temporary / 'sizes.npy', sizes)
+  files.write_json(
+    temporary / 'pack.json',
+    {**storage._asdict(), 'count': count, 'fingerprint': fingerprint},
+  )
+  if path.exists():
+    shutil.rmtree(path)
+  temporary.rename(path)
+
+
+def _convert(
+  read: Callable[[int], bytes], storage: Storage, position: int
+) -> tuple[tuple[int, int], bytes]:
+  """Returns an image's width, height and bytes; none if it is damaged."""
+  original = read(position)
+  try:
+    image = Image.fromarray(preprocess.decode(original))
+  except preprocess.BadImageError:
+    return (0, 0), b''
+  short = min(image.size)
+  small = storage.kind == 'jpeg' and short <= storage.size
+  if small and jpeg.read_header(original):
+    return image.size, original  # To encode it again would only cost.
+  if storage.size and short > storage.size:
+    scaled = [round(x * storage.size / short) for x in image.size]
+    image = image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
+  if storage.kind == 'raw':
+    return image.size, image.tobytes()
+  file = io.BytesIO()
+  image.save(file, 'JPEG', quality=storage.quality)
+  return image.size, file.getvalue()
+
+
+def _in_order(
+  convert: Callable[[int], tuple[tuple[int, int], bytes]], count: int
+) -> Iterator[tuple[tuple[int, int], bytes]]:
+  """Yields what `convert` makes of 0, 1, …; a bounded number ahead."""
+  num_workers = os.cpu_count() or 1
+  pending: collections.deque[futures.Future] = collections.deque()
+  with futures.ThreadPoolExecutor(num_workers, 'jaxprog-pack') as pool:
+    for position in range(count):
+      pending.append(pool.submit(convert, position))
+      if len(pending) >= 4 * num_workers:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+
+
+def _check_room(
+  path: pathlib.Path,
+  convert: Callable[[int], tuple[tuple[int, int], bytes]],
+  count: int,
+) -> None:
+  sample = range(0, count, max(1, count // _SAMPLE))
+  mean = sum(len(convert(i)[1]) for i in sample) / max(1, len(sample))
+  need, free = int(1.05 * mean * count), shutil.disk_usage(path.parent).free
+  if need > free:
+    raise errors.UserError(
+      f'{path.name} needs {need / 1e9:.1f} GB; {free / 1e9:.1f} GB are free.',
+      str(path.parent),
+      "Choose a smaller storage, such as 'raw:256' or 'jpeg:512'.",
+    )

@@ -1,0 +1,172 @@
+import io
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+from data_fixtures import encode, photo, write_class_folders
+from PIL import Image
+
+from jaxprog import errors, stages
+from jaxprog.data import packs, preprocess, sources
+
+
+def split(tmp_path) -> sources.Dataset:
+  raw = write_class_folders(tmp_path / 'imagenette2', train=4)
+  folder = raw / 'train' / 'n02'
+  (folder / 'big.JPEG').write_bytes(encode(photo(90, 60, 5), 'JPEG'))
+  (folder / 'grey.png').write_bytes(encode(photo(90, 60, 6)[..., 0]))
+  (folder / 'bad.JPEG').write_bytes(b'<html>')
+  return sources.load_dataset('imagenette', tmp_path)
+
+
+def store(dataset, text, **options):
+  return sources.store(dataset, stages.parse_storage(text), **options)
+
+
+def test_raw_images_are_the_decoded_ones(tmp_path):
+  dataset = split(tmp_path)
+  before, after = dataset.train.records, store(dataset, 'raw').train.records
+  names = before.names()
+  for i, name in enumerate(names):
+    if name == 'bad.JPEG':
+      with pytest.raises(preprocess.BadImageError):
+        preprocess.decode(after.image(i))
+      continue
+    pixels = preprocess.decode(before.image(i))
+    assert after.image(i)[:2] == (pixels.shape[1], pixels.shape[0])
+    np.testing.assert_array_equal(preprocess.decode(after.image(i)), pixels)
+    np.testing.assert_array_equal(after.image(i).read_rows(3, 7), pixels[3:7])
+
+
+def test_raw_images_are_made_small(tmp_path):
+  dataset = split(tmp_path)
+  records = store(dataset, 'raw:30').train.records
+  names = records.names()
+  sizes = {names[i]: records.image(i)[:2] for i in range(len(names) - 1)}
+  i = names.index('big.JPEG')
+  assert sizes['big.JPEG'] == (45, 30)
+  # Images that are small already stay as they are.
+  assert sizes['n02_train_0.JPEG'] == (20, 20)
+  original = Image.open(io.BytesIO(dataset.train.records.image(i)))
+  expected = original.resize((45, 30), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(
+    preprocess.decode(records.image(i)), np.asarray(expected)
+  )
+
+
+def test_encoded_images_are_small_jpegs(tmp_path):
+  dataset = split(tmp_path)
+  records = store(dataset, 'jpeg:30').train.records
+  names = records.names()
+  image = Image.open(io.BytesIO(records.image(names.index('grey.png'))))
+  assert (image.format, image.mode, image.size) == ('JPEG', 'RGB', (45, 30))
+  # A small JPEG would only lose by being encoded again.
+  i = names.index('n02_train_0.JPEG')
+  assert records.image(i) == dataset.train.records.image(i)
+  # Quality 95 takes more bytes than 90.
+  i = names.index('big.JPEG')
+  better = store(dataset, 'jpeg:30:95').train.records
+  assert len(better.image(i)) > len(records.image(i))
+
+
+def test_the_version_says_how_images_are_stored(tmp_path):
+  dataset = split(tmp_path)
+  assert dataset.version == '1.0.0'
+  assert store(dataset, 'raw:30').version == '1.0.0+raw.30'
+  assert store(dataset, 'jpeg:30').version == '1.0.0+jpeg.30.90'
+
+
+def test_a_pack_is_written_once_and_pickles(tmp_path):
+  dataset = split(tmp_path)
+  seen = []
+  first = store(dataset, 'raw', progress=lambda *x: seen.append(x))
+  count = len(dataset.train)
+  assert seen == [(i + 1, count) for i in range(count)]
+  again = store(dataset, 'raw', progress=lambda *x: seen.append(x))
+  assert len(seen) == count
+  copy = pickle.loads(pickle.dumps(again))
+  for records in (again.train.records, copy.train.records):
+    for i in (0, 3):
+      np.testing.assert_array_equal(
+        preprocess.decode(records.image(i)),
+        preprocess.decode(first.train.records.image(i)),
+      )
+
+
+def test_a_choice_of_classes_reads_its_own_images(tmp_path):
+  split(tmp_path)
+  dataset = sources.load_dataset('imagenette', tmp_path, classes=('n03',))
+  records = store(dataset, 'raw').train.records
+  assert len(records) == 4
+  for i in range(4):
+    np.testing.assert_array_equal(
+      preprocess.decode(records.image(i)),
+      preprocess.decode(records.original(i)),
+    )
+
+
+def test_evaluation_reads_the_originals(tmp_path):
+  dataset = split(tmp_path)
+  stored = store(dataset, 'raw:10')
+  assert stored.eval is dataset.eval
+
+
+def test_an_interrupted_pack_is_written_again(tmp_path):
+  dataset = split(tmp_path)
+
+  def fail(done, total):
+    if done == 5:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    store(dataset, 'raw', progress=fail)
+  records = store(dataset, 'raw').train.records
+  assert records.image(0)[:2] == (20, 20)
+  folder = dataset.train.records.directory.parent / 'packed'
+  assert [x.name for x in folder.glob('*raw*')] == ['1.0.0+raw']
+
+
+def test_too_large_a_pack_is_refused(tmp_path, monkeypatch):
+  dataset = split(tmp_path)
+  monkeypatch.setattr(
+    packs.shutil,
+    'disk_usage',
+    lambda _: packs.shutil._ntuple_diskusage(1, 1, 9),
+  )
+  with pytest.raises(errors.UserError, match="such as 'raw:256'"):
+    store(dataset, 'raw')
+
+
+def test_a_pack_of_other_data_is_not_used(tmp_path):
+  dataset = split(tmp_path)
+  store(dataset, 'raw')
+  (tmp_path / 'imagenette2/train/n01/new.JPEG').write_bytes(
+    encode(photo(50, 40, 9), 'JPEG')
+  )
+  sources.prepare('imagenette', tmp_path)
+  dataset = sources.load_dataset('imagenette', tmp_path)
+  records = store(dataset, 'raw').train.records
+  i = records.names().index('new.JPEG')
+  assert records.image(i)[:2] == (50, 40)
+  # The same number of images, one of them edited.
+  path = pathlib.Path(tmp_path / 'imagenette2/train/n01/new.JPEG')
+  path.write_bytes(encode(photo(30, 40, 9), 'JPEG'))
+  sources.prepare('imagenette', tmp_path)
+  dataset = sources.load_dataset('imagenette', tmp_path)
+  records = store(dataset, 'raw').train.records
+  assert records.image(records.names().index('new.JPEG'))[:2] == (30, 40)
+
+
+def test_a_holdout_follows_the_names(tmp_path):
+  dataset = split(tmp_path)
+  held = sources.hold_out(dataset, 0.4, "stage 'a'")
+  names = held.holdout.records.names()
+  assert len(held.train) + len(held.holdout) == len(dataset.train)
+  assert not set(names) & set(held.train.records.names())
+  assert held.selection is held.holdout
+  some = sources.load_dataset('imagenette', tmp_path, classes=('n02', 'n03'))
+  again = sources.hold_out(some, 0.4, "stage 'b'").holdout.records.names()
+  assert set(again) == {x for x in names if not x.startswith('n01')}
+  with pytest.raises(errors.UserError, match='takes 0 of the 15'):
+    sources.hold_out(dataset, 1e-9, "stage 'a'")
