@@ -12,7 +12,13 @@ import numpy as np
 from jaxprog.training import checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
-TIMES = ('seconds', 'images_per_second', 'input_wait', 'handover_seconds')
+TIMES = (
+  'seconds',
+  'images_per_second',
+  'input_limit',
+  'input_wait',
+  'handover_seconds',
+)
 
 
 def read_history(workdir):

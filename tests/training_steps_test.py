@@ -50,6 +50,7 @@ def create(num_classes=4, rate=0.5, frozen=0, model=None, **fields):
         stage,
         lengths,
         PIXELS,
+        num_classes=num_classes,
         frozen=only_head,
       )
     )
@@ -65,6 +66,8 @@ def batch(n=6, num_classes=4):
     'image': rng.integers(0, 256, (n, 2, 2, 3)).astype(np.uint8),
     'label': rng.integers(0, num_classes, n).astype(np.int32),
     'mask': np.ones(n, bool),
+    'index': np.arange(n, dtype=np.int32),
+    'epoch': np.zeros(n, np.int32),
   }
 
 
@@ -110,17 +113,74 @@ def test_sums_of_an_epoch_are_weighted_by_images():
   )
 
 
-def test_a_step_depends_on_the_step_and_the_rng_alone():
+def kernel_after(train_step, current, data, rng=1):
+  after, _ = train_step(current, data, jax.random.key(rng))
+  return after.params['head']['kernel']
+
+
+def test_augmentation_depends_on_rng_epoch_and_index_alone():
   _, current, train_step, _ = create(flip=True)
   data = batch(64)
-  first, _ = train_step(current, data, jax.random.key(1))
-  again, _ = train_step(current, data, jax.random.key(1))
-  other, _ = train_step(current, data, jax.random.key(2))
-  later, _ = train_step(current.replace(step=5), data, jax.random.key(1))
-  kernel = first.params['head']['kernel']
-  assert (kernel == again.params['head']['kernel']).all()
-  assert not (kernel == other.params['head']['kernel']).all()
-  assert not (kernel == later.params['head']['kernel']).all()
+  kernel = kernel_after(train_step, current, data)
+  assert (kernel == kernel_after(train_step, current, data)).all()
+  assert not (kernel == kernel_after(train_step, current, data, 2)).all()
+  for name in ('epoch', 'index'):
+    other = {**data, name: data[name] + 100}
+    assert not (kernel == kernel_after(train_step, current, other)).all()
+  # The rate is another one, but not the images.
+  later = kernel_after(train_step, current.replace(step=1), data)
+  moved = kernel - current.params['head']['kernel']
+  np.testing.assert_allclose(
+    later - current.params['head']['kernel'], 2 * moved, atol=1e-6
+  )
+
+
+def test_mixing_depends_on_the_step():
+  _, current, train_step, _ = create(mixup_alpha=1.0, cutmix_alpha=1.0)
+  data = batch(64)
+  start = current.params['head']['kernel']
+  moved = kernel_after(train_step, current, data) - start
+  later = kernel_after(train_step, current.replace(step=1), data) - start
+  assert np.abs(later - 2 * moved).max() > 1e-3
+
+
+def test_every_augmentation_reaches_the_images():
+  data = batch(8)
+  stage = stages.create_stages(tiny_config.get_config())[0]
+  stage = dataclasses.replace(stage, **PLAIN)
+  plain = steps.augment_batch(jax.random.key(0), data, stage, PIXELS)
+  np.testing.assert_array_equal(
+    plain, augment.normalise(data['image'], *PIXELS)
+  )
+  for fields in (
+    {'flip': True},
+    {'brightness': 0.4},
+    {'contrast': 0.4},
+    {'saturation': 0.4},
+    {'hue': 0.4},
+    {'erasing_probability': 1.0, 'erasing_max_area': 0.8},
+  ):
+    changed = dataclasses.replace(stage, **fields)
+    images = steps.augment_batch(jax.random.key(0), data, changed, PIXELS)
+    assert np.isfinite(images).all()
+    assert not np.array_equal(images, plain), fields
+
+
+def test_the_loss_does_not_see_what_the_mask_hides():
+  _, current, train_step, _ = create()
+  data = batch(6)
+  hidden = {**data, 'mask': np.arange(6) < 4}
+  other = {**hidden, 'image': hidden['image'].copy()}
+  other['image'][4:] += 77
+  shown = {name: x[:4] for name, x in data.items()}
+  expected = kernel_after(train_step, current, shown)
+  for seen in (hidden, other):
+    after, metrics = train_step(current, seen, jax.random.key(1))
+    np.testing.assert_allclose(
+      after.params['head']['kernel'], expected, atol=1e-6
+    )
+    assert after.metrics['count'] == 4
+  assert np.isfinite(metrics['loss'])
 
 
 def small_resnet():
@@ -257,15 +317,6 @@ def test_the_plateau_scales_the_rate():
   np.testing.assert_allclose(4 * moved(quarter), moved(whole), atol=1e-6)
 
 
-def test_flip_mirrors_about_half_of_the_images():
-  images = jnp.arange(1000 * 2 * 3 * 1).reshape(1000, 2, 3, 1)
-  flipped = augment.random_flip(jax.random.key(0), images)
-  as_is = (flipped == images).all(axis=(1, 2, 3))
-  mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
-  assert (as_is ^ mirrored).all()
-  assert 440 < mirrored.sum() < 560
-
-
 def evaluate(logits, labels, mask=None):
   class Fixed(nn.Module):
     @nn.compact
@@ -292,6 +343,13 @@ def test_evaluation_counts_like_numpy():
   loss = -np.log(softmax(logits)[np.arange(50), labels])[:43].sum()
   assert (sums['count'], sums['top1'], sums['top5']) == (43, top1, top5)
   np.testing.assert_allclose(sums['loss'], loss, rtol=1e-5)
+
+
+def test_an_image_that_could_not_be_decoded_counts_as_wrong():
+  sums = evaluate([[9.0, 0, 0, 0], [0, 0, 0, 9.0]], [0, -1])
+  assert (sums['count'], sums['top1'], sums['top5']) == (2, 1, 1)
+  own = -np.log(softmax(np.array([[9.0, 0, 0, 0]]))[0, 0])
+  np.testing.assert_allclose(sums['loss'], own + np.log(4), rtol=1e-5)
 
 
 def test_evaluation_breaks_ties_like_argmax():

@@ -280,6 +280,7 @@ def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
         'learning rates'
       )
     notes.append(f'{note}.')
+  notes += _input_notes(stage)
   if steps := stage.get('resumed_at_steps'):
     times = 'once' if len(steps) == 1 else f'{len(steps)} times'
     where = ', '.join(f'{step:,}' for step in steps)
@@ -301,6 +302,32 @@ def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
     )
   if bad := [r['epoch'] for r in stage['epochs'] if _is_broken(r)]:
     notes.append(f'{name}: the loss was not finite in epochs {_ranges(bad)}.')
+  return notes
+
+
+def _input_notes(stage: Mapping[str, Any]) -> list[str]:
+  """Returns sentences about what the stage was trained and chosen on."""
+  name, notes = stage['name'], []
+  if validation := stage.get('validation'):
+    notes.append(
+      f'{name}: the best epoch was chosen on {stage["eval_split"]} of the '
+      f'training images; its weights, of epoch {validation["epoch"]}, reach '
+      f'{progress.format_percent(validation["top1"])} on the '
+      f'{validation["num_images"]:,} validation images, looked at once.'
+    )
+  if excluded := sum(stage.get('excluded_images', {}).values()):
+    notes.append(
+      f'{name}: {excluded:,} training images were left out because a stage is '
+      'evaluated on them, or on a copy.'
+    )
+  if bad := stage.get('bad_images'):
+    more = ', ...' if len(bad) > 3 else ''
+    notes.append(
+      f'{name}: {len(bad):,} images could not be decoded and were left out of '
+      f'the loss, or counted as wrong: {", ".join(sorted(bad)[:3])}{more}.'
+    )
+  if limit := stage.get('input_limit'):
+    notes.append(f'{name}: {limit}.')
   return notes
 
 

@@ -48,7 +48,7 @@ def evaluate(
     'stage': name,
     'weights': weights,
     'count': len(task.dataset.eval),
-    **loop.evaluate(task, variables),
+    **loop.evaluate(task, variables, task.dataset.eval),
   }
 
 

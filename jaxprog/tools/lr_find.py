@@ -90,6 +90,7 @@ def _run(
     seed=task.seed,
     steps=task.steps,
     num_workers=task.num_workers,
+    worker_kind=task.config.worker_kind,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )

@@ -74,10 +74,14 @@ class Checkpoints:
     )
     return restored.tree, restored.meta
 
-  def mark_done(self, meta: Meta) -> None:
-    """Declares the stage finished, once every save has committed."""
+  def wait(self) -> None:
+    """Waits until every save has committed."""
     for manager in self._managers.values():
       manager.wait_until_finished()
+
+  def mark_done(self, meta: Meta) -> None:
+    """Declares the stage finished, once every save has committed."""
+    self.wait()
     if jax.process_index() == 0:
       files.write_json(self._directory / 'done.json', meta)
 

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
+from jaxprog.data import jpeg
 from jaxprog.reporting import environment, plots, report, tensorboard
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import progress as progress_lib
@@ -174,11 +175,36 @@ def _run_stage(
     history_lib.finish_stage(record, stopped)
     meta = {**out.meta, 'epoch': record['epochs'][-1]}
     saved.save_weights('final', int(state.step), state.variables, meta)
+    if task.dataset.holdout is not None:
+      saved.wait()
+      record['validation'] = validate(run, task)
     saved.mark_done({**out.meta, 'record': record})
     left = time.monotonic()
   run.save_history()
   run.progress.end_stage(record)
   return left
+
+
+def validate(run: Run, task: setup_lib.Task) -> dict[str, Any]:
+  """Returns what the best weights score on the true validation images.
+
+  A hold-out has chosen them: this is the one look that a stage takes.
+  """
+  variables, meta = checkpoints.load_weights(
+    run.workdir, task.stage.name, 'best'
+  )
+  variables = jax.device_put(variables, task.shardings.replicated)
+  scores = loop.evaluate(task, variables, task.dataset.eval)
+  run.progress.message(
+    f'{task.stage.name}: validation top-1 {scores["top1"]:.1%} of the weights '
+    f'of epoch {meta["epoch"]["epoch"]}, chosen on {task.stage.eval_split}'
+  )
+  return {
+    'weights': 'best',
+    'epoch': meta['epoch']['epoch'],
+    'num_images': len(task.dataset.eval),
+    **scores,
+  }
 
 
 def _resume(
@@ -196,6 +222,13 @@ def _resume(
       'Use another --workdir, or the data that the run began with.',
     )
   record = meta['record']
+  if record['num_train_images'] != len(task.dataset.train):
+    raise errors.UserError(
+      f'The run began with {record["num_train_images"]:,} training images; '
+      f'there are {len(task.dataset.train):,} now.',
+      f'stage {task.stage.name!r}',
+      'Use another --workdir, or the data that the run began with.',
+    )
   step = task.first_step + int(state.step)
   record['resumed_at_steps'] = [*record.get('resumed_at_steps', []), step]
   _put_record(run.history, record)
@@ -299,7 +332,13 @@ def _describe_stage(task: setup_lib.Task) -> dict[str, Any]:
     'num_epochs': stage.num_epochs,
     'steps_per_epoch': task.steps.phases[0].per_epoch,
     'num_train_images': len(task.dataset.train),
-    'num_eval_images': len(task.dataset.eval),
+    'num_eval_images': len(task.dataset.selection),
+    'eval_split': stage.eval_split,
+    'eval_image_size': stage.eval_size,
+    'data_version': task.dataset.version,
+    'decoder': jpeg.version(),
+    'excluded_images': dict(task.dataset.excluded),
+    'phases': [[x.from_epoch, dict(x.changes)] for x in stage.phases],
     'num_params': state_lib.count_params(task.state_shapes.params),
     'dtype': task.dtype.name,
     'stem': stem._asdict() if stem is not None else None,

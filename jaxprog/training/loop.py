@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxprog import errors
-from jaxprog.data import loader
+from jaxprog.data import loader, preprocess, sources, workers
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import progress as progress_lib
 from jaxprog.reporting import tensorboard
@@ -38,6 +38,11 @@ class Outputs:
   last_save: float = dataclasses.field(default_factory=time.monotonic)
 
 
+# Waiting longer for input than this part of an epoch, and longer than this in
+# seconds, is said, with its remedy.
+_MUCH_WAITING, _NOTED_SECONDS = 0.05, 1.0
+
+
 def train_stage(
   task: setup.Task, state: state_lib.TrainState, out: Outputs
 ) -> state_lib.TrainState:
@@ -50,6 +55,7 @@ def train_stage(
     steps=task.steps,
     start_step=start,
     num_workers=task.num_workers,
+    worker_kind=task.config.worker_kind,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
@@ -61,7 +67,9 @@ def train_stage(
         out.record['stopped'] = reason
         break
       epoch = task.steps.epoch(int(state.step))
-      state, timing = _train_epoch(task, state, batches, epoch, out)
+      state, timing = _train_epoch(
+        task, state, batches, local_batches, epoch, out
+      )
       state = _end_epoch(task, state, epoch, timing, out)
   return state
 
@@ -69,16 +77,22 @@ def train_stage(
 def evaluate(
   task: setup.Task,
   variables: dict[str, Any],
+  split: sources.Split,
   on_batch: Callable[[int, int], None] | None = None,
+  on_bad: Callable[[dict[str, str]], None] | None = None,
 ) -> dict[str, float]:
-  """Returns mean loss, top1 and top5 over every evaluation image, once."""
-  split = task.dataset.eval
+  """Returns mean loss, top1 and top5 over every image of `split`, once.
+
+  `on_bad` is told which images could not be decoded, and why: they count as
+  wrong.
+  """
   sums = jax.device_put(steps.zero_eval_sums(), task.shardings.replicated)
   local_batches = loader.eval_batches(
     split,
     task.stage,
     num_shards=jax.device_count(),
     num_workers=task.num_workers,
+    worker_kind=task.config.worker_kind,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
@@ -89,6 +103,8 @@ def evaluate(
       sums = task.eval_step(variables, batch, sums)
       if on_batch:
         on_batch(i + 1, -(-len(split) // len(batch['label'])))
+  if on_bad and local_batches.bad:
+    on_bad(local_batches.bad)
   totals = {name: float(x) for name, x in sums.items()}
   count = totals.pop('count')
   if count != len(split):
@@ -100,18 +116,23 @@ def _train_epoch(
   task: setup.Task,
   state: state_lib.TrainState,
   batches: Iterator[steps.Batch],
+  reader: workers.Reader,
   epoch: int,
   out: Outputs,
 ) -> tuple[state_lib.TrainState, dict[str, float]]:
   """Runs to the end of `epoch`; returns the state and where the time went."""
+  read_before = reader.busy, reader.images
   first, end = int(state.step), task.steps.epoch_ends[epoch]
   batch_size = task.steps.phase(first).batch_size
-  began, waited = time.monotonic(), 0.0
+  began, waited, started = time.monotonic(), 0.0, 0.0
   pending = None
   for step in range(first, end):
     asked = time.monotonic()
     batch = next(batches)
     waited += time.monotonic() - asked
+    if step == first:
+      started = waited  # Workers had nothing to be ahead with.
+    note_bad_images(task, reader.bad, out)
     # Step n is dispatched before the metrics of step n - 1 are read.
     train_step = task.train_steps[task.program(step)]
     state, metrics = train_step(state, batch, task.step_rng)
@@ -128,11 +149,64 @@ def _train_epoch(
   rate = (end - first) * batch_size / seconds
   if pending is not None:
     _report_step(task, *pending, rate, out)
+  if waited - started > max(_MUCH_WAITING * seconds, _NOTED_SECONDS):
+    busy, images = reader.busy - read_before[0], reader.images - read_before[1]
+    wanted = rate * seconds / (seconds - waited)
+    _say_input_limits(task, waited / seconds, busy / images, wanted, out)
   return state, {
     'seconds': seconds,
     'images_per_second': rate,
     'input_wait': waited / seconds,
   }
+
+
+def note_bad_images(
+  task: setup.Task, bad: dict[str, str], out: Outputs
+) -> None:
+  """Notes and says which images cannot be decoded.
+
+  Raises:
+    BadImageError: if they are too many.
+  """
+  noted = out.record.setdefault('bad_images', {})
+  if bad.keys() <= noted.keys():
+    return
+  for name in bad.keys() - noted.keys():
+    noted[name] = bad[name]
+    out.progress.message(
+      f'{task.stage.name}: cannot decode {name}: {bad[name]}'
+    )
+  if len(noted) > task.config.max_bad_images:
+    names = ', '.join(sorted(noted)[:3])
+    raise preprocess.BadImageError(
+      f'{len(noted)} images of {task.stage.dataset!r} cannot be decoded, more '
+      f'than max_bad_images = {task.config.max_bad_images}: {names}, ... '
+      '--mode=verify lists them all.'
+    )
+
+
+def _say_input_limits(
+  task: setup.Task,
+  waited: float,
+  seconds_per_image: float,
+  wanted: float,
+  out: Outputs,
+) -> None:
+  """Says once a stage that its input limits it, and what would lift that."""
+  if 'input_limit' in out.record:
+    return
+  cores = math.ceil(wanted * seconds_per_image / jax.process_count())
+  text = (
+    f'limited by its input: {waited:.0%} of the time waits for images. '
+    f'One takes {1e3 * seconds_per_image:.2g} ms of a core and the devices '
+    f'would take {wanted:,.0f} a second: {cores} cores a process would do, '
+    f'{task.num_workers} are used'
+  )
+  if task.stage.stored.kind != 'raw':
+    size = 8 * math.ceil(task.stage.eval_size / 7)
+    text += f"; or storage='raw:{size}', or fewer pixels"
+  out.record['input_limit'] = text
+  out.progress.message(f'{task.stage.name}: {text}')
 
 
 def _end_epoch(
@@ -144,8 +218,13 @@ def _end_epoch(
 ) -> state_lib.TrainState:
   """Evaluates, records and saves; returns the state with empty sums."""
   began = time.monotonic()
-  scores = evaluate(task, state.variables, out.progress.evaluate)
-  averaged = evaluate(task, state.ema) if state.ema else {}
+  split = task.dataset.selection
+
+  def on_bad(bad):
+    note_bad_images(task, bad, out)
+
+  scores = evaluate(task, state.variables, split, out.progress.evaluate, on_bad)
+  averaged = evaluate(task, state.ema, split) if state.ema else {}
   sums = {name: float(x) for name, x in state.metrics.items()}
   step = int(state.step)
   rate = float(task.learning_rate_fn(step - 1) * state.rate_scale)

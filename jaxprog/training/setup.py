@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from jaxprog import epochs, errors
 from jaxprog import stages as stages_lib
-from jaxprog.data import sources
+from jaxprog.data import leaks, sources
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers, schedules
 from jaxprog.training import devices
@@ -45,7 +45,23 @@ class Program(NamedTuple):
   """Steps that differ in these are compiled one by one."""
 
   batch_size: int
+  image_size: int
+  # Values of _TRACED, which the compiled step is made for.
+  options: tuple[float, ...]
   frozen: bool
+
+
+# What a phase may change in the compiled step, besides shapes.
+_TRACED = (
+  'brightness',
+  'contrast',
+  'cutmix_alpha',
+  'erasing_probability',
+  'hue',
+  'label_smoothing',
+  'mixup_alpha',
+  'saturation',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,21 +97,25 @@ class Task:
 
   @property
   def num_workers(self) -> int:
-    """Threads that read ahead: those asked for, else one a core."""
-    return self.config.num_workers or min(os.cpu_count() or 1, 16)
+    """Workers that read ahead: those asked for, else one a core."""
+    return self.config.num_workers or len(os.sched_getaffinity(0))
 
   def program(self, step: int) -> Program:
     """Returns which of the compiled steps `step` of the stage is."""
-    return _program(self.steps, step)
+    return _program(self.stage, self.steps, step)
 
-  def batch_shapes(self, batch_size: int) -> steps_lib.Batch:
+  def batch_shapes(
+    self, batch_size: int, image_size: int, *, training: bool
+  ) -> steps_lib.Batch:
     """Returns a global batch as shapes, dtypes and shardings."""
-    side = self.stage.image_size
+    images = (batch_size, image_size, image_size, 3)
     shapes = {
-      'image': jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8),
+      'image': jax.ShapeDtypeStruct(images, jnp.uint8),
       'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
       'mask': jax.ShapeDtypeStruct((batch_size,), jnp.bool_),
     }
+    if training:
+      shapes['index'] = shapes['epoch'] = shapes['label']
     return _place(shapes, self.shardings.batch)
 
 
@@ -122,6 +142,8 @@ def create_setup(
   if training:
     stages_lib.check_devices(chosen, jax.device_count())
   datasets = load_datasets(config, chosen)
+  if training:
+    datasets = prepare_training(config, all_stages, chosen, datasets)
   return Setup(
     config=config,
     stages=all_stages,
@@ -162,6 +184,56 @@ def load_datasets(
   }
 
 
+def prepare_training(
+  config: config_dict.ConfigDict,
+  all_stages: Sequence[stages_lib.Stage],
+  chosen: Sequence[stages_lib.Stage],
+  datasets: Mapping[str, sources.Dataset],
+) -> dict[str, sources.Dataset]:
+  """Returns `datasets` without leaks, with hold-outs, stored as asked for.
+
+  Raises:
+    UserError: if a hold-out takes all or nothing, or there is no room.
+  """
+  ready = dict(datasets)
+  if config.exclude_leaks:
+    ready = _exclude_leaks(config, all_stages, ready)
+  for stage in chosen:
+    dataset = ready[stage.name]
+    if stage.holdout:
+      where = f'stage {stage.name!r}'
+      dataset = sources.hold_out(dataset, stage.holdout, where)
+    ready[stage.name] = sources.store(dataset, stage.stored)
+  return {stage.name: ready[stage.name] for stage in chosen}
+
+
+def _exclude_leaks(
+  config: config_dict.ConfigDict,
+  all_stages: Sequence[stages_lib.Stage],
+  datasets: Mapping[str, sources.Dataset],
+) -> dict[str, sources.Dataset]:
+  """Returns `datasets` without images that any stage evaluates on.
+
+  Stages that are not trained now count too, if their data is here.
+  """
+  known, absent = dict(datasets), {}
+  for stage in all_stages:
+    if stage.name not in known:
+      try:
+        known |= load_datasets(config, [stage])
+      except errors.UserError:
+        absent[stage.name] = stage.dataset
+  found = leaks.holdout(known, absent=absent)
+  return {
+    name: dataclasses.replace(
+      dataset,
+      train=dataset.train.select(~found.excluded[name]),
+      excluded=found.counts[name],
+    )
+    for name, dataset in datasets.items()
+  }
+
+
 def create_task(
   setup: Setup,
   stage: stages_lib.Stage,
@@ -175,9 +247,13 @@ def create_task(
   dtype = devices.resolve_dtype(
     setup.config.dtype, stage.mixed_precision, jax.default_backend()
   )
-  model = setup.model_fn(
-    num_classes=len(dataset.classes), image_size=stage.image_size, dtype=dtype
-  )
+
+  def create_model(image_size):
+    return setup.model_fn(
+      num_classes=len(dataset.classes), image_size=image_size, dtype=dtype
+    )
+
+  model = create_model(stage.image_size)
   learning_rate_fn = learning_rate_fn or schedules.create_learning_rate_fn(
     stage, stage_steps
   )
@@ -209,22 +285,23 @@ def create_task(
     train_steps={
       program: jax.jit(
         steps_lib.create_train_step(
-          model,
+          create_model(program.image_size),
           tx,
           learning_rate_fn,
-          stage,
+          _traced_stage(stage, program),
           stage_steps,
           pixels,
+          num_classes=len(dataset.classes),
           frozen=program.frozen,
         ),
         in_shardings=(replicated, divided, replicated),
         out_shardings=replicated,
         donate_argnums=0,
       )
-      for program in _programs(stage_steps)
+      for program in _programs(stage, stage_steps)
     },
     eval_step=jax.jit(
-      steps_lib.create_eval_step(model, pixels),
+      steps_lib.create_eval_step(create_model(stage.eval_size), pixels),
       in_shardings=(replicated, divided, replicated),
       out_shardings=replicated,
     ),
@@ -255,26 +332,52 @@ def compile_task(task: Task, *, carried: bool) -> Task:
     create_state=task.create_state.lower(state.variables).compile(),
     train_steps={
       program: step.lower(
-        state, task.batch_shapes(program.batch_size), task.step_rng
+        state,
+        task.batch_shapes(
+          program.batch_size, program.image_size, training=True
+        ),
+        task.step_rng,
       ).compile()
       for program, step in task.train_steps.items()
     },
     eval_step=task.eval_step.lower(
       state.variables,
-      task.batch_shapes(-(-batch_size // num_devices) * num_devices),
+      task.batch_shapes(
+        -(-batch_size // num_devices) * num_devices,
+        task.stage.eval_size,
+        training=False,
+      ),
       sums,
     ).compile(),
   )
 
 
-def _programs(steps: epochs.Steps) -> list[Program]:
+def _traced_stage(
+  stage: stages_lib.Stage, program: Program
+) -> stages_lib.Stage:
+  """Returns `stage` with the options that `program` is compiled for."""
+  options: dict[str, Any] = dict(zip(_TRACED, program.options, strict=True))
+  return dataclasses.replace(stage, **options)
+
+
+def _programs(stage: stages_lib.Stage, steps: epochs.Steps) -> list[Program]:
   """Returns every program of a stage, the first one first."""
   starts = {steps.frozen, *(phase.first_step for phase in steps.phases)}
-  return list(dict.fromkeys(_program(steps, step) for step in sorted(starts)))
+  return list(
+    dict.fromkeys(_program(stage, steps, step) for step in sorted(starts))
+  )
 
 
-def _program(steps: epochs.Steps, step: int) -> Program:
-  return Program(steps.phase(step).batch_size, step < steps.frozen)
+def _program(
+  stage: stages_lib.Stage, steps: epochs.Steps, step: int
+) -> Program:
+  part = steps.part(stage, step)
+  return Program(
+    batch_size=steps.phase(step).batch_size,
+    image_size=part.image_size,
+    options=tuple(getattr(part, field) for field in _TRACED),
+    frozen=step < steps.frozen,
+  )
 
 
 def _place(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -297,4 +400,5 @@ def _model_fn(config: config_dict.ConfigDict) -> ModelFn:
     config.model,
     num_filters=config.num_filters,
     stem_kernel=config.stem_kernel,
+    blur_pool=config.blur_pool,
   )

@@ -26,33 +26,42 @@ def create_train_step(
   steps: epochs.Steps,
   pixels: tuple[Sequence[float], Sequence[float]],
   *,
+  num_classes: int,
   frozen: bool = False,
 ) -> TrainStep:
   """Returns train_step(state, batch, rng) -> (state, metrics), pure.
 
-  `batch` is the global one: uint8 image (N, H, W, 3), int32 label (N,). The
-  randomness of a step depends on `rng` and `state.step` alone. `metrics` are
-  this step's means; their sums go into `state.metrics`. A step whose loss or
-  gradient is not finite changes nothing but `step` and is counted as skipped.
+  `batch` is the global one: uint8 image (N, H, W, 3), int32 label, index and
+  epoch (N,), bool mask (N,), False where the loss must not look. How an image
+  is augmented depends on `rng`, its index and its epoch alone; how images are
+  mixed, on `rng` and `state.step`. `metrics` are this step's means; their sums
+  go into `state.metrics`. A step whose loss or gradient is not finite changes
+  nothing but `step` and is counted as skipped.
 
   Args:
     model: classifies images; its classifier is the module `head`.
     tx: makes of gradients what is subtracted, times the learning rate.
     learning_rate_fn: the rate of a step, before the plateau's scale.
-    stage: what is trained.
+    stage: what is trained, as it is in this part of the stage.
     steps: its lengths in steps.
     pixels: mean and standard deviation that images are normalised with.
+    num_classes: length of the logits.
     frozen: train the head alone: the backbone is a fixed function of the
       image, with its running statistics, and needs no gradient.
   """
   grads_of = _create_grads_fn(model, stage, frozen)
 
   def train_step(state, batch, rng):
-    images, labels = batch['image'], batch['label']
-    if stage.flip:
-      images = augment.random_flip(jax.random.fold_in(rng, state.step), images)
-    images = augment.normalise(images, *pixels)
-    grads, batch_stats, loss, top1 = grads_of(state, images, labels)
+    weights = batch['mask'].astype(jnp.float32)
+    images, targets = augment.mix(
+      jax.random.fold_in(rng, state.step),
+      augment_batch(rng, batch, stage, pixels),
+      jax.nn.one_hot(batch['label'], num_classes),
+      weights,
+      mixup_alpha=stage.mixup_alpha,
+      cutmix_alpha=stage.cutmix_alpha,
+    )
+    grads, batch_stats, loss, top1 = grads_of(state, images, targets, weights)
     learning_rate = state.rate_scale * jnp.asarray(
       learning_rate_fn(state.step), jnp.float32
     )
@@ -91,7 +100,7 @@ def create_train_step(
     )
     state = state.replace(
       step=state.step + 1,
-      metrics=_add_metrics(state.metrics, metrics, labels.size, finite),
+      metrics=_add_metrics(state.metrics, metrics, jnp.sum(weights), finite),
       **learned,
     )
     return state, metrics
@@ -99,16 +108,54 @@ def create_train_step(
   return train_step
 
 
+def augment_batch(
+  rng: jax.Array,
+  batch: Batch,
+  stage: stages.Stage,
+  pixels: tuple[Sequence[float], Sequence[float]],
+) -> jax.Array:
+  """Returns the normalised images of a training batch, each changed alone."""
+  images, epoch, index = batch['image'], batch['epoch'], batch['index']
+  keys = augment.example_keys(rng, epoch, index)
+  if stage.flip:
+    mirrored = augment.choose_mirrored(
+      rng, epoch, index, alternating=stage.alternating_flip
+    )
+    images = augment.mirror(images, mirrored)
+  if stage.brightness or stage.contrast or stage.saturation or stage.hue:
+    images = augment.color_jitter(
+      keys,
+      images,
+      brightness=stage.brightness,
+      contrast=stage.contrast,
+      saturation=stage.saturation,
+      hue=stage.hue,
+    )
+  images = augment.normalise(images, *pixels)
+  if stage.erasing_probability:
+    images = augment.random_erasing(
+      keys,
+      images,
+      probability=stage.erasing_probability,
+      min_area=stage.erasing_min_area,
+      max_area=stage.erasing_max_area,
+    )
+  return images
+
+
 def _create_grads_fn(
   model: nn.Module, stage: stages.Stage, frozen: bool
 ) -> Callable[..., Any]:
-  """Returns f(state, images, labels) -> grads, batch_stats, loss, top1.
+  """Returns f(state, images, targets, weights).
 
-  With a micro_batch_size they are means over the micro-batches, one after the
-  other: those of the whole batch, but that BatchNorm sees each by itself.
+  What comes back is grads, batch_stats, loss and top1, the last two being
+  means over what `weights` (N,), 0 or 1, let them see; top1 asks for the class
+  that `targets` (N, classes) names most. With a micro_batch_size they are
+  means over the micro-batches, one after the other: those of the whole batch,
+  but that BatchNorm sees each by itself.
   """
 
-  def loss_fn(trained, fixed, batch_stats, images, labels):
+  def loss_fn(trained, fixed, batch_stats, images, targets, weights):
     variables = {'params': {**fixed, **trained}, 'batch_stats': batch_stats}
     if frozen:
       logits: Any = model.apply(variables, images, train=False)
@@ -117,29 +164,32 @@ def _create_grads_fn(
         variables, images, train=True, mutable=['batch_stats']
       )
       batch_stats = changed.get('batch_stats', {})
-    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
+    correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
     targets = optax.smooth_labels(targets, stage.label_smoothing)
-    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-    top1 = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+    losses = optax.softmax_cross_entropy(logits, targets)
+    count = jnp.maximum(jnp.sum(weights), 1)
+    loss = jnp.sum(jnp.where(weights > 0, losses, 0)) / count
+    top1 = jnp.sum(weights * correct) / count
     return loss, (batch_stats, loss, top1)
 
-  def grads_of_part(state, batch_stats, images, labels):
+  def grads_of_part(state, batch_stats, *examples):
     trained, fixed = state.params, {}
     if frozen:
       trained, fixed = {'head': state.params['head']}, state.params
     grads, aux = jax.grad(loss_fn, has_aux=True)(
-      trained, fixed, batch_stats, images, labels
+      trained, fixed, batch_stats, *examples
     )
     if frozen:
       zeros = jax.tree.map(jnp.zeros_like, state.params)
       grads = {**zeros, **grads}
     return grads, *aux
 
-  def grads_of(state, images, labels):
-    micro = stage.micro_batch_size or labels.size
-    parts = labels.size // micro
+  def grads_of(state, *examples):
+    batch_size = len(examples[0])
+    micro = stage.micro_batch_size or batch_size
+    parts = batch_size // micro
     if parts == 1:
-      return grads_of_part(state, state.batch_stats, images, labels)
+      return grads_of_part(state, state.batch_stats, *examples)
 
     def split(x):
       # Every parts-th example: each device keeps the examples it has.
@@ -152,7 +202,7 @@ def _create_grads_fn(
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     start = zeros, state.batch_stats, jnp.zeros(()), jnp.zeros(())
-    sums, _ = jax.lax.scan(add_part, start, (split(images), split(labels)))
+    sums, _ = jax.lax.scan(add_part, start, tuple(map(split, examples)))
     grads, batch_stats, loss, top1 = sums
     mean = jax.tree.map(lambda x: x / parts, (grads, loss, top1))
     return mean[0], batch_stats, *mean[1:]
@@ -181,11 +231,11 @@ def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def _add_metrics(sums, metrics, batch_size, finite):
+def _add_metrics(sums, metrics, count, finite):
   terms = {
-    'count': jnp.float32(batch_size),
-    'loss': metrics['loss'] * batch_size,
-    'top1': metrics['top1'] * batch_size,
+    'count': count,
+    'loss': metrics['loss'] * count,
+    'top1': metrics['top1'] * count,
     'grad_norm': metrics['grad_norm'],
     'steps': jnp.float32(1),
   }
@@ -200,26 +250,32 @@ def create_eval_step(
 ) -> Callable[[Any, Batch, Metrics], Metrics]:
   """Returns eval_step(variables, batch, sums) -> sums, pure.
 
-  Adds up what `mask` does not hide: no label smoothing, one centre crop.
+  Adds up what `mask` does not hide: no label smoothing, one centre crop. An
+  image that could not be decoded has the label -1: it counts as wrong, with
+  the loss of a guess.
   """
 
   def eval_step(variables, batch, sums):
     images = augment.normalise(batch['image'], *pixels)
     logits: Any = model.apply(variables, images, train=False)
     labels, mask = batch['label'], batch['mask']
+    known = labels >= 0
+    labels = jnp.maximum(labels, 0)
+    num_classes = logits.shape[-1]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    loss = jnp.where(known, loss, jnp.log(num_classes))
     # The rank counts the classes that the label does not beat: no sort of
     # 1000 logits, and a NaN beats nothing. At equal scores the lower class
     # wins, as in argmax.
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    classes = jnp.arange(logits.shape[-1])
+    classes = jnp.arange(num_classes)
     beaten = (logits < own) | ((logits == own) & (classes > labels[:, None]))
-    rank = logits.shape[-1] - 1 - jnp.sum(beaten, axis=-1)
+    rank = num_classes - 1 - jnp.sum(beaten, axis=-1)
     terms = {
       'count': jnp.ones_like(loss),
       'loss': loss,
-      'top1': rank < 1,
-      'top5': rank < 5,
+      'top1': known & (rank < 1),
+      'top5': known & (rank < 5),
     }
     return {
       name: sums[name] + jnp.sum(jnp.where(mask, terms[name], 0))
