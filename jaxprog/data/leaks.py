@@ -1,0 +1,429 @@
+"""Which training images some stage is evaluated on.
+
+A score counts only if the weights have seen none of its images, in no stage.
+So there is one list for the whole ladder: what any stage is evaluated on, no
+stage trains on.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxprog import files
+from jaxprog.data import signatures, sources
+
+# The strongest first.
+REASONS = ('name', 'content', 'perceptual')
+
+# These keep the names of ImageNet's files. Tiny ImageNet's only look alike: it
+# counts its images anew.
+KEEP_NAMES = ('imagenet2012', 'imagenet_mini', 'imagenette')
+_TRAIN_NAME = re.compile(r'n\d{8}_\d+\.JPEG', re.ASCII)
+_EVAL_NAME = re.compile(r'ILSVRC2012_val_\d{8}(\.\w+)?', re.ASCII)
+
+# Thumbnails are centred, channel by channel, and scaled to length 1; their
+# distance is 1 - cosine. Copies of 1,500 photographs at 64 px (bilinear,
+# bicubic, box, Lanczos) and JPEG quality 75-95 are at most 0.018 away; of 49
+# million pairs of other photographs the nearest is 0.036, the next 0.050.
+MAX_DISTANCE = 0.04
+# Mean absolute difference of two thumbnails: of the copies at most 3.4, of the
+# other pairs nearer than 0.2 at least 12.3.
+MAX_GREY_LEVELS = 8.0
+# Pairs to compare so are found by thumbnails of this side. Copies are at most
+# 0.007 away; 204 of the other pairs are nearer than this.
+COARSE_SIDE = 4
+MAX_COARSE_DISTANCE = 0.03
+# Standard deviation, in grey levels, below which a coarse thumbnail is noise;
+# the flattest of 17,500 photographs has 3.5.
+MIN_CONTRAST = 2.0
+# Images on either side of one matrix product, and pairs compared at once.
+_BLOCK = 2048
+_PAIRS = 4096
+
+# What is being read, images done, images in all.
+Progress = Callable[[str, int, int], None]
+
+
+class Leak(NamedTuple):
+  """A training image that is an evaluation image, or a copy of one.
+
+  Where the evaluation's dataset is not here, `eval_index` is -1.
+  """
+
+  train_stage: str
+  train_index: int
+  train_file: str
+  eval_stage: str
+  eval_index: int
+  eval_file: str
+  reason: str
+
+
+class Shared(NamedTuple):
+  """An image that two stages are evaluated on; `other_index` may be -1."""
+
+  stage: str
+  eval_index: int
+  eval_file: str
+  other_stage: str
+  other_index: int
+  other_file: str
+  reason: str
+
+
+class Holdout(NamedTuple):
+  """What must not be trained on; the dicts are by the name of the stage."""
+
+  # bool (n,) over the training records.
+  excluded: dict[str, np.ndarray]
+  # Excluded images by their strongest reason, each of REASONS.
+  counts: dict[str, dict[str, int]]
+  # Excluded images by the evaluation that they contaminate: a stage's, or
+  # ImageNet's, which is no stage then: 'imagenet2012'.
+  contaminates: dict[str, dict[str, int]]
+  # One for each training image and evaluation.
+  leaks: list[Leak]
+  # Listed, not excluded.
+  shared: list[Shared]
+  # Training and evaluation images that cannot be read.
+  damaged: dict[str, int]
+
+
+class Images(NamedTuple):
+  """The images of one split that are compared with others."""
+
+  names: list[str]
+  # SIGNATURE (n,).
+  table: np.ndarray
+  # Whether equal names mean equal images.
+  keeps_names: bool
+  # What they are taken from, and which of it: directory, split, fingerprint.
+  split: tuple[str, str, str] = ('', '', '')
+  positions: bytes = b''
+
+
+# Index of a training image, of an evaluation image, and one of REASONS.
+Match = tuple[int, int, str]
+
+
+def is_ilsvrc_validation(file_name: str) -> bool:
+  """Returns whether ImageNet-1k's validation images have such names."""
+  return _EVAL_NAME.fullmatch(file_name) is not None
+
+
+def evaluates_on_ilsvrc(dataset: str) -> bool:
+  """Returns whether its evaluation images are ImageNet-1k's, or some."""
+  return dataset.removeprefix('tfds:').startswith(
+    ('imagenet2012', 'imagenet_mini', 'imagenet_resized')
+  )
+
+
+def holdout(
+  datasets: Mapping[str, sources.Dataset],
+  *,
+  absent: Mapping[str, str] | None = None,
+  num_workers: int = 0,
+  progress: Progress | None = None,
+) -> Holdout:
+  """Returns the training images that no stage may train on, and why.
+
+  Both mappings are by stage; `absent` has the names of datasets that are not
+  here. ImageNet's validation images are known by name, here or not.
+  """
+  train, evaluation = _read(datasets, num_workers, progress)
+  absent_ilsvrc = [
+    stage
+    for stage, dataset in (absent or {}).items()
+    if evaluates_on_ilsvrc(dataset)
+  ]
+  matches: dict[tuple, list[Match]] = {}
+  result = Holdout({}, {}, {}, [], [], {})
+  for stage, images in train.items():
+    found = [
+      Leak(stage, i, images.names[i], other, j, others.names[j], reason)
+      for other, others in evaluation.items()
+      for i, j, reason in _match_once(images, others, matches)
+    ]
+    found += _named_leaks(stage, images.names, absent_ilsvrc, found)
+    rank = np.full(len(images.names), len(REASONS))
+    for leak in found:
+      i = leak.train_index
+      rank[i] = min(rank[i], REASONS.index(leak.reason))
+    result.excluded[stage] = rank < len(REASONS)
+    result.counts[stage] = {
+      x: int((rank == i).sum()) for i, x in enumerate(REASONS)
+    }
+    result.contaminates[stage] = dict(Counter(x.eval_stage for x in found))
+    result.damaged[stage] = _damaged(images) + _damaged(evaluation[stage])
+    result.leaks.extend(found)
+  result.shared.extend(_find_shared(evaluation, absent_ilsvrc, matches))
+  return result
+
+
+def match(train: Images, evaluation: Images) -> list[Match]:
+  """Returns the images of `train` that are also in `evaluation`.
+
+  Each once, with one evaluation image: of the same name, else of the same
+  bytes, else the one that looks most alike.
+  """
+  partners = np.stack(
+    [
+      _match_names(train, evaluation),
+      _match_content(train.table, evaluation.table),
+      match_looks(train.table, evaluation.table),
+    ]
+  )
+  indices = np.flatnonzero((partners >= 0).any(axis=0))
+  reasons = (partners[:, indices] >= 0).argmax(axis=0)
+  return [
+    (int(i), int(partners[reason, i]), REASONS[reason])
+    for i, reason in zip(indices, reasons, strict=True)
+  ]
+
+
+def match_looks(train: np.ndarray, evaluation: np.ndarray) -> np.ndarray:
+  """Returns the position of the evaluation image most alike, int64 (n,).
+
+  -1 where there is none that differs by at most MAX_DISTANCE and
+  MAX_GREY_LEVELS. Takes SIGNATURE arrays, and little memory beside them.
+  """
+  # Both views of square images are the same.
+  views = (0,) if _are_square(train) and _are_square(evaluation) else (0, 1)
+  coarse = {
+    view: np.concatenate(
+      [np.empty((0, 3 * COARSE_SIDE**2), np.float32)]
+      + [_coarse(block, view) for block in _blocks(evaluation)]
+    )
+    for view in views
+  }
+  with futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    found = pool.map(
+      lambda block: _match_block(block, evaluation, coarse), _blocks(train)
+    )
+    return np.concatenate([np.empty(0, np.int64), *found])
+
+
+def _match_block(
+  block: np.ndarray, evaluation: np.ndarray, coarse: Mapping[int, np.ndarray]
+) -> np.ndarray:
+  """Returns `match_looks` of a few training images."""
+  best = np.full(len(block), -1)
+  levels = np.full(len(block), np.inf, np.float32)
+  for view, descriptions in coarse.items():
+    for i, j in _candidates(_coarse(block, view), descriptions):
+      difference = _compare(
+        block['thumbnails'][i, view], evaluation['thumbnails'][j, view]
+      )
+      better = difference < levels[i]
+      # Where an image comes twice, the last is kept: the nearest.
+      order = np.argsort(-difference[better], kind='stable')
+      i, j = i[better][order], j[better][order]
+      levels[i] = difference[better][order]
+      best[i] = j
+  return best
+
+
+def _blocks(table: np.ndarray) -> Iterator[np.ndarray]:
+  for start in range(0, len(table), _BLOCK):
+    yield table[start : start + _BLOCK]
+
+
+def _are_square(table: np.ndarray) -> bool:
+  return all(
+    np.array_equal(x['thumbnails'][:, 0], x['thumbnails'][:, 1])
+    for x in _blocks(table)
+  )
+
+
+def _candidates(
+  a: np.ndarray, b: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields the indices of pairs of coarse descriptions that are near."""
+  for start in range(0, len(b), _BLOCK):
+    near = a @ b[start : start + _BLOCK].T >= 1 - MAX_COARSE_DISTANCE
+    # Three times as fast as nonzero() of the two axes.
+    i, j = divmod(np.flatnonzero(near), near.shape[1])
+    for k in range(0, len(i), _PAIRS):
+      yield i[k : k + _PAIRS], start + j[k : k + _PAIRS]
+
+
+def _compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """Returns the grey levels between thumbnails; infinity: other images."""
+  levels = np.abs(a.astype(np.int16) - b).mean((1, 2, 3), dtype=np.float32)
+  cosine = (_describe(a)[0] * _describe(b)[0]).sum(1)
+  same = (levels <= MAX_GREY_LEVELS) & (cosine >= 1 - MAX_DISTANCE)
+  return np.where(same, levels, np.float32(np.inf))
+
+
+def _coarse(table: np.ndarray, view: int) -> np.ndarray:
+  """Returns the descriptions by which pairs are found; 0: of nothing."""
+  size = signatures.SIDE // COARSE_SIDE
+  pooled = (
+    table['thumbnails'][:, view]
+    .reshape(-1, COARSE_SIDE, size, COARSE_SIDE, size, 3)
+    .mean((2, 4), dtype=np.float32)
+  )
+  described, contrast = _describe(pooled)
+  described[(contrast < MIN_CONTRAST) | ~table['comparable']] = 0
+  return described
+
+
+def _describe(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns float32 vectors of length 1, and standard deviations."""
+  pixels = thumbnails.astype(np.float32)
+  pixels -= pixels.mean((1, 2), keepdims=True)
+  pixels = pixels.reshape(len(pixels), -1)
+  contrast = np.sqrt(np.square(pixels).mean(1))
+  length = np.maximum(contrast, 1e-6) * np.sqrt(pixels.shape[1])
+  return pixels / length[:, None].astype(np.float32), contrast
+
+
+def _match_content(train: np.ndarray, evaluation: np.ndarray) -> np.ndarray:
+  return _look_up(*map(_digests, (train, evaluation)))
+
+
+def _digests(table: np.ndarray) -> list[bytes | None]:
+  """Returns the digests; None for damaged images: empty files are no copies."""
+  return [
+    digest.tobytes() if readable else None
+    for digest, readable in zip(table['digest'], table['readable'], strict=True)
+  ]
+
+
+def _match_names(train: Images, evaluation: Images) -> np.ndarray:
+  both = train.keeps_names and evaluation.keeps_names
+  return _look_up(
+    [_imagenet_name(x, both) for x in train.names],
+    [_imagenet_name(x, both) for x in evaluation.names],
+  )
+
+
+def _imagenet_name(name: str, keeps_names: bool) -> str | None:
+  """Returns what of `name` says which of ImageNet's images it is."""
+  if is_ilsvrc_validation(name):
+    return name.partition('.')[0]
+  return name if keeps_names and _TRAIN_NAME.fullmatch(name) else None
+
+
+def _look_up(keys: list, among: list) -> np.ndarray:
+  """Returns where each key first is in `among`; -1: nowhere, or None."""
+  known = {x: len(among) - 1 - i for i, x in enumerate(reversed(among))}
+  known[None] = -1
+  return np.array([known.get(x, -1) for x in keys], np.int64)
+
+
+def _read(
+  datasets: Mapping[str, sources.Dataset],
+  num_workers: int,
+  progress: Progress | None,
+) -> tuple[dict[str, Images], dict[str, Images]]:
+  """Returns the training and the evaluation images of each stage."""
+  tables: dict[tuple[str, str, str], np.ndarray] = {}
+
+  def read(dataset: sources.Dataset, records: sources.Records) -> Images:
+    split = (str(records.directory), records.name, records.fingerprint)
+    if split not in tables:
+
+      def show(done: int, total: int) -> None:
+        if progress:
+          progress(f'{dataset.name} {records.name}', done, total)
+
+      tables[split] = signatures.read_signatures(
+        records, num_workers=num_workers, progress=show
+      )
+    table = tables[split]
+    # A copy of ImageNet's would take 2 GB.
+    if not np.array_equal(records.positions, np.arange(len(table))):
+      table = table[records.positions]
+    names = records.names()
+    keeps_names = dataset.name in KEEP_NAMES
+    positions = records.positions.tobytes()
+    return Images(names, table, keeps_names, split, positions)
+
+  train = {x: read(y, y.train.records) for x, y in datasets.items()}
+  return train, {x: read(y, y.eval.records) for x, y in datasets.items()}
+
+
+def _match_once(
+  images: Images, others: Images, known: dict[tuple, list[Match]]
+) -> list[Match]:
+  """Returns `match`, from `known` if the same splits were compared before."""
+  key = (images.split, images.positions, others.split, others.positions)
+  if key not in known:
+    file = _matches_file(images, others)
+    found = _load_matches(file)
+    if found is None:
+      found = match(images, others)
+      rows = [(i, j, REASONS.index(reason)) for i, j, reason in found]
+      with contextlib.suppress(OSError):  # Prepared data may be read-only.
+        files.write_json(file, rows)
+    known[key] = found
+  return known[key]
+
+
+def _matches_file(images: Images, others: Images) -> pathlib.Path:
+  """Returns where the matches of these images are kept.
+
+  To compare 1.3 million images with 50,000 takes minutes, at every start.
+  """
+  rules = MAX_DISTANCE, MAX_GREY_LEVELS, MAX_COARSE_DISTANCE, MIN_CONTRAST
+  digest = hashlib.sha256(repr((signatures.VERSION, rules)).encode())
+  for x in (images, others):
+    digest.update(repr((x.split[1:], x.keeps_names)).encode() + x.positions)
+  return (
+    pathlib.Path(images.split[0]) / f'matches-{digest.hexdigest()[:16]}.json'
+  )
+
+
+def _load_matches(file: pathlib.Path) -> list[Match] | None:
+  try:
+    return [(i, j, REASONS[k]) for i, j, k in json.loads(file.read_text())]
+  except (OSError, ValueError, TypeError, LookupError):
+    return None  # Not there yet, or not whole.
+
+
+def _named_leaks(
+  stage: str, names: list[str], absent_ilsvrc: list[str], found: list[Leak]
+) -> list[Leak]:
+  """Returns leaks of ImageNet's validation images that are not `found`."""
+  known = {leak.train_index for leak in found}
+  return [
+    Leak(stage, i, name, other, -1, name, 'name')
+    for i, name in enumerate(names)
+    if is_ilsvrc_validation(name)
+    for other in absent_ilsvrc or (['imagenet2012'] if i not in known else [])
+  ]
+
+
+def _find_shared(
+  evaluation: Mapping[str, Images],
+  absent_ilsvrc: list[str],
+  known: dict[tuple, list[Match]],
+) -> Iterator[Shared]:
+  stages = list(evaluation)
+  for a, stage in enumerate(stages):
+    images = evaluation[stage]
+    for other in stages[a + 1 :]:
+      others = evaluation[other]
+      if images.split == others.split:
+        continue  # The same by intent.
+      for i, j, reason in _match_once(images, others, known):
+        names = images.names[i], others.names[j]
+        yield Shared(stage, i, names[0], other, j, names[1], reason)
+    for other in absent_ilsvrc:
+      for i, name in enumerate(images.names):
+        if is_ilsvrc_validation(name):
+          yield Shared(stage, i, name, other, -1, name, 'name')
+
+
+def _damaged(images: Images) -> int:
+  return int((~images.table['readable']).sum())

@@ -1,0 +1,191 @@
+"""What an image is known by: its bytes, and how it looks from afar.
+
+Looks survive another size, another quality of JPEG and another name. They are
+those of the whole image as a square, its aspect ignored, and of the square in
+its middle, because small copies of datasets are made either way.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import math
+import os
+import pathlib
+from concurrent import futures
+
+import numpy as np
+from PIL import Image
+
+from jaxprog import files
+from jaxprog.data import preprocess, sources
+
+# Side of a thumbnail, in pixels: a quarter of the smallest copies, so that
+# their filters and their JPEG blocks hardly show.
+SIDE = 16
+# Smaller images show too little to tell two of them apart: the nearest two of
+# scikit-learn's 8x8 digits are as near as a photograph and its copy.
+MIN_SIDE = 32
+# JPEGs are decoded at the smallest scale that leaves this side.
+DECODED_SIDE = 64
+# Of SHA-256. Among 10^12 pairs of images, 128 bits agree by chance once in
+# 10^26 times.
+DIGEST_BYTES = 16
+# Raised whenever signatures of the same image would differ.
+VERSION = 1
+
+SIGNATURE = np.dtype(
+  [
+    ('digest', np.uint8, (DIGEST_BYTES,)),
+    # Whole image, middle square; red, green, blue.
+    ('thumbnails', np.uint8, (2, SIDE, SIDE, 3)),
+    # False: damaged, or not of any format that training reads.
+    ('readable', np.bool_),
+    # Whether the thumbnails say something.
+    ('comparable', np.bool_),
+  ]
+)
+_CHUNK = 128
+
+
+def read_signatures(
+  records: sources.Records,
+  *,
+  num_workers: int = 0,
+  progress: sources.Progress | None = None,
+) -> np.ndarray:
+  """Returns the SIGNATURE of every image that `records` are taken from.
+
+  (n,), to be indexed with `records.positions`; perhaps mapped from the file
+  beside the prepared dataset in which they are kept. They are computed by
+  threads, as many as cores unless `num_workers` says how many. A damaged image
+  is not readable and has only a digest. `progress` is called with the images
+  done and in all.
+  """
+  count = len(records.source)
+  file = _cache_file(records)
+  table = _load(file, count)
+  if table is None:
+    whole = dataclasses.replace(
+      records, positions=np.arange(count), labels=np.zeros(count, np.int32)
+    )
+    table = _compute(whole, num_workers or os.cpu_count() or 1, progress)
+    _save(file, table)
+  return table
+
+
+def sign(image: bytes, name: str = '') -> np.ndarray:
+  """Returns the SIGNATURE of one encoded image, ()."""
+  signature = np.zeros((), SIGNATURE)
+  digest = hashlib.sha256(image).digest()[:DIGEST_BYTES]
+  signature['digest'] = np.frombuffer(digest, np.uint8)
+  try:
+    width, height, pixels, box = _decode_small(image, name)
+  except preprocess.BadImageError:
+    return signature
+  signature['readable'] = True
+  if min(width, height) >= MIN_SIDE:
+    signature['comparable'] = True
+    whole = _shrink(pixels, box)
+    square = whole if width == height else _shrink_middle(pixels, box)
+    signature['thumbnails'] = whole, square
+  return signature
+
+
+def _decode_small(
+  image: bytes, name: str
+) -> tuple[int, int, Image.Image, preprocess.Box]:
+  """Returns width and height, a small decoding, and where the image lies."""
+  opened = preprocess.open_image(image, name)
+  width, height = opened.width, opened.height
+  denominator = 8
+  while denominator > 1 and min(width, height) < denominator * DECODED_SIDE:
+    denominator //= 2
+  pixels, inside, _ = opened.read((0, 0, width, height), denominator)
+  box = (
+    max(inside[0], 0),
+    max(inside[1], 0),
+    min(inside[2], pixels.shape[1]),
+    min(inside[3], pixels.shape[0]),
+  )
+  return width, height, Image.fromarray(pixels), box
+
+
+def _shrink_middle(pixels: Image.Image, box: preprocess.Box) -> np.ndarray:
+  """Returns `_shrink` of the largest square in the middle of `box`."""
+  left, top, right, bottom = box
+  x = max(0, (right - left) - (bottom - top)) / 2
+  y = max(0, (bottom - top) - (right - left)) / 2
+  left, top, right, bottom = left + x, top + y, right - x, bottom - y
+  # Cut out first, or the filter would see what lies around it.
+  x, y = math.floor(left), math.floor(top)
+  square = pixels.crop((x, y, math.ceil(right), math.ceil(bottom)))
+  return _shrink(square, (left - x, top - y, right - x, bottom - y))
+
+
+def _shrink(pixels: Image.Image, box: preprocess.Box) -> np.ndarray:
+  """Returns what is in `box` as uint8 (SIDE, SIDE, 3), antialiased."""
+  return np.asarray(pixels.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box))
+
+
+def _compute(
+  records: sources.Records,
+  num_workers: int,
+  progress: sources.Progress | None,
+) -> np.ndarray:
+  count = len(records)
+  table = np.empty(count, SIGNATURE)
+
+  def fill(start: int) -> int:
+    stop = min(start + _CHUNK, count)
+    for i in range(start, stop):
+      table[i] = sign(records.original(i))
+    return stop
+
+  pool = futures.ThreadPoolExecutor(num_workers)
+  try:
+    for done in pool.map(fill, range(0, count, _CHUNK)):
+      if progress:
+        progress(done, count)
+  finally:  # Ctrl-C need not wait for a million images.
+    pool.shutdown(cancel_futures=True)
+  return table
+
+
+def _cache_file(records: sources.Records) -> pathlib.Path:
+  """Returns where signatures are kept; another name for other images.
+
+  What tfds says of the dataset holds the fingerprint of the raw images, and
+  the sizes of the files change with any image's.
+  """
+  digest = hashlib.sha256(f'{VERSION}'.encode())
+  for name in ('dataset_info.json', 'metadata.json'):
+    with contextlib.suppress(OSError):
+      digest.update((records.directory / name).read_bytes())
+  for file in sorted(records.directory.glob(f'*-{records.name}.array_record*')):
+    digest.update(f'{file.name}\0{file.stat().st_size}\0'.encode())
+  key = digest.hexdigest()[:16]
+  return records.directory / f'signatures-{records.name}-{key}.npy'
+
+
+def _load(file: pathlib.Path, count: int) -> np.ndarray | None:
+  try:
+    # ImageNet's are 2 GB.
+    table = np.load(file, mmap_mode='r', allow_pickle=False)
+  except (OSError, ValueError, EOFError):
+    return None  # Not there yet, or not whole.
+  fits = table.shape == (count,) and table.dtype == SIGNATURE
+  return table if fits else None
+
+
+def _save(file: pathlib.Path, table: np.ndarray) -> None:
+  if not file.parent.is_dir():
+    return
+  buffer = io.BytesIO()
+  np.save(buffer, table, allow_pickle=False)
+  with contextlib.suppress(OSError):  # Prepared data may be read-only.
+    files.write_bytes(file, buffer.getvalue())
+    prefix = file.name.rpartition('-')[0]
+    for old in file.parent.glob(f'{prefix}-*.npy'):
+      if old != file:
+        old.unlink()

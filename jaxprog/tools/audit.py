@@ -1,0 +1,218 @@
+"""Finds training images that some stage is evaluated on."""
+
+import pathlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+from ml_collections import config_dict
+
+from jaxprog import files, stages
+from jaxprog.data import leaks, sources
+
+NUM_EXAMPLES = 10
+
+
+def audit(
+  config: config_dict.ConfigDict,
+  workdir: str | pathlib.Path | None = None,
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+) -> int:
+  """Returns 0 if no leak is trained on, else 1; prints what was found.
+
+  Leaks that config.exclude_leaks keeps out of training count as none. Every
+  pair is written to WORKDIR/audit.json where there is a `workdir`. Stages
+  whose data is not here are named and left out.
+
+  Raises:
+    UserError: for mistakes in the config, or if no dataset is here.
+  """
+  chosen = stages.select(stages.create_stages(config), only, skip)
+  console = rich.console.Console()
+  datasets, absent = _load(chosen, config.data_dir)
+  found = _find(datasets, absent, console)
+  console.print(_table(datasets, found))
+  for line in _lines(found, absent):
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+  if workdir:
+    path = pathlib.Path(workdir) / 'audit.json'
+    files.write_json(path, _summary(datasets, absent, found))
+    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+  excluded = sum(int(x.sum()) for x in found.excluded.values())
+  console.print(
+    _verdict(excluded, config.exclude_leaks), highlight=False, soft_wrap=True
+  )
+  return int(excluded > 0 and not config.exclude_leaks)
+
+
+def _load(
+  chosen: Iterable[stages.Stage], data_dir: str
+) -> tuple[dict[str, sources.Dataset], dict[str, str]]:
+  """Returns the datasets that are here, and the names of the others."""
+  chosen = list(chosen)
+  absent = {
+    stage.name: stage.dataset
+    for stage in chosen
+    if not _is_here(stage.dataset, pathlib.Path(data_dir))
+  }
+  if len(absent) == len(chosen):
+    absent = {}  # Loading the first one says where it should be.
+  datasets = {
+    stage.name: sources.load_dataset(
+      stage.dataset,
+      data_dir,
+      classes=stage.classes,
+      num_classes=stage.num_classes,
+      where=f'stage {stage.name!r}',
+    )
+    for stage in chosen
+    if stage.name not in absent
+  }
+  return datasets, absent
+
+
+def _is_here(dataset: str, data_dir: pathlib.Path) -> bool:
+  return bool(
+    dataset == 'digits'
+    or sources.find_raw(dataset, data_dir)
+    or sources.find_prepared(dataset, data_dir)
+  )
+
+
+def _find(
+  datasets: Mapping[str, sources.Dataset],
+  absent: Mapping[str, str],
+  console: rich.console.Console,
+) -> leaks.Holdout:
+  """Returns what `leaks.holdout` finds; shows how far it is."""
+  columns = (
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TimeRemainingColumn(),
+  )
+  with rich.progress.Progress(
+    *columns,
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
+  ) as bar:
+    tasks: dict[str, rich.progress.TaskID] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+      if what not in tasks:
+        tasks[what] = bar.add_task(what, total=total)
+      bar.update(tasks[what], completed=done)
+
+    return leaks.holdout(datasets, absent=absent, progress=show)
+
+
+def _table(
+  datasets: Mapping[str, sources.Dataset], found: leaks.Holdout
+) -> rich.table.Table:
+  """Returns how many images each stage must not train on, and why."""
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+  table.add_column('stage', overflow='fold')
+  columns = ('images', 'by name', 'by content', 'perceptual')
+  for column in columns:
+    table.add_column(column, justify='right', no_wrap=True)
+  table.add_column('contaminates', overflow='fold')
+  for stage, dataset in datasets.items():
+    counts = found.counts[stage]
+    targets = found.contaminates[stage]
+    table.add_row(
+      stage,
+      f'{len(dataset.train):,}',
+      *(f'{counts[reason]:,}' for reason in leaks.REASONS),
+      '\n'.join(f'{x} ({n:,})' for x, n in targets.items()) or '-',
+    )
+  return table
+
+
+def _lines(found: leaks.Holdout, absent: Mapping[str, str]) -> list[str]:
+  """Returns examples, and what was not excluded or not looked at."""
+  lines = []
+  examples = _examples(found.leaks)
+  if examples:
+    lines.append(f'{len(examples)} of {len(found.leaks):,} pairs:')
+    lines += [f'  {_describe(leak)}' for leak in examples]
+  shared = Counter((x.stage, x.other_stage) for x in found.shared)
+  lines += [
+    f'{stage} and {other} share {n:,} evaluation image{"s" * (n > 1)}, '
+    'not excluded.'
+    for (stage, other), n in shared.items()
+  ]
+  lines += [
+    f'{stage}: {n:,} image{"s" * (n > 1)} cannot be read; --mode=verify '
+    'names them.'
+    for stage, n in found.damaged.items()
+    if n
+  ]
+  lines += [
+    f'{stage}: {dataset} is not here; '
+    + ('known by name.' if leaks.evaluates_on_ilsvrc(dataset) else 'left out.')
+    for stage, dataset in absent.items()
+  ]
+  return lines
+
+
+def _examples(found: Sequence[leaks.Leak]) -> list[leaks.Leak]:
+  """Returns some leaks: of every kind one, then of every kind a second, …."""
+  seen: Counter = Counter()
+  ranked: list[tuple[int, int]] = []
+  for leak in found:
+    kind = (leak.train_stage, leak.eval_stage, leak.reason)
+    ranked.append((seen[kind], len(ranked)))
+    seen[kind] += 1
+  first = sorted(ranked)[:NUM_EXAMPLES]
+  return sorted(found[i] for _, i in first)
+
+
+def _describe(leak: leaks.Leak) -> str:
+  """Returns the training and the evaluation file on one line."""
+  target = leak.eval_stage
+  if leak.eval_index >= 0:
+    target += f'/{leak.eval_file}'
+  return f'{leak.train_stage}/{leak.train_file} -> {target}'
+
+
+def _verdict(excluded: int, exclude_leaks: bool) -> str:
+  if not excluded:
+    return 'No training image is an evaluation image.'
+  images = f'{excluded:,} training image{"s" * (excluded > 1)}'
+  if exclude_leaks:
+    return f'{images} kept out of training by config.exclude_leaks.'
+  leak = 'leak' if excluded > 1 else 'leaks'
+  return f'{images} {leak}: --config.exclude_leaks=True keeps them out.'
+
+
+def _summary(
+  datasets: Mapping[str, sources.Dataset],
+  absent: Mapping[str, str],
+  found: leaks.Holdout,
+) -> dict:
+  """Returns what audit.json holds."""
+  return {
+    'version': 1,
+    'stages': [
+      {
+        'name': stage,
+        'dataset': dataset.name,
+        'num_train_images': len(dataset.train),
+        'num_eval_images': len(dataset.eval),
+        'excluded': int(found.excluded[stage].sum()),
+        'reasons': found.counts[stage],
+        'contaminates': found.contaminates[stage],
+        'damaged': found.damaged[stage],
+      }
+      for stage, dataset in datasets.items()
+    ],
+    'absent': dict(absent),
+    'leaks': [leak._asdict() for leak in found.leaks],
+    'shared_evaluation': [pair._asdict() for pair in found.shared],
+  }
