@@ -15,11 +15,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
+from absl import logging as absl_logging
 
 import jaxprog
 from jaxprog import errors
 
-MODES = ('train', 'check', 'prepare', 'eval', 'lr_find')
+MODES = (
+  'train',
+  'check',
+  'prepare',
+  'verify',
+  'audit',
+  'eval',
+  'lr_find',
+)
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string('config', '', 'Config FILE[:ARG].', flag_values=FLAGS)
@@ -43,6 +52,18 @@ flags.DEFINE_bool(
   'Go on with a run that began with another config.',
   flag_values=FLAGS,
 )
+flags.DEFINE_string(
+  'input', '', 'prepare: an archive of raw images.', flag_values=FLAGS
+)
+flags.DEFINE_string(
+  'sha256', '', "prepare: the archive's SHA-256.", flag_values=FLAGS
+)
+flags.DEFINE_bool(
+  'download',
+  False,
+  'prepare: fetch Imagenette and Tiny ImageNet.',
+  flag_values=FLAGS,
+)
 flags.DEFINE_bool('help', False, 'Show this.', flag_values=FLAGS)
 
 
@@ -51,6 +72,10 @@ def main(argv: Sequence[str]) -> int:
   # TensorFlow, which only writes TensorBoard's files, has much to say.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  # tfds warns that it does not know the configuration of folder:PATH.
+  absl_logging.get_absl_logger().addFilter(
+    lambda record: 'custom data configuration' not in str(record.msg)
+  )
   try:
     return run(parse_flags(argv))
   except errors.UserError as e:
@@ -84,7 +109,22 @@ def run(overrides: dict[str, str]) -> int:
   config = jaxprog.load_config(FLAGS.config or saved_config(), overrides)
   match FLAGS.mode:
     case 'prepare':
-      jaxprog.prepare(config, only=FLAGS.only, skip=FLAGS.skip)
+      jaxprog.prepare(
+        config,
+        only=FLAGS.only,
+        skip=FLAGS.skip,
+        input=FLAGS.input,
+        sha256=FLAGS.sha256,
+        download=FLAGS.download,
+      )
+    case 'verify':
+      return jaxprog.verify(
+        config, FLAGS.workdir or None, only=FLAGS.only, skip=FLAGS.skip
+      )
+    case 'audit':
+      return jaxprog.audit(
+        config, FLAGS.workdir or None, only=FLAGS.only, skip=FLAGS.skip
+      )
     case 'train':
       jaxprog.train(
         config,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
   'Stopped',
   'UserError',
+  'audit',
   'check',
   'evaluate',
   'load_config',
@@ -28,6 +29,7 @@ __all__ = [
   'report',
   'train',
   'train_stage',
+  'verify',
 ]
 __version__ = '0.1.0'
 
@@ -57,11 +59,47 @@ def prepare(
   *,
   only: Sequence[str] = (),
   skip: Sequence[str] = (),
+  input: str = '',
+  sha256: str = '',
+  download: bool = False,
 ) -> None:
   """Prepares the datasets of the stages; see jaxprog.tools.prepare."""
   from jaxprog.tools import prepare as tool
 
-  tool.prepare(config, only=only, skip=skip)
+  tool.prepare(
+    config,
+    only=only,
+    skip=skip,
+    input=input,
+    sha256=sha256,
+    download=download,
+  )
+
+
+def verify(
+  config: 'config_dict.ConfigDict',
+  workdir: str | pathlib.Path | None = None,
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+) -> int:
+  """Returns 0 if all images are in order, else 1; see jaxprog.tools.verify."""
+  from jaxprog.tools import verify as tool
+
+  return tool.verify(config, workdir, only=only, skip=skip)
+
+
+def audit(
+  config: 'config_dict.ConfigDict',
+  workdir: str | pathlib.Path | None = None,
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+) -> int:
+  """Returns the exit code of an audit; see jaxprog.tools.audit."""
+  from jaxprog.tools import audit as tool
+
+  return tool.audit(config, workdir, only=only, skip=skip)
 
 
 def train(

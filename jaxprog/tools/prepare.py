@@ -1,13 +1,15 @@
 """Prepares the datasets of a config, so that training can begin at once."""
 
-from collections.abc import Sequence
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
 
 import rich.console
 import rich.progress
 from ml_collections import config_dict
 
-from jaxprog import stages
-from jaxprog.data import sources
+from jaxprog import errors, stages
+from jaxprog.data import archives, sources
 
 
 def prepare(
@@ -15,26 +17,136 @@ def prepare(
   *,
   only: Sequence[str] = (),
   skip: Sequence[str] = (),
+  input: str = '',
+  sha256: str = '',
+  download: bool = False,
 ) -> None:
   """Prepares every dataset that the chosen stages use, each once.
 
+  `input` is an archive of raw images with that SHA-256, unpacked into
+  config.data_dir first. `download` fetches those of Imagenette and Tiny
+  ImageNet that the stages need and that are not there.
+
   Raises:
-    UserError: if raw images are missing or wrong.
+    UserError: if raw images are missing or wrong, or an archive is not what
+      it should be.
   """
   chosen = stages.select(stages.create_stages(config), only, skip)
+  datasets = tuple(dict.fromkeys(stage.dataset for stage in chosen))
+  data_dir = pathlib.Path(config.data_dir)
   console = rich.console.Console()
-  for dataset in dict.fromkeys(stage.dataset for stage in chosen):
-    columns = (
-      rich.progress.TextColumn('{task.description}'),
-      rich.progress.BarColumn(),
-      rich.progress.MofNCompleteColumn(),
-      rich.progress.TimeRemainingColumn(),
+  if sha256 and not input:
+    raise errors.UserError(
+      '--sha256 is of no archive.', '', 'Name it with --input=ARCHIVE.'
     )
-    with rich.progress.Progress(*columns, console=console) as bar:
-      task = bar.add_task(dataset, visible=False)
+  if input:
+    _unpack(input, sha256, data_dir, datasets, console)
+  if download:
+    for dataset in datasets:
+      _download(dataset, data_dir, console)
+  for dataset in datasets:
+    with progress_bar(console, dataset) as show:
+      sources.prepare(dataset, data_dir, progress=show)
+    console.print(f'{dataset}: prepared in {data_dir}/prepared')
+  for stage in chosen:
+    _store(stage, data_dir, console)
 
-      def show(done, total, bar=bar, task=task):
-        bar.update(task, completed=done, total=total, visible=True)
 
-      sources.prepare(dataset, config.data_dir, progress=show)
-    console.print(f'{dataset}: prepared in {config.data_dir}/prepared')
+def _store(
+  stage: stages.Stage, data_dir: pathlib.Path, console: rich.console.Console
+) -> None:
+  """Writes the training images in the form that `stage` reads."""
+  if stage.stored.kind == 'original':
+    return
+  dataset = sources.load_dataset(stage.dataset, data_dir)
+  with progress_bar(console, f'{stage.dataset}, {stage.storage}') as show:
+    dataset = sources.store(dataset, stage.stored, progress=show)
+  console.print(
+    f'{stage.dataset}: stored as {dataset.version}', highlight=False
+  )
+
+
+@contextlib.contextmanager
+def progress_bar(
+  console: rich.console.Console, title: str, *, count: bool = True
+) -> Iterator[Callable[[int, int], None]]:
+  """Yields a function that shows how much is done, and of how much.
+
+  Nothing is shown where the output is no terminal. `count` shows both numbers
+  rather than their ratio.
+  """
+  columns = (
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn()
+    if count
+    else rich.progress.TaskProgressColumn(),
+    rich.progress.TimeRemainingColumn(),
+  )
+  with rich.progress.Progress(
+    *columns, console=console, disable=not console.is_terminal
+  ) as bar:
+    task = bar.add_task(title, visible=False)
+    yield lambda done, total: bar.update(
+      task, completed=done, total=total, visible=True
+    )
+
+
+def _unpack(
+  archive: str,
+  sha256: str,
+  data_dir: pathlib.Path,
+  datasets: Sequence[str],
+  console: rich.console.Console,
+) -> None:
+  """Unpacks an archive that the user has, once its sum is known to be right."""
+  if not sha256:
+    raise errors.UserError(
+      f'--input needs --sha256; that of this file is '
+      f'{archives.sha256_file(archive)}.',
+      archive,
+      "Compare it with its publisher's, then give it as --sha256.",
+    )
+  with progress_bar(console, f'unpack {archive}', count=False) as show:
+    found = archives.extract(
+      archive,
+      data_dir,
+      sha256=sha256,
+      expected=_raw_folders(datasets, data_dir),
+      progress=show,
+    )
+  for path in found:
+    console.print(f'unpacked {path}', highlight=False, soft_wrap=True)
+
+
+def _raw_folders(
+  datasets: Sequence[str], data_dir: pathlib.Path
+) -> tuple[str, ...]:
+  """Returns the names below `data_dir` that hold raw images of `datasets`."""
+  names: list[str] = []
+  for dataset in datasets:
+    if dataset in sources.LOCAL:
+      names += sources.LOCAL[dataset].FOLDERS
+    path = pathlib.Path(dataset.removeprefix('folder:')).expanduser()
+    if dataset.startswith('folder:') and data_dir.absolute() in (
+      path.absolute().parents
+    ):
+      names.append(path.absolute().relative_to(data_dir.absolute()).parts[0])
+  return tuple(names)
+
+
+def _download(
+  dataset: str, data_dir: pathlib.Path, console: rich.console.Console
+) -> None:
+  """Fetches and unpacks a known archive, unless its dataset is there."""
+  archive = archives.KNOWN.get(dataset)
+  if (
+    archive is None
+    or sources.find_raw(dataset, data_dir)
+    or sources.find_prepared(dataset, data_dir)
+  ):
+    return
+  path = data_dir / 'downloads' / pathlib.PurePath(archive.url).name
+  with progress_bar(console, f'fetch {dataset}', count=False) as show:
+    archives.download(archive.url, path, archive.sha256, show)
+  _unpack(str(path), archive.sha256, data_dir, (dataset,), console)
