@@ -45,8 +45,8 @@ def get_config() -> config_dict.ConfigDict:
 
   # Workers that decode images in each process; 0: one a core.
   config.num_workers = 0
-  # 'thread', 'process', or 'auto': threads up to 16 workers, then processes,
-  # because Python runs in one thread at a time.
+  # 'thread', 'process', or 'auto': threads up to 16 workers (2 of raw images),
+  # then processes, because Python runs in one thread at a time.
   config.worker_kind = 'auto'
   # Train on no image that some stage evaluates on, nor on any of ILSVRC's
   # validation images.

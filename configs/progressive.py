@@ -13,6 +13,7 @@ def get_config(model: str = 'resnet50') -> config_dict.ConfigDict:
   """Returns the four stages, from 10 classes to 1000."""
   config = default.get_config()
   config.model = model
+  config.exclude_leaks = True
   config.stage_defaults.mixed_precision = True
   config.stage_defaults.gradient_clipping = 1.0
   config.stage_defaults.label_smoothing = 0.1

@@ -155,7 +155,9 @@ def _run_config_file(
     raise errors.UserError(
       f'The config file fails: {type(e).__name__}: {message}',
       where + (f':{argument}' if argument else ''),
-      'It must define get_config(), which may take one string.',
+      'It must define get_config(), which may take one string.'
+      if isinstance(e, AttributeError | TypeError)
+      else '',
     ) from e
   if not isinstance(config, config_dict.ConfigDict):
     raise errors.UserError(

@@ -1,12 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 
 from jaxprog import stages
 from jaxprog.models import resnet
-
-PARITY = 'make test PARITY=1 installs PyTorch and timm to compare with'
 
 
 def create(name='resnet10', image_size=16, num_filters=4, **kwargs):
@@ -105,15 +104,157 @@ def test_running_statistics_follow_the_batch():
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def _pytorch_resnet50(torch):
+def blur_tap_by_tap(x):
+  """Returns the binomial blur, written out in float64."""
+  padded = np.pad(np.asarray(x, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+  height, width = x.shape[1:3]
+  return sum(
+    a * b / 16 * padded[:, i : i + height, j : j + width]
+    for i, a in enumerate((1, 2, 1))
+    for j, b in enumerate((1, 2, 1))
+  )
+
+
+@pytest.mark.parametrize('size', [(8, 8), (7, 10), (1, 1), (2, 1)])
+def test_blur_is_the_binomial_kernel_with_zeros_around(size):
+  x = jax.random.normal(jax.random.key(0), (2, *size, 5))
+  np.testing.assert_allclose(resnet.blur(x), blur_tap_by_tap(x), atol=1e-6)
+
+
+def test_blur_equals_a_depthwise_convolution_of_pytorch():
+  torch = pytest.importorskip('torch', reason=parity.REASON)
+  x = jax.random.normal(jax.random.key(0), (2, 9, 12, 6))
+  expected = _pytorch_blur(torch, 6)(
+    torch.from_numpy(np.array(x).transpose(0, 3, 1, 2))
+  ).numpy()
+  found = resnet.blur(x)
+  np.testing.assert_allclose(
+    found, expected.transpose(0, 2, 3, 1), atol=1e-6, rtol=0
+  )
+
+
+def test_blur_removes_what_a_stride_of_two_would_fold():
+  rows = jnp.where(jnp.arange(8) % 2, -1.0, 1.0)
+  x = jnp.broadcast_to(rows[:, None, None], (1, 8, 8, 3))
+  np.testing.assert_array_equal(resnet.blur(x)[:, 1:-1], 0)
+
+
+def test_blur_of_bfloat16_is_rounded_once():
+  x = jax.random.normal(jax.random.key(0), (2, 9, 9, 4), jnp.bfloat16)
+  found = resnet.blur(x)
+  assert found.dtype == jnp.bfloat16
+  exact = resnet.blur(x.astype(jnp.float32))
+  np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
+def test_gradients_pass_the_blur_as_through_a_symmetric_matrix():
+  x, dy = jax.random.normal(jax.random.key(0), (2, 2, 7, 6, 3))
+  dx = jax.vjp(resnet.blur, x)[1](dy)[0]
+  np.testing.assert_allclose(dx, blur_tap_by_tap(dy), atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['resnet10', 'resnet50'])
+def test_blur_pool_has_no_parameters(name):
+  plain, blurred = (
+    init(create(name, num_filters=16, blur_pool=b), 16) for b in (False, True)
+  )
+  assert plain == blurred
+
+
+def jitted_init(model, images):
+  return jax.jit(lambda rng: model.init(rng, images, train=False))(
+    jax.random.key(1)
+  )
+
+
+def blocks_of(model, variables, images):
+  """Returns what each block of `model` makes of `images`, by its name."""
+
+  @jax.jit
+  def apply(variables):
+    return model.apply(
+      variables,
+      images,
+      train=False,
+      capture_intermediates=lambda module, _: isinstance(module, model.block),
+    )[1]['intermediates']
+
+  outputs = apply(variables)
+  return {name: out['__call__'][0] for name, out in outputs.items()}
+
+
+# The last three of the four blocks stride. What enters has one, one, two and
+# four times as many channels as the first has filters; 16 are enough.
+@pytest.mark.parametrize(
+  ('num_filters', 'expected'),
+  [(4, [True, True, True, False]), (16, [True, False, False, False])],
+)
+def test_only_strides_over_many_channels_are_blurred(num_filters, expected):
+  plain, blurred = (
+    create(num_filters=num_filters, blur_pool=b) for b in (False, True)
+  )
+  images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+  variables = jitted_init(plain, images)
+  before, after = (blocks_of(m, variables, images) for m in (plain, blurred))
+  same = [np.array_equal(before[name], after[name]) for name in sorted(before)]
+  assert same == expected
+
+
+def test_every_weight_of_a_blurred_network_gets_a_gradient():
+  model = resnet.ResNet(
+    block_sizes=(1, 1),
+    block=resnet.BottleneckBlock,
+    num_classes=10,
+    num_filters=16,
+    stem=resnet.Stem(stride=1, pool=False),
+    stem_kernel=3,
+    blur_pool=True,
+    dtype=jnp.bfloat16,
+  )
+  images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+  variables = jitted_init(model, images)
+  # The last norm of a block starts at 0, which stops all gradients before it.
+  params = jax.tree.map(lambda x: x + 0.1, variables['params'])
+
+  @jax.jit
+  @jax.grad
+  def gradients(params):
+    logits, _ = model.apply(
+      {**variables, 'params': params},
+      images,
+      train=True,
+      mutable=['batch_stats'],
+    )
+    return jnp.sum(logits**2)
+
+  for grad in jax.tree.leaves(gradients(params)):
+    assert np.isfinite(grad).all()
+    assert np.any(grad)
+
+
+def _pytorch_blur(torch, channels):
+  """Returns the blur as the depthwise convolution that others make of it."""
+  conv = torch.nn.Conv2d(
+    channels, channels, 3, padding=1, groups=channels, bias=False
+  )
+  side = torch.tensor([1.0, 2.0, 1.0])
+  conv.weight.data = (torch.outer(side, side) / 16).repeat(channels, 1, 1, 1)
+  return conv.requires_grad_(False)
+
+
+def _blur_pytorch(torch, module):
+  """Puts a blur in front of strided convolutions, as ffcv-imagenet does."""
+  for name, child in module.named_children():
+    if not isinstance(child, torch.nn.Conv2d):
+      _blur_pytorch(torch, child)
+    elif child.stride == (2, 2) and child.in_channels >= 16:
+      blur = _pytorch_blur(torch, child.in_channels)
+      setattr(module, name, torch.nn.Sequential(blur, child))
+
+
+def _pytorch_resnet50():
   """Returns timm's ResNet-50: code no one here wrote."""
-  library = torch.library.Library('torchvision', 'FRAGMENT')
-  for name in ('nms', 'qnms'):
-    # timm imports torchvision, whose only wheels on the index are for CUDA:
-    # without these two names it fails beside a PyTorch for CPUs.
-    if not hasattr(torch.ops.torchvision, name):
-      library.define(f'{name}(Tensor boxes, Tensor scores, float t) -> Tensor')
-  timm = pytest.importorskip('timm', reason=PARITY)
+  timm = parity.import_module('timm')
   return timm.create_model('resnet50')
 
 
@@ -154,21 +295,28 @@ def _to_flax(state_dict):
   return variables
 
 
-def test_resnet50_equals_pytorch():
-  torch = pytest.importorskip('torch', reason=PARITY)
+@pytest.mark.parametrize(
+  ('image_size', 'blur_pool'), [(224, False), (128, True)]
+)
+def test_resnet50_equals_pytorch(image_size, blur_pool):
+  torch = pytest.importorskip('torch', reason=parity.REASON)
   torch.manual_seed(0)
-  peer = _pytorch_resnet50(torch).eval()
+  peer = _pytorch_resnet50().eval()
   for module in peer.modules():
     if isinstance(module, torch.nn.BatchNorm2d):
       torch.nn.init.uniform_(module.weight, 0.5, 1.0)
       torch.nn.init.normal_(module.bias, std=0.1)
       torch.nn.init.normal_(module.running_mean, std=0.1)
       torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-  images = torch.randn(2, 3, 224, 224)
+  variables = _to_flax(peer.state_dict())
+  if blur_pool:
+    _blur_pytorch(torch, peer)
+  images = torch.randn(2, 3, image_size, image_size)
   with torch.no_grad():
     expected = peer(images).numpy()
-  model = resnet.create_model('resnet50', num_classes=1000, image_size=224)
-  variables = _to_flax(peer.state_dict())
+  model = resnet.create_model(
+    'resnet50', num_classes=1000, image_size=image_size, blur_pool=blur_pool
+  )
   found = jax.jit(lambda v, x: model.apply(v, x, train=False))(
     variables, images.numpy().transpose(0, 2, 3, 1)
   )

@@ -7,12 +7,18 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from jaxprog.models import conv
 
 ModuleDef = Callable[..., Any]
+
+# ffcv's and Composer's limit: it spares the first convolution, which would
+# lose the image's own edges.
+_LEAST_BLUR_CHANNELS = 16
 
 
 class Stem(NamedTuple):
@@ -40,10 +46,13 @@ class BasicBlock(nn.Module):
   stride: int
   conv: ModuleDef
   norm: ModuleDef
+  blur_pool: bool = False
 
   @nn.compact
   def __call__(self, x):
     """Returns (N, H / stride, W / stride, filters)."""
+    # Where there is a stride, both of the convolutions that see `x` have it.
+    x = _blur_before_stride(self, x)
     y = self.conv(self.filters, 3, self.stride, name='conv1')(x)
     y = nn.relu(self.norm(name='norm1')(y))
     y = self.conv(self.filters, 3, 1, name='conv2')(y)
@@ -58,16 +67,19 @@ class BottleneckBlock(nn.Module):
   stride: int
   conv: ModuleDef
   norm: ModuleDef
+  blur_pool: bool = False
 
   @nn.compact
   def __call__(self, x):
     """Returns (N, H / stride, W / stride, 4 * filters)."""
     y = self.conv(self.filters, 1, 1, name='conv1')(x)
     y = nn.relu(self.norm(name='norm1')(y))
+    y = _blur_before_stride(self, y)
     y = self.conv(self.filters, 3, self.stride, name='conv2')(y)
     y = nn.relu(self.norm(name='norm2')(y))
     y = self.conv(4 * self.filters, 1, 1, name='conv3')(y)
     y = self.norm(name='norm3', scale_init=nn.initializers.zeros)(y)
+    x = _blur_before_stride(self, x)
     return nn.relu(y + _shortcut(self, x, y))
 
 
@@ -80,6 +92,29 @@ def _shortcut(block: BasicBlock | BottleneckBlock, x, y):
   return block.norm(name='shortcut_norm')(x)
 
 
+def _blur_before_stride(block: BasicBlock | BottleneckBlock, x):
+  """Returns `x`, blurred if `block` is about to skip pixels of it."""
+  strided = block.stride > 1 and x.shape[-1] >= _LEAST_BLUR_CHANNELS
+  return blur(x) if block.blur_pool and strided else x
+
+
+def blur(x: jax.Array) -> jax.Array:
+  """Returns NHWC images under the kernel [1, 2, 1] x [1, 2, 1] / 16.
+
+  Each channel for itself, with zeros around the image (Zhang 2019,
+  arXiv:1904.11486). Sums of shifted images: as a depthwise convolution XLA
+  takes 20 times as long on CPU. Summed in f32 at least and rounded once.
+  """
+  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  for axis in (1, 2):
+    pads = [(1, 1) if i == axis else (0, 0) for i in range(4)]
+    size, padded = y.shape[axis], jnp.pad(y, pads)
+    before = lax.slice_in_dim(padded, 0, size, axis=axis)
+    after = lax.slice_in_dim(padded, 2, size + 2, axis=axis)
+    y = (before + 2 * y + after) / 4
+  return y.astype(x.dtype)
+
+
 class ResNet(nn.Module):
   """A residual network; the last norm of each block starts at zero."""
 
@@ -89,6 +124,7 @@ class ResNet(nn.Module):
   num_filters: int = 64
   stem: Stem = Stem(stride=2, pool=True)
   stem_kernel: int = 7
+  blur_pool: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -116,6 +152,7 @@ class ResNet(nn.Module):
           stride=2 if i > 0 and j == 0 else 1,
           conv=conv_def,
           norm=norm_def,
+          blur_pool=self.blur_pool,
           name=f'block{i + 1}_{j + 1}',
         )(x)
     # f32 from here: a bf16 softmax has three digits.
@@ -138,12 +175,15 @@ def create_model(
   image_size: int,
   num_filters: int = 64,
   stem_kernel: int = 7,
+  blur_pool: bool = False,
   dtype: Any = jnp.float32,
 ) -> ResNet:
   """Returns the network `name` with the stem that suits `image_size`.
 
   Parameters have the same shapes for every image size, so that weights fit
-  across stages; only `head` depends on `num_classes`.
+  across stages; only `head` depends on `num_classes`. With `blur_pool`,
+  strided convolutions of the blocks see blurred images, as in ffcv-imagenet;
+  that has no parameters.
   """
   models = {
     'resnet10': resnet10,
@@ -158,5 +198,6 @@ def create_model(
     num_filters=num_filters,
     stem=choose_stem(image_size),
     stem_kernel=stem_kernel,
+    blur_pool=blur_pool,
     dtype=dtype,
   )
