@@ -100,6 +100,18 @@ def test_damage_within_is_noticed():
   assert jpeg.decode_region(bytes(image), header, (0, 0, *SIZE)) is None
 
 
+def test_damage_is_forgotten_with_the_next_image():
+  image = photograph()
+  rng = np.random.default_rng(0)
+  for _ in range(300):
+    damaged = bytearray(image)
+    damaged[rng.integers(2, 700)] ^= 1 << rng.integers(8)
+    header = jpeg.read_header(bytes(damaged))
+    if header and header.width * header.height < 10**6:
+      jpeg.decode_region(bytes(damaged), header, (0, 0, 9, 9))
+    assert jpeg.read_header(image)[:2] == SIZE
+
+
 def test_threads_do_not_disturb_each_other():
   images = [photograph(i % 3) for i in range(3)]
   headers = [jpeg.read_header(x) for x in images]

@@ -170,3 +170,16 @@ def test_a_holdout_follows_the_names(tmp_path):
   assert set(again) == {x for x in names if not x.startswith('n01')}
   with pytest.raises(errors.UserError, match='takes 0 of the 15'):
     sources.hold_out(dataset, 1e-9, "stage 'a'")
+
+
+def test_a_flipped_bit_in_a_pack_is_noticed(tmp_path):
+  dataset = split(tmp_path)
+  store(dataset, 'raw')
+  (path,) = sources.list_packs(dataset.train.records.directory)
+  assert packs.is_intact(path)
+  content = bytearray((path / 'images.bin').read_bytes())
+  content[1000] ^= 1
+  (path / 'images.bin').write_bytes(content)
+  assert not packs.is_intact(path)
+  (path / 'pack.json').unlink()
+  assert not packs.is_intact(path)

@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import parity
 import pytest
 from data_fixtures import encode, photo, real_data
 from PIL import Image
@@ -244,3 +245,25 @@ def test_a_bit_flipped_file_is_pixels_or_refused():
     flipped[rng.integers(len(image))] ^= 1 << rng.integers(8)
     with contextlib.suppress(preprocess.BadImageError):
       assert crop(bytes(flipped)).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
+@pytest.mark.parametrize('eval_crop', [0.875, 1.0])
+def test_center_crop_is_torchvisions(interpolation, eval_crop):
+  transforms = parity.import_module('torchvision.transforms')
+  mode = transforms.InterpolationMode(interpolation)
+  for size in ((301, 223), (223, 301), (90, 64), (1000, 700)):
+    image = encode(texture(*size), 'JPEG', quality=92)
+    for side in (32, 64):
+      recipe = transforms.Compose(
+        [
+          transforms.Resize(round(side / eval_crop), mode),
+          transforms.CenterCrop(side),
+        ]
+      )
+      expected = np.asarray(recipe(Image.open(io.BytesIO(image))))
+      got = preprocess.center_crop(
+        image, side, eval_crop=eval_crop, interpolation=interpolation
+      )
+      # At most 1 is asked for; the one resize differs by its rounding alone.
+      assert difference(got, expected) < 0.3

@@ -5,9 +5,10 @@ import pathlib
 import signal
 import time
 
+import numpy as np
 import pytest
 import runs
-from data_fixtures import write_class_folders
+from data_fixtures import encode, write_class_folders, write_image
 
 CONFIG = 'tests/input_config.py'
 
@@ -129,6 +130,70 @@ def test_too_many_bad_images_end_the_run(run_main, folder):
   assert 'max_bad_images = 3' in result.stderr
   assert any(name in result.stderr for name in names)
   assert '--mode=verify' in result.stderr
+
+
+def test_leaks_are_kept_out_of_every_stage(run_main, folder):
+  for i, path in enumerate(sorted(folder.glob('raw/val/*/*'))):
+    write_image(path, 1000 + i)
+  train = folder / 'raw/train/n01'
+  leak = train / 'ILSVRC2012_val_00000001.JPEG'
+  leak.write_bytes((train / 'n01_train_0.JPEG').read_bytes() + b' ')
+  (train / 'copy.JPEG').write_bytes(
+    (folder / 'raw/val/n02/n02_val_1.JPEG').read_bytes()
+  )
+  config = f'--config={CONFIG}:{folder}'
+  result = run_main(config, '--mode=audit')
+  assert result.returncode == 1
+  assert '2 training images leak' in result.stdout
+  result = run_main(
+    config, '--config.exclude_leaks=True', f'--workdir={folder}/run'
+  )
+  assert result.returncode == 0, result.stderr
+  stage = only_stage(folder / 'run')
+  assert stage['excluded_images'] == {'name': 1, 'content': 1, 'perceptual': 0}
+  # 122 training images, the leaks and the hold-out left out.
+  assert stage['num_train_images'] + stage['num_eval_images'] == 120
+  report = (folder / 'run' / 'training_report.txt').read_text()
+  assert '2 training images were left out' in report
+
+
+def test_a_run_does_not_go_on_with_other_images(run_main, folder):
+  arguments = f'--config={CONFIG}:{folder}', f'--workdir={folder}/run'
+  process = runs.start_main(*arguments, '--config.checkpoint_every_steps=1')
+  runs.wait_for_step(process, folder / 'run', 'all', 2)
+  process.kill()
+  process.communicate()
+  write_image(folder / 'raw/train/n01/more.JPEG', 7)
+  write_image(folder / 'raw/train/n01/and_more.JPEG', 8)
+  assert run_main(arguments[0], '--mode=prepare').returncode == 0
+  result = run_main(*arguments)
+  assert result.returncode == 2
+  assert 'training images; there are' in result.stderr
+  assert len(result.stderr.strip().split('\n')) == 3
+
+
+def test_a_run_that_waits_for_its_input_says_so(run_main, folder):
+  rng = np.random.default_rng(0)
+  for path in (folder / 'raw').glob('train/*/*'):
+    path.write_bytes(
+      encode(rng.integers(0, 256, (1400, 1600, 3), np.uint8), 'PNG')
+    )
+  result = run_main(
+    f'--config={CONFIG}:{folder}',
+    f'--workdir={folder}/run',
+    '--config.num_workers=1',
+    '--config.stages[0].storage=original',
+    '--config.stages[0].num_epochs=1',
+    '--config.stages[0].phases=()',
+  )
+  assert result.returncode == 0, result.stderr
+  assert 'limited by its input' in result.stdout
+  stage = only_stage(folder / 'run')
+  assert stage['epochs'][0]['input_wait'] > 0.05
+  assert 'cores a process would do, 1 are used' in stage['input_limit']
+  assert "storage='raw:24'" in stage['input_limit']
+  report = (folder / 'run' / 'training_report.txt').read_text()
+  assert 'limited by its input' in report
 
 
 def worker_processes(pid):

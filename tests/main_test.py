@@ -125,16 +125,17 @@ def test_interrupted_equals_uninterrupted(
 def test_eight_devices_train_like_one(run_main, trained, config, tmp_path):
   result = run_main(config, f'--workdir={tmp_path}', devices=8)
   assert result.returncode == 0, result.stderr
-  for one, eight in zip(
+  # Sums over the batch are added in another order: f32 rounding, which the 10
+  # steps of the first stage leave alone and the next 70 amplify.
+  for one, eight, rel in zip(
     runs.read_history(trained[0])['stages'],
     runs.read_history(tmp_path)['stages'],
+    (1e-5, 5e-3, 1e-2),
     strict=True,
   ):
     for a, b in zip(one['epochs'], eight['epochs'], strict=True):
-      # Sums over the batch are added in another order: f32 rounding, which
-      # 20 to 70 steps of training amplify.
-      assert b['train_loss'] == pytest.approx(a['train_loss'], rel=2e-3)
-      assert b['grad_norm'] == pytest.approx(a['grad_norm'], rel=2e-2)
+      assert b['train_loss'] == pytest.approx(a['train_loss'], rel=rel)
+      assert b['grad_norm'] == pytest.approx(a['grad_norm'], rel=5 * rel)
 
 
 def test_only_and_skip(run_main, config, tmp_path):

@@ -114,15 +114,16 @@ def read_header(data: bytes) -> Header | None:
   decoder = _decoder()
   if decoder is None or _END_OF_IMAGE not in data[-1024:]:
     return None
-  if not decoder.read_header(data):
-    return None
-  block_width = _BLOCK_WIDTHS.get(decoder.get(_SUBSAMPLING))
+  block_width = None
+  if decoder.read_header(data):
+    block_width = _BLOCK_WIDTHS.get(decoder.get(_SUBSAMPLING))
   if (
     block_width is None
     or decoder.get(_PRECISION) != 8
     or decoder.get(_LOSSLESS)
     or decoder.get(_COLORSPACE) in (_CMYK, _YCCK)
   ):
+    _forget()
     return None
   return Header(decoder.get(_WIDTH), decoder.get(_HEIGHT), block_width)
 
@@ -165,6 +166,7 @@ def decode_region(
     )
   )
   if failed:
+    _forget()
     return None
   return Region(memory.reshape(part.height, part.width, 3), left, top)
 
@@ -177,6 +179,14 @@ def _decoder() -> _Decoder | None:
     library = _library()
     _threads.decoder = _Decoder(library) if library else None
     return _threads.decoder
+
+
+def _forget() -> None:
+  """Lets the next image begin with a new decoder.
+
+  After some damaged headers it would refuse whatever follows.
+  """
+  del _threads.decoder
 
 
 @functools.cache

@@ -7,6 +7,7 @@ in it (`offsets.npy`) and how large it is (`sizes.npy`).
 import collections
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import os
@@ -90,6 +91,16 @@ def open_pack(path: pathlib.Path, fingerprint: str) -> Pack | None:
   return Pack(path, info['kind'])
 
 
+def is_intact(path: pathlib.Path) -> bool:
+  """Returns whether the images are those that were written, to the bit."""
+  try:
+    expected = json.loads((path / 'pack.json').read_text())['sha256']
+    with open(path / 'images.bin', 'rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest() == expected
+  except (OSError, ValueError, KeyError):
+    return False
+
+
 def write_pack(
   path: pathlib.Path,
   read: Callable[[int], bytes],
@@ -112,9 +123,11 @@ def write_pack(
   _check_room(path, convert, count)
   offsets = np.zeros(count + 1, np.int64)
   sizes = np.zeros((count, 2), np.int32)
+  digest = hashlib.sha256()
   with open(temporary / 'images.bin', 'wb') as file:
     for i, (size, data) in enumerate(_in_order(convert, count)):
       file.write(data)
+      digest.update(data)
       sizes[i], offsets[i + 1] = size, offsets[i] + len(data)
       if progress:
         progress(i + 1, count)
@@ -124,7 +137,12 @@ def write_pack(
   np.save(temporary / 'sizes.npy', sizes)
   files.write_json(
     temporary / 'pack.json',
-    {**storage._asdict(), 'count': count, 'fingerprint': fingerprint},
+    {
+      **storage._asdict(),
+      'count': count,
+      'fingerprint': fingerprint,
+      'sha256': digest.hexdigest(),
+    },
   )
   if path.exists():
     shutil.rmtree(path)

@@ -691,6 +691,11 @@ def store(
   return dataclasses.replace(dataset, train=Split(packed))
 
 
+def list_packs(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the packs that `store` has made of a prepared dataset."""
+  return sorted((directory.parent / 'packed').glob(f'{directory.name}+*'))
+
+
 def parse_record(record: bytes) -> Any:
   """Returns the features of a serialized tf.train.Example."""
   return tf_example_pb2.Example.FromString(record).features.feature

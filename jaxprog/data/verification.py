@@ -18,7 +18,7 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 from jaxprog import errors, files
-from jaxprog.data import builders, preprocess, sources
+from jaxprog.data import builders, packs, preprocess, sources
 
 
 class Known(NamedTuple):
@@ -111,6 +111,7 @@ def verify_dataset(
     'splits': _count(seen, images.classes, KNOWN.get(dataset)),
   }
   problems += _find_bad(seen)
+  problems += _find_damaged_packs(images)
   problems += _find_missing_classes(images.path, report['splits'], num_classes)
   duplicates, report['warnings'] = _find_duplicates(seen)
   problems += duplicates
@@ -281,6 +282,17 @@ def _find_damage(encoded: bytes) -> tuple[str, str]:
 
 def _find_bad(seen: Iterable[Seen]) -> list[Problem]:
   return [_problem(x.kind, x.name, x.detail) for x in seen if x.kind]
+
+
+def _find_damaged_packs(images: Images) -> list[Problem]:
+  """Returns stored training images that are not what was written."""
+  if images.kind != 'prepared':
+    return []
+  return [
+    _problem('pack', str(path), 'not what was written; remove it')
+    for path in sources.list_packs(pathlib.Path(images.path))
+    if not packs.is_intact(path)
+  ]
 
 
 def _count(

@@ -34,8 +34,8 @@ def audit(
   """
   chosen = stages.select(stages.create_stages(config), only, skip)
   console = rich.console.Console()
-  datasets, absent = _load(chosen, config.data_dir)
-  found = _find(datasets, absent, console)
+  datasets, absent = load_present(chosen, config.data_dir)
+  found = find_leaks(datasets, absent, console)
   console.print(_table(datasets, found))
   for line in _lines(found, absent):
     console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -50,8 +50,8 @@ def audit(
   return int(excluded > 0 and not config.exclude_leaks)
 
 
-def _load(
-  chosen: Iterable[stages.Stage], data_dir: str
+def load_present(
+  chosen: Iterable[stages.Stage], data_dir: str | pathlib.Path
 ) -> tuple[dict[str, sources.Dataset], dict[str, str]]:
   """Returns the datasets that are here, and the names of the others."""
   chosen = list(chosen)
@@ -84,7 +84,7 @@ def _is_here(dataset: str, data_dir: pathlib.Path) -> bool:
   )
 
 
-def _find(
+def find_leaks(
   datasets: Mapping[str, sources.Dataset],
   absent: Mapping[str, str],
   console: rich.console.Console,

@@ -10,6 +10,7 @@ from ml_collections import config_dict
 
 from jaxprog import errors, stages
 from jaxprog.data import archives, sources
+from jaxprog.tools import audit
 
 
 def prepare(
@@ -50,6 +51,12 @@ def prepare(
     console.print(f'{dataset}: prepared in {data_dir}/prepared')
   for stage in chosen:
     _store(stage, data_dir, console)
+  if config.exclude_leaks:
+    # What is found is kept, so that a run need not look again.
+    present = audit.load_present(stages.create_stages(config), data_dir)
+    found = audit.find_leaks(*present, console)
+    excluded = sum(int(x.sum()) for x in found.excluded.values())
+    console.print(f'leaks: {excluded:,} training images will be left out')
 
 
 def _store(
