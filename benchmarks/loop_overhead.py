@@ -19,8 +19,8 @@ import jax
 import rich.console
 
 import jaxprog
-from jaxprog.data import loader, workers
 from jaxprog.reporting import progress as progress_lib
+from jaxprog.training import feed as feed_lib
 from jaxprog.training import loop, setup, signals
 
 
@@ -60,8 +60,8 @@ def main() -> None:
 
 def time_bare(task: setup.Task, num_steps: int) -> float:
   """Returns seconds a step over one batch that never changes."""
-  with contextlib.closing(create_reader(task)) as reader:
-    batch = next(loader.prefetch_to_device(reader, task.shardings.batch))
+  with contextlib.closing(feed_lib.Feed(task, task.seed, 0)) as feed:
+    batch = feed.next()
   state = task.create_state(task.init(task.init_rng))
   train_step = task.train_steps[task.program(0)]
   state, _ = train_step(state, batch, task.step_rng)
@@ -87,23 +87,12 @@ def time_loop(task: setup.Task, num_steps: int) -> tuple[float, float]:
       writer=mock.Mock(),
       stop=signals.StopRequest(),
       save_history=mock.Mock(),
+      incident=mock.Mock(),
     )
-    with contextlib.closing(create_reader(task)) as reader:
-      batches = loader.prefetch_to_device(reader, task.shardings.batch)
-      _, timing = loop._train_epoch(task, state, batches, reader, 0, out)
+    feed = feed_lib.Feed(task, task.seed, 0)
+    with contextlib.closing(feed):
+      _, timing = loop._train_epoch(task, state, feed, 0, out)
   return timing['seconds'] / num_steps, timing['input_wait']
-
-
-def create_reader(task: setup.Task) -> workers.Reader:
-  """Returns the stage's own batches, on the host."""
-  return loader.train_batches(
-    task.dataset.train,
-    task.stage,
-    seed=task.seed,
-    steps=task.steps,
-    num_workers=task.num_workers,
-    worker_kind=task.config.worker_kind,
-  )
 
 
 if __name__ == '__main__':

@@ -58,6 +58,13 @@ def get_config() -> config_dict.ConfigDict:
   # every so many minutes (0: never).
   config.checkpoint_every_steps = 0
   config.checkpoint_every_minutes = 10.0
+  # So many steps in a row whose loss or gradient is not finite (they change
+  # nothing) take the stage back to its last checkpoint, with another order of
+  # examples; at most twice, then the run ends. 0: they never do.
+  config.max_skipped_steps = 10
+  # Without a step, an evaluated batch or a save for so long, a run prints what
+  # all its threads are doing and ends; 0: never.
+  config.watchdog_minutes = 30.0
   # Steps between two points of a training curve in TensorBoard.
   config.log_every_steps = 20
 

@@ -337,6 +337,8 @@ def check_config(config: config_dict.ConfigDict) -> None:
     ('num_filters', 1),
     ('num_workers', 0),
     ('max_bad_images', 0),
+    ('max_skipped_steps', 0),
+    ('watchdog_minutes', 0.0),
     ('checkpoint_every_steps', 0),
     ('checkpoint_every_minutes', 0.0),
     ('log_every_steps', 1),

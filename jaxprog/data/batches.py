@@ -4,7 +4,8 @@ Nothing depends on how many workers there are or where a run was restarted.
 Workers import this module and what it needs, but not JAX.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -30,6 +31,10 @@ class BadImage(NamedTuple):
   row: int
   name: str
   reason: str
+
+
+class RecordError(RuntimeError):
+  """A record that cannot be read at all; says which."""
 
 
 class Batches(Protocol):
@@ -135,14 +140,15 @@ class TrainBatches:
       out = batch['image'][row]
       _start_example(rng, self._seed, epoch, index)
       try:
-        preprocess.random_crop(
-          records.image(index),
-          part.image_size,
-          rng,
-          min_area=part.min_crop_area,
-          max_aspect=part.max_crop_aspect,
-          out=out,
-        )
+        with _naming(records, index):
+          preprocess.random_crop(
+            records.image(index),
+            part.image_size,
+            rng,
+            min_area=part.min_crop_area,
+            max_aspect=part.max_crop_aspect,
+            out=out,
+          )
         batch['mask'][row] = True
       except preprocess.BadImageError as e:
         batch['mask'][row] = False
@@ -223,17 +229,33 @@ class EvalBatches:
         continue
       batch['label'][row] = records.labels[index]
       try:
-        preprocess.center_crop(
-          records.original(index),
-          stage.eval_size,
-          eval_crop=stage.eval_crop,
-          interpolation=stage.eval_interpolation,
-          out=out,
-        )
+        with _naming(records, index):
+          preprocess.center_crop(
+            records.original(index),
+            stage.eval_size,
+            eval_crop=stage.eval_crop,
+            interpolation=stage.eval_interpolation,
+            out=out,
+          )
       except preprocess.BadImageError as e:
         out[...], batch['label'][row] = 0, -1
         bad.append(_bad(row, records.describe(index), e))
     return bad
+
+
+@contextlib.contextmanager
+def _naming(records: sources.Records, index: int) -> Iterator[None]:
+  """Lets errors other than a bad image's say which record they are about."""
+  try:
+    yield
+  except preprocess.BadImageError:
+    raise
+  except Exception as e:
+    position = int(records.positions[index])
+    raise RecordError(
+      f'Record {position} of the {records.name} split in {records.directory} '
+      f'cannot be read: {type(e).__name__}: {e}'
+    ) from e
 
 
 def read_batch(batches: Batches, step: int) -> HostBatch:

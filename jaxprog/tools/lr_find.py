@@ -12,8 +12,8 @@ import numpy as np
 from ml_collections import config_dict
 
 from jaxprog import files, stages
-from jaxprog.data import loader
 from jaxprog.reporting import plots
+from jaxprog.training import feed as feed_lib
 from jaxprog.training import ladder
 from jaxprog.training import setup as setup_lib
 
@@ -84,19 +84,10 @@ def _run(
     jax.device_put(variables, task.shardings.replicated)
   )
   train_step = task.train_steps[task.program(0)]
-  batches = loader.train_batches(
-    task.dataset.train,
-    task.stage,
-    seed=task.seed,
-    steps=task.steps,
-    num_workers=task.num_workers,
-    worker_kind=task.config.worker_kind,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
   losses: list[float] = []
-  with contextlib.closing(batches):
-    for batch in loader.prefetch_to_device(batches, task.shardings.batch):
+  with contextlib.closing(feed_lib.Feed(task, task.seed, 0)) as feed:
+    for _ in rates:
+      batch = feed.next()
       state, metrics = train_step(state, batch, task.step_rng)
       losses.append(float(metrics['loss']))
       smooth = smoothed(losses)

@@ -19,6 +19,7 @@ from jaxprog import errors, files, stages
 from jaxprog.data import jpeg
 from jaxprog.reporting import environment, plots, report, tensorboard
 from jaxprog.reporting import history as history_lib
+from jaxprog.reporting import incidents as incidents_lib
 from jaxprog.reporting import progress as progress_lib
 from jaxprog.training import checkpoints, loop, signals, transfer
 from jaxprog.training import setup as setup_lib
@@ -36,6 +37,7 @@ class Run:
   progress: progress_lib.Progress
   writer: tensorboard.Writer
   stop: signals.StopRequest
+  incidents: incidents_lib.Incidents
   # Compiles the next stage while this one trains.
   compiler: futures.Executor
 
@@ -44,6 +46,20 @@ class Run:
     if jax.process_index() == 0:
       path = self.workdir / 'training_history.json'
       history_lib.save_history(path, self.history)
+
+  def save_stages(self, running: str = '') -> None:
+    """Writes stages.json: which stages are pending, running and done.
+
+    A stage is done once its last save has committed.
+    """
+    if jax.process_index() != 0:
+      return
+    rows = []
+    for stage in self.setup.stages:
+      done = checkpoints.read_done(self.workdir, stage.name) is not None
+      status = 'running' if stage.name == running else 'pending'
+      rows.append({'name': stage.name, 'status': 'done' if done else status})
+    files.write_json(self.workdir / 'stages.json', {'stages': rows})
 
 
 def train(
@@ -72,6 +88,10 @@ def train(
   _check_frozen(setup, workdir)
   history = _load_history(config, workdir, allow_config_change)
   _write_inputs(config, workdir)
+  writes = jax.process_index() == 0
+  incidents = incidents_lib.Incidents(
+    workdir / 'incidents.jsonl' if writes else None
+  )
   with (
     signals.StopRequest() as stop,
     _create_progress(len(setup.chosen)) as progress,
@@ -80,7 +100,17 @@ def train(
     futures.ThreadPoolExecutor(1, 'reporter') as reporter,
   ):
     tasks = tuple(setup_lib.create_task(setup, stage) for stage in setup.chosen)
-    run = Run(setup, tasks, workdir, history, progress, writer, stop, compiler)
+    run = Run(
+      setup=setup,
+      tasks=tasks,
+      workdir=workdir,
+      history=history,
+      progress=progress,
+      writer=writer,
+      stop=stop,
+      incidents=incidents,
+      compiler=compiler,
+    )
     announce(progress, tasks)
     left = None
     try:
@@ -147,11 +177,13 @@ def _run_stage(
   if done is not None:
     _put_record(run.history, done['record'])
     run.progress.message(f'{name}: done before, not trained again')
+    run.save_stages()
     return None
   directory = checkpoints.stage_directory(run.workdir, name)
   with checkpoints.Checkpoints(directory) as saved:
     state, record = _resume(run, task, saved) or _begin(run, task)
     run.save_history()
+    run.save_stages(running=name)
     run.progress.start_stage(
       index,
       name,
@@ -162,6 +194,7 @@ def _run_stage(
     )
     out = loop.Outputs(
       record=record,
+      incident=run.incidents.add,
       meta=_describe_weights(run, task),
       checkpoints=saved,
       progress=run.progress,
@@ -170,6 +203,9 @@ def _run_stage(
       save_history=run.save_history,
       left=left,
     )
+    if not record.get('resumed_at_steps'):
+      # What a rollback goes back to, and a start after an early kill.
+      loop.save(task, state, out)
     state = loop.train_stage(task, state, out)
     stopped = 'stopped_early' if 'stopped' in record else 'done'
     history_lib.finish_stage(record, stopped)
@@ -179,6 +215,7 @@ def _run_stage(
       saved.wait()
       record['validation'] = validate(run, task)
     saved.mark_done({**out.meta, 'record': record})
+    run.save_stages()
     left = time.monotonic()
   run.save_history()
   run.progress.end_stage(record)
@@ -231,6 +268,12 @@ def _resume(
     )
   step = task.first_step + int(state.step)
   record['resumed_at_steps'] = [*record.get('resumed_at_steps', []), step]
+  run.incidents.add(
+    'resume',
+    f'{task.stage.name}: resumed at step {int(state.step)}',
+    stage=task.stage.name,
+    step=int(state.step),
+  )
   _put_record(run.history, record)
   return state, record
 

@@ -4,19 +4,22 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxprog import errors
-from jaxprog.data import loader, preprocess, sources, workers
+from jaxprog.data import batches as batches_lib
+from jaxprog.data import loader, preprocess, sources
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import progress as progress_lib
 from jaxprog.reporting import tensorboard
 from jaxprog.training import checkpoints as checkpoints_lib
 from jaxprog.training import decisions, setup, signals, steps
+from jaxprog.training import feed as feed_lib
 from jaxprog.training import state as state_lib
 
 
@@ -33,45 +36,119 @@ class Outputs:
   writer: tensorboard.Writer
   stop: signals.StopRequest
   save_history: Callable[[], None]
+  # Notes in the run's log what went wrong: incident(kind, message, **fields).
+  incident: Callable[..., Any]
   # When the stage before was left, by the monotonic clock.
   left: float | None = None
+  # Steps in a row, up to the last one, that were skipped.
+  skipped: int = 0
   last_save: float = dataclasses.field(default_factory=time.monotonic)
 
 
-# Waiting longer for input than this part of an epoch, and longer than this in
-# seconds, is said, with its remedy.
-_MUCH_WAITING, _NOTED_SECONDS = 0.05, 1.0
+# A stage is taken back so often before the run ends.
+_MAX_ROLLBACKS = 2
+# Examples of a bad batch that an error names.
+_NAMED_EXAMPLES = 8
+
+
+class _NotFiniteError(Exception):
+  """Too many steps in a row changed nothing; the last one is `step`."""
+
+  def __init__(self, step: int):
+    super().__init__(step)
+    self.step = step
 
 
 def train_stage(
   task: setup.Task, state: state_lib.TrainState, out: Outputs
 ) -> state_lib.TrainState:
-  """Returns `state` after the rest of the stage, from its own step on."""
+  """Returns `state` after the rest of the stage, from its own step on.
+
+  Raises:
+    RuntimeError: naming the examples, if the loss stays not finite after the
+      stage was taken back to a checkpoint twice.
+  """
+  while True:
+    try:
+      return _train_from(task, state, out)
+    except _NotFiniteError as e:
+      state = _roll_back(task, e.step, out)
+
+
+def _train_from(
+  task: setup.Task, state: state_lib.TrainState, out: Outputs
+) -> state_lib.TrainState:
+  """Returns `state` after the rest of the stage, if nothing goes wrong."""
   start = int(state.step)
-  local_batches = loader.train_batches(
-    task.dataset.train,
-    task.stage,
-    seed=task.seed,
-    steps=task.steps,
-    start_step=start,
-    num_workers=task.num_workers,
-    worker_kind=task.config.worker_kind,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  with contextlib.closing(local_batches):
-    batches = loader.prefetch_to_device(local_batches, task.shardings.batch)
+  seed = data_seed(task, out.record)
+  with contextlib.closing(feed_lib.Feed(task, seed, start)) as feed:
     while int(state.step) < task.steps.total:
       reason = decisions.reason_to_stop(task.stage, out.record['epochs'])
       if reason:
         out.record['stopped'] = reason
         break
       epoch = task.steps.epoch(int(state.step))
-      state, timing = _train_epoch(
-        task, state, batches, local_batches, epoch, out
-      )
+      state, timing = _train_epoch(task, state, feed, epoch, out)
       state = _end_epoch(task, state, epoch, timing, out)
   return state
+
+
+def data_seed(task: setup.Task, record: dict[str, Any]) -> int:
+  """Returns what decides the order of examples; a rollback changes it.
+
+  It is part of the record, and so of the checkpoint.
+  """
+  count = len(record.get('rollbacks', ()))
+  return zlib.crc32(f'{task.seed}/{count}'.encode()) if count else task.seed
+
+
+def _roll_back(
+  task: setup.Task, step: int, out: Outputs
+) -> state_lib.TrainState:
+  """Returns the state of the last checkpoint, with another order to come."""
+  name, rollbacks = task.stage.name, out.record.get('rollbacks', [])
+  if len(rollbacks) == _MAX_ROLLBACKS:
+    raise RuntimeError(
+      f'Stage {name!r}: {out.skipped} steps in a row, up to step {step + 1}, '
+      f'were not finite, after {_MAX_ROLLBACKS} rollbacks with other orders of '
+      f'examples. The last batch: {_name_examples(task, step, out.record)}.'
+    )
+  restored = out.checkpoints.restore_latest(task.state_shapes)
+  assert restored is not None  # A stage is saved before its first step.
+  state, meta = restored
+  text = (
+    f'{out.skipped} steps in a row, up to step {step + 1}, were not finite; '
+    f'back to step {int(state.step)}, with another order of examples'
+  )
+  out.record.clear()
+  out.record.update(meta['record'])
+  out.record['rollbacks'] = [
+    *rollbacks,
+    {'at': step + 1, 'to': int(state.step)},
+  ]
+  out.skipped = 0
+  _note(task, step + 1, 'rollback', text, out)
+  save(task, state, out)
+  return state
+
+
+def _name_examples(task: setup.Task, step: int, record: dict[str, Any]) -> str:
+  """Returns index and file of the first examples of a batch of this process."""
+  batches = batches_lib.TrainBatches(
+    task.dataset.train,
+    task.stage,
+    seed=data_seed(task, record),
+    steps=task.steps,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  _, indices = batches.indices(step)
+  records = task.dataset.train.records
+  named = [f'{i} ({records.describe(int(i))})' for i in indices]
+  more = f', and {len(named) - _NAMED_EXAMPLES} more'
+  return ', '.join(named[:_NAMED_EXAMPLES]) + (
+    more if len(named) > _NAMED_EXAMPLES else ''
+  )
 
 
 def evaluate(
@@ -115,27 +192,21 @@ def evaluate(
 def _train_epoch(
   task: setup.Task,
   state: state_lib.TrainState,
-  batches: Iterator[steps.Batch],
-  reader: workers.Reader,
+  feed: feed_lib.Feed,
   epoch: int,
   out: Outputs,
 ) -> tuple[state_lib.TrainState, dict[str, float]]:
   """Runs to the end of `epoch`; returns the state and where the time went."""
-  read_before = reader.busy, reader.images
   first, end = int(state.step), task.steps.epoch_ends[epoch]
   batch_size = task.steps.phase(first).batch_size
-  began, waited, started = time.monotonic(), 0.0, 0.0
-  pending = None
+  began, restarts, pending = time.monotonic(), feed.restarts, None
+  feed.begin_epoch()
   for step in range(first, end):
-    asked = time.monotonic()
-    batch = next(batches)
-    waited += time.monotonic() - asked
-    if step == first:
-      started = waited  # Workers had nothing to be ahead with.
-    note_bad_images(task, reader.bad, out)
+    batch = feed.next()
     # Step n is dispatched before the metrics of step n - 1 are read.
     train_step = task.train_steps[task.program(step)]
     state, metrics = train_step(state, batch, task.step_rng)
+    note_bad_images(task, feed.bad, out)
     if out.left is not None:
       out.record['handover_seconds'] = time.monotonic() - out.left
       out.left = None
@@ -149,15 +220,26 @@ def _train_epoch(
   rate = (end - first) * batch_size / seconds
   if pending is not None:
     _report_step(task, *pending, rate, out)
-  if waited - started > max(_MUCH_WAITING * seconds, _NOTED_SECONDS):
-    busy, images = reader.busy - read_before[0], reader.images - read_before[1]
-    wanted = rate * seconds / (seconds - waited)
-    _say_input_limits(task, waited / seconds, busy / images, wanted, out)
+  if feed.restarts > restarts:
+    _note(task, end, 'worker_restart', 'dead data workers were replaced', out)
+  limit = feed.describe_limit(seconds, rate)
+  if limit and 'input_limit' not in out.record:
+    out.record['input_limit'] = limit
+    out.progress.message(f'{task.stage.name}: {limit}')
   return state, {
     'seconds': seconds,
     'images_per_second': rate,
-    'input_wait': waited / seconds,
+    'input_wait': feed.waited / seconds,
   }
+
+
+def _note(
+  task: setup.Task, step: int, kind: str, text: str, out: Outputs
+) -> None:
+  """Says what went wrong, and notes it in the run's log."""
+  text = f'{task.stage.name}: {text}'
+  out.progress.message(text)
+  out.incident(kind, text, stage=task.stage.name, step=step)
 
 
 def note_bad_images(
@@ -173,9 +255,9 @@ def note_bad_images(
     return
   for name in bad.keys() - noted.keys():
     noted[name] = bad[name]
-    out.progress.message(
-      f'{task.stage.name}: cannot decode {name}: {bad[name]}'
-    )
+    text = f'{task.stage.name}: cannot decode {name}: {bad[name]}'
+    out.progress.message(text)
+    out.incident('bad_image', text, stage=task.stage.name, name=name)
   if len(noted) > task.config.max_bad_images:
     names = ', '.join(sorted(noted)[:3])
     raise preprocess.BadImageError(
@@ -183,30 +265,6 @@ def note_bad_images(
       f'than max_bad_images = {task.config.max_bad_images}: {names}, ... '
       '--mode=verify lists them all.'
     )
-
-
-def _say_input_limits(
-  task: setup.Task,
-  waited: float,
-  seconds_per_image: float,
-  wanted: float,
-  out: Outputs,
-) -> None:
-  """Says once a stage that its input limits it, and what would lift that."""
-  if 'input_limit' in out.record:
-    return
-  cores = math.ceil(wanted * seconds_per_image / jax.process_count())
-  text = (
-    f'limited by its input: {waited:.0%} of the time waits for images. '
-    f'One takes {1e3 * seconds_per_image:.2g} ms of a core and the devices '
-    f'would take {wanted:,.0f} a second: {cores} cores a process would do, '
-    f'{task.num_workers} are used'
-  )
-  if task.stage.stored.kind != 'raw':
-    size = 8 * math.ceil(task.stage.eval_size / 7)
-    text += f"; or storage='raw:{size}', or fewer pixels"
-  out.record['input_limit'] = text
-  out.progress.message(f'{task.stage.name}: {text}')
 
 
 def _end_epoch(
@@ -274,7 +332,12 @@ def _mean(total: float, count: float) -> float:
 
 
 def save(task: setup.Task, state: state_lib.TrainState, out: Outputs) -> None:
-  """Saves everything that resuming needs, history of the stage included."""
+  """Saves everything that resuming needs, history of the stage included.
+
+  But not while steps are skipped: what is wrong may be in the state.
+  """
+  if out.skipped and out.stop.signum is None:
+    return
   out.checkpoints.save_latest(state, {**out.meta, 'record': out.record})
   out.last_save = time.monotonic()
 
@@ -314,12 +377,27 @@ def _report_step(
   """Shows one step; reading its metrics waits for it to finish."""
   values = {name: float(x) for name, x in jax.device_get(metrics).items()}
   values['images_per_second'] = images_per_second
+  _count_skipped(task, step, not values.pop('finite'), out)
   out.progress.step(step + 1, values)
   if (step + 1) % task.config.log_every_steps == 0:
     names = ('loss', 'top1', 'learning_rate', 'grad_norm')
     scalars = {f'train/{name}': values[name] for name in names}
     scalars['perf/images_per_second'] = images_per_second
     out.writer.write_scalars(task.first_step + step + 1, scalars)
+
+
+def _count_skipped(
+  task: setup.Task, step: int, skipped: bool, out: Outputs
+) -> None:
+  out.skipped = out.skipped + 1 if skipped else 0
+  if not skipped:
+    return
+  text = (
+    f'{task.stage.name}: step {step + 1} was not finite and changed nothing'
+  )
+  out.incident('skipped_step', text, stage=task.stage.name, step=step + 1)
+  if out.skipped == task.config.max_skipped_steps:
+    raise _NotFiniteError(step)
 
 
 def _write_epoch(task: setup.Task, row: dict[str, Any], out: Outputs) -> None:

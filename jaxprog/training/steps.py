@@ -95,6 +95,7 @@ def create_train_step(
       'ema': _average(state, params, batch_stats, stage.ema_decay),
     }
     finite = jnp.isfinite(loss) & jnp.isfinite(metrics['grad_norm'])
+    metrics['finite'] = finite
     learned = _select(
       finite, learned, {name: getattr(state, name) for name in learned}
     )
