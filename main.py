@@ -19,6 +19,7 @@ from absl import logging as absl_logging
 
 import jaxprog
 from jaxprog import errors
+from jaxprog.training import signals
 
 MODES = (
   'train',
@@ -52,6 +53,12 @@ flags.DEFINE_bool(
   'Go on with a run that began with another config.',
   flag_values=FLAGS,
 )
+flags.DEFINE_bool(
+  'checkpoints',
+  False,
+  'verify: the checkpoints of WORKDIR instead of datasets.',
+  flag_values=FLAGS,
+)
 flags.DEFINE_string(
   'input', '', 'prepare: an archive of raw images.', flag_values=FLAGS
 )
@@ -77,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
     lambda record: 'custom data configuration' not in str(record.msg)
   )
   try:
-    return run(parse_flags(argv))
+    overrides = parse_flags(argv)
+    with signals.StopRequest(owns_process=True):
+      return run(overrides)
   except errors.UserError as e:
     print(e, file=sys.stderr)
     write_traceback()
@@ -106,6 +115,8 @@ def run(overrides: dict[str, str]) -> int:
       f'--mode={FLAGS.mode}',
       errors.did_you_mean(FLAGS.mode, MODES),
     )
+  if FLAGS.mode == 'verify' and FLAGS.checkpoints:
+    return jaxprog.verify_checkpoints(require_workdir())
   config = jaxprog.load_config(FLAGS.config or saved_config(), overrides)
   match FLAGS.mode:
     case 'prepare':
@@ -134,7 +145,7 @@ def run(overrides: dict[str, str]) -> int:
         allow_config_change=FLAGS.allow_config_change,
       )
     case 'check':
-      jaxprog.check(
+      return jaxprog.check(
         config, FLAGS.workdir or None, only=FLAGS.only, skip=FLAGS.skip
       )
     case 'lr_find':
@@ -245,4 +256,4 @@ def use_huge_pages() -> None:
 
 if __name__ == '__main__':
   use_huge_pages()
-  sys.exit(main(sys.argv))
+  signals.leave(main(sys.argv))

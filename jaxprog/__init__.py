@@ -30,6 +30,7 @@ __all__ = [
   'train',
   'train_stage',
   'verify',
+  'verify_checkpoints',
 ]
 __version__ = '0.1.0'
 
@@ -89,6 +90,13 @@ def verify(
   return tool.verify(config, workdir, only=only, skip=skip)
 
 
+def verify_checkpoints(workdir: str | pathlib.Path) -> int:
+  """Returns 0 if all are whole; see jaxprog.tools.verify_checkpoints."""
+  from jaxprog.tools import verify_checkpoints as tool
+
+  return tool.verify_checkpoints(workdir)
+
+
 def audit(
   config: 'config_dict.ConfigDict',
   workdir: str | pathlib.Path | None = None,
@@ -137,11 +145,11 @@ def check(
   *,
   only: Sequence[str] = (),
   skip: Sequence[str] = (),
-) -> None:
-  """Prints the plan and the learning rates; see jaxprog.tools.check."""
+) -> int:
+  """Returns 0 if nothing is in the way of a run; see jaxprog.tools.check."""
   from jaxprog.tools import check as tool
 
-  tool.check(config, workdir, only=only, skip=skip)
+  return tool.check(config, workdir, only=only, skip=skip)
 
 
 def lr_find(

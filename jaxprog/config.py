@@ -3,12 +3,16 @@
 import ast
 import hashlib
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
+import rich.box
+import rich.table
+import rich.text
 from ml_collections import config_dict
 
 from jaxprog import errors, stages
@@ -29,6 +33,8 @@ _FREE_FIELDS = (
   'stage_defaults',
   'worker_kind',
 )
+# Stands for the value of a field that one of two configs does not have.
+_ABSENT = object()
 
 
 def load_config(
@@ -70,6 +76,17 @@ def config_hash(config: config_dict.ConfigDict) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class Change(NamedTuple):
+  """One field in which two configs differ."""
+
+  # 'seed', or 'STAGE.batch_size'.
+  field: str
+  was: Any
+  now: Any
+  # Whether the result of the run stays the same.
+  allowed: bool
+
+
 def differences(
   old: Mapping[str, Any], new: Mapping[str, Any], started: tuple[str, ...]
 ) -> list[str]:
@@ -78,26 +95,87 @@ def differences(
   Stages are matched by name and only those `started` count: later ones may
   still be edited, added or left out.
   """
-  skipped = {'stages', *_FREE_FIELDS}
-  lines = _field_differences('', old, new, skipped)
+  return [
+    f'{x.field}: {_quote(x.was)} -> {_quote(x.now)}'
+    for x in changes(old, new, started)
+    if not x.allowed
+  ]
+
+
+def changes(
+  old: Mapping[str, Any], new: Mapping[str, Any], started: tuple[str, ...]
+) -> list[Change]:
+  """Returns every difference, those that would change a run's meaning first."""
+  found = _changes('', old, new, _FREE_FIELDS)
   old_stages = {s['name']: s for s in old['stages']}
   new_stages = {s['name']: s for s in new['stages']}
-  for name in started:
-    if name in old_stages and name in new_stages:
-      lines += _field_differences(
-        f'{name}.', old_stages[name], new_stages[name], {'description'}
-      )
-  return lines
+  for name in new_stages:
+    if name in old_stages:
+      free = ('description',) if name in started else None
+      found += _changes(f'{name}.', old_stages[name], new_stages[name], free)
+  names = ', '.join(old_stages), ', '.join(new_stages)
+  if names[0] != names[1]:
+    found.append(Change('stages', *names, allowed=True))
+  return sorted(found, key=lambda x: x.allowed)
 
 
-def _field_differences(
-  prefix: str, old: Mapping[str, Any], new: Mapping[str, Any], skipped: set[str]
-) -> list[str]:
+def difference_table(
+  old: Mapping[str, Any], new: Mapping[str, Any], started: tuple[str, ...]
+) -> rich.table.Table:
+  """Returns a row for each difference; no rows if there is none.
+
+  Dimmed are those that may change within one run.
+  """
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+  for column in ('field', 'was', 'is'):
+    table.add_column(column, overflow='fold')
+  table.add_column('result', no_wrap=True, min_width=7)
+  for x in changes(old, new, started):
+    was, now = _shorten(_quote(x.was), _quote(x.now))
+    style, result = ('dim', 'allowed') if x.allowed else ('', 'changes')
+    # Text: what is in brackets is no markup.
+    cells = [rich.text.Text(text) for text in (x.field, was, now, result)]
+    table.add_row(*cells, style=style)
+  return table
+
+
+def _changes(
+  prefix: str,
+  old: Mapping[str, Any],
+  new: Mapping[str, Any],
+  free: Collection[str] | None,
+) -> list[Change]:
+  """Returns the fields that differ; with `free` None all are allowed."""
   return [
-    f'{prefix}{k}: {old.get(k)!r} -> {new.get(k)!r}'
-    for k in sorted({*old, *new} - skipped)
-    if old.get(k) != new.get(k)
+    Change(
+      prefix + field,
+      old.get(field, _ABSENT),
+      new.get(field, _ABSENT),
+      allowed=free is None or field in free,
+    )
+    for field in sorted({*old, *new} - {'stages', 'stage_defaults'})
+    if old.get(field, _ABSENT) != new.get(field, _ABSENT)
   ]
+
+
+def _quote(value: Any) -> str:
+  return 'not set' if value is _ABSENT else repr(value)
+
+
+def _shorten(was: str, now: str, limit: int = 40) -> tuple[str, str]:
+  """Returns both, long ones cut to where they begin to differ."""
+  pairs = zip(was, now, strict=False)
+  common = sum(1 for _ in itertools.takewhile(lambda x: x[0] == x[1], pairs))
+
+  def cut(text: str) -> str:
+    if len(text) <= limit:
+      return text
+    start = max(0, min(common - limit // 4, len(text) - limit))
+    stop = start + limit
+    before, after = '...' * (start > 0), '...' * (stop < len(text))
+    return before + text[start:stop] + after
+
+  return cut(was), cut(now)
 
 
 def _plain(value: Any) -> Any:

@@ -18,10 +18,11 @@ class UserError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818, nothing went wrong.
-  """A signal asked the run to stop, and it has saved what it had."""
+  """A signal asked the run to stop; `saved`: it has saved what it had."""
 
-  def __init__(self, signum: int):
-    super().__init__(f'Stopped by {signal.Signals(signum).name}, saved.')
+  def __init__(self, signum: int, *, saved: bool = False):
+    what = ', saved' if saved else ''
+    super().__init__(f'Stopped by {signal.Signals(signum).name}{what}.')
     self.exit_code = 128 + signum
 
 

@@ -9,6 +9,7 @@ import rich.box
 import rich.table
 
 from jaxprog.reporting import history as history_lib
+from jaxprog.reporting import incidents as incidents_lib
 from jaxprog.reporting import progress
 
 WIDTH = 80
@@ -53,6 +54,7 @@ def report(
   history: Mapping[str, Any],
   environment: Mapping[str, Any] | None = None,
   planned: Sequence[str] = (),
+  incidents: Sequence[dict[str, Any]] = (),
 ) -> str:
   """Returns the report as plain text, at most 80 columns wide.
 
@@ -61,6 +63,7 @@ def report(
     environment: what environment.json holds.
     planned: names of all stages of the config, so that the report can say
       which of them were not run.
+    incidents: what incidents.jsonl holds.
   """
   stages = history['stages']
   sections = [
@@ -71,6 +74,10 @@ def report(
     ('Scorecard', _scorecard_lines(history)),
     ('Notes', _notes(stages, planned)),
   ]
+  if incidents:
+    found = incidents_lib.summarise(incidents)
+    lines = [line for x in found for line in _wrap(f'- {x}')]
+    sections.append(('Incidents', lines))
   if not stages:
     del sections[1:5]
   return (

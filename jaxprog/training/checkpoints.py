@@ -2,43 +2,60 @@
 
 WORKDIR/checkpoints/STAGE/ holds latest/ (everything, to resume), best/ and
 final/ (the weights, loadable alone) and done.json, the marker of a finished
-stage, written only after its last save has committed.
+stage, written only after its last save has committed. What is found damaged
+when it is needed to resume moves to quarantine/; see integrity.
 """
 
-import json
+import contextlib
+import functools
 import pathlib
+import shutil
+from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jaxprog import errors, files
+from jaxprog.training import integrity
 from jaxprog.training import state as state_lib
 
 Meta = dict[str, Any]
 
 
+# on_incident(kind, message, **fields): the message is for people.
+OnIncident = Callable[..., object]
+
+
+def ignore(kind: str, message: str, **fields: Any) -> None:
+  """Does nothing with an incident."""
+
+
 class Checkpoints:
   """The checkpoints of one stage; must be closed.
 
-  Saves run in the background and commit by a rename: whenever the process
-  dies, what has been committed is whole.
+  Saves run in the background: orbax commits by a rename, then the files are
+  hashed, then the steps that this one replaces go. They finish in the order
+  in which they began, so that the weights that a 'latest' speaks of are whole
+  before it is. What fails there is raised by the next call, as a SaveError.
   """
 
-  def __init__(self, directory: pathlib.Path) -> None:
+  def __init__(
+    self, directory: pathlib.Path, on_incident: OnIncident = ignore
+  ) -> None:
     self._directory = directory
+    self._on_incident = on_incident
     self._managers: dict[str, ocp.CheckpointManager] = {}
+    self._pending: dict[str, futures.Future[None]] = {}
+    self._worker = futures.ThreadPoolExecutor(1, 'checkpoints')
+    _on_first_process(functools.partial(_sweep, directory))
 
   def save_latest(self, state: state_lib.TrainState, meta: Meta) -> None:
-    """Saves all of `state`, with what `restore_latest` needs beside it.
-
-    The weights that `meta` speaks of are on disk before this one is.
-    """
-    for name, manager in self._managers.items():
-      if name != 'latest':
-        manager.wait_until_finished()
+    """Saves all of `state`, with what `restore_latest` needs beside it."""
     self._save('latest', int(state.step), state, meta)
 
   def save_weights(
@@ -50,20 +67,28 @@ class Checkpoints:
   def restore_latest(
     self, like: state_lib.TrainState
   ) -> tuple[state_lib.TrainState, Meta] | None:
-    """Returns the latest state, placed as `like` is, or None if none is there.
+    """Returns the latest intact state, placed as `like` is, None if it is new.
+
+    Damaged steps are moved to quarantine/ on the way.
 
     Raises:
+      DamagedError: if there were states, and all are damaged.
       UserError: if a leaf is missing or has another shape or dtype; orbax
         itself would convert or drop it silently.
     """
-    manager = self._manager('latest')
-    manager.wait_until_finished()
-    step = manager.latest_step()
-    if step is None:
+    self.wait()
+    quarantine = functools.partial(
+      quarantine_latest, self._directory, self._on_incident
+    )
+    _on_first_process(quarantine)
+    steps = integrity.list_steps(self._directory / 'latest')
+    if not steps:
       return None
-    _check_matches(_read_metadata(manager, step), like, manager.directory)
+    manager = self._manager('latest')
+    manager.reload()
+    _check_matches(_read_metadata(manager, steps[-1]), like, manager.directory)
     restored = manager.restore(
-      step,
+      steps[-1],
       args=ocp.args.Composite(
         tree=ocp.args.PyTreeRestore(
           item=like,
@@ -74,51 +99,235 @@ class Checkpoints:
     )
     return restored.tree, restored.meta
 
+  def check(self) -> None:
+    """Raises what a save has met in the background; costs next to nothing.
+
+    Raises:
+      SaveError: if a save has failed since the last call.
+    """
+    for name in [n for n, future in self._pending.items() if future.done()]:
+      self._pending.pop(name).result()
+
   def wait(self) -> None:
-    """Waits until every save has committed."""
-    for manager in self._managers.values():
-      manager.wait_until_finished()
+    """Waits until every save has committed and has its manifest."""
+    for name in list(self._pending):
+      self._pending.pop(name).result()
 
   def mark_done(self, meta: Meta) -> None:
     """Declares the stage finished, once every save has committed."""
     self.wait()
     if jax.process_index() == 0:
-      files.write_json(self._directory / 'done.json', meta)
+      files.write_json(self._directory / 'done.json', integrity.sign(meta))
 
   def close(self) -> None:
     """Waits for saves under way and releases their threads."""
-    for manager in self._managers.values():
-      manager.close()
+    try:
+      self.wait()
+    finally:
+      self._worker.shutdown()
+      for manager in self._managers.values():
+        _close(manager)
 
   def __enter__(self) -> 'Checkpoints':
     """Returns itself."""
     return self
 
-  def __exit__(self, *exc_info: object) -> None:
-    """Closes."""
-    self.close()
+  def __exit__(self, kind: object, error: object, trace: object) -> None:
+    """Closes; a failed save hides no other error but a stop that it belies."""
+    try:
+      self.close()
+    except integrity.SaveError as e:
+      if error is None or isinstance(error, errors.Stopped):
+        raise
+      self._on_incident('save_failed', str(e))
 
   def _manager(self, name: str) -> ocp.CheckpointManager:
     if name not in self._managers:
-      keep = 2 if name == 'latest' else 1
-      self._managers[name] = _create_manager(self._directory / name, keep)
+      self._managers[name] = _create_manager(self._directory / name)
     return self._managers[name]
 
   def _save(self, name: str, step: int, tree: Any, meta: Meta) -> None:
-    manager = self._manager(name)
-    # A run that resumed from before `step` trains it again: its result counts.
-    stale = [old for old in manager.all_steps() if old >= step]
-    if stale:
-      manager.wait_until_finished()  # It may still be on its way to the disk.
-    for old in stale:
-      manager.delete(old)
-    manager.save(
-      step,
-      args=ocp.args.Composite(
-        tree=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta)
-      ),
-      force=True,
+    self.check()
+    if name in self._pending:
+      self._pending.pop(name).result()
+    directory = self._directory / name
+    try:
+      manager = self._manager(name)
+      # A run that resumed from before `step` trains it again: that one counts.
+      _on_first_process(functools.partial(integrity.begin, directory, step))
+      if step in manager.all_steps():
+        manager.reload()
+      manager.save(
+        step,
+        args=ocp.args.Composite(
+          tree=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta)
+        ),
+        force=True,
+      )
+    except Exception as e:
+      raise _save_error(directory, step, e) from e
+    self._pending[name] = self._worker.submit(_finish, manager, step)
+
+
+def _sweep(stage: pathlib.Path) -> None:
+  """Removes what interrupted saves of a stage have left."""
+  for directory in _parts(stage):
+    integrity.sweep(directory)
+
+
+def _finish(manager: ocp.CheckpointManager, step: int) -> None:
+  """Waits for a save, hashes it and removes what it replaces."""
+  directory = pathlib.Path(manager.directory)
+  try:
+    manager.wait_until_finished()
+    if jax.process_index() == 0:
+      integrity.finish(directory, step)
+      keep = 2 if directory.name == 'latest' else 1
+      for old in integrity.list_steps(directory)[:-keep]:
+        integrity.remove(directory, old)
+  except Exception as e:
+    raise _save_error(directory, step, e) from e
+
+
+def _save_error(
+  directory: pathlib.Path, step: int, error: Exception
+) -> integrity.SaveError:
+  """Returns an error of one line: main shows 300 characters of it."""
+  free = shutil.disk_usage(directory.parent).free / 1e6
+  reason = ' '.join(str(error).split())
+  if len(reason) > 90:  # The end of tensorstore's messages says why.
+    reason = f'{reason[:30]} ... {reason[-60:]}'
+  return integrity.SaveError(
+    f'Step {step} of {_label(directory)} was not saved, older ones are intact. '
+    f'The disk of {directory.parent} has {free:,.0f} MB left. {reason}'
+  )
+
+
+def _close(manager: ocp.CheckpointManager) -> None:
+  # Orbax raises a failed save once in every thread; our worker has told it.
+  with contextlib.suppress(Exception):
+    manager.close()
+
+
+def _on_first_process(change: Callable[[], None]) -> None:
+  """Lets one process change files, and the others see them only then."""
+  if jax.process_index() == 0:
+    change()
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('checkpoints')
+
+
+def quarantine_latest(
+  directory: pathlib.Path, on_incident: OnIncident = ignore
+) -> None:
+  """Moves the damaged 'latest' states of a stage to quarantine/.
+
+  Raises:
+    DamagedError: if the stage is under way and no intact one is left.
+  """
+  latest, intact = directory / 'latest', False
+  for found in integrity.inspect(latest):
+    intact = intact or found.status == 'intact'
+    if found.status == 'damaged':
+      path = integrity.quarantine(latest / str(found.step), directory)
+      on_incident(
+        'quarantine',
+        f'{_label(latest)}: step {found.step} is damaged, quarantined '
+        f'({found.detail})',
+        stage=found.stage,
+        step=found.step,
+        detail=found.detail,
+        path=str(path),
+      )
+  set_aside = list((directory / 'quarantine').glob('latest-*'))
+  if set_aside and not intact and not (directory / 'done.json').exists():
+    raise integrity.DamagedError(
+      f'Stage {directory.name!r}: all saved states are damaged. Training does '
+      f'not start over silently; to start the stage anew, remove {directory}'
     )
+
+
+def verify_all(workdir: pathlib.Path, on_incident: OnIncident = ignore) -> None:
+  """Verifies every checkpoint of `workdir`, before a run goes on there.
+
+  Damaged 'latest' states and markers of a finished stage are moved to
+  quarantine/: the one before, or the latest state, takes their place. Damaged
+  weights are reported and left where they are; only what needs them stops.
+
+  Raises:
+    DamagedError: if a stage is under way and has no intact state left.
+  """
+  _on_first_process(functools.partial(_verify_all, workdir, on_incident))
+
+
+def _verify_all(workdir: pathlib.Path, on_incident: OnIncident) -> None:
+  for stage in _stages(workdir):
+    _sweep(stage)
+    path = stage / 'done.json'
+    if _done_damage(path):
+      target = integrity.quarantine(path, stage)
+      message = f'{stage.name}/done.json is damaged, quarantined'
+      on_incident('quarantine', message, stage=stage.name, path=str(target))
+    for part in _parts(stage):
+      if part.name != 'latest':
+        _report_damage(part, on_incident)
+    quarantine_latest(stage, on_incident)
+
+
+def _report_damage(directory: pathlib.Path, on_incident: OnIncident) -> None:
+  for found in integrity.inspect(directory):
+    if found.status == 'damaged':
+      on_incident(
+        'damaged',
+        f'{_label(directory)}: step {found.step} is damaged ({found.detail})',
+        stage=found.stage,
+        step=found.step,
+        detail=found.detail,
+      )
+
+
+def check_workdir(workdir: pathlib.Path) -> list[integrity.Finding]:
+  """Returns what became of each checkpoint in `workdir`; changes nothing."""
+  findings: list[integrity.Finding] = []
+  for stage in _stages(workdir):
+    for part in _parts(stage):
+      findings += integrity.inspect(part)
+    path = stage / 'done.json'
+    if path.exists():
+      damage = _done_damage(path)
+      status = 'damaged' if damage else 'intact'
+      size = path.stat().st_size
+      findings.append(
+        integrity.Finding(stage.name, 'done.json', -1, status, damage, size)
+      )
+  return findings
+
+
+def _done_damage(path: pathlib.Path) -> str:
+  """Returns '' for a marker that is intact, or not there."""
+  try:
+    if path.exists():
+      integrity.read_signed(path)
+  except integrity.DamagedError:
+    return 'not what was written'
+  return ''
+
+
+def _stages(workdir: pathlib.Path) -> list[pathlib.Path]:
+  return _directories(workdir.resolve() / 'checkpoints')
+
+
+def _parts(stage: pathlib.Path) -> list[pathlib.Path]:
+  """Returns latest/, best/ and so on, those that are there."""
+  return [path for path in _directories(stage) if path.name != 'quarantine']
+
+
+def _directories(path: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(p for p in path.glob('*') if p.is_dir())
+
+
+def _label(directory: pathlib.Path) -> str:
+  return f'{directory.parent.name}/{directory.name}'
 
 
 def stage_directory(workdir: pathlib.Path, stage: str) -> pathlib.Path:
@@ -127,9 +336,13 @@ def stage_directory(workdir: pathlib.Path, stage: str) -> pathlib.Path:
 
 
 def read_done(workdir: pathlib.Path, stage: str) -> Meta | None:
-  """Returns what `mark_done` wrote, or None for an unfinished stage."""
+  """Returns what `mark_done` wrote, or None for an unfinished stage.
+
+  Raises:
+    DamagedError: if it is not what was written.
+  """
   path = stage_directory(workdir, stage) / 'done.json'
-  return json.loads(path.read_text()) if path.is_file() else None
+  return integrity.read_signed(path) if path.is_file() else None
 
 
 def load_weights(
@@ -139,6 +352,7 @@ def load_weights(
 
   Raises:
     UserError: if there are none.
+    DamagedError: if they are not what was saved.
   """
   directory = stage_directory(workdir, stage) / name
   if not directory.is_dir():
@@ -147,12 +361,8 @@ def load_weights(
       str(directory),
       'Train it first, with this --workdir.',
     )
-  with _create_manager(directory, keep=1) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise errors.UserError(
-        f'Stage {stage!r} has no {name} weights yet.', str(directory)
-      )
+  step = _find_weights(directory)
+  with _create_manager(directory, read_only=True) as manager:
     restore_args = jax.tree.map(
       lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
       _read_metadata(manager, step),
@@ -167,14 +377,39 @@ def load_weights(
   return restored.tree, restored.meta
 
 
+def _find_weights(directory: pathlib.Path) -> int:
+  """Returns the newest finished step of `directory`, verified.
+
+  Another process may be about to finish a newer one.
+  """
+  steps = [
+    step
+    for step in integrity.list_steps(directory)
+    if not integrity.is_unfinished(directory, step)
+  ]
+  if not steps:
+    raise errors.UserError(
+      f'Stage {directory.parent.name!r} has no {directory.name} weights yet.',
+      str(directory),
+    )
+  damage = integrity.find_damage(directory / str(steps[-1]))
+  if damage:
+    raise integrity.DamagedError(
+      f'{_label(directory)}: step {steps[-1]} is damaged ({damage}). Use other '
+      f'weights, or train the stage anew: remove {directory.parent}'
+    )
+  return steps[-1]
+
+
 def _create_manager(
-  directory: pathlib.Path, keep: int
+  directory: pathlib.Path, *, read_only: bool = False
 ) -> ocp.CheckpointManager:
+  """Returns what reads and writes steps; we ourselves remove them."""
   return ocp.CheckpointManager(
     directory,
     options=ocp.CheckpointManagerOptions(
-      preservation_policy=checkpoint_managers.LatestN(n=keep),
-      cleanup_tmp_directories=True,
+      preservation_policy=checkpoint_managers.LatestN(n=None),
+      read_only=read_only,
     ),
     item_handlers={
       'tree': ocp.PyTreeCheckpointHandler(),

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -21,7 +21,15 @@ from jaxprog.reporting import environment, plots, report, tensorboard
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import incidents as incidents_lib
 from jaxprog.reporting import progress as progress_lib
-from jaxprog.training import checkpoints, loop, signals, transfer
+from jaxprog.training import (
+  checkpoints,
+  lock,
+  loop,
+  preflight,
+  signals,
+  transfer,
+  watchdog,
+)
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
 
@@ -38,6 +46,10 @@ class Run:
   writer: tensorboard.Writer
   stop: signals.StopRequest
   incidents: incidents_lib.Incidents
+  # Notes an incident and says it: on_incident(kind, message, **fields).
+  on_incident: Callable[..., None]
+  owner: lock.Lock
+  dog: watchdog.Watchdog
   # Compiles the next stage while this one trains.
   compiler: futures.Executor
 
@@ -84,44 +96,91 @@ def train(
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
   workdir = pathlib.Path(workdir)
-  setup = setup_lib.create_setup(config, only=only, skip=skip, model=model)
-  _check_frozen(setup, workdir)
-  history = _load_history(config, workdir, allow_config_change)
-  _write_inputs(config, workdir)
-  writes = jax.process_index() == 0
-  incidents = incidents_lib.Incidents(
-    workdir / 'incidents.jsonl' if writes else None
-  )
-  with (
-    signals.StopRequest() as stop,
-    _create_progress(len(setup.chosen)) as progress,
-    contextlib.closing(_create_writer(workdir)) as writer,
-    futures.ThreadPoolExecutor(1, 'compiler') as compiler,
-    futures.ThreadPoolExecutor(1, 'reporter') as reporter,
-  ):
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(signals.StopRequest())
+    preflight.launch(config, workdir, only=only, skip=skip)
+    owner = lock.Lock(workdir)
+    if jax.process_index() == 0:
+      stack.enter_context(owner)
+    setup = setup_lib.create_setup(config, only=only, skip=skip, model=model)
+    progress = stack.enter_context(_create_progress(len(setup.chosen)))
+    incidents = _create_incidents(workdir, owner)
+
+    def on_incident(kind, message, **fields):
+      incidents.add(kind, message, **fields)
+      progress.message(message)
+
+    checkpoints.verify_all(workdir, on_incident)
+    _check_frozen(setup, workdir)
+    history = _load_history(config, workdir, allow_config_change, incidents)
+    _write_inputs(config, workdir)
     tasks = tuple(setup_lib.create_task(setup, stage) for stage in setup.chosen)
+    for line in preflight.quick(tasks, workdir):
+      progress.message(line)
     run = Run(
       setup=setup,
       tasks=tasks,
       workdir=workdir,
       history=history,
       progress=progress,
-      writer=writer,
+      writer=stack.enter_context(contextlib.closing(_create_writer(workdir))),
       stop=stop,
       incidents=incidents,
-      compiler=compiler,
+      on_incident=on_incident,
+      owner=owner,
+      dog=stack.enter_context(_create_watchdog(config, workdir, incidents)),
+      compiler=_create_executor('compiler', stack),
     )
-    announce(progress, tasks)
-    left = None
-    try:
-      for index, task in enumerate(_compile_ahead(run)):
-        if index:
-          reporter.submit(write_reports, run, copy.deepcopy(history))
-        left = _run_stage(run, index, task, left)
-    finally:
-      reporter.submit(write_reports, run, history).result()
+    _train_stages(run, _create_executor('reporter', stack))
     progress.message(report.summary_table(history))
   return history
+
+
+def _train_stages(run: Run, reporter: futures.Executor) -> None:
+  """Trains each stage; reports are drawn while the next one trains."""
+  announce(run.progress, run.tasks)
+  left = None
+  try:
+    for index, task in enumerate(_compile_ahead(run)):
+      if index:
+        reporter.submit(write_reports, run, copy.deepcopy(run.history))
+      left = _run_stage(run, index, task, left)
+  finally:
+    reporter.submit(write_reports, run, run.history).result()
+
+
+def _create_executor(
+  name: str, stack: contextlib.ExitStack
+) -> futures.ThreadPoolExecutor:
+  """Returns one thread that nobody waits for: it may compile for minutes."""
+  executor = futures.ThreadPoolExecutor(1, name)
+  stack.callback(executor.shutdown, wait=False, cancel_futures=True)
+  return executor
+
+
+def _create_incidents(
+  workdir: pathlib.Path, owner: lock.Lock
+) -> incidents_lib.Incidents:
+  """Returns the log of what goes wrong; only process 0 writes it."""
+  writes = jax.process_index() == 0
+  incidents = incidents_lib.Incidents(
+    workdir / 'incidents.jsonl' if writes else None
+  )
+  if owner.taken_over:
+    incidents.add('lock', owner.taken_over)
+  return incidents
+
+
+def _create_watchdog(
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  incidents: incidents_lib.Incidents,
+) -> watchdog.Watchdog:
+  return watchdog.Watchdog(
+    config.watchdog_minutes,
+    log=workdir / 'watchdog.log',
+    on_timeout=lambda text: incidents.add('watchdog', text),
+  )
 
 
 def write_reports(run: Run, history: dict[str, Any]) -> None:
@@ -129,7 +188,9 @@ def write_reports(run: Run, history: dict[str, Any]) -> None:
   if jax.process_index() != 0 or not history['stages']:
     return
   planned = [stage.name for stage in run.setup.stages]
-  text = report.report(history, environment.environment(), planned)
+  text = report.report(
+    history, environment.environment(), planned, run.incidents.entries()
+  )
   files.write_bytes(run.workdir / 'training_report.txt', text.encode())
   plots.plot_history(
     history,
@@ -180,7 +241,8 @@ def _run_stage(
     run.save_stages()
     return None
   directory = checkpoints.stage_directory(run.workdir, name)
-  with checkpoints.Checkpoints(directory) as saved:
+  run.dog.beat(f'the start of {name}')
+  with checkpoints.Checkpoints(directory, run.on_incident) as saved:
     state, record = _resume(run, task, saved) or _begin(run, task)
     run.save_history()
     run.save_stages(running=name)
@@ -195,6 +257,8 @@ def _run_stage(
     out = loop.Outputs(
       record=record,
       incident=run.incidents.add,
+      beat=run.dog.beat,
+      check_owner=run.owner.check,
       meta=_describe_weights(run, task),
       checkpoints=saved,
       progress=run.progress,
@@ -203,23 +267,36 @@ def _run_stage(
       save_history=run.save_history,
       left=left,
     )
-    if not record.get('resumed_at_steps'):
-      # What a rollback goes back to, and a start after an early kill.
-      loop.save(task, state, out)
-    state = loop.train_stage(task, state, out)
-    stopped = 'stopped_early' if 'stopped' in record else 'done'
-    history_lib.finish_stage(record, stopped)
-    meta = {**out.meta, 'epoch': record['epochs'][-1]}
-    saved.save_weights('final', int(state.step), state.variables, meta)
-    if task.dataset.holdout is not None:
-      saved.wait()
-      record['validation'] = validate(run, task)
-    saved.mark_done({**out.meta, 'record': record})
-    run.save_stages()
+    with run.stop.deferred():
+      _train_and_save(run, task, state, out)
     left = time.monotonic()
   run.save_history()
   run.progress.end_stage(record)
   return left
+
+
+def _train_and_save(
+  run: Run,
+  task: setup_lib.Task,
+  state: state_lib.TrainState,
+  out: loop.Outputs,
+) -> None:
+  """Trains the rest of a stage, and declares it done once all is saved."""
+  record, saved = out.record, out.checkpoints
+  if not record.get('resumed_at_steps'):
+    # What a rollback goes back to, and a start after an early kill.
+    loop.save(task, state, out)
+  state = loop.train_stage(task, state, out)
+  status = 'stopped_early' if 'stopped' in record else 'done'
+  history_lib.finish_stage(record, status)
+  meta = {**out.meta, 'epoch': record['epochs'][-1]}
+  run.owner.check()
+  saved.save_weights('final', int(state.step), state.variables, meta)
+  if task.dataset.holdout is not None:
+    saved.wait()
+    record['validation'] = validate(run, task)
+  saved.mark_done({**out.meta, 'record': record})
+  run.save_stages()
 
 
 def validate(run: Run, task: setup_lib.Task) -> dict[str, Any]:
@@ -465,8 +542,11 @@ def _load_history(
   config: config_dict.ConfigDict,
   workdir: pathlib.Path,
   allow_config_change: bool,
+  incidents: incidents_lib.Incidents,
 ) -> dict[str, Any]:
   """Returns the history of `workdir`, a new one where there is none.
+
+  Shows how the config differs from the one that the run began with.
 
   Raises:
     UserError: if the run there began with another config.
@@ -476,19 +556,25 @@ def _load_history(
     return history_lib.new_history(config_lib.config_hash(config))
   history = history_lib.load_history(path)
   before = workdir / 'config.json'
-  if before.exists() and not allow_config_change:
-    changes = config_lib.differences(
+  if before.exists():
+    configs = (
       config_lib.to_json(config_lib.load_config(str(before))),
       config_lib.to_json(stages.complete(config)),
       tuple(stage['name'] for stage in history['stages']),
     )
-    if changes:
+    table = config_lib.difference_table(*configs)
+    if table.row_count and jax.process_index() == 0:
+      rich.console.Console().print(table)
+    changes = config_lib.differences(*configs)
+    if changes and not allow_config_change:
       more = ' ...' if len(changes) > 3 else ''
       raise errors.UserError(
         f'The run in {workdir} began with another config.',
         '; '.join(changes[:3]) + more,
         'Use another --workdir, or --allow_config_change to go on anyway.',
       )
+    if changes:
+      incidents.add('config_change', '; '.join(changes))
   history['config_hash'] = config_lib.config_hash(config)
   return history
 

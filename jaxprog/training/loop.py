@@ -38,6 +38,10 @@ class Outputs:
   save_history: Callable[[], None]
   # Notes in the run's log what went wrong: incident(kind, message, **fields).
   incident: Callable[..., Any]
+  # Tells the watchdog what has just been done.
+  beat: Callable[[str], None]
+  # Raises if another run has taken this one's workdir over.
+  check_owner: Callable[[], None]
   # When the stage before was left, by the monotonic clock.
   left: float | None = None
   # Steps in a row, up to the last one, that were skipped.
@@ -338,6 +342,7 @@ def save(task: setup.Task, state: state_lib.TrainState, out: Outputs) -> None:
   """
   if out.skipped and out.stop.signum is None:
     return
+  out.check_owner()
   out.checkpoints.save_latest(state, {**out.meta, 'record': out.record})
   out.last_save = time.monotonic()
 
@@ -364,7 +369,7 @@ def _answer_requests(
 
 def _stop_if_asked(out: Outputs) -> None:
   if out.stop.signum is not None:
-    raise errors.Stopped(out.stop.signum)
+    raise errors.Stopped(out.stop.signum, saved=True)
 
 
 def _report_step(
@@ -376,6 +381,8 @@ def _report_step(
 ) -> None:
   """Shows one step; reading its metrics waits for it to finish."""
   values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+  out.beat(f'step {step + 1} of {task.stage.name}')
+  out.checkpoints.check()
   values['images_per_second'] = images_per_second
   _count_skipped(task, step, not values.pop('finite'), out)
   out.progress.step(step + 1, values)

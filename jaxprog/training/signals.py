@@ -1,42 +1,190 @@
-"""Turns SIGTERM and Ctrl-C into a request that the loop can answer."""
+"""Turns SIGTERM and Ctrl-C into a planned end, wherever they arrive."""
 
+import contextlib
+import multiprocessing
+import os
+import select
 import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from types import FrameType
+
+from jaxprog import errors
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# timeout(1) and terminals signal a process and then its group: this close
+# together, in seconds, two signals are one request.
+_ONE_REQUEST = 0.2
+# Seconds for the main thread to leave in when there is nothing to save: it may
+# be in a compiler that knows no signals.
+_GRACE = 1.5
+_SHOW_CURSOR = b'\x1b[?25h'
+
+# The one whose handlers are installed; inner ones reuse it.
+_active: 'StopRequest | None' = None
 
 
 class StopRequest:
-  """Remembers the first SIGTERM or SIGINT; the second one acts at once.
+  """The answer to the first SIGTERM or Ctrl-C; the second one acts at once.
 
-  A context manager: outside of it the signals do what they did before. Only
-  the main thread may enter it for real; in another one (a notebook's server,
-  a test) it never asks to stop.
+  A context manager: outside of it the signals do what they did before. The
+  first signal raises `Stopped` in the main thread, except within `deferred`,
+  where there is something to save: it only sets `signum` there.
+
+  With `owns_process`, as the command line has it, the process also ends where
+  the main thread cannot listen: 1.5 s after the first signal outside of
+  `deferred`, at once after a second one. Without it, a notebook survives: a
+  second Ctrl-C raises KeyboardInterrupt.
+
+  An inner one is the outer one again. Only the main thread may listen; in
+  another one (a notebook's server, a test) it never asks to stop.
   """
 
-  def __init__(self) -> None:
+  def __init__(self, *, owns_process: bool = False) -> None:
     self.signum: int | None = None
+    self._owns_process = owns_process
+    self._deferred = 0
+    self._since = 0.0
     self._previous: dict[int, object] = {}
+    self._resources = contextlib.ExitStack()
 
-  def _handle(self, signum: int, frame: FrameType | None) -> None:
-    del frame
-    self.signum = signum
-    # Not what they did before: shells ignore Ctrl-C for background jobs.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+  @contextlib.contextmanager
+  def deferred(self) -> Iterator[None]:
+    """Keeps signals until the caller, who asks for `signum`, has saved.
 
-  def _restore(self) -> None:
-    for signum, handler in self._previous.items():
-      signal.signal(signum, handler)  # type: ignore[arg-type]
-    self._previous = {}
+    Raises:
+      Stopped: at either end, if a signal came that nobody has answered.
+    """
+    if threading.current_thread() is not threading.main_thread():
+      yield
+      return
+    self._raise_if_asked()
+    self._deferred += 1
+    try:
+      yield
+    finally:
+      self._deferred -= 1
+    self._raise_if_asked()
 
   def __enter__(self) -> 'StopRequest':
-    """Starts to listen."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
-      try:
-        self._previous[signum] = signal.signal(signum, self._handle)
-      except ValueError:  # Not in the main thread.
-        break
+    """Starts to listen; returns the outer one if there is one."""
+    global _active
+    if threading.current_thread() is not threading.main_thread():
+      return self
+    if _active is not None:
+      _active._install()  # jax.distributed puts its own handler there.
+      return _active
+    self.signum, self._deferred = None, 0
+    self._previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    self._start_listener()
+    _active = self
+    self._install()
     return self
 
-  def __exit__(self, *exc_info: object) -> None:
+  def __exit__(self, exc_type: object, *exc_info: object) -> None:
     """Stops listening."""
-    self._restore()
+    global _active
+    if _active is not self:
+      return
+    answered = self.signum
+    self._deferred += 1  # Nothing may be raised before all is restored.
+    for signum, handler in self._previous.items():
+      # None: installed by C code, which Python cannot restore.
+      signal.signal(signum, handler or signal.SIG_DFL)  # type: ignore[arg-type]
+    self._resources.close()
+    self._deferred -= 1
+    _active = None
+    if answered is None and exc_type is None:
+      self._raise_if_asked()
+
+  def _raise_if_asked(self) -> None:
+    if self.signum is not None and not self._deferred:
+      raise errors.Stopped(self.signum)
+
+  def _install(self) -> None:
+    for signum in _SIGNALS:
+      signal.signal(signum, self._handle)
+
+  def _handle(self, signum: int, frame: FrameType | None) -> None:
+    """Runs in the main thread, once that executes Python."""
+    now = time.monotonic()
+    if self.signum is None:
+      self.signum, self._since = signum, now
+      if not self._deferred:
+        raise errors.Stopped(signum)
+    elif now - self._since >= _ONE_REQUEST:
+      self._answer_second(signum)
+      signal.default_int_handler(signum, frame)
+
+  def _answer_second(self, signum: int) -> None:
+    """Leaves, but for a guest's Ctrl-C."""
+    if self._owns_process or signum != signal.SIGINT:
+      name = signal.Signals(signum).name
+      leave_now(f'Stopped by a second signal, {name}.', 128 + signum)
+
+  def _start_listener(self) -> None:
+    """Lets a thread know of signals as they come, whatever others do."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    thread = threading.Thread(
+      target=self._listen, args=[reader], name='signals', daemon=True
+    )
+    thread.start()
+    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    # In the order opposite to this one: the thread ends when it reads nothing.
+    self._resources.callback(reader.close)
+    self._resources.callback(thread.join, 1.0)
+    self._resources.callback(writer.close)
+    self._resources.callback(signal.set_wakeup_fd, previous)
+
+  def _listen(self, reader: socket.socket) -> None:
+    first, came, left = 0, 0.0, 0.0
+    while True:
+      reader.settimeout(0.1 if first else None)
+      try:
+        data = reader.recv(1)
+        if not data:
+          return
+      except TimeoutError:
+        data = b'\0'
+      now = time.monotonic()
+      if data[0] in _SIGNALS:
+        if not first:
+          first, came, left = data[0], now, now
+        elif now - came >= _ONE_REQUEST:
+          self._answer_second(data[0])
+      if not first or self._deferred:
+        left = now
+      elif self._owns_process and now - left > _GRACE:
+        name = signal.Signals(first).name
+        leave_now(f'Stopped by {name}.', 128 + first)
+
+
+def leave(code: int) -> None:
+  """Ends the process with `code`, waiting for no thread and no child.
+
+  Python's own exit joins threads of executors, which may compile for minutes.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(Exception):
+      stream.flush()
+  leave_now('', code)
+
+
+def leave_now(text: str, code: int) -> None:
+  """Ends the process like `leave`, from any thread and from a handler.
+
+  It flushes nothing: whoever holds a stream may be what hangs.
+  """
+  with contextlib.suppress(Exception):
+    if os.isatty(1):
+      os.write(1, _SHOW_CURSOR)
+    # A pipe that nobody reads must not keep us.
+    if text and select.select([], [2], [], 0)[1]:
+      os.write(2, f'{text}\n'.encode())
+    for child in multiprocessing.active_children():
+      child.kill()
+  os._exit(code)

@@ -1,0 +1,71 @@
+"""Says which checkpoints of a run are whole."""
+
+import collections
+import pathlib
+from collections.abc import Sequence
+
+import rich.box
+import rich.console
+import rich.table
+
+from jaxprog import errors
+from jaxprog.training import checkpoints, integrity
+
+_STYLES = {'intact': 'green', 'damaged': 'bold red', 'unfinished': 'yellow'}
+
+
+def verify_checkpoints(workdir: str | pathlib.Path) -> int:
+  """Returns 0 if no checkpoint of `workdir` is damaged, else 1.
+
+  Prints what was found; nothing is written, moved or removed.
+
+  Raises:
+    UserError: if there are no checkpoints.
+  """
+  findings = checkpoints.check_workdir(pathlib.Path(workdir))
+  if not findings:
+    raise errors.UserError(
+      'There are no checkpoints.',
+      f'--workdir={workdir}',
+      'Name the --workdir of a run that has trained.',
+    )
+  console = rich.console.Console(highlight=False)
+  console.print(_table(findings))
+  for found in findings:
+    if found.detail:
+      console.print(
+        f'{_name(found)}: {found.status}: {found.detail}',
+        style=_STYLES[found.status],
+        markup=False,
+        soft_wrap=True,
+      )
+  console.print(_summary(findings), soft_wrap=True)
+  return 1 if any(found.status == 'damaged' for found in findings) else 0
+
+
+def _table(findings: Sequence[integrity.Finding]) -> rich.table.Table:
+  table = rich.table.Table(box=rich.box.SIMPLE, show_edge=False)
+  table.add_column(' stage', overflow='fold')
+  table.add_column('checkpoint', no_wrap=True)
+  table.add_column('step', justify='right', no_wrap=True)
+  table.add_column('MB', justify='right', no_wrap=True)
+  table.add_column('status', no_wrap=True)
+  for found in findings:
+    table.add_row(
+      f' {found.stage}',
+      found.name,
+      f'{found.step:,}' if found.step >= 0 else '-',
+      f'{found.bytes / 1e6:,.1f}',
+      f'[{_STYLES[found.status]}]{found.status}',
+    )
+  return table
+
+
+def _name(found: integrity.Finding) -> str:
+  step = f'/{found.step}' if found.step >= 0 else ''
+  return f'{found.stage}/{found.name}{step}'
+
+
+def _summary(findings: Sequence[integrity.Finding]) -> str:
+  counts = collections.Counter(found.status for found in findings)
+  return ', '.join(f'{counts[status]} {status}' for status in _STYLES)

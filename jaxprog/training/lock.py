@@ -1,0 +1,338 @@
+"""One run a workdir: WORKDIR/run.lock, which says whose it is.
+
+What is promised:
+
+- On one host, whenever the file system knows flock: never two runs at once.
+  The kernel frees the lock when its owner dies, `kill -9` included; the next
+  run takes it over at once.
+- Between hosts of which each sees the other's flock (NFS 4): the same, but a
+  dead owner is waited for 90 s.
+- Between hosts that do not (NFS without locks, gcsfuse), and where there is no
+  flock at all: the owner touches the file every 20 s, and another run refuses
+  until it is 90 s old. On one host, a process that has ended is not waited for.
+
+What is not promised there: two runs that start within the same second may both
+begin. Within 20 s, one of them finds the other's name in the file and fails in
+`Lock.check`. The same happens to an owner that was suspended for longer than
+90 s, once another one has taken over. Saves of those seconds may mix.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from typing import Any
+
+from jaxprog import errors
+
+_BEAT_SECONDS = 20.0
+_STALE_SECONDS = 90.0
+_NO_FLOCK = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}
+
+# Tokens of the locks that this process holds.
+_held: set[str] = set()
+
+Owner = dict[str, Any]
+
+
+class Lock:
+  """The right to write into a workdir; a context manager.
+
+  In a run of many processes only the first one takes it.
+
+  Attributes:
+    taken_over: a sentence about the dead run that had the lock, or None.
+    has_flock: whether the file system knows flock; else only time tells.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    beat_seconds: float = _BEAT_SECONDS,
+  ) -> None:
+    self._path = pathlib.Path(workdir) / 'run.lock'
+    self._beat_seconds = beat_seconds
+    self._file: int | None = None
+    self._lost: str | None = None
+    self._ended = threading.Event()
+    self._thread: threading.Thread | None = None
+    self.taken_over: str | None = None
+    self.has_flock = True
+
+  def check(self) -> None:
+    """Raises a RuntimeError if another run has taken the lock over.
+
+    Called before each save, it keeps one run from spoiling the other's.
+    """
+    if self._lost is not None:
+      raise RuntimeError(self._lost)
+
+  def __enter__(self) -> 'Lock':
+    """Takes the lock.
+
+    Raises:
+      UserError: if another run has it, or the workdir cannot be written to.
+    """
+    self._me = _describe_process()
+    self.taken_over, self._lost = None, None
+    try:
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      self._file = self._acquire()
+    except OSError as e:
+      raise errors.UserError(
+        f'Cannot write to the workdir: {e.strerror}.',
+        f'--workdir={self._path.parent}',
+        'Name a directory that you may write to.',
+      ) from None
+    _held.add(self._me['token'])
+    self._ended.clear()
+    self._thread = threading.Thread(
+      target=self._beat, name='run.lock', daemon=True
+    )
+    self._thread.start()
+    return self
+
+  def __exit__(self, *exc_info: object) -> None:
+    """Gives the lock back and removes its file."""
+    self._ended.set()
+    if self._thread is not None:
+      self._thread.join()
+    _held.discard(self._me['token'])
+    if self._file is None:
+      return
+    with contextlib.suppress(OSError):
+      # Before it is unlocked: nobody may take a file that then goes.
+      if _is_mine(_read(self._path), self._me):
+        self._path.unlink()
+    os.close(self._file)
+    self._file = None
+
+  def _acquire(self) -> int:
+    """Returns the open file, locked and with our name in it."""
+    while True:
+      file = _open(self._path)
+      try:
+        state = _flock(file)
+        if not _is_at(file, self._path):  # Its owner has just removed it.
+          os.close(file)
+          continue
+        self.has_flock = state != 'unknown'
+        owner, age = _read(self._path), _age(file, self._path.parent)
+        if state == 'busy' or _may_be_alive(owner, age, state):
+          raise self._refuse(owner, age, state)
+        if owner:
+          self.taken_over = _describe_dead(owner, age)
+        _write(file, self._me)
+        return file
+      except BaseException:
+        os.close(file)
+        raise
+
+  def _refuse(self, owner: Owner, age: float, state: str) -> errors.UserError:
+    pid, host = owner.get('pid', '?'), owner.get('host', '?')
+    if state == 'busy' or _is_here(owner):
+      suggestion = f'Stop it (kill {pid} on {host}), or use another --workdir.'
+    else:
+      left = max(0, round(_STALE_SECONDS - age))
+      suggestion = (
+        f'If it is dead, its lock can be taken over in {left} s, or at once '
+        f'after: rm {shlex.quote(str(self._path))}'
+      )
+    return errors.UserError(
+      f'Process {pid} on {host} has been using this workdir since '
+      f'{owner.get("since", "?")}.',
+      f'--workdir={self._path.parent}',
+      suggestion,
+    )
+
+  def _beat(self) -> None:
+    while not self._ended.wait(self._beat_seconds) and not self._lost:
+      # A file server that does not answer now may do so the next time.
+      with contextlib.suppress(OSError):
+        self._touch()
+
+  def _touch(self) -> None:
+    """Shows that the owner lives, or finds that it is another one now."""
+    owner = _read(self._path)
+    if _is_mine(owner, self._me):
+      os.utime(self._path)
+    elif owner:
+      self._lose(owner)
+    else:  # Somebody has removed it.
+      try:
+        old, self._file = self._file, self._acquire()
+      except errors.UserError:
+        self._lose(_read(self._path))
+      else:
+        if old is not None:
+          os.close(old)
+
+  def _lose(self, owner: Owner) -> None:
+    self._lost = (
+      f'Process {owner.get("pid", "?")} on {owner.get("host", "?")} has taken '
+      f'over {self._path.parent}; this run must not write there any more.'
+    )
+
+
+def _open(path: pathlib.Path) -> int:
+  return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+
+
+def _flock(file: int) -> str:
+  """Returns 'ours', 'busy', or 'unknown' where there is no flock."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return 'busy'
+  except OSError as e:
+    if e.errno in _NO_FLOCK:
+      return 'unknown'
+    raise
+  return 'ours'
+
+
+def _is_at(file: int, path: pathlib.Path) -> bool:
+  """Returns whether the open file is the one at `path`."""
+  try:
+    return os.path.samestat(os.fstat(file), os.stat(path))
+  except FileNotFoundError:
+    return False
+
+
+def _read(path: pathlib.Path) -> Owner:
+  """Returns what a lock file says; {} if it is empty, unreadable or gone.
+
+  An owner that is about to write into it is waited for.
+  """
+  for _ in range(5):
+    try:
+      owner = json.loads(path.read_bytes())
+    except FileNotFoundError:
+      return {}
+    except ValueError:
+      time.sleep(0.02)
+      continue
+    return owner if isinstance(owner, dict) else {}
+  return {}
+
+
+def _write(file: int, owner: Owner) -> None:
+  """Writes in place: under a new name it would be another file's lock."""
+  data = f'{json.dumps(owner)}\n'.encode()
+  os.pwrite(file, data, 0)
+  os.ftruncate(file, len(data))
+  os.fsync(file)  # gcsfuse shows it to others only then.
+
+
+def _age(file: int, workdir: pathlib.Path) -> float:
+  """Returns seconds since the last beat, by the file system's own clock."""
+  with tempfile.TemporaryFile(dir=workdir) as probe:
+    now = os.fstat(probe.fileno()).st_mtime
+  return now - os.fstat(file).st_mtime
+
+
+def _may_be_alive(owner: Owner, age: float, state: str) -> bool:
+  """Returns whether somebody who has not locked the file may yet own it."""
+  if not owner or owner.get('token') in _held:
+    return bool(owner)
+  if not _is_here(owner):
+    return age < _STALE_SECONDS
+  if _sees(owner):
+    # Locked by us and alive: two mounts of one bucket do not share locks.
+    return _is_running(owner) and age < _STALE_SECONDS
+  return state == 'unknown' and age < _STALE_SECONDS
+
+
+def _is_here(owner: Owner) -> bool:
+  """Returns whether `owner` ran on this host, started as it is now."""
+  return (owner.get('host'), owner.get('boot')) == (platform.node(), _boot())
+
+
+def _sees(owner: Owner) -> bool:
+  """Returns whether its pid means the same here as it did there."""
+  return owner.get('pid_namespace') == _pid_namespace()
+
+
+def _is_running(owner: Owner) -> bool:
+  """Returns whether its process is there, and is not one with its old pid.
+
+  A process that holds no lock any more is not counted: this one, if it could
+  not remove its file.
+  """
+  pid = owner.get('pid')
+  if not isinstance(pid, int) or pid == os.getpid():
+    return False
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    pass
+  return owner.get('start') == _start_time(pid)
+
+
+def _is_mine(owner: Owner, me: Owner) -> bool:
+  return owner.get('token') == me['token']
+
+
+def _describe_dead(owner: Owner, age: float) -> str:
+  return (
+    f'Took over from process {owner.get("pid", "?")} on '
+    f'{owner.get("host", "?")}, which began {owner.get("since", "?")} and died '
+    f'without giving its lock back; last seen {max(0, age):.0f} s ago.'
+  )
+
+
+def _describe_process() -> Owner:
+  """Returns what others may want to know of this process."""
+  now = datetime.datetime.now(datetime.UTC)
+  return {
+    'host': platform.node(),
+    'pid': os.getpid(),
+    'since': now.isoformat(timespec='seconds'),
+    'start': _start_time(os.getpid()),
+    'boot': _boot(),
+    'pid_namespace': _pid_namespace(),
+    'command': shlex.join(sys.orig_argv),
+    'token': uuid.uuid4().hex,
+  }
+
+
+def _start_time(pid: int) -> int | None:
+  """Returns when a process started, in clock ticks since the host did.
+
+  None where there is no /proc, and for a process that has ended.
+  """
+  try:
+    text = pathlib.Path(f'/proc/{pid}/stat').read_text()
+  except OSError:
+    return None
+  # The name in brackets may hold anything: state is the first word after it.
+  state, *fields = text.rpartition(')')[2].split()
+  return None if state in 'ZX' else int(fields[18])
+
+
+def _boot() -> str:
+  """Returns what is another one after each start of this host, else ''."""
+  try:
+    return pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+  except OSError:
+    return ''
+
+
+def _pid_namespace() -> str:
+  try:
+    return os.readlink('/proc/self/ns/pid')
+  except OSError:
+    return ''

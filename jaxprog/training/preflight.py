@@ -1,0 +1,677 @@
+"""What stands in the way of a run, found before anything is paid for."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import socket
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+from packaging import requirements, specifiers
+
+from jaxprog import config as config_lib
+from jaxprog import errors, files
+from jaxprog import stages as stages_lib
+from jaxprog.data import archives, builders, packs, sources
+from jaxprog.optim import optimizers
+from jaxprog.reporting import history as history_lib
+from jaxprog.training import checkpoints, devices, integrity
+from jaxprog.training import setup as setup_lib
+from jaxprog.training import state as state_lib
+
+# Where requirements.txt and pyproject.toml lie in a checkout.
+_ROOT = pathlib.Path(__file__).parents[2]
+# TensorBoard's files, plots and reports of one run, in bytes.
+_REPORTS = 20_000_000
+# Beside the numbers a checkpoint holds their names and shapes; and file
+# systems round up.
+_OVERHEAD = 1.05
+# Of a stage that no dataset is known for, to size its head.
+_CLASSES = 1000
+
+
+class Finding(NamedTuple):
+  """One thing that was looked at."""
+
+  # True: in order, None: a warning, False: the run would fail.
+  ok: bool | None
+  what: str
+  # The command or the change that mends it, '' if none is known.
+  fix: str = ''
+
+
+class Size(NamedTuple):
+  """What one checkpoint of a stage takes, in bytes."""
+
+  stage: str
+  state: int
+  variables: int
+  # How many of the variables stay: best, final, ema.
+  copies: int
+
+
+class _Data(NamedTuple):
+  """What there is of a stage's dataset; nothing: it is missing or wrong."""
+
+  dataset: sources.Dataset | None = None
+  raw: builders.Raw | None = None
+
+
+def inspect(
+  config: config_dict.ConfigDict,
+  workdir: str | os.PathLike[str] | None = None,
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+) -> list[Finding]:
+  """Returns all that is in order or in the way of training `config`.
+
+  No problem hides another: what can still be looked at is. Nothing is
+  prepared, written or compiled.
+  """
+  chosen, found = _check_config(config, only, skip)
+  found += _gather(_check_versions())
+  found += _gather(_check_devices(config.platform))
+  found += _gather(_check_cache(config.compilation_cache_dir))
+  found += _gather(_check_batches(chosen))
+  looked = [_look(config.data_dir, stage) for stage in chosen]
+  found += [finding for _, finding in looked]
+  data = {stage.name: x for stage, (x, _) in zip(chosen, looked, strict=True)}
+  found += _gather(_check_packs(chosen, data))
+  found += _gather(_check_leaks(config, chosen, data))
+  if workdir:
+    path = pathlib.Path(workdir)
+    found += _gather(_check_workdir(path))
+    found += _gather(_check_lock(path))
+    found += _gather(_check_run(config, path))
+  found += _gather(_check_disk(config, workdir, chosen, data))
+  return found
+
+
+def summary(findings: Iterable[Finding]) -> str:
+  """Returns how many there are of each kind, in one sentence."""
+  counts = [[x.ok for x in findings].count(ok) for ok in (True, None, False)]
+  words = (
+    f'{counts[0]} in order',
+    f'{counts[1]} warning{"s" * (counts[1] != 1)}',
+    f'{counts[2]} to mend',
+  )
+  return f'{", ".join(words)}.'
+
+
+def launch(
+  config: config_dict.ConfigDict,
+  workdir: str | os.PathLike[str],
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+) -> None:
+  """Raises UserError for what would fail hours later, at no cost.
+
+  That is a workdir that cannot be written to, and a dataset that is missing.
+  """
+  chosen = stages_lib.select(stages_lib.create_stages(config), only, skip)
+  devices.check_platform(config.platform)
+  data_dir = pathlib.Path(config.data_dir)
+  for stage in chosen:
+    if _is_here(stage.dataset, data_dir):
+      continue
+    try:
+      sources.check_dataset(stage.dataset, data_dir)
+    except errors.UserError as e:
+      where = f'stage {stage.name!r}: {e.where}'
+      fix = _mend(stage.dataset, e.suggestion)
+      raise errors.UserError(e.what, where, fix) from None
+  check_workdir(pathlib.Path(workdir))
+
+
+def quick(
+  tasks: Sequence[setup_lib.Task], workdir: str | os.PathLike[str]
+) -> list[str]:
+  """Returns lines on devices, disk and what `workdir` holds already.
+
+  Raises:
+    UserError: if the disk is too small for what the run will write.
+  """
+  path = pathlib.Path(workdir)
+  sizes = [
+    _size(task.stage, task.state_shapes, task.state_shapes.variables)
+    for task in tasks
+  ]
+  need, free = bytes_to_write(path, sizes), _free(path)
+  if need > free:
+    raise errors.UserError(
+      f'The run needs {_gigabytes(need)} of disk; {_gigabytes(free)} are free.',
+      f'--workdir={workdir}',
+      'Free some, or name a --workdir on a larger disk.',
+    )
+  return [
+    f'devices: {_describe_devices()}',
+    f'disk: {_gigabytes(need)} to be written, {_gigabytes(free)} free',
+    *(f'run: {line}' for line in _describe_run(path)),
+  ]
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+  """Raises UserError if a file cannot be written to `workdir` and renamed.
+
+  Leaves nothing behind, not even folders.
+  """
+  probe = workdir / f'.probe.{socket.gethostname()}.{os.getpid()}'
+  made: list[pathlib.Path] = []
+  try:
+    made = [x for x in (workdir, *workdir.parents) if not x.exists()]
+    files.write_bytes(probe, b'probe')
+    probe.unlink()
+  except OSError as e:
+    raise errors.UserError(
+      f'Cannot write to the workdir: {e.strerror}.',
+      f'--workdir={workdir}',
+      'Name a directory that you may write to.',
+    ) from None
+  finally:
+    for folder in made:
+      with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def bytes_to_write(workdir: pathlib.Path | None, sizes: Iterable[Size]) -> int:
+  """Returns how much the stages still write, at most, in bytes.
+
+  All that they save stays: two states, and the best, final and averaged
+  weights. What replaces an old checkpoint is there beside it for a while.
+  """
+  total = replaced = 0
+  for size in sizes:
+    if workdir and checkpoints.read_done(workdir, size.stage) is not None:
+      continue
+    there = _folder_bytes(workdir, size.stage) if workdir else 0
+    total += max(0, 2 * size.state + size.copies * size.variables - there)
+    beside = size.state + (size.copies - 1) * size.variables
+    replaced = max(replaced, beside)
+  if not replaced:
+    return 0
+  return int(_OVERHEAD * (total + replaced)) + _REPORTS
+
+
+def saved_configs(
+  config: config_dict.ConfigDict, workdir: str | os.PathLike[str]
+) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]] | None:
+  """Returns what config.differences and difference_table take.
+
+  None where no run of `workdir` has begun.
+  """
+  path = pathlib.Path(workdir)
+  history, before = path / 'training_history.json', path / 'config.json'
+  if not history.is_file() or not before.is_file():
+    return None
+  started = history_lib.load_history(history)['stages']
+  return (
+    config_lib.to_json(config_lib.load_config(str(before))),
+    config_lib.to_json(stages_lib.complete(config)),
+    tuple(stage['name'] for stage in started),
+  )
+
+
+def prepare_command() -> str:
+  """Returns what prepares the data of this very call, to be pasted."""
+  script = sys.argv[0]
+  if pathlib.PurePath(script).name != 'main.py':
+    return 'jaxprog.prepare(config)'
+  words, kept = iter(sys.argv[1:]), []
+  for word in words:
+    flag, equals, value = word.lstrip('-').partition('=')
+    if flag.partition('.')[0] in ('config', 'only', 'skip', 'workdir'):
+      kept.append((flag, value if equals else next(words, '')))
+  # Without --config, the one in the workdir serves.
+  if any(flag == 'config' for flag, _ in kept):
+    kept = [(flag, value) for flag, value in kept if flag != 'workdir']
+  flags = [f'--{flag}={value}' for flag, value in kept]
+  return shlex.join(['python', script, *flags, '--mode=prepare'])
+
+
+def _gather(check: Iterator[Finding]) -> list[Finding]:
+  """Returns what `check` yields; what it raises becomes a cross."""
+  found = []
+  try:
+    for finding in check:
+      found.append(finding)
+  except errors.UserError as e:
+    found.append(_crossed(e))
+  except (OSError, ValueError, RuntimeError) as e:
+    message = ' '.join(str(e).split())
+    found.append(Finding(False, f'{type(e).__name__}: {message}'))
+  return found
+
+
+def _crossed(e: errors.UserError) -> Finding:
+  where = f' ({e.where})' if e.where else ''
+  return Finding(False, f'{e.what.removesuffix(".")}{where}', e.suggestion)
+
+
+def _check_config(
+  config: config_dict.ConfigDict, only: Sequence[str], skip: Sequence[str]
+) -> tuple[tuple[stages_lib.Stage, ...], list[Finding]]:
+  """Returns the chosen stages, none if the config is wrong."""
+  try:
+    known = stages_lib.create_stages(config)
+    chosen = stages_lib.select(known, only, skip)
+  except errors.UserError as e:
+    return (), [_crossed(e)]
+  names = ', '.join(stage.name for stage in chosen)
+  left_out = len(known) - len(chosen)
+  more = f'; {left_out} left out' if left_out else ''
+  return chosen, [Finding(True, f'config: {names}{more}')]
+
+
+def _check_versions(root: pathlib.Path = _ROOT) -> Iterator[Finding]:
+  """Yields what is missing or of a version that was not tried."""
+  python, packages = _read_requirements(root)
+  found = platform.python_version()
+  wrong = 0
+  if not specifiers.SpecifierSet(python).contains(found, prereleases=True):
+    yield Finding(None, f'Python {found} is not {python}')
+  for package in packages:
+    try:
+      version = importlib.metadata.version(package.name)
+    except importlib.metadata.PackageNotFoundError:
+      wrong += 1
+      fix = shlex.join(['pip', 'install', f'{package.name}{package.specifier}'])
+      yield Finding(False, f'{package.name} is not installed', fix)
+      continue
+    if not package.specifier.contains(version, prereleases=True):
+      wrong += 1
+      what = f'{package.name} {version} is not {package.specifier}'
+      fix = shlex.join(['pip', 'install', f'{package.name}{package.specifier}'])
+      yield Finding(None, what, fix)
+  if not wrong:
+    what = f'Python {found}, {len(packages)} packages within their bounds'
+    yield Finding(True, what)
+
+
+def _read_requirements(
+  root: pathlib.Path,
+) -> tuple[str, list[requirements.Requirement]]:
+  """Returns the bounds on Python and on the packages that apply here."""
+  try:
+    project = tomllib.loads((root / 'pyproject.toml').read_text())['project']
+    python = project['requires-python']
+    lines = (root / 'requirements.txt').read_text().splitlines()
+  except OSError:  # Installed, not a checkout.
+    python = importlib.metadata.metadata('jaxprog')['Requires-Python']
+    lines = importlib.metadata.requires('jaxprog') or []
+  packages = [
+    requirements.Requirement(line)
+    for line in lines
+    if line.strip() and not line.startswith('#')
+  ]
+  return python, [
+    x for x in packages if not x.marker or x.marker.evaluate({'extra': ''})
+  ]
+
+
+def _check_devices(wanted: str) -> Iterator[Finding]:
+  try:
+    jax.devices()
+  except RuntimeError as e:
+    message = ' '.join(str(e).split())
+    yield Finding(
+      False,
+      f'JAX finds no devices: {message}',
+      'Set JAX_PLATFORMS to what this machine has, or unset it.',
+    )
+    return
+  devices.check_platform(wanted)
+  asked = '' if wanted == 'any' else ', as asked'
+  yield Finding(True, f'devices: {_describe_devices()}{asked}')
+
+
+def _has_devices() -> bool:
+  try:
+    return bool(jax.devices())
+  except RuntimeError:
+    return False
+
+
+def _describe_devices() -> str:
+  """Returns number, kind, platform and, where it is known, memory."""
+  first = jax.local_devices()[0]
+  text = f'{jax.device_count()} x {first.device_kind}'
+  if first.device_kind.lower() != first.platform:
+    text += f' ({first.platform})'
+  memory = None
+  # Not every backend counts.
+  with contextlib.suppress(RuntimeError, NotImplementedError):
+    memory = (first.memory_stats() or {}).get('bytes_limit')
+  return text + (f', {_gigabytes(memory)} each' if memory else '')
+
+
+def _check_cache(directory: str) -> Iterator[Finding]:
+  devices.keep_compiled(directory)
+  if directory:
+    what = f'compiled steps: kept in {directory}, closed to others'
+    yield Finding(True, what)
+
+
+def _check_batches(chosen: Sequence[stages_lib.Stage]) -> Iterator[Finding]:
+  if not chosen or not _has_devices():
+    return
+  count, wrong = jax.device_count(), 0
+  for stage in chosen:
+    try:
+      stages_lib.check_devices([stage], count)
+    except errors.UserError as e:
+      wrong += 1
+      yield _crossed(e)
+  if not wrong:
+    among = f'{count} device{"s" * (count > 1)}'
+    yield Finding(True, f'batch sizes: divide among {among}')
+
+
+def _look(data_dir: str, stage: stages_lib.Stage) -> tuple[_Data, Finding]:
+  """Returns what there is of a stage's dataset, and what is wrong with it."""
+  where = f'stage {stage.name!r}'
+  try:
+    if sources.check_dataset(stage.dataset, data_dir) == 'raw':
+      return _look_at_raw(data_dir, stage, where)
+    dataset = sources.load_dataset(
+      stage.dataset,
+      data_dir,
+      classes=stage.classes,
+      num_classes=stage.num_classes,
+      where=where,
+    )
+  except errors.UserError as e:
+    fix = _mend(stage.dataset, e.suggestion)
+    named = e.where.removeprefix(where).removeprefix(', ')
+    what = f'{where}: {e.what}'.removesuffix('.')
+    return _Data(), Finding(False, f'{what} ({named})', fix)
+  except OSError as e:
+    return _Data(), Finding(False, f'{where}: {stage.dataset}: {e}')
+  what = (
+    f'{where}: {stage.dataset} is prepared, {dataset.num_classes} classes, '
+    f'{len(dataset.train):,} + {len(dataset.eval):,} images'
+  )
+  return _Data(dataset=dataset), Finding(True, what)
+
+
+def _look_at_raw(
+  data_dir: str, stage: stages_lib.Stage, where: str
+) -> tuple[_Data, Finding]:
+  raw = sources.list_raw(stage.dataset, pathlib.Path(data_dir))
+  assert raw is not None  # check_dataset has found it.
+  unknown = [x for x in stage.classes if x not in raw.classes]
+  if unknown:
+    near = errors.did_you_mean(unknown[0], raw.classes)
+    what = f'{where}: {stage.dataset} has no class {unknown[0]!r}'
+    return _Data(raw=raw), Finding(False, what, near)
+  count = len(stage.classes or raw.classes)
+  if stage.num_classes not in (0, count):
+    what = (
+      f'{where}: num_classes is {stage.num_classes}, but {stage.dataset!r} '
+      f'has {count} classes ({raw.root})'
+    )
+    fix = 'Is the folder complete? If so, set num_classes to what it has.'
+    return _Data(raw=raw), Finding(False, what, fix)
+  what = (
+    f'{where}: {stage.dataset} is raw, {count} classes; {raw.num_images:,} '
+    'images will be prepared first'
+  )
+  return _Data(raw=raw), Finding(None, what, prepare_command())
+
+
+def _is_here(dataset: str, data_dir: pathlib.Path) -> bool:
+  return bool(
+    dataset == 'digits'
+    or sources.find_raw(dataset, data_dir)
+    or sources.find_prepared(dataset, data_dir)
+  )
+
+
+def _mend(dataset: str, suggestion: str) -> str:
+  """Returns a dataset's suggestion with the command that it speaks of."""
+  missing = suggestion.startswith('Put ')
+  if missing and dataset in archives.KNOWN:
+    return f'{prepare_command()} --download'
+  if '--mode=prepare' in suggestion:
+    return prepare_command()
+  if missing:
+    return f'{suggestion.removesuffix(".")}, then: {prepare_command()}'
+  return suggestion
+
+
+def _check_packs(
+  chosen: Sequence[stages_lib.Stage], data: Mapping[str, _Data]
+) -> Iterator[Finding]:
+  for stage in chosen:
+    dataset, raw = data[stage.name]
+    if stage.stored.kind == 'original' or not (dataset or raw):
+      continue
+    where = f'stage {stage.name!r}'
+    if dataset and _is_packed(dataset.train.records, stage.stored):
+      yield Finding(True, f'{where}: images are stored as {stage.storage}')
+    else:
+      what = f'{where}: images will be stored as {stage.storage} first'
+      yield Finding(None, what, prepare_command())
+
+
+def _is_packed(records: sources.Records, storage: stages_lib.Storage) -> bool:
+  name = f'{records.directory.name}+{packs.pack_name(storage)}'
+  return any(
+    path.name == name and packs.open_pack(path, records.fingerprint)
+    for path in sources.list_packs(records.directory)
+  )
+
+
+def _check_leaks(
+  config: config_dict.ConfigDict,
+  chosen: Sequence[stages_lib.Stage],
+  data: Mapping[str, _Data],
+) -> Iterator[Finding]:
+  if not config.exclude_leaks or not chosen:
+    return
+  if all(x.dataset and is_signed(x.dataset) for x in data.values()):
+    yield Finding(True, 'leaks: looked for before, left out')
+  else:
+    what = 'leaks: every image will be compared first'
+    yield Finding(None, what, prepare_command())
+
+
+def is_signed(dataset: sources.Dataset) -> bool:
+  """Returns whether images were described, so that leaks are found soon."""
+  return all(
+    any(x.directory.glob(f'signatures-{x.name}-*.npy'))
+    for x in (dataset.train.records, dataset.eval.records)
+  )
+
+
+def _check_workdir(workdir: pathlib.Path) -> Iterator[Finding]:
+  check_workdir(workdir)
+  yield Finding(True, f'workdir: {workdir} can be written to')
+
+
+def _check_lock(workdir: pathlib.Path) -> Iterator[Finding]:
+  """Yields a cross if a process of this host holds WORKDIR/run.lock."""
+  path = workdir / 'run.lock'
+  if not path.is_file():
+    return
+  with open(path) as file:
+    try:
+      # Shared, and given back at once: nobody is refused for long.
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      owner = json.load(file)
+      yield Finding(
+        False,
+        f'workdir: process {owner.get("pid")} on {owner.get("host")} is '
+        'using it',
+        'Wait for it, stop it, or use another --workdir.',
+      )
+
+
+def _check_run(
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> Iterator[Finding]:
+  for line in _describe_run(workdir):
+    yield Finding(True, f'run: {line}')
+  saved = saved_configs(config, workdir)
+  different = config_lib.differences(*saved) if saved else []
+  if different:
+    more = f' and {len(different) - 3} more' if len(different) > 3 else ''
+    yield Finding(
+      False,
+      f'run: it began with another config: {"; ".join(different[:3])}{more}',
+      'Use another --workdir, or --allow_config_change to go on anyway.',
+    )
+
+
+def _describe_run(workdir: pathlib.Path) -> list[str]:
+  """Returns a line on the stages that are done or interrupted, or none."""
+  path = workdir / 'training_history.json'
+  if not path.is_file():
+    return []
+  parts = []
+  for stage in history_lib.load_history(path)['stages']:
+    name = stage['name']
+    latest = checkpoints.stage_directory(workdir, name) / 'latest'
+    saved = [
+      step
+      for step in integrity.list_steps(latest)
+      if not integrity.is_unfinished(latest, step)
+    ]
+    if checkpoints.read_done(workdir, name) is not None:
+      parts.append(f'{name} done')
+    elif saved:
+      parts.append(f'{name} interrupted, saved at step {max(saved)}')
+    else:
+      parts.append(f'{name} begun, nothing saved')
+  return [', '.join(parts)] if parts else []
+
+
+def _check_disk(
+  config: config_dict.ConfigDict,
+  workdir: str | os.PathLike[str] | None,
+  chosen: Sequence[stages_lib.Stage],
+  data: Mapping[str, _Data],
+) -> Iterator[Finding]:
+  """Yields a finding for each file system that the run writes to."""
+  if not chosen or not _has_devices():
+    return
+  path = pathlib.Path(workdir) if workdir else None
+  run = bytes_to_write(path, _estimate_sizes(config, chosen, data))
+  raw = {x.raw.root: x.raw for x in data.values() if x.raw}
+  prepared = int(_OVERHEAD * sum(map(_raw_bytes, raw.values())))
+  data_dir = pathlib.Path(config.data_dir)
+  if raw and not os.access(_nearest(data_dir / 'prepared'), os.W_OK):
+    fix = 'Set config.data_dir to a folder that you may write to.'
+    yield Finding(False, f'data: {data_dir} cannot be written to', fix)
+  needs = [(data_dir, 'prepared data', prepared)]
+  if path is None:
+    yield Finding(True, f'disk: a run will write {_gigabytes(run)} of results')
+  else:
+    needs.append((path, 'results', run))
+  by_disk: dict[int, list[tuple[pathlib.Path, str, int]]] = {}
+  for need in needs:
+    if need[2]:
+      by_disk.setdefault(_nearest(need[0]).stat().st_dev, []).append(need)
+  for on_disk in by_disk.values():
+    yield _compare_disk(on_disk)
+
+
+def _compare_disk(needs: Sequence[tuple[pathlib.Path, str, int]]) -> Finding:
+  where = needs[-1][0]
+  total, free = sum(need for _, _, need in needs), _free(where)
+  parts = ' and '.join(f'{_gigabytes(x)} of {what}' for _, what, x in needs)
+  return Finding(
+    total <= free,
+    f'disk: {parts} to be written, {_gigabytes(free)} free at {where}',
+    '' if total <= free else 'Free some, or name a folder on a larger disk.',
+  )
+
+
+def _estimate_sizes(
+  config: config_dict.ConfigDict,
+  chosen: Sequence[stages_lib.Stage],
+  data: Mapping[str, _Data],
+) -> list[Size]:
+  """Returns what checkpoints take; stages count as if all had all classes.
+
+  So the network is traced once, which takes a second.
+  """
+
+  def count(stage: stages_lib.Stage) -> int:
+    dataset, raw = data[stage.name]
+    classes = dataset.classes if dataset else raw.classes if raw else ()
+    return len(classes) or stage.num_classes or _CLASSES
+
+  model = setup_lib._model_fn(config)(
+    num_classes=max(map(count, chosen)), image_size=32, dtype=jnp.float32
+  )
+  rng = jax.random.key(0)
+  variables = jax.eval_shape(
+    lambda rng: state_lib.init_variables(model, 32, rng), rng
+  )
+
+  def create_state(stage: stages_lib.Stage) -> Any:
+    tx = optimizers.create_optimizer(stage)
+    ema = stage.ema_decay > 0
+    return jax.eval_shape(
+      lambda x: state_lib.create_state(x, tx, ema=ema), variables
+    )
+
+  return [_size(stage, create_state(stage), variables) for stage in chosen]
+
+
+def _size(stage: stages_lib.Stage, state: Any, variables: Any) -> Size:
+  copies = 3 if stage.ema_decay else 2
+  return Size(stage.name, _count_bytes(state), _count_bytes(variables), copies)
+
+
+def _count_bytes(tree: Any) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _raw_bytes(raw: builders.Raw) -> int:
+  return sum(
+    len(image.data)
+    if isinstance(image.data, bytes)
+    else image.data.stat().st_size
+    for split in (builders.TRAIN, builders.EVAL)
+    for image in raw.images(split)
+  )
+
+
+def _folder_bytes(workdir: pathlib.Path, stage: str) -> int:
+  """Returns the size of what a stage has saved, less what is in quarantine."""
+  total = 0
+  for name in ('latest', 'best', 'final', 'ema'):
+    folder = checkpoints.stage_directory(workdir, stage) / name
+    for path in folder.rglob('*'):
+      with contextlib.suppress(OSError):  # Removed meanwhile.
+        total += path.lstat().st_size if path.is_file() else 0
+  return total
+
+
+def _free(path: pathlib.Path) -> int:
+  return shutil.disk_usage(_nearest(path)).free
+
+
+def _nearest(path: pathlib.Path) -> pathlib.Path:
+  """Returns the nearest folder that exists."""
+  path = path.absolute()
+  return next(x for x in (path, *path.parents) if x.is_dir())
+
+
+def _gigabytes(count: float) -> str:
+  return f'{count / 1e9:.1f} GB' if count >= 1e9 else f'{count / 1e6:.0f} MB'
