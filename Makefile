@@ -1,12 +1,13 @@
 # make quickstart: install and train the four small stages (minutes, no GPU)
 # make test:       install and run the tests
+# make test-faults: kill real runs, 20 of them at random moments (FAULTS=N)
 # make lint:       install and check style and types
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-faults lint format clean
 
 quickstart: $(VENV)/installed
 	$(RUN) main.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -20,6 +21,11 @@ else
 test: $(VENV)/installed-test
 	$(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 endif
+
+# Prints what came of each run, and a table in the end.
+FAULTS ?= 20
+test-faults: $(VENV)/installed-test
+	JAXPROG_FAULTS=$(FAULTS) $(RUN) -m pytest -m faults tests/faults_test.py $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check .

@@ -256,4 +256,6 @@ def use_huge_pages() -> None:
 
 if __name__ == '__main__':
   use_huge_pages()
-  signals.leave(main(sys.argv))
+  code = main(sys.argv)
+  if code:  # Nobody waits for threads of a run that has ended early.
+    signals.leave(code)

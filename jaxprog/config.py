@@ -28,9 +28,11 @@ _FREE_FIELDS = (
   'lr_find_min',
   'lr_find_steps',
   'max_bad_images',
+  'max_skipped_steps',
   'num_workers',
   'platform',
   'stage_defaults',
+  'watchdog_minutes',
   'worker_kind',
 )
 # Stands for the value of a field that one of two configs does not have.

@@ -1,6 +1,8 @@
+import io
 import json
 
 import pytest
+import rich.console
 
 from jaxprog import config as config_lib
 from jaxprog import errors, stages
@@ -103,3 +105,85 @@ def test_differences_count_only_started_stages():
     'seed: 0 -> 1',
     'four.batch_size: 32 -> 8',
   ]
+
+
+def _compare(overrides, started, **options):
+  old = config_lib.to_json(config_lib.load_config(FILE))
+  new = config_lib.to_json(config_lib.load_config(FILE, overrides))
+  file = io.StringIO()
+  console = rich.console.Console(file=file, **{'width': 80, **options})
+  console.print(config_lib.difference_table(old, new, started))
+  return file.getvalue()
+
+
+def test_the_table_tells_what_changes_a_run_from_what_may_change():
+  text = _compare(
+    {
+      'num_workers': '3',
+      'stages[0].batch_size': '8',
+      'stages[1].description': 'x',
+      'stages[2].power': '3',
+      'stages[3].name': 'last',
+    },
+    ('four', 'seven'),
+  )
+  rows = [x.split() for x in text.splitlines()[3:]]
+  assert rows[0] == ['four.batch_size', '32', '8', 'changes']
+  assert rows[1] == ['num_workers', '0', '3', 'allowed']
+  results = [(row[0], row[-1]) for row in rows if 'allowed' in row]
+  assert [field for field, _ in results[1:]] == [
+    'seven.description',
+    'ten.power',
+    'stages',
+  ]
+  assert text.count('changes') == 1
+
+
+def test_only_what_is_allowed_is_dimmed():
+  text = _compare({'num_workers': '3', 'seed': '1'}, (), force_terminal=True)
+  seed, workers = text.splitlines()[3:5]
+  assert 'seed' in seed
+  assert '\x1b[2m' not in seed
+  assert '\x1b[2m' in workers
+
+
+def test_equal_configs_have_no_differences():
+  config = config_lib.to_json(config_lib.load_config(FILE))
+  assert config_lib.changes(config, config, ('four',)) == []
+  assert config_lib.difference_table(config, config, ()).row_count == 0
+
+
+def test_a_field_that_one_config_lacks_is_not_set():
+  new = config_lib.to_json(config_lib.load_config(FILE))
+  old = {k: v for k, v in new.items() if k != 'blur_pool'}
+  assert config_lib.differences(old, new, ()) == ['blur_pool: not set -> False']
+
+
+def test_long_values_are_shown_from_where_they_differ():
+  classes = [f'n{i:08}' for i in range(1000)]
+  old, new = (
+    {'stages': [{'name': 'a', 'classes': x}]} for x in (classes, classes[:-1])
+  )
+  file = io.StringIO()
+  console = rich.console.Console(file=file, width=80)
+  console.print(config_lib.difference_table(old, new, ('a',)))
+  lines = file.getvalue().splitlines()
+  assert len(lines) < 10
+  assert max(map(len, lines)) <= 80
+  # Folded within the column 'was'.
+  assert 'n00000999' in ''.join(x[11:38].strip() for x in lines)
+
+
+def test_a_narrow_terminal_folds_and_drops_nothing():
+  text = _compare(
+    {
+      'stages[0].dataset': 'folder:/' + 28 * 'x',
+      'stages[0].name': 'four' + 30 * 'z',
+      'stages[1].dataset': 'folder:/' + 28 * 'x',
+    },
+    ('four', 'seven'),
+    width=60,
+  )
+  assert max(map(len, text.splitlines())) <= 60
+  assert text.count('x') == 28
+  assert text.count('changes') == 1

@@ -427,3 +427,17 @@ def test_starting_an_example_is_its_own_generator():
     batches_lib._start_example(generator, seed, epoch, index)
     expected = batches_lib.example_rng(seed, epoch, index)
     np.testing.assert_array_equal(generator.random(9), expected.random(9))
+
+
+def test_a_record_that_cannot_be_read_is_named(tmp_path):
+  raw = write_class_folders(tmp_path / 'imagenette2', train=8)
+  del raw
+  sources.prepare('imagenette', tmp_path)
+  split = sources.load_dataset('imagenette', tmp_path).train
+  (file,) = split.records.directory.glob('*train.array_record*')
+  file.write_bytes(bytes(len(file.read_bytes())))
+  a_stage = stage(batch_size=8)
+  steps = epochs.count_steps(a_stage, len(split))
+  batches = batches_lib.TrainBatches(split, a_stage, seed=0, steps=steps)
+  with pytest.raises(batches_lib.RecordError, match=r'Record \d+ of the train'):
+    batches_lib.read_batch(batches, 0)

@@ -1,5 +1,10 @@
 import dataclasses
 import functools
+import multiprocessing
+import shutil
+import signal
+import subprocess
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +16,7 @@ import tiny_config
 from jaxprog import errors, stages
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers
-from jaxprog.training import checkpoints, state
+from jaxprog.training import checkpoints, integrity, state
 
 META = {'classes': ['a', 'b'], 'record': {'epochs': []}}
 
@@ -141,3 +146,256 @@ def test_done_is_written_after_the_last_save(tmp_path):
   assert checkpoints.read_done(tmp_path, 'stage') == {
     'record': {'name': 'stage'}
   }
+
+
+def create_small_state(step=0):
+  """Returns 256 KB that do not compress."""
+  kernel = np.random.default_rng(step).random((256, 256), np.float32)
+  return state.TrainState(
+    step=jnp.int32(step),
+    params={'head': {'kernel': jnp.asarray(kernel)}},
+    batch_stats={},
+    opt_state={},
+    metrics=state.zero_metrics(),
+    rate_scale=jnp.ones(()),
+    ema={},
+  )
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """A stage under way; copy it before it is damaged."""
+  directory = tmp_path_factory.mktemp('run') / 'checkpoints' / 'stage'
+  with checkpoints.Checkpoints(directory) as manager:
+    for step in (3, 6):
+      manager.save_latest(create_small_state(step), {'step': step})
+    manager.save_weights('best', 6, create_small_state(6).variables, {})
+  return directory
+
+
+@pytest.fixture
+def stage(saved, tmp_path):
+  return shutil.copytree(saved, tmp_path / 'checkpoints' / 'stage')
+
+
+@pytest.fixture
+def incidents():
+  """What was reported: (kind, message) pairs, and a function to report to."""
+  told = []
+
+  def report(kind, message, **fields):
+    told.append((kind, message))
+
+  report.told = told
+  return report
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def largest_file(directory):
+  files = [p for p in directory.rglob('*') if p.is_file()]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def restored_step(directory, incidents=checkpoints.ignore):
+  with checkpoints.Checkpoints(directory, incidents) as manager:
+    found = manager.restore_latest(create_small_state())
+    if found is None:
+      return None
+  restored, meta = found
+  assert bits(restored) == bits(create_small_state(meta['step']))
+  return meta['step']
+
+
+@pytest.mark.parametrize(
+  'damage', [flip, lambda p: p.unlink(), lambda p: p.write_bytes(b'')]
+)
+def test_a_damaged_step_moves_aside_and_the_one_before_is_used(
+  stage, incidents, damage
+):
+  damage(largest_file(stage / 'latest/6'))
+  assert restored_step(stage, incidents) == 3
+  ((kind, message),) = incidents.told
+  assert kind == 'quarantine'
+  assert 'stage/latest: step 6 is damaged, quarantined' in message
+  assert (stage / 'quarantine/latest-6/tree').is_dir()
+  assert not (stage / 'latest/6').exists()
+  with checkpoints.Checkpoints(stage) as manager:
+    manager.save_latest(create_small_state(6), {'step': 6})
+  assert restored_step(stage) == 6
+
+
+def test_all_damaged_is_an_error_however_often_one_tries(stage, incidents):
+  for step in ('3', '6'):
+    flip(largest_file(stage / 'latest' / step))
+  for _ in range(2):
+    with pytest.raises(
+      integrity.DamagedError, match=r"'stage'.*not start over silently"
+    ):
+      restored_step(stage, incidents)
+  assert len(incidents.told) == 2
+  assert largest_file(stage / 'quarantine/latest-3').stat().st_size
+  with pytest.raises(integrity.DamagedError):
+    checkpoints.verify_all(stage.parent.parent)
+  shutil.rmtree(stage)
+  assert restored_step(stage) is None
+
+
+def test_damaged_weights_are_reported_and_stop_who_needs_them(stage, incidents):
+  workdir = stage.parent.parent
+  checkpoints.verify_all(workdir, incidents)
+  assert incidents.told == []
+  flip(largest_file(stage / 'best/6'))
+  checkpoints.verify_all(workdir, incidents)
+  assert [kind for kind, _ in incidents.told] == ['damaged']
+  assert 'stage/best: step 6 is damaged' in incidents.told[0][1]
+  assert restored_step(stage) == 6
+  with pytest.raises(integrity.DamagedError, match='stage/best'):
+    checkpoints.load_weights(workdir, 'stage', 'best')
+
+
+def test_a_finished_stage_needs_no_latest(stage, incidents):
+  with checkpoints.Checkpoints(stage) as manager:
+    manager.mark_done({})
+  for step in ('3', '6'):
+    flip(largest_file(stage / 'latest' / step))
+  checkpoints.verify_all(stage.parent.parent, incidents)
+  assert [kind for kind, _ in incidents.told] == ['quarantine'] * 2
+
+
+def test_a_damaged_marker_of_a_finished_stage_moves_aside(stage, incidents):
+  workdir = stage.parent.parent
+  with checkpoints.Checkpoints(stage) as manager:
+    manager.mark_done({'record': {}})
+  flip(stage / 'done.json')
+  with pytest.raises(integrity.DamagedError):
+    checkpoints.read_done(workdir, 'stage')
+  checkpoints.verify_all(workdir, incidents)
+  assert 'damaged, quarantined' in incidents.told[0][1]
+  assert checkpoints.read_done(workdir, 'stage') is None
+  assert restored_step(stage) == 6
+
+
+def test_reading_weights_leaves_a_save_under_way_alone(stage):
+  """Evaluation may look at the workdir of a run that goes on."""
+  (stage / 'best/9.orbax-checkpoint-tmp').mkdir()
+  (stage / 'best/9').mkdir()
+  (stage / 'best/.saving-9').touch()
+  before = sorted((stage / 'best').rglob('*'))
+  found, _ = checkpoints.load_weights(stage.parent.parent, 'stage', 'best')
+  assert bits(found) == bits(create_small_state(6).variables)
+  assert sorted((stage / 'best').rglob('*')) == before
+
+
+def save_until_killed(directory, acknowledged):
+  with checkpoints.Checkpoints(directory) as manager:
+    found = manager.restore_latest(create_small_state())
+    step = found[1]['step'] if found else 0
+    while True:
+      step += 1
+      manager.save_latest(create_small_state(step), {'step': step})
+      if step % 2:
+        manager.wait()
+        acknowledged.value = step
+
+
+@pytest.mark.parametrize('times', [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_during_a_save_the_step_before_loads(tmp_path, times):
+  context = multiprocessing.get_context('forkserver')
+  context.set_forkserver_preload(['jaxprog.training.checkpoints'])
+  acknowledged = context.Value('i', 0)
+  random = np.random.default_rng(0)
+  directory = tmp_path / 'checkpoints' / 'stage'
+  interrupted = 0
+  for _ in range(times):
+    before = acknowledged.value
+    process = context.Process(
+      target=save_until_killed, args=(directory, acknowledged)
+    )
+    process.start()
+    while acknowledged.value == before and process.is_alive():
+      time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.1))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    names = {p.name for p in (directory / 'latest').iterdir()}
+    interrupted += any(not name.isdecimal() for name in names)
+    assert restored_step(directory) >= acknowledged.value
+    names = {p.name for p in (directory / 'latest').iterdir()}
+    assert all(name.isdecimal() for name in names)
+    assert 1 <= len(names) <= 3
+  assert interrupted > times / 2
+  assert not (directory / 'quarantine').exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of 4 MB."""
+  path = tmp_path / 'disk'
+  path.mkdir()
+  command = ['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', str(path)]
+  try:
+    subprocess.run(command, check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip('Only root can mount a small disk.')
+  yield path
+  subprocess.run(['umount', str(path)], check=True)
+
+
+def test_a_full_disk_is_said_at_once_and_older_steps_stay(small_disk):
+  directory = small_disk / 'checkpoints' / 'stage'
+  with pytest.raises(integrity.SaveError, match='The disk of') as info:  # noqa: PT012, SIM117
+    with checkpoints.Checkpoints(directory) as manager:
+      manager.save_latest(create_small_state(1), {'step': 1})
+      manager.wait()
+      free = shutil.disk_usage(small_disk).free
+      (small_disk / 'filler').write_bytes(bytes(free - 100_000))
+      manager.save_latest(create_small_state(2), {'step': 2})
+      deadline = time.monotonic() + 20
+      while time.monotonic() < deadline:
+        manager.check()
+        time.sleep(0.01)
+  assert len(str(info.value)) < 300
+  assert '\n' not in str(info.value)
+  assert 'No space left' in str(info.value)
+  (small_disk / 'filler').unlink()
+  assert restored_step(directory) == 1
+  with checkpoints.Checkpoints(directory) as manager:
+    manager.save_latest(create_small_state(2), {'step': 2})
+  assert restored_step(directory) == 2
+
+
+def test_a_failed_save_cannot_be_marked_done(small_disk):
+  directory = small_disk / 'checkpoints' / 'stage'
+  manager = checkpoints.Checkpoints(directory)
+  free = shutil.disk_usage(small_disk).free
+  (small_disk / 'filler').write_bytes(bytes(free - 200_000))
+  manager.save_weights('final', 1, create_small_state(1).variables, {})
+  with pytest.raises(integrity.SaveError):
+    manager.mark_done({})
+  manager.close()
+  assert checkpoints.read_done(small_disk, 'stage') is None
+
+
+def test_a_failed_save_belies_a_stop_but_hides_no_other_error(small_disk):
+  told = []
+  for error, expected in (
+    (errors.Stopped(signal.SIGTERM), integrity.SaveError),
+    (ZeroDivisionError(), ZeroDivisionError),
+  ):
+    directory = small_disk / 'checkpoints' / type(error).__name__
+    with pytest.raises(expected):  # noqa: PT012, SIM117
+      with checkpoints.Checkpoints(
+        directory, lambda kind, message, **_: told.append(kind)
+      ) as manager:
+        free = shutil.disk_usage(small_disk).free
+        (small_disk / type(error).__name__).write_bytes(bytes(free - 200_000))
+        manager.save_latest(create_small_state(1), {})
+        raise error
+    (small_disk / type(error).__name__).unlink()
+  assert told == ['save_failed']

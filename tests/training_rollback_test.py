@@ -78,6 +78,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(folder):
   assert all(x['stage'] == 'only' for x in skipped)
   report = (folder / 'run' / 'training_report.txt').read_text()
   assert '3 steps changed nothing' in report
+  assert '3 skipped steps: first' in report
 
 
 def test_it_is_taken_back_twice_and_then_names_the_batch(folder):

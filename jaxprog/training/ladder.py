@@ -112,11 +112,11 @@ def train(
 
     checkpoints.verify_all(workdir, on_incident)
     _check_frozen(setup, workdir)
-    history = _load_history(config, workdir, allow_config_change, incidents)
-    _write_inputs(config, workdir)
     tasks = tuple(setup_lib.create_task(setup, stage) for stage in setup.chosen)
     for line in preflight.quick(tasks, workdir):
       progress.message(line)
+    history = _load_history(config, workdir, allow_config_change, incidents)
+    _write_inputs(config, workdir)
     run = Run(
       setup=setup,
       tasks=tasks,
@@ -145,8 +145,12 @@ def _train_stages(run: Run, reporter: futures.Executor) -> None:
       if index:
         reporter.submit(write_reports, run, copy.deepcopy(run.history))
       left = _run_stage(run, index, task, left)
+  except errors.Stopped as e:
+    run.incidents.add('signal', str(e))
+    raise
   finally:
-    reporter.submit(write_reports, run, run.history).result()
+    if run.stop.signum is None:  # Plots take longer than a signal allows.
+      reporter.submit(write_reports, run, run.history).result()
 
 
 def _create_executor(
@@ -219,7 +223,8 @@ def _compile_ahead(run: Run) -> Iterator[setup_lib.Task]:
 
   ahead = run.compiler.submit(prepare, run.tasks[0])
   for following in [*run.tasks[1:], None]:
-    task = ahead.result()
+    with run.dog.pause():  # Large networks compile for long.
+      task = ahead.result()
     if following is not None:
       ahead = run.compiler.submit(prepare, following)
     yield task
@@ -242,7 +247,10 @@ def _run_stage(
     return None
   directory = checkpoints.stage_directory(run.workdir, name)
   run.dog.beat(f'the start of {name}')
-  with checkpoints.Checkpoints(directory, run.on_incident) as saved:
+  with (
+    run.stop.deferred(),  # Outermost: saves under way are waited for.
+    checkpoints.Checkpoints(directory, run.on_incident) as saved,
+  ):
     state, record = _resume(run, task, saved) or _begin(run, task)
     run.save_history()
     run.save_stages(running=name)
@@ -267,8 +275,7 @@ def _run_stage(
       save_history=run.save_history,
       left=left,
     )
-    with run.stop.deferred():
-      _train_and_save(run, task, state, out)
+    _train_and_save(run, task, state, out)
     left = time.monotonic()
   run.save_history()
   run.progress.end_stage(record)
@@ -294,6 +301,7 @@ def _train_and_save(
   saved.save_weights('final', int(state.step), state.variables, meta)
   if task.dataset.holdout is not None:
     saved.wait()
+    run.dog.beat(f'the last save of {task.stage.name}')
     record['validation'] = validate(run, task)
   saved.mark_done({**out.meta, 'record': record})
   run.save_stages()
@@ -308,7 +316,12 @@ def validate(run: Run, task: setup_lib.Task) -> dict[str, Any]:
     run.workdir, task.stage.name, 'best'
   )
   variables = jax.device_put(variables, task.shardings.replicated)
-  scores = loop.evaluate(task, variables, task.dataset.eval)
+  scores = loop.evaluate(
+    task,
+    variables,
+    task.dataset.eval,
+    lambda done, total: run.dog.beat(f'validation, batch {done} of {total}'),
+  )
   run.progress.message(
     f'{task.stage.name}: validation top-1 {scores["top1"]:.1%} of the weights '
     f'of epoch {meta["epoch"]["epoch"]}, chosen on {task.stage.eval_split}'

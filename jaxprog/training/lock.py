@@ -128,7 +128,8 @@ class Lock:
           os.close(file)
           continue
         self.has_flock = state != 'unknown'
-        owner, age = _read(self._path), _age(file, self._path.parent)
+        age = _age(file, self._path.parent)
+        owner = _read(self._path, patience=1 if state == 'ours' else 5)
         if state == 'busy' or _may_be_alive(owner, age, state):
           raise self._refuse(owner, age, state)
         if owner:
@@ -210,12 +211,12 @@ def _is_at(file: int, path: pathlib.Path) -> bool:
     return False
 
 
-def _read(path: pathlib.Path) -> Owner:
+def _read(path: pathlib.Path, patience: int = 5) -> Owner:
   """Returns what a lock file says; {} if it is empty, unreadable or gone.
 
-  An owner that is about to write into it is waited for.
+  An owner that is about to write into it is given a tenth of a second.
   """
-  for _ in range(5):
+  for _ in range(patience):
     try:
       owner = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -615,7 +615,7 @@ def _estimate_sizes(
     classes = dataset.classes if dataset else raw.classes if raw else ()
     return len(classes) or stage.num_classes or _CLASSES
 
-  model = setup_lib._model_fn(config)(
+  model = setup_lib.create_model_fn(config)(
     num_classes=max(map(count, chosen)), image_size=32, dtype=jnp.float32
   )
   rng = jax.random.key(0)

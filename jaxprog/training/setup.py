@@ -153,7 +153,7 @@ def create_setup(
       stage.name: epochs.count_steps(stage, len(datasets[stage.name].train))
       for stage in chosen
     },
-    model_fn=model or _model_fn(config),
+    model_fn=model or create_model_fn(config),
     shardings=devices.create_shardings(devices.create_mesh()),
   )
 
@@ -394,7 +394,8 @@ def _count_steps_before(setup: Setup, stage: stages_lib.Stage) -> int:
   return sum(setup.steps[name].total for name in before)
 
 
-def _model_fn(config: config_dict.ConfigDict) -> ModelFn:
+def create_model_fn(config: config_dict.ConfigDict) -> ModelFn:
+  """Returns what makes the config's own network."""
   return functools.partial(
     resnet.create_model,
     config.model,

@@ -1,0 +1,187 @@
+"""Checkpoints are damaged on disk; what the command line makes of it."""
+
+import os
+import pathlib
+import pickle
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import runs
+
+from jaxprog.training import integrity
+
+STAGE = 'three'
+ARGUMENTS = (
+  f'--only={STAGE}',
+  '--config.stages[0].num_epochs=4',
+  '--config.checkpoint_every_steps=3',
+)
+
+
+@pytest.fixture(scope='module')
+def config(data_dir):
+  return f'--config=tests/tiny_config.py:{data_dir}'
+
+
+@pytest.fixture(scope='module')
+def expected(run_main, config, tmp_path_factory):
+  """The final weights of an uninterrupted run."""
+  workdir = tmp_path_factory.mktemp('expected')
+  result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
+  assert result.returncode == 0, result.stderr
+  return runs.bits(workdir, STAGE)
+
+
+@pytest.fixture(scope='module')
+def killed(config, tmp_path_factory):
+  """A run that was killed, with two intact steps or more."""
+  workdir = tmp_path_factory.mktemp('killed')
+  process = runs.start_main(config, *ARGUMENTS, f'--workdir={workdir}')
+  runs.wait_for_step(process, workdir, STAGE, 9)
+  process.kill()
+  process.communicate()
+  assert not (workdir / 'checkpoints' / STAGE / 'done.json').exists()
+  return workdir
+
+
+@pytest.fixture
+def workdir(killed, tmp_path):
+  return shutil.copytree(killed, tmp_path / 'run')
+
+
+def intact_steps(workdir):
+  latest = workdir / 'checkpoints' / STAGE / 'latest'
+  found = integrity.inspect(latest)
+  return [latest / str(f.step) for f in found if f.status == 'intact']
+
+
+def data_file(step):
+  files = [p for p in (step / 'tree').rglob('*') if p.is_file()]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def flip(step):
+  path = data_file(step)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 16
+  path.write_bytes(data)
+
+
+def test_a_damaged_step_is_quarantined_and_the_one_before_used(
+  run_main, config, expected, workdir
+):
+  *_, before, newest = intact_steps(workdir)
+  flip(newest)
+  verified = run_main('--mode=verify', '--checkpoints', f'--workdir={workdir}')
+  assert verified.returncode == 1, verified.stderr
+  assert f'{STAGE}/latest/{newest.name}: damaged' in verified.stdout
+  assert newest.is_dir()
+  result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
+  assert result.returncode == 0, result.stderr
+  said = ' '.join(result.stdout.split())
+  assert f'step {newest.name} is damaged, quarantined' in said
+  assert f'resumed at step {before.name}' in said
+  assert runs.bits(workdir, STAGE) == expected
+  verified = run_main('--mode=verify', '--checkpoints', f'--workdir={workdir}')
+  assert verified.returncode == 0, verified.stdout
+  assert 'intact' in verified.stdout
+
+
+def test_all_damaged_ends_the_run_again_and_again(run_main, config, workdir):
+  for step in intact_steps(workdir):
+    flip(step)
+  for _ in range(2):
+    result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
+    assert result.returncode == 1, result.stdout
+    assert f"Stage '{STAGE}': all saved states are damaged" in result.stderr
+    assert f'remove {workdir}/checkpoints/{STAGE}' in result.stderr
+    assert not intact_steps(workdir)
+  assert not (workdir / 'checkpoints' / STAGE / 'done.json').exists()
+
+
+class Payload:
+  """Unpickled, it leaves a file behind."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return pathlib.Path.touch, (self.path,)
+
+
+def plant(folder, trace):
+  payload = pickle.dumps(Payload(trace))
+  assert b'touch' in payload
+  for name in ('checkpoint.pkl', 'config.pickle', 'checkpoint', 'meta.pkl'):
+    (folder / name).write_bytes(payload)
+  array = np.array([Payload(trace)], dtype=object)
+  np.save(folder / 'weights.npy', array, allow_pickle=True)
+  code = f'import pathlib\npathlib.Path({str(trace)!r}).touch()\n'
+  for name in ('config', 'conftest', 'sitecustomize', 'jaxprog', '__init__'):
+    (folder / f'{name}.py').write_text(code)
+
+
+def test_nothing_in_a_workdir_is_executed(run_main, config, workdir, tmp_path):
+  trace = tmp_path / 'executed'
+  plain = tmp_path / 'plain'
+  plain.mkdir()
+  plant(plain, trace)
+  subprocess.run(['python3', plain / 'config.py'], check=True)
+  assert trace.exists()  # The payload works.
+  trace.unlink()
+  *_, newest = intact_steps(workdir)
+  checkpoints = workdir / 'checkpoints'
+  folders = (workdir, checkpoints, checkpoints / STAGE, newest, newest / 'tree')
+  for folder in (*folders, newest.parent):
+    plant(folder, trace)
+  data_file(newest).unlink()
+  verified = run_main('--mode=verify', '--checkpoints', f'--workdir={workdir}')
+  assert verified.returncode == 1, verified.stderr
+  result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
+  assert result.returncode == 0, result.stderr
+  assert 'damaged, quarantined' in ' '.join(result.stdout.split())
+  scored = run_main('--mode=eval', f'--workdir={workdir}', f'--stage={STAGE}')
+  assert scored.returncode == 0, scored.stderr
+  best = checkpoints / STAGE / 'best'
+  plant(next(p for p in best.iterdir() if p.name.isdecimal()), trace)
+  scored = run_main('--mode=eval', f'--workdir={workdir}', f'--stage={STAGE}')
+  assert scored.returncode == 1
+  assert 'does not belong here' in scored.stderr
+  assert not trace.exists()
+
+
+@pytest.fixture
+def small_disk(workdir):
+  """The checkpoints of `workdir` on a disk of their own, of 8 MB."""
+  path = workdir / 'checkpoints'
+  moved = path.rename(workdir / 'moved')
+  path.mkdir()
+  command = ['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', str(path)]
+  try:
+    subprocess.run(command, check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip('Only root can mount a small disk.')
+  shutil.copytree(moved, path, dirs_exist_ok=True)
+  yield path
+  subprocess.run(['umount', str(path)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_older_steps_stay(
+  run_main, config, expected, workdir, small_disk
+):
+  kept = intact_steps(workdir)
+  filler = small_disk / 'filler'
+  filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 2 * 4096))
+  result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
+  assert result.returncode == 1, result.stdout
+  (line,) = [x for x in result.stderr.splitlines() if 'Failed:' in x]
+  assert f'The disk of {small_disk}' in line
+  assert 'No space left' in line
+  assert kept == intact_steps(workdir)
+  filler.unlink()
+  result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
+  assert result.returncode == 0, result.stderr
+  assert runs.bits(workdir, STAGE) == expected
+  assert os.listdir(small_disk) == [STAGE]

@@ -1,0 +1,197 @@
+"""What is in the way of a run, as a user is told."""
+
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import data_fixtures
+import pytest
+import runs
+from conftest import ROOT
+
+from jaxprog import config as config_lib
+from jaxprog import files
+from jaxprog.data import sources
+from jaxprog.reporting import history as history_lib
+from jaxprog.reporting import incidents
+
+CONFIG = 'tests/tiny_config.py'
+
+
+@pytest.fixture(scope='module')
+def config(data_dir):
+  return f'--config={CONFIG}:{data_dir}'
+
+
+@pytest.fixture
+def mount(tmp_path):
+  """Mounts a file system in memory at tmp_path/disk; only root may."""
+  folder = tmp_path / 'disk'
+  folder.mkdir()
+  mounted = []
+
+  def run(options):
+    command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)]
+    try:
+      subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+      pytest.skip(f'cannot mount a file system: {e}')
+    mounted.append(folder)
+    return folder
+
+  yield run
+  for path in mounted:
+    subprocess.run(['umount', str(path)], check=True)
+
+
+def assert_three_lines(result, *expected):
+  assert result.returncode == 2, result.stdout + result.stderr
+  assert len(result.stderr.strip().split('\n')) <= 3
+  for text in expected:
+    assert text in result.stderr
+
+
+def begin_run(workdir, data_dir):
+  """Writes what a run has written that was killed in its first step."""
+  config = config_lib.load_config(f'{CONFIG}:{data_dir}')
+  config.stages[0].num_epochs = 1.0
+  files.write_json(workdir / 'config.json', config_lib.to_json(config))
+  history = history_lib.new_history(config_lib.config_hash(config))
+  fields = dict.fromkeys(history_lib.STAGE_FIELDS, 1)
+  history_lib.begin_stage(history, **{**fields, 'name': 'three'})
+  history_lib.save_history(workdir / 'training_history.json', history)
+
+
+def test_all_problems_are_listed_at_once(run_main, config, tmp_path):
+  (tmp_path / 'file').write_text('')
+  result = run_main(
+    config,
+    '--mode=check',
+    f'--workdir={tmp_path}/file/run',
+    '--config.platform=tpu',
+    '--config.stages[0].num_classes=4',
+    '--config.stages[1].batch_size=50',
+    '--config.stages[2].dataset=imagenet_mini',
+    devices=8,
+  )
+  assert result.returncode == 2
+  assert result.stderr == ''
+  lines = result.stdout.split('\n')
+  crossed = '\n'.join(x for x in lines if x.startswith('✗ '))
+  for text in (
+    "asks for 'tpu', JAX found 'cpu': 8 x cpu",
+    'batch_size 50 is not divisible by 8',
+    'num_classes is 4, but',
+    "stage 'ten_again': The dataset 'imagenet_mini' is missing",
+    'Cannot write to the workdir',
+  ):
+    assert text in crossed
+  assert crossed.count('✗') == 5
+  assert any(x.startswith("✓ stage 'ten': digits is prepared") for x in lines)
+  assert '5 to mend.' in result.stdout
+  assert 'event=plan' not in result.stdout
+  assert [x.name for x in tmp_path.iterdir()] == ['file']
+
+
+def test_the_findings_come_first_in_signs_that_any_pipe_can_carry(
+  config, tmp_path
+):
+  result = subprocess.run(
+    [
+      sys.executable,
+      'main.py',
+      config,
+      '--mode=check',
+      f'--workdir={tmp_path}/é',
+    ],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONIOENCODING': 'ascii'},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert result.stdout.isascii()
+  assert result.stdout.startswith('+ config: three, ten, ten_again\n')
+  findings, plan = result.stdout.split('0 to mend.')
+  assert "\n+ stage 'ten': digits is prepared" in findings
+  assert 'event=plan stage=ten' in plan
+  assert (tmp_path / 'é' / 'learning_rates.png').is_file()
+
+
+def test_a_dataset_missing_in_the_last_stage_is_said_at_launch(
+  run_main, config, tmp_path
+):
+  arguments = (
+    config,
+    f'--config.data_dir={tmp_path}/data',
+    '--config.stages[2].dataset=tiny_imagenet',
+  )
+  result = run_main(*arguments, f'--workdir={tmp_path}/run')
+  assert_three_lines(result, "stage 'ten_again'", 'tiny-imagenet-200')
+  # Not even the first stage's data was prepared.
+  assert not (tmp_path / 'data').exists()
+  command = shlex.split(result.stderr.strip().split('\n')[2])
+  assert command[-2:] == ['--mode=prepare', '--download']
+  data_fixtures.write_tiny_imagenet(tmp_path / 'data' / 'tiny-imagenet-200')
+  subprocess.run(
+    [sys.executable, *command[1:]], cwd=ROOT, check=True, capture_output=True
+  )
+  assert sources.find_prepared('tiny_imagenet', tmp_path / 'data')
+
+
+def test_a_workdir_that_is_read_only(run_main, config, mount):
+  workdir = mount('ro,size=8m')
+  result = run_main(config, f'--workdir={workdir}/run')
+  assert_three_lines(
+    result, 'Cannot write to the workdir: Read-only file system.'
+  )
+  assert 'event=' not in result.stdout
+
+
+def test_a_disk_that_is_too_small(run_main, config, mount):
+  workdir = mount('size=8m') / 'run'
+  result = run_main(config, f'--workdir={workdir}')
+  assert_three_lines(result, 'needs 22 MB of disk; 8 MB are free', '--workdir')
+  assert 'event=' not in result.stdout
+  assert not (workdir / 'checkpoints').exists()
+  result = run_main(config, f'--workdir={workdir}', '--mode=check')
+  assert result.returncode == 2
+  assert '✗ disk: 22 MB of results to be written, 8 MB free' in result.stdout
+
+
+def test_a_changed_config_is_shown_as_a_table_and_refused(
+  run_main, config, data_dir, tmp_path
+):
+  arguments = (config, f'--workdir={tmp_path}', '--only=three')
+  begin_run(tmp_path, data_dir)
+  saved = (tmp_path / 'config.json').read_text()
+  changed = (
+    *arguments,
+    '--config.stages[0].num_epochs=1',
+    '--config.stages[0].batch_size=24',
+    '--config.stages[0].learning_rate=0.5',
+    '--config.stages[0].classes=1,3,7',
+    '--config.num_workers=2',
+  )
+  refused = run_main(*changed)
+  assert_three_lines(refused, 'began with another config')
+  rows = [x.split() for x in refused.stdout.split('\n')]
+  assert ['three.batch_size', '48', '24', 'changes'] in rows
+  assert ['three.learning_rate', '0.01', '0.5', 'changes'] in rows
+  assert ['num_workers', '0', '2', 'allowed'] in rows
+  assert max(map(len, refused.stdout.split('\n'))) <= 80
+  assert (tmp_path / 'config.json').read_text() == saved
+  process = runs.start_main(*changed, '--allow_config_change')
+  lines = list(
+    itertools.takewhile(lambda x: 'event=plan' not in x, process.stdout)
+  )
+  process.kill()
+  process.communicate()
+  assert any('three.batch_size' in x for x in lines), lines
+  (incident,) = incidents.read(tmp_path / 'incidents.jsonl')
+  assert incident['kind'] == 'config_change'
+  assert 'three.batch_size: 48 -> 24' in incident['message']
+  assert json.loads((tmp_path / 'config.json').read_text())['num_workers'] == 2
