@@ -362,7 +362,7 @@ def load_weights(
       'Train it first, with this --workdir.',
     )
   step = _find_weights(directory)
-  with _create_manager(directory, read_only=True) as manager:
+  with _create_manager(directory, create=False) as manager:
     restore_args = jax.tree.map(
       lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
       _read_metadata(manager, step),
@@ -402,14 +402,14 @@ def _find_weights(directory: pathlib.Path) -> int:
 
 
 def _create_manager(
-  directory: pathlib.Path, *, read_only: bool = False
+  directory: pathlib.Path, *, create: bool = True
 ) -> ocp.CheckpointManager:
   """Returns what reads and writes steps; we ourselves remove them."""
   return ocp.CheckpointManager(
     directory,
     options=ocp.CheckpointManagerOptions(
       preservation_policy=checkpoint_managers.LatestN(n=None),
-      read_only=read_only,
+      create=create,
     ),
     item_handlers={
       'tree': ocp.PyTreeCheckpointHandler(),
