@@ -1,6 +1,7 @@
 """Runs that are killed, and end as if they had not been.
 
-`make test-faults` tries every interruption often; here each is tried once.
+`make test-faults` tries every interruption often; `make test` has a quick form
+of the kills, and the signals' own tests.
 JAXPROG_FAULTS is the number of runs killed at random, JAXPROG_FAULTS_SEED
 draws other moments.
 """
@@ -132,6 +133,7 @@ def test_killed_in_twenty_saves(survives):
     hits += survives(*(kills.in_save(rng.randint(1, 3)) for _ in range(4)))
 
 
+@full_form
 @pytest.mark.parametrize('trial', range(3 if TRIALS else 1))
 def test_stopped_by_signals_wherever_they_arrive(survives, tmp_path, trial):
   # Fresh data, and a home in which nothing has been compiled.
@@ -168,6 +170,7 @@ def _lost_too_much(moment, workdir, ended):
   return wrong
 
 
+@full_form
 @full_form
 def test_resumed_on_another_number_of_devices(survives, reference, tmp_path):
   moments = (

@@ -242,6 +242,7 @@ def _run_stage(
   done = checkpoints.read_done(run.workdir, name)
   if done is not None:
     _put_record(run.history, done['record'])
+    run.save_history()  # It may have been killed before it could.
     run.progress.message(f'{name}: done before, not trained again')
     run.save_stages()
     return None
@@ -599,6 +600,9 @@ def _write_inputs(
   if jax.process_index() != 0:
     return
   try:
+    for pattern in ('.*.tmp', 'checkpoints/*/.*.tmp'):  # Of killed writes.
+      for path in workdir.glob(pattern):
+        path.unlink(missing_ok=True)
     plain = config_lib.to_json(stages.complete(config))
     files.write_json(workdir / 'config.json', plain)
     files.write_json(workdir / 'environment.json', environment.environment())
