@@ -171,7 +171,6 @@ def _lost_too_much(moment, workdir, ended):
 
 
 @full_form
-@full_form
 def test_resumed_on_another_number_of_devices(survives, reference, tmp_path):
   moments = (
     kills.when_saved('three', 4)._replace(devices=8),
