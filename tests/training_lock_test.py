@@ -122,7 +122,7 @@ def test_the_file_says_whose_it_is(tmp_path):
     found = json.loads((tmp_path / 'new' / 'run' / 'run.lock').read_text())
   assert found['host'] == socket.gethostname()
   assert found['pid'] == os.getpid()
-  assert 'pytest' in found['command']
+  assert found['command'].startswith(sys.executable)
   # The boot, and the ticks since then.
   uptime = float(pathlib.Path('/proc/uptime').read_text().split()[0])
   began = found['start'] / os.sysconf('SC_CLK_TCK')
