@@ -88,6 +88,8 @@ def time_loop(task: setup.Task, num_steps: int) -> tuple[float, float]:
       stop=signals.StopRequest(),
       save_history=mock.Mock(),
       incident=mock.Mock(),
+      beat=mock.Mock(),
+      check_owner=mock.Mock(),
     )
     feed = feed_lib.Feed(task, task.seed, 0)
     with contextlib.closing(feed):
