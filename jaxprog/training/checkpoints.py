@@ -8,7 +8,9 @@ when it is needed to resume moves to quarantine/; see integrity.
 
 import contextlib
 import functools
+import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
 from concurrent import futures
@@ -194,13 +196,18 @@ def _save_error(
 ) -> integrity.SaveError:
   """Returns an error of one line: main shows 300 characters of it."""
   free = shutil.disk_usage(directory.parent).free / 1e6
-  reason = ' '.join(str(error).split())
-  if len(reason) > 90:  # The end of tensorstore's messages says why.
-    reason = f'{reason[:30]} ... {reason[-60:]}'
   return integrity.SaveError(
     f'Step {step} of {_label(directory)} was not saved, older ones are intact. '
-    f'The disk of {directory.parent} has {free:,.0f} MB left. {reason}'
+    f'The disk of {directory.parent} has {free:,.0f} MB left. {_reason(error)}'
   )
+
+
+def _reason(error: Exception) -> str:
+  """Returns why a save failed; tensorstore gives the number of the OS."""
+  text = ' '.join(str(error).split())
+  if found := re.search(r"os_error_code='(\d+)'", text):
+    return os.strerror(int(found[1])) + '.'
+  return text if len(text) <= 90 else f'{text[:30]} ... {text[-60:]}'
 
 
 def _close(manager: ocp.CheckpointManager) -> None:
