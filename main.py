@@ -28,6 +28,9 @@ MODES = (
   'verify',
   'audit',
   'eval',
+  'predict',
+  'report',
+  'export',
   'lr_find',
 )
 
@@ -42,10 +45,16 @@ flags.DEFINE_list(
 )
 flags.DEFINE_list('skip', [], 'Leave out these stages.', flag_values=FLAGS)
 flags.DEFINE_string(
-  'stage', '', 'eval: which stage; else the last one done.', flag_values=FLAGS
+  'stage',
+  '',
+  'eval, predict, export: which stage; else the last one done.',
+  flag_values=FLAGS,
 )
 flags.DEFINE_string(
-  'weights', 'best', 'eval: best, final or ema.', flag_values=FLAGS
+  'weights',
+  'best',
+  'eval, predict, export: best, final or ema.',
+  flag_values=FLAGS,
 )
 flags.DEFINE_bool(
   'allow_config_change',
@@ -60,7 +69,11 @@ flags.DEFINE_bool(
   flag_values=FLAGS,
 )
 flags.DEFINE_string(
-  'input', '', 'prepare: an archive of raw images.', flag_values=FLAGS
+  'input',
+  '',
+  'prepare: an archive of raw images. predict: an image or a folder of them. '
+  'eval: another dataset with the same classes.',
+  flag_values=FLAGS,
 )
 flags.DEFINE_string(
   'sha256', '', "prepare: the archive's SHA-256.", flag_values=FLAGS
@@ -117,6 +130,9 @@ def run(overrides: dict[str, str]) -> int:
     )
   if FLAGS.mode == 'verify' and FLAGS.checkpoints:
     return jaxprog.verify_checkpoints(require_workdir())
+  if FLAGS.mode == 'report':
+    jaxprog.write_report(require_workdir().split(','))
+    return 0
   config = jaxprog.load_config(FLAGS.config or saved_config(), overrides)
   match FLAGS.mode:
     case 'prepare':
@@ -155,9 +171,25 @@ def run(overrides: dict[str, str]) -> int:
       print(describe_lr_find(found))
     case 'eval':
       scores = jaxprog.evaluate(
-        config, require_workdir(), stage=FLAGS.stage, weights=FLAGS.weights
+        config,
+        require_workdir(),
+        stage=FLAGS.stage,
+        weights=FLAGS.weights,
+        dataset=FLAGS.input,
       )
       print(f'{100 * scores["top1"]:.1f}')
+    case 'predict':
+      jaxprog.predict(
+        config,
+        require_workdir(),
+        FLAGS.input,
+        stage=FLAGS.stage,
+        weights=FLAGS.weights,
+      )
+    case 'export':
+      jaxprog.export(
+        config, require_workdir(), stage=FLAGS.stage, weights=FLAGS.weights
+      )
   return 0
 
 

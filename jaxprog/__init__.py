@@ -21,16 +21,19 @@ __all__ = [
   'audit',
   'check',
   'evaluate',
+  'export',
   'load_config',
   'load_datasets',
   'lr_find',
   'plot_history',
+  'predict',
   'prepare',
   'report',
   'train',
   'train_stage',
   'verify',
   'verify_checkpoints',
+  'write_report',
 ]
 __version__ = '0.1.0'
 
@@ -170,11 +173,48 @@ def evaluate(
   *,
   stage: str = '',
   weights: str = 'best',
+  dataset: str = '',
 ) -> dict[str, Any]:
   """Returns loss, top1, top5; see jaxprog.tools.evaluate.evaluate."""
   from jaxprog.tools import evaluate as tool
 
-  return tool.evaluate(config, workdir, stage=stage, weights=weights)
+  return tool.evaluate(
+    config, workdir, stage=stage, weights=weights, dataset=dataset
+  )
+
+
+def predict(
+  config: 'config_dict.ConfigDict',
+  workdir: str | pathlib.Path,
+  input: str | pathlib.Path,
+  *,
+  stage: str = '',
+  weights: str = 'best',
+) -> list[dict[str, Any]]:
+  """Returns what images show; see jaxprog.tools.predict.predict."""
+  from jaxprog.tools import predict as tool
+
+  return tool.predict(config, workdir, input, stage=stage, weights=weights)
+
+
+def export(
+  config: 'config_dict.ConfigDict',
+  workdir: str | pathlib.Path,
+  *,
+  stage: str = '',
+  weights: str = 'best',
+) -> dict[str, pathlib.Path]:
+  """Returns the files it wrote; see jaxprog.tools.export.export."""
+  from jaxprog.tools import export as tool
+
+  return tool.export(config, workdir, stage=stage, weights=weights)
+
+
+def write_report(workdirs: Sequence[str | pathlib.Path]) -> None:
+  """Writes the reports of runs anew; see jaxprog.tools.report."""
+  from jaxprog.tools import report as tool
+
+  tool.write_report(workdirs)
 
 
 def plot_history(history: dict[str, Any], path: str | pathlib.Path) -> None:

@@ -329,7 +329,7 @@ def evaluate(logits, labels, mask=None):
     'mask': np.ones(len(labels), bool) if mask is None else np.array(mask),
   }
   eval_step = jax.jit(steps.create_eval_step(Fixed(), PIXELS))
-  return eval_step({}, data, steps.zero_eval_sums())
+  return eval_step({}, data, steps.zero_eval_sums())[0]
 
 
 def test_evaluation_counts_like_numpy():

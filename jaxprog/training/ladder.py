@@ -17,7 +17,13 @@ from ml_collections import config_dict
 from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
 from jaxprog.data import jpeg
-from jaxprog.reporting import environment, plots, report, tensorboard
+from jaxprog.reporting import (
+  diagnostics,
+  environment,
+  plots,
+  report,
+  tensorboard,
+)
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import incidents as incidents_lib
 from jaxprog.reporting import progress as progress_lib
@@ -300,39 +306,48 @@ def _train_and_save(
   meta = {**out.meta, 'epoch': record['epochs'][-1]}
   run.owner.check()
   saved.save_weights('final', int(state.step), state.variables, meta)
-  if task.dataset.holdout is not None:
-    saved.wait()
-    run.dog.beat(f'the last save of {task.stage.name}')
-    record['validation'] = validate(run, task)
+  saved.wait()
+  run.dog.beat(f'the last save of {task.stage.name}')
+  record |= examine(run, task)
   saved.mark_done({**out.meta, 'record': record})
   run.save_stages()
 
 
-def validate(run: Run, task: setup_lib.Task) -> dict[str, Any]:
-  """Returns what the best weights score on the true validation images.
+def examine(run: Run, task: setup_lib.Task) -> dict[str, Any]:
+  """Returns what a stage's record says of its best weights, image by image.
 
-  A hold-out has chosen them: this is the one look that a stage takes.
+  They are evaluated on the true validation images. Where a hold-out has chosen
+  them, this is the one look that a stage takes.
   """
-  variables, meta = checkpoints.load_weights(
-    run.workdir, task.stage.name, 'best'
-  )
+  name, split = task.stage.name, task.dataset.eval
+  variables, meta = checkpoints.load_weights(run.workdir, name, 'best')
   variables = jax.device_put(variables, task.shardings.replicated)
-  scores = loop.evaluate(
+  epoch = meta['epoch']['epoch']
+  scores, outcomes = loop.evaluate_images(
     task,
     variables,
-    task.dataset.eval,
+    split,
     lambda done, total: run.dog.beat(f'validation, batch {done} of {total}'),
   )
-  run.progress.message(
-    f'{task.stage.name}: validation top-1 {scores["top1"]:.1%} of the weights '
-    f'of epoch {meta["epoch"]["epoch"]}, chosen on {task.stage.eval_split}'
-  )
-  return {
-    'weights': 'best',
-    'epoch': meta['epoch']['epoch'],
-    'num_images': len(task.dataset.eval),
+
+  def read(index):
+    return split.records.describe(index), split.records.original(index)
+
+  of = {'weights': 'best', 'epoch': epoch, 'num_images': len(split)}
+  found = {
+    **of,
     **scores,
+    **diagnostics.diagnose(outcomes, split.labels, task.dataset.num_classes),
+    'classes': list(task.dataset.class_names),
+    'worst': diagnostics.worst_mistakes(outcomes, split.labels, read),
   }
+  if task.dataset.holdout is None:
+    return {'diagnostics': found}
+  run.progress.message(
+    f'{name}: validation top-1 {scores["top1"]:.1%} of the weights of epoch '
+    f'{epoch}, chosen on {task.stage.eval_split}'
+  )
+  return {'diagnostics': found, 'validation': {**of, **scores}}
 
 
 def _resume(
@@ -485,6 +500,7 @@ def _describe_weights(run: Run, task: setup_lib.Task) -> dict[str, Any]:
   return {
     'stage': task.stage.name,
     'classes': list(task.dataset.classes),
+    'class_names': list(task.dataset.class_names),
     'model': config.model,
     'num_filters': config.num_filters,
     'stem_kernel': config.stem_kernel,

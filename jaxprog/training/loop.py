@@ -14,9 +14,9 @@ import numpy as np
 from jaxprog import errors
 from jaxprog.data import batches as batches_lib
 from jaxprog.data import loader, preprocess, sources
+from jaxprog.reporting import diagnostics, tensorboard
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import progress as progress_lib
-from jaxprog.reporting import tensorboard
 from jaxprog.training import checkpoints as checkpoints_lib
 from jaxprog.training import decisions, setup, signals, steps
 from jaxprog.training import feed as feed_lib
@@ -161,11 +161,13 @@ def evaluate(
   split: sources.Split,
   on_batch: Callable[[int, int], None] | None = None,
   on_bad: Callable[[dict[str, str]], None] | None = None,
+  outcomes: list[steps.Outcomes] | None = None,
 ) -> dict[str, float]:
   """Returns mean loss, top1 and top5 over every image of `split`, once.
 
   `on_bad` is told which images could not be decoded, and why: they count as
-  wrong.
+  wrong. What came of each image is added to `outcomes`, in the order of
+  `split`, a dict of arrays (batch_size,) a batch; the last one is padded.
   """
   sums = jax.device_put(steps.zero_eval_sums(), task.shardings.replicated)
   local_batches = loader.eval_batches(
@@ -181,7 +183,9 @@ def evaluate(
     for i, batch in enumerate(
       loader.prefetch_to_device(local_batches, task.shardings.batch)
     ):
-      sums = task.eval_step(variables, batch, sums)
+      sums, outcome = task.eval_step(variables, batch, sums)
+      if outcomes is not None:
+        outcomes.append(outcome)
       if on_batch:
         on_batch(i + 1, -(-len(split) // len(batch['label'])))
   if on_bad and local_batches.bad:
@@ -191,6 +195,18 @@ def evaluate(
   if count != len(split):
     raise AssertionError(f'Evaluated {count:g} of {len(split)} images.')
   return {name: x / count for name, x in totals.items()}
+
+
+def evaluate_images(
+  task: setup.Task,
+  variables: dict[str, Any],
+  split: sources.Split,
+  on_batch: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+  """Returns `evaluate`'s means, and the outcomes of each image, (n,) each."""
+  batches: list[steps.Outcomes] = []
+  scores = evaluate(task, variables, split, on_batch, outcomes=batches)
+  return scores, diagnostics.join_outcomes(batches, len(split))
 
 
 def _train_epoch(

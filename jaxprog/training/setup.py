@@ -81,7 +81,7 @@ class Task:
   # What runs on the devices: init(rng) -> variables, init_head(rng) -> the
   # head's part of them, create_state(variables) -> state,
   # train_steps[program](state, batch, rng) -> (state, metrics),
-  # eval_step(variables, batch, sums) -> sums.
+  # eval_step(variables, batch, sums) -> (sums, outcomes).
   init: Any
   init_head: Any
   create_state: Any

@@ -15,6 +15,10 @@ from jaxprog.training import state as state_lib
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Outcomes = dict[str, jax.Array]
+
+# The rank of an image that could not be decoded: in no top k.
+_UNRANKED = 2**30
 TrainStep = Callable[..., tuple[state_lib.TrainState, Metrics]]
 
 
@@ -248,12 +252,14 @@ def _add_metrics(sums, metrics, count, finite):
 
 def create_eval_step(
   model: nn.Module, pixels: tuple[Sequence[float], Sequence[float]]
-) -> Callable[[Any, Batch, Metrics], Metrics]:
-  """Returns eval_step(variables, batch, sums) -> sums, pure.
+) -> Callable[[Any, Batch, Metrics], tuple[Metrics, Outcomes]]:
+  """Returns eval_step(variables, batch, sums) -> (sums, outcomes), pure.
 
   Adds up what `mask` does not hide: no label smoothing, one centre crop. An
   image that could not be decoded has the label -1: it counts as wrong, with
-  the loss of a guess.
+  the loss of a guess. `outcomes` says of every row, hidden ones included:
+  loss, rank (classes that score above its own, 0 where it is right),
+  predicted (class) and confidence (its probability).
   """
 
   def eval_step(variables, batch, sums):
@@ -272,15 +278,22 @@ def create_eval_step(
     classes = jnp.arange(num_classes)
     beaten = (logits < own) | ((logits == own) & (classes > labels[:, None]))
     rank = num_classes - 1 - jnp.sum(beaten, axis=-1)
+    rank = jnp.where(known, rank, _UNRANKED)
     terms = {
       'count': jnp.ones_like(loss),
       'loss': loss,
-      'top1': known & (rank < 1),
-      'top5': known & (rank < 5),
+      'top1': rank < 1,
+      'top5': rank < 5,
     }
-    return {
+    sums = {
       name: sums[name] + jnp.sum(jnp.where(mask, terms[name], 0))
       for name in terms
+    }
+    return sums, {
+      'loss': loss,
+      'rank': rank,
+      'predicted': jnp.argmax(logits, axis=-1),
+      'confidence': jnp.max(jax.nn.softmax(logits), axis=-1),
     }
 
   return eval_step

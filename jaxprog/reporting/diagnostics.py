@@ -1,0 +1,156 @@
+"""What evaluated images say: accuracy by class, mix-ups, calibration."""
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+from PIL import Image
+
+# Enough for every pair of ten classes, and the worst ones of a thousand.
+MAX_CONFUSIONS = 400
+MAX_WORST = 24
+THUMBNAIL_SIZE = 96
+CALIBRATION_BINS = 15
+
+
+class Confusion(TypedDict):
+  """How often images of class `label` were taken for class `predicted`."""
+
+  label: int
+  predicted: int
+  count: int
+
+
+def join_outcomes(
+  outcomes: Sequence[Mapping[str, Any]], count: int
+) -> dict[str, np.ndarray]:
+  """Returns the first `count` rows of batches of outcomes, as NumPy arrays."""
+  return {
+    name: np.concatenate([np.asarray(batch[name]) for batch in outcomes])[
+      :count
+    ]
+    for name in outcomes[0]
+  }
+
+
+def diagnose(
+  outcomes: Mapping[str, np.ndarray],
+  labels: np.ndarray,
+  num_classes: int,
+) -> dict[str, Any]:
+  """Returns what JSON can hold of n evaluated images.
+
+  Keys: nll, the mean negative log-likelihood in nats; ece, the expected
+  calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3, with
+  CALIBRATION_BINS equal bins); calibration, [count, mean confidence, accuracy]
+  of each bin; per_class, [count, right] of each class; confusions, the most
+  frequent pairs, right ones included, most frequent first.
+
+  Args:
+    outcomes: loss, rank, predicted and confidence, (n,) each, as steps.
+      create_eval_step returns them.
+    labels: (n,) in [0, num_classes), of undecodable images too.
+    num_classes: of the dataset.
+  """
+  right = outcomes['rank'] < 1
+  bins = calibration(outcomes['confidence'], right)
+  counts = np.bincount(labels, minlength=num_classes)
+  rights = np.bincount(labels[right], minlength=num_classes)
+  return {
+    'nll': float(np.mean(outcomes['loss'], dtype=np.float64)),
+    'ece': calibration_error(bins),
+    'calibration': bins,
+    'per_class': np.stack([counts, rights], axis=1).tolist(),
+    'confusions': _confusions(labels, outcomes['predicted'], num_classes),
+  }
+
+
+def calibration(
+  confidence: np.ndarray, right: np.ndarray
+) -> list[tuple[int, float, float]]:
+  """Returns count, mean confidence and accuracy of equal bins of (0, 1].
+
+  Args:
+    confidence: (n,) probabilities of the predicted classes.
+    right: (n,) bool, whether they are the labels.
+  """
+  edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]
+  place = np.digitize(confidence, edges, right=True)
+
+  def total(weights=None):
+    return np.bincount(place, weights, minlength=CALIBRATION_BINS)
+
+  counts = total()
+  divisor = np.maximum(counts, 1)
+  means = total(confidence.astype(np.float64)) / divisor
+  accuracies = total(right) / divisor
+  return [
+    (int(n), float(c), float(a))
+    for n, c, a in zip(counts, means, accuracies, strict=True)
+  ]
+
+
+def calibration_error(bins: Sequence[tuple[int, float, float]]) -> float:
+  """Returns the expected calibration error of `calibration`'s bins."""
+  total = sum(count for count, _, _ in bins)
+  return sum(n * abs(c - a) for n, c, a in bins) / max(total, 1)
+
+
+def _confusions(
+  labels: np.ndarray, predicted: np.ndarray, num_classes: int
+) -> list[Confusion]:
+  pairs = labels.astype(np.int64) * num_classes + predicted
+  values, counts = np.unique(pairs, return_counts=True)
+  order = np.argsort(-counts, kind='stable')[:MAX_CONFUSIONS]
+  return [
+    Confusion(
+      label=int(values[i] // num_classes),
+      predicted=int(values[i] % num_classes),
+      count=int(counts[i]),
+    )
+    for i in order
+  ]
+
+
+def worst_mistakes(
+  outcomes: Mapping[str, np.ndarray],
+  labels: np.ndarray,
+  read: Callable[[int], tuple[str, bytes]],
+) -> list[dict[str, Any]]:
+  """Returns the wrong images of the highest losses, the worst one first.
+
+  Each has index, name, label, predicted, confidence, loss and thumbnail, a
+  JPEG in base64, '' where it cannot be decoded. `read` returns the name and
+  the encoded image at an index.
+  """
+  wrong = np.flatnonzero(outcomes['rank'] >= 1)
+  order = np.argsort(-outcomes['loss'][wrong], kind='stable')[:MAX_WORST]
+  mistakes = []
+  for index in map(int, wrong[order]):
+    name, encoded = read(index)
+    mistakes.append(
+      {
+        'index': index,
+        'name': name,
+        'label': int(labels[index]),
+        'predicted': int(outcomes['predicted'][index]),
+        'confidence': float(outcomes['confidence'][index]),
+        'loss': float(outcomes['loss'][index]),
+        'thumbnail': create_thumbnail(encoded),
+      }
+    )
+  return mistakes
+
+
+def create_thumbnail(encoded: bytes, size: int = THUMBNAIL_SIZE) -> str:
+  """Returns a small JPEG of an encoded image in base64, '' if it is damaged."""
+  try:
+    image = Image.open(io.BytesIO(encoded)).convert('RGB')
+    image.thumbnail((size, size))
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    return ''
+  out = io.BytesIO()
+  image.save(out, 'JPEG', quality=80)
+  return base64.b64encode(out.getvalue()).decode()
