@@ -1,11 +1,15 @@
 """The watchdog, with processes that really hang."""
 
+import contextlib
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import runs
 
 from jaxprog.training import watchdog
 
@@ -178,3 +182,53 @@ def test_leaving_ends_the_thread(minutes):
   with watchdog.Watchdog(minutes) as dog:
     assert dog._thread.is_alive() == bool(minutes)
   assert not dog._thread.is_alive()
+
+
+def data_workers(pid):
+  """Returns the processes that read images for the process `pid`."""
+  found = []
+  for path in pathlib.Path(f'/proc/{pid}/task').glob('*/children'):
+    for child in map(int, path.read_text().split()):
+      if b'spawn_main' in pathlib.Path(f'/proc/{child}/cmdline').read_bytes():
+        found.append(child)
+  return found
+
+
+def is_running(pid):
+  try:
+    stat = pathlib.Path(f'/proc/{pid}/stat').read_text()
+  except OSError:
+    return False
+  return stat.rpartition(')')[2].split()[0] not in 'ZX'
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='It looks into /proc.')
+def test_data_workers_that_hang_end_a_run(data_dir, tmp_path):
+  process = runs.start_main(
+    f'--config=tests/tiny_config.py:{data_dir}',
+    f'--workdir={tmp_path}',
+    '--only=three',
+    '--config.stages[0].num_epochs=10000',
+    '--config.num_workers=2',
+    '--config.worker_kind=process',
+    '--config.watchdog_minutes=0.15',
+  )
+  runs.wait_for_step(process, tmp_path, 'three', 12)
+  workers = data_workers(process.pid)
+  assert len(workers) == 2
+  for worker in workers:
+    os.kill(worker, signal.SIGSTOP)
+  try:
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert 'Watchdog: no progress for 0.15 minutes, since' in output
+    assert 'feed.py' in output  # Where it waits, in the stack of the thread.
+    assert 'Watchdog' in (tmp_path / 'watchdog.log').read_text()
+    incidents = (tmp_path / 'incidents.jsonl').read_text()
+    assert '"kind": "watchdog"' in incidents
+    assert not [w for w in workers if is_running(w)]
+  finally:
+    for worker in workers:
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGKILL)
+  assert runs.bits(tmp_path, 'three', 'best')
