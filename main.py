@@ -6,6 +6,7 @@
 Without --config, the one that WORKDIR was trained with serves.
 """
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -32,6 +33,8 @@ MODES = (
   'report',
   'export',
   'lr_find',
+  'compare',
+  'tune',
 )
 
 FLAGS = flags.FlagValues()
@@ -84,6 +87,27 @@ flags.DEFINE_bool(
   'prepare: fetch Imagenette and Tiny ImageNet.',
   flag_values=FLAGS,
 )
+flags.DEFINE_string(
+  'coordinator',
+  None,
+  'train, eval: HOST:PORT of process 0, where no cluster says it.',
+  flag_values=FLAGS,
+)
+flags.DEFINE_integer(
+  'process_count', None, 'train, eval: how many.', flag_values=FLAGS
+)
+flags.DEFINE_integer(
+  'process_id',
+  None,
+  'train, eval: which one this is, from 0.',
+  flag_values=FLAGS,
+)
+flags.DEFINE_integer(
+  'connect_seconds',
+  300,
+  'train, eval: how long processes wait for each other at the start.',
+  flag_values=FLAGS,
+)
 flags.DEFINE_bool('help', False, 'Show this.', flag_values=FLAGS)
 
 
@@ -98,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
   )
   try:
     overrides = parse_flags(argv)
-    with signals.StopRequest(owns_process=True):
+    with signals.StopRequest(owns_process=True), processes():
       return run(overrides)
   except errors.UserError as e:
     print(e, file=sys.stderr)
@@ -134,7 +158,18 @@ def run(overrides: dict[str, str]) -> int:
     jaxprog.write_report(require_workdir().split(','))
     return 0
   config = jaxprog.load_config(FLAGS.config or saved_config(), overrides)
+  if FLAGS.mode not in ('compare', 'tune') and 'base' in config:
+    mode = 'tune' if 'search' in config else 'compare'
+    raise errors.UserError(
+      'This config is not of one run.',
+      f'--mode={FLAGS.mode}',
+      f'Use --mode={mode}, or the config that it starts from.',
+    )
   match FLAGS.mode:
+    case 'compare':
+      jaxprog.compare(config, require_workdir())
+    case 'tune':
+      jaxprog.tune(config, require_workdir())
     case 'prepare':
       jaxprog.prepare(
         config,
@@ -177,7 +212,10 @@ def run(overrides: dict[str, str]) -> int:
         weights=FLAGS.weights,
         dataset=FLAGS.input,
       )
-      print(f'{100 * scores["top1"]:.1f}')
+      import jax
+
+      if jax.process_index() == 0:
+        print(f'{100 * scores["top1"]:.1f}')
     case 'predict':
       jaxprog.predict(
         config,
@@ -191,6 +229,26 @@ def run(overrides: dict[str, str]) -> int:
         config, require_workdir(), stage=FLAGS.stage, weights=FLAGS.weights
       )
   return 0
+
+
+def processes() -> contextlib.AbstractContextManager[None]:
+  """Returns what makes this one of the processes of a run, if it is."""
+  place = FLAGS.coordinator, FLAGS.process_count, FLAGS.process_id
+  if FLAGS.help or FLAGS.mode not in ('train', 'eval'):
+    if place != (None, None, None):
+      raise errors.UserError(
+        f'--mode={FLAGS.mode} runs in one process.',
+        '--coordinator, --process_count, --process_id',
+        'Leave them out.',
+      )
+    return contextlib.nullcontext()
+  from jaxprog.training import distributed
+
+  names = ('mode', 'only', 'skip', 'stage', 'weights', 'allow_config_change')
+  command = ' '.join(f'--{name}={FLAGS[name].value}' for name in names)
+  return distributed.processes(
+    distributed.Place(*place), command, FLAGS.connect_seconds
+  )
 
 
 def describe_lr_find(found: Mapping[str, Any]) -> str:

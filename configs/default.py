@@ -67,6 +67,13 @@ def get_config() -> config_dict.ConfigDict:
   config.watchdog_minutes = 30.0
   # Steps between two points of a training curve in TensorBoard.
   config.log_every_steps = 20
+  # Steps of each stage, after the first 10, that jax.profiler traces for
+  # TensorBoard's profile page.
+  config.profile_steps = 0
+
+  # --mode=check: steps of each stage that are timed, after one more; 0: none is
+  # compiled.
+  config.check_steps = 3
 
   # --mode=lr_find: so many steps, each at a higher rate.
   config.lr_find_steps = 100
@@ -94,6 +101,34 @@ def stage_defaults() -> config_dict.ConfigDict:
   stage.num_classes = 0
   # Use only these classes, by WordNet id or name; (): all of them.
   stage.classes = ()
+
+  # Weights to start from in place of those of the stage before (''): a
+  # .safetensors file of config.model under torchvision's or timm's names.
+  stage.init_from = ''
+
+  # What happens to the weights of the stage before: 'plain', they are carried
+  # as they are; 'shrink_and_perturb' (arXiv:1910.08475); 'dash'
+  # (arXiv:2410.23495); 'none', the stage starts afresh.
+  stage.transfer = 'plain'
+  # shrink_and_perturb: carried weights are multiplied with shrink, and perturb
+  # times a fresh initialisation is added.
+  stage.shrink = 0.5
+  stage.perturb = 0.2
+  # dash: the smallest factor.
+  stage.dash_least = 0.3
+  # Residual blocks at the end of the network that start afresh.
+  stage.reset_blocks = 0
+  # Which weights: 'best', 'final' or 'ema'.
+  stage.transfer_weights = 'best'
+  # 'auto': the head is kept where the classes are the same, else fresh; or
+  # 'fresh', 'zero'; 'by_class': the row of each class comes from the nearest
+  # earlier stage that knew it.
+  stage.transfer_head = 'auto'
+  # BatchNorm's statistics: 'carry', 'reset', or 'recalibrate' on training
+  # images.
+  stage.transfer_statistics = 'carry'
+  # Training batches that dash and recalibrate look at.
+  stage.transfer_batches = 10
 
   # How training images are kept: 'original', as they came; 'jpeg:N' with the
   # shorter side at most N pixels, quality 90 ('jpeg:N:QUALITY'); 'raw' or

@@ -20,6 +20,7 @@ __all__ = [
   'UserError',
   'audit',
   'check',
+  'compare',
   'evaluate',
   'export',
   'load_config',
@@ -31,6 +32,7 @@ __all__ = [
   'report',
   'train',
   'train_stage',
+  'tune',
   'verify',
   'verify_checkpoints',
   'write_report',
@@ -153,6 +155,34 @@ def check(
   from jaxprog.tools import check as tool
 
   return tool.check(config, workdir, only=only, skip=skip)
+
+
+def compare(
+  config: 'config_dict.ConfigDict | str', workdir: str | pathlib.Path
+) -> dict[str, Any]:
+  """Returns the records of a comparison; see jaxprog.tools.compare.compare.
+
+  `config` is that of a comparison, or names it: FILE[:ARG].
+  """
+  from jaxprog.tools import compare as tool
+
+  if isinstance(config, str):
+    config = load_config(config)
+  return tool.compare(config, workdir)
+
+
+def tune(
+  config: 'config_dict.ConfigDict | str', workdir: str | pathlib.Path
+) -> dict[str, Any]:
+  """Returns what a search has found; see jaxprog.tools.tune.tune.
+
+  `config` is that of a search, or names it: FILE[:ARG].
+  """
+  from jaxprog.tools import tune as tool
+
+  if isinstance(config, str):
+    config = load_config(config)
+  return tool.tune(config, workdir)
 
 
 def lr_find(

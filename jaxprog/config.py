@@ -15,10 +15,12 @@ import rich.table
 import rich.text
 from ml_collections import config_dict
 
+from configs import default
 from jaxprog import errors, stages
 
 # What may change between two starts of one run without changing its result.
 _FREE_FIELDS = (
+  'check_steps',
   'checkpoint_every_minutes',
   'checkpoint_every_steps',
   'compilation_cache_dir',
@@ -31,6 +33,7 @@ _FREE_FIELDS = (
   'max_skipped_steps',
   'num_workers',
   'platform',
+  'profile_steps',
   'stage_defaults',
   'watchdog_minutes',
   'worker_kind',
@@ -46,7 +49,8 @@ def load_config(
 
   A .py file is run and its `get_config` called, with ARG if there is one; a
   .json file is only read. `overrides` maps a field's path, such as
-  'stages[0].num_epochs', to its new value as text.
+  'stages[0].num_epochs', to its new value as text. What a comparison compares
+  are the stages of its `base`.
 
   Raises:
     UserError: if the file is missing or breaks, or an override names nothing.
@@ -58,12 +62,36 @@ def load_config(
     config = _run_config_file(pathlib.Path(path), argument)
   pending = dict(overrides or {})
   # Defaults first: stages that do not say otherwise take them over.
-  for field in [f for f in pending if not f.startswith('stages[')]:
+  for field in [
+    f for f in pending if not f.startswith(('stages[', 'base.stages['))
+  ]:
     _override(config, field, pending.pop(field))
-  config = stages.complete(config)
+  config = _complete(config)
   for field, text in pending.items():
     _override(config, field, text)
   return config
+
+
+def _complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  if 'base' not in config:
+    return stages.complete(config)
+  config = config_dict.ConfigDict(config)
+  config.base = stages.complete(config.base)
+  return config
+
+
+def set_field(
+  config: config_dict.ConfigDict, field: str, value: Any, where: str
+) -> None:
+  """Sets the field at a path, such as 'stages[-1].optimizer', to `value`.
+
+  Raises:
+    UserError: naming `where`, if the path names nothing, or a group.
+  """
+  target, last = _find(config, field, where)
+  if isinstance(_descend(target, last, where), config_dict.ConfigDict | list):
+    raise errors.UserError('This names a group, not one field.', where)
+  _set(target, last, value)
 
 
 def to_json(config: config_dict.ConfigDict) -> dict[str, Any]:
@@ -191,8 +219,10 @@ def _plain(value: Any) -> Any:
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     fields = json.loads(path.read_text())
-    stage_list = [_with_tuples(stage) for stage in fields.pop('stages')]
-    return {**_with_tuples(fields), 'stages': stage_list}
+    if 'base' not in fields:
+      return _restore_ladder(fields)
+    base = _restore_ladder(fields.pop('base'))
+    return {**_with_tuples(fields), 'base': base}
   except FileNotFoundError:
     raise errors.UserError(
       f'There is no config file {str(path)!r}.', f'--config={path}'
@@ -201,6 +231,15 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     raise errors.UserError(f'{path} is not JSON: {e}') from None
   except (KeyError, AttributeError):
     raise errors.UserError(f'{path} is not a config.') from None
+
+
+def _restore_ladder(fields: dict[str, Any]) -> dict[str, Any]:
+  """Returns a saved ladder; fields younger than the file have defaults."""
+  known = default.get_config().to_dict()
+  stage_list = [_with_tuples(stage) for stage in fields.pop('stages')]
+  saved = _with_tuples(fields)
+  of_stages = {**known['stage_defaults'], **saved.pop('stage_defaults', {})}
+  return {**known, **saved, 'stage_defaults': of_stages, 'stages': stage_list}
 
 
 def _with_tuples(value: Any) -> Any:
@@ -249,12 +288,23 @@ def _run_config_file(
 def _override(config: config_dict.ConfigDict, field: str, text: str) -> None:
   """Sets one field of `config`, given by its path, from text."""
   where = f'--config.{field}={text}'
+  target, last = _find(config, field, where)
+  old = _descend(target, last, where)
+  _set(target, last, _parse(text, old, last, where))
+
+
+def _find(
+  config: config_dict.ConfigDict, field: str, where: str
+) -> tuple[Any, str]:
+  """Returns what holds the field at a path, and the path's last part."""
   *parents, last = re.findall(r'[^.\[\]]+|\[-?\d+\]', field) or ['']
   target: Any = config
   for part in parents:
     target = _descend(target, part, where)
-  old = _descend(target, last, where)
-  value = _parse(text, old, last, where)
+  return target, last
+
+
+def _set(target: Any, last: str, value: Any) -> None:
   if last.startswith('['):
     target[int(last[1:-1])] = value
   else:

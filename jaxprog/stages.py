@@ -57,6 +57,16 @@ PLATFORMS = ('any', 'cpu', 'gpu', 'tpu')
 WORKER_KINDS = ('auto', 'process', 'thread')
 AUTO_AUGMENTS = ('none', 'rand_augment', 'trivial_augment')
 INTERPOLATIONS = ('bicubic', 'bilinear')
+TRANSFERS = ('dash', 'none', 'plain', 'shrink_and_perturb')
+TRANSFER_WEIGHTS = ('best', 'ema', 'final')
+TRANSFER_HEADS = ('auto', 'by_class', 'fresh', 'zero')
+TRANSFER_STATISTICS = ('carry', 'recalibrate', 'reset')
+# Files of weights that run code when they are read.
+_PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth', '.tar')
+HOW_TO_CONVERT = (
+  'If you trust its author: safetensors.torch.save_file(torch.load(FILE, '
+  "weights_only=True), 'weights.safetensors')"
+)
 # What may change within a stage.
 PHASE_FIELDS = (
   'batch_size',
@@ -100,6 +110,16 @@ class Stage:
   dataset: str
   num_classes: int
   classes: tuple[str, ...]
+  init_from: str
+  transfer: str
+  shrink: float
+  perturb: float
+  dash_least: float
+  reset_blocks: int
+  transfer_batches: int
+  transfer_weights: str
+  transfer_head: str
+  transfer_statistics: str
   storage: str
   image_size: int
   min_crop_area: float
@@ -342,6 +362,8 @@ def check_config(config: config_dict.ConfigDict) -> None:
     ('checkpoint_every_steps', 0),
     ('checkpoint_every_minutes', 0.0),
     ('log_every_steps', 1),
+    ('profile_steps', 0),
+    ('check_steps', 0),
     ('lr_find_steps', 10),
     ('lr_find_min', 1e-30),
     ('lr_find_max', 1e-30),
@@ -390,6 +412,18 @@ def _create_stage(
   return stage
 
 
+_CHOICES = {
+  'optimizer': OPTIMIZERS,
+  'schedule': SCHEDULES,
+  'auto_augment': AUTO_AUGMENTS,
+  'eval_interpolation': INTERPOLATIONS,
+  'transfer': TRANSFERS,
+  'transfer_weights': TRANSFER_WEIGHTS,
+  'transfer_head': TRANSFER_HEADS,
+  'transfer_statistics': TRANSFER_STATISTICS,
+}
+
+
 def _check_names(stage: Stage, where: str) -> None:
   if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*', stage.name):
     raise errors.UserError(
@@ -405,6 +439,7 @@ def _check_names(stage: Stage, where: str) -> None:
       raise errors.UserError(
         f'{stage.dataset!r} only shows how a dataset is named.', where
       )
+  _check_init_from(stage, where)
   plain = stage.optimizer.removesuffix('_8bit')
   if plain in OPTIMIZERS and stage.optimizer not in OPTIMIZERS:
     raise errors.UserError(
@@ -412,12 +447,8 @@ def _check_names(stage: Stage, where: str) -> None:
       f'{where}.optimizer',
       "Use 'adamw_8bit' or 'sgd_momentum_8bit'.",
     )
-  _check_choice(stage.optimizer, OPTIMIZERS, 'optimizer', where)
-  _check_choice(stage.schedule, SCHEDULES, 'schedule', where)
-  _check_choice(stage.auto_augment, AUTO_AUGMENTS, 'auto_augment', where)
-  _check_choice(
-    stage.eval_interpolation, INTERPOLATIONS, 'eval_interpolation', where
-  )
+  for field, allowed in _CHOICES.items():
+    _check_choice(getattr(stage, field), allowed, field, where)
   try:
     parse_storage(stage.storage)
   except ValueError:
@@ -437,9 +468,36 @@ def _check_names(stage: Stage, where: str) -> None:
     )
 
 
+def _check_init_from(stage: Stage, where: str) -> None:
+  path = stage.init_from
+  if path and stage.transfer == 'none':
+    raise errors.UserError(
+      "transfer is 'none': nothing would start from init_from.",
+      f'{where}.init_from',
+      "Set transfer to 'plain', or leave init_from out.",
+    )
+  if not path or path.endswith('.safetensors'):
+    return
+  if path.endswith(_PICKLES):
+    raise errors.UserError(
+      f'init_from is a pickle, which can run any code when it is read: {path}',
+      f'{where}.init_from',
+      HOW_TO_CONVERT,
+    )
+  raise errors.UserError(
+    f'init_from must be a .safetensors file, not {path!r}.',
+    f'{where}.init_from',
+  )
+
+
 # (field, lower bound, upper bound, whether the lower bound itself is allowed)
 _RANGES = (
   ('num_classes', 0, math.inf, True),
+  ('shrink', 0, 1, True),
+  ('perturb', 0, math.inf, True),
+  ('dash_least', 0, 1, True),
+  ('reset_blocks', 0, math.inf, True),
+  ('transfer_batches', 1, math.inf, True),
   ('image_size', 8, math.inf, True),
   ('min_crop_area', 0, 1, False),
   ('max_crop_aspect', 1, math.inf, True),

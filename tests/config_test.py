@@ -187,3 +187,17 @@ def test_a_narrow_terminal_folds_and_drops_nothing():
   assert max(map(len, text.splitlines())) <= 60
   assert text.count('x') == 28
   assert text.count('changes') == 1
+
+
+def test_fields_younger_than_a_saved_config_have_their_defaults(tmp_path):
+  config = config_lib.load_config(FILE)
+  plain = config_lib.to_json(config)
+  del plain['watchdog_minutes']
+  del plain['stage_defaults']['transfer']
+  for stage in plain['stages']:
+    del stage['transfer']
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(plain))
+  loaded = config_lib.load_config(str(path))
+  assert config_lib.config_hash(loaded) == config_lib.config_hash(config)
+  assert loaded.watchdog_minutes == config.watchdog_minutes

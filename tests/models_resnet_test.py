@@ -5,7 +5,7 @@ import parity
 import pytest
 
 from jaxprog import stages
-from jaxprog.models import resnet
+from jaxprog.models import interchange, resnet
 
 
 def create(name='resnet10', image_size=16, num_filters=4, **kwargs):
@@ -258,43 +258,6 @@ def _pytorch_resnet50():
   return timm.create_model('resnet50')
 
 
-def _to_flax(state_dict):
-  """Returns PyTorch's ResNet weights as Flax variables."""
-  variables = {'params': {}, 'batch_stats': {}}
-  outer = {'conv1': 'stem_conv', 'bn1': 'stem_norm', 'fc': 'head'}
-  shortcut = {
-    'downsample.0': 'shortcut_conv',
-    'downsample.1': 'shortcut_norm',
-  }
-  fields = {
-    'running_mean': ('batch_stats', 'mean'),
-    'running_var': ('batch_stats', 'var'),
-    'bias': ('params', 'bias'),
-  }
-  for key, tensor in state_dict.items():
-    module, field = key.rsplit('.', 1)
-    if field == 'num_batches_tracked':
-      continue
-    value = tensor.numpy()
-    if field == 'weight':
-      name = 'scale' if value.ndim == 1 else 'kernel'
-      collection = 'params'
-      value = value.transpose({1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[value.ndim])
-    else:
-      collection, name = fields[field]
-    if module.startswith('layer'):
-      layer, block, inner = module.split('.', 2)
-      inner = shortcut.get(inner) or inner.replace('bn', 'norm')
-      path = [f'block{layer[5:]}_{int(block) + 1}', inner]
-    else:
-      path = [outer[module]]
-    target = variables[collection]
-    for part in path:
-      target = target.setdefault(part, {})
-    target[name] = value
-  return variables
-
-
 @pytest.mark.parametrize(
   ('image_size', 'blur_pool'), [(224, False), (128, True)]
 )
@@ -308,15 +271,16 @@ def test_resnet50_equals_pytorch(image_size, blur_pool):
       torch.nn.init.normal_(module.bias, std=0.1)
       torch.nn.init.normal_(module.running_mean, std=0.1)
       torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-  variables = _to_flax(peer.state_dict())
+  model = resnet.create_model(
+    'resnet50', num_classes=1000, image_size=image_size, blur_pool=blur_pool
+  )
+  state_dict = {k: v.numpy() for k, v in peer.state_dict().items()}
+  variables = interchange.from_state_dict(state_dict, init(model, 32))
   if blur_pool:
     _blur_pytorch(torch, peer)
   images = torch.randn(2, 3, image_size, image_size)
   with torch.no_grad():
     expected = peer(images).numpy()
-  model = resnet.create_model(
-    'resnet50', num_classes=1000, image_size=image_size, blur_pool=blur_pool
-  )
   found = jax.jit(lambda v, x: model.apply(v, x, train=False))(
     variables, images.numpy().transpose(0, 2, 3, 1)
   )

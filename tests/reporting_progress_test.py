@@ -11,8 +11,17 @@ METRICS = {
   'loss': 1.25,
   'top1': 0.5,
   'learning_rate': 1e-3,
+  'grad_norm': 0.8123,
   'images_per_second': 640.0,
+  'input_wait': 0.031,
+  'device_memory': 12_340_000_000,
 }
+# What the bar says of them, in groups.
+PHRASES = (
+  'loss 1.2500 top-1 50.0% lr 1.00e-03 grad norm 0.8123',
+  'images/s 640 input wait 3.1% device memory 12.3 GB',
+  'left: epoch 0:50 stage 2:30 run 2:30',
+)
 
 
 class Clock:
@@ -188,22 +197,79 @@ def test_bar_is_drawn_at_most_eight_times_a_second():
   assert 40 <= drawn <= 80
 
 
-def test_bar_shows_step_metrics_and_times():
-  clock, console = Clock(), create_console()
-  shown = progress_lib.Progress(1, console=console, clock=clock)
-  shown.start_stage(0, 'a', [100, 200, 300], start_step=140)
+def draw_bar(width, height=50):
+  """Returns the lines of the bar in the middle of a stage of three epochs."""
+  clock, console = Clock(), create_console(width)
+  console.size = rich.console.ConsoleDimensions(width, height)
+  shown = progress_lib.Progress(4, console=console, clock=clock)
+  shown.start_stage(3, 'a', [100, 200, 300], start_step=140)
   assert 'compiling' in console.file.getvalue()
   for step in range(141, 151):
     shown.step(step, METRICS)
     clock.now += 1.0
-  lines = Screen(80).feed(console.file.getvalue()).lines()[-3:]
+  screen = Screen(width).feed(console.file.getvalue())
   shown.close()
-  assert lines[0].startswith('epoch 2/3 ')
-  assert lines[0].endswith(' 50/100')
-  text = ' '.join(lines[1].split())
-  assert text == 'loss 1.2500 top-1 50.0% lr 1.00e-03 640 images/s'
-  text = ' '.join(lines[2].split())
-  assert text == 'left: epoch 0:50 stage 2:30 run 2:30'
+  assert screen.widest <= width
+  lines = screen.lines()
+  begin = next(i for i, x in enumerate(lines) if ' 50/100' in x)
+  return [' '.join(x.split()) for x in lines[begin:]]
+
+
+def test_bar_shows_step_metrics_and_times():
+  bar, *lines = draw_bar(80)
+  assert bar.startswith('stage 4/4 epoch 2/3 ')
+  assert bar.endswith(' 50/100')
+  assert tuple(lines) == PHRASES
+
+
+@pytest.mark.parametrize(('width', 'num_lines'), [(40, 6), (60, 4), (160, 2)])
+def test_nothing_of_the_bar_is_lost_at_any_width(width, num_lines):
+  bar, *lines = draw_bar(width)
+  assert bar.startswith('stage 4/4 epoch 2/3 ')
+  assert ' '.join(lines) == ' '.join(PHRASES)
+  assert len(lines) == num_lines
+
+
+def test_a_low_terminal_keeps_what_matters_most():
+  _, *lines = draw_bar(40, height=5)
+  assert lines == [
+    'loss 1.2500 top-1 50.0%',
+    'lr 1.00e-03 images/s 640',
+    'stage 2:30 run 2:30',
+  ]
+  _, *lines = draw_bar(40, height=3)
+  assert lines == ['loss 1.2500 top-1 50.0%']
+
+
+def test_rows_after_a_resize_have_the_columns_that_fit():
+  console = create_console(160)
+  history = history_fixture.create_history((2,))
+  rows = history['stages'][0]['epochs']
+  with progress_lib.Progress(1, console=console, clock=Clock()) as shown:
+    shown.start_stage(0, 'a', [10, 20])
+    shown.end_epoch(rows[0], True)
+    console.size = rich.console.ConsoleDimensions(50, 50)
+    shown.end_epoch(rows[1], False)
+  lines = Screen(160).feed(console.file.getvalue()).lines()
+  headers = [x.split() for x in lines if x.startswith('epoch ')]
+  assert len(headers) == 2
+  assert len(headers[0]) > len(headers[1])
+  last = next(x for x in lines if x.startswith('2/2'))
+  assert len(last) <= 50
+  assert f'{rows[1]["val_top1"]:.1%}' in last
+
+
+@pytest.mark.parametrize('width', [80, 160])
+def test_averaged_weights_have_a_column_where_they_are_kept(width):
+  console = create_console(width)
+  row = {**history_fixture.create_row(1), 'ema_top1': 0.4567}
+  with progress_lib.Progress(1, console=console, clock=Clock()) as shown:
+    shown.start_stage(0, 'a', [10, 20], averages=True)
+    shown.end_epoch(row, True)
+  lines = Screen(width).feed(console.file.getvalue()).lines()
+  titles = next(x for x in lines if x.startswith('epoch '))
+  shown_row = next(x for x in lines if x.startswith('1/2'))
+  assert titles.index('ema') + 3 == shown_row.index('45.7%') + 5
 
 
 def plain_lines(console):
@@ -242,6 +308,8 @@ def test_time_left_of_epoch_stage_and_run(paced):
   first, second, *_ = lines()
   assert first['step'] == '1/30'
   assert 'epoch_left' not in first
+  assert (first['grad_norm'], first['input_wait']) == ('0.8123', '0.031')
+  assert first['device_memory'] == '12340000000'
   # 8 steps of the epoch and 28 of the stage are left. The second stage has as
   # many steps, twice the batch and 64 px: 1200 s * 2 * (64 / 224)^2 = 196 s.
   assert second['epoch_left'] == '5:20'
@@ -388,6 +456,7 @@ def test_durations(seconds, text):
     ('images_per_second', 12_345.6, '12,346'),
     ('images_per_second', 9.26, '9.3'),
     ('input_wait', 0.015, '1.5%'),
+    ('process_memory', 1_234_000_000, '1.23 GB'),
   ],
 )
 def test_cells(field, value, text):

@@ -104,9 +104,9 @@ def test_complete_ladder_fits_and_shortens_no_name():
   assert '..' not in text
   for stage in history['stages']:
     assert f'{stage["best"]["top1"]:.1%}' in text
-    # Stages, results, weights, scorecard.
+    # Stages, results, weights, time, scorecard.
     begins = [x for x in text.splitlines() if x.startswith(stage['name'] + ' ')]
-    assert len(begins) == 4
+    assert len(begins) == 5
 
 
 def test_columns_are_aligned():
@@ -222,3 +222,37 @@ def test_summary_table_fits_80_columns():
     f'{best["epoch"]}/20',
   ]
   assert 'stopped early' in text
+
+
+def test_says_where_the_time_went():
+  rows = [
+    history_fixture.create_row(
+      e, seconds=8.0, input_wait=0.25, eval_seconds=3.0
+    )
+    for e in (1, 2)
+  ]
+  stage = create_stage(epochs=rows, handover_seconds=2.0)
+  assert report_lib.time_split(stage) == (12.0, 4.0, 6.0, 2.0)
+  assert 'imagenette 0:24 50.0% 16.7% 25.0% 8.3%' in in_words(stage)
+
+
+def test_says_what_others_reach_and_what_is_mistaken_for_what():
+  stage = create_stage()
+  stage['diagnostics'] = {
+    'classes': ['tench', 'radio', 'horn'],
+    'per_class': [[10, 5], [8, 8], [9, 8]],
+    'confusions': [
+      {'label': 1, 'predicted': 1, 'count': 8},
+      {'label': 0, 'predicted': 2, 'count': 5},
+      {'label': 2, 'predicted': 1, 'count': 1},
+    ],
+  }
+  words = in_words(stage, model='resnet50')
+  assert 'tench taken for horn, 5 of 10; horn taken for radio, 1 of 9' in words
+  assert (
+    '93.5% by xresnext50 (fastai/imagenette, README, leaderboard). Differs: '
+    'xresnext50, here resnet50; 256 px, here 224 px.'
+  ) in words
+  plain = in_words(create_stage(dataset='digits'))
+  assert 'Published results' not in plain
+  assert 'confusions' not in plain

@@ -18,6 +18,7 @@ TIMES = (
   'input_limit',
   'input_wait',
   'handover_seconds',
+  'step_seconds',
 )
 
 

@@ -17,6 +17,7 @@ from jaxprog import files
 from jaxprog.data import sources
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import incidents
+from jaxprog.tools import check as check_lib
 
 CONFIG = 'tests/tiny_config.py'
 
@@ -195,3 +196,98 @@ def test_a_changed_config_is_shown_as_a_table_and_refused(
   assert incident['kind'] == 'config_change'
   assert 'three.batch_size: 48 -> 24' in incident['message']
   assert json.loads((tmp_path / 'config.json').read_text())['num_workers'] == 2
+
+
+def rows(text):
+  """Returns the cells of the plan's tables by their rows' names."""
+  lines = text.split('\nstage  ', 1)[1].split('\n')
+  return {line[:12].strip(): line[12:].split() for line in reversed(lines)}
+
+
+def test_the_plan_says_what_each_stage_costs(run_main, config, tmp_path):
+  result = run_main(config, '--mode=check', f'--workdir={tmp_path}')
+  assert result.returncode == 0, result.stdout + result.stderr
+  found = rows(result.stdout)
+  assert found['images'] == ['432', '1,437', '1,437']
+  assert found['px'] == ['8', '8', '16']
+  assert found['batch'] == ['48', '48', '48']
+  assert found['optimizer'] == ['adamw', 'adamw', 'sgd', 'momentum']
+  assert found['fits'] == ['yes'] * 3
+  for name in ('memory', 'step', 'input', 'evaluation', 'compile'):
+    assert len(found[name]) >= 3
+    assert '-' not in found[name]
+  assert 'The ladder will take about ' in result.stdout
+  assert 'no range is stated for digits' in result.stdout
+  assert 'block4 x 1 2 x 2 x 32 ' in ' '.join(result.stdout.split())
+  table = result.stdout.split('\nstage  ', 1)[1].split('\n\n')[0]
+  assert max(map(len, table.split('\n'))) <= 80
+  plan = json.loads((tmp_path / 'plan.json').read_text())
+  assert [x['name'] for x in plan['stages']] == ['three', 'ten', 'ten_again']
+  for stage in plan['stages']:
+    assert stage['step_measured']
+    assert stage['memory_compiled']
+    assert stage['seconds'] > stage['total_steps'] * stage['step_seconds'] > 0
+  assert plan['seconds'] == pytest.approx(
+    sum(x['seconds'] for x in plan['stages'])
+  )
+  # Four times the pixels are about four times the work.
+  flops = [x['flops_per_image'] for x in plan['stages']]
+  assert flops[2] == pytest.approx(4 * flops[1], rel=0.1)
+
+
+def test_a_stage_that_does_not_fit_does_not_hide_the_others(
+  run_main, config, tmp_path
+):
+  result = run_main(
+    config,
+    '--mode=check',
+    f'--workdir={tmp_path}',
+    '--only=three,ten',
+    '--config.stages[0].image_size=32768',
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert rows(result.stdout)['fits'] == ['NO', 'yes']
+  assert 'three: does not fit: a step needs ~' in result.stdout
+  assert 'three: not timed: it would not fit' in result.stdout
+  large, small = json.loads((tmp_path / 'plan.json').read_text())['stages']
+  assert not large['fits']
+  assert not large['step_measured']
+  assert small['fits']
+  assert small['step_measured']
+
+
+def test_without_steps_nothing_is_compiled(run_main, config):
+  result = run_main(
+    config, '--mode=check', '--only=ten', '--config.check_steps=0'
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  found = rows(result.stdout)
+  assert len(found['FLOPs/image']) == 2
+  assert not {'memory', 'fits', 'step', 'stage takes'} & set(found)
+  assert 'Nothing was compiled or timed: check_steps is 0.' in result.stdout
+  assert 'The ladder will take' not in result.stdout
+
+
+def test_a_wrong_number_of_steps_is_the_users_mistake(data_dir, capsys):
+  overrides = {'check_steps': '-1'}
+  config = config_lib.load_config(f'{ROOT}/{CONFIG}:{data_dir}', overrides)
+  assert check_lib.check(config) == 2
+  assert 'check_steps must be a whole number' in capsys.readouterr().out
+
+
+def test_what_goes_wrong_in_one_stage_is_a_note_of_it(
+  data_dir, capsys, monkeypatch
+):
+  config = config_lib.load_config(f'{ROOT}/{CONFIG}:{data_dir}')
+
+  def refuse(task, *_):
+    if task.stage.name == 'three':
+      raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
+    return measure(task, *_)
+
+  measure = check_lib._measure
+  monkeypatch.setattr(check_lib, '_measure', refuse)
+  assert check_lib.check(config, only=['three', 'ten']) == 0
+  out = capsys.readouterr().out
+  assert 'three: not measured: RuntimeError: RESOURCE_EXHAUSTED' in out
+  assert rows(out)['fits'] == ['-', 'yes']

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from jaxprog.data import jpeg
 
@@ -318,5 +318,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
+  if isinstance(error, UnidentifiedImageError):  # It names our buffer.
+    return 'this is no image'
   text = ' '.join(str(error).split())[:200]
   return f'{type(error).__name__}: {text}'

@@ -78,6 +78,8 @@ class StageProgress:
   metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   remaining: Remaining = NOTHING_KNOWN
   evaluating: tuple[int, int] | None = None
+  # Whether averaged weights are evaluated beside the others.
+  averages: bool = False
 
   @property
   def num_epochs(self) -> int:
@@ -131,14 +133,25 @@ class Progress:
     name: str,
     epoch_ends: Sequence[int],
     start_step: int = 0,
+    *,
+    averages: bool = False,
     **details: Any,
   ) -> None:
-    """Announces the stage at `index` (from 0); `details` are shown as given."""
+    """Announces the stage at `index` (from 0); `details` are shown as given.
+
+    With `averages`, rows have ema_top1 too.
+    """
     self._timer = _Timer(self._clock)
     ends = tuple(epoch_ends)
     epoch = bisect.bisect_right(ends[:-1], start_step) + 1
     self._at = StageProgress(
-      index, self._num_stages, name, epoch, start_step, ends
+      index,
+      self._num_stages,
+      name,
+      epoch,
+      start_step,
+      ends,
+      averages=averages,
     )
     self._view.begin(self._at, details)
     self._show()
@@ -148,8 +161,10 @@ class Progress:
 
     Args:
       step: counts from the beginning of the stage, also after a resume.
-      metrics: loss, top1, learning_rate, images_per_second, as far as known;
-        what is left out keeps its last value.
+      metrics: loss, top1, learning_rate, grad_norm, images_per_second,
+        input_wait (a part of the epoch's time) and device_memory or
+        process_memory (bytes), as far as known; what is left out keeps its
+        last value.
     """
     at = self._require_stage()
     self._timer.train(step)
@@ -359,6 +374,7 @@ class _LiveView:
     self._live: rich.live.Live | None = None
     self._next_refresh = -math.inf
     self._columns: tuple[_Column, ...] = ()
+    self._width = 0  # That the columns were chosen for.
 
   def plan(self, plan: Sequence[PlannedStage]) -> None:
     cells = [[f(stage) for _, _, f in _PLAN_COLUMNS] for stage in plan]
@@ -384,12 +400,7 @@ class _LiveView:
       self._console.width,
     ):
       self._line(line, 'dim')
-    epoch_width = max(5, 2 * len(str(at.num_epochs)) + 1)
-    columns = (_Column('epoch', epoch_width, 0), *_ROW_COLUMNS)
-    # Two more columns are for the mark of the best row.
-    self._columns = fit_columns(columns, self._console.width - 2)
-    for line in _row_header(self._columns):
-      self._line(line, 'bold')
+    self._begin_table(at)
     self._next_refresh = -math.inf
     self._live = rich.live.Live(
       console=self._console, auto_refresh=False, transient=True
@@ -402,6 +413,8 @@ class _LiveView:
       self._live.update(_StatusLines(at), refresh=True)
 
   def row(self, at: StageProgress, row: Mapping[str, Any], best: bool) -> None:
+    if self._console.width != self._width:
+      self._begin_table(at)
     epoch = f'{row["epoch"]}/{at.num_epochs}'
     cells = [epoch, *(format_cell(c.field, row) for c in self._columns[1:])]
     line = _join(self._columns, cells, self._columns)
@@ -426,6 +439,19 @@ class _LiveView:
       self._live.stop()
       self._live = None
 
+  def _begin_table(self, at: StageProgress) -> None:
+    """Prints titles of as many columns as the terminal is wide for now."""
+    self._width = self._console.width
+    epoch_width = max(5, 2 * len(str(at.num_epochs)) + 1)
+    columns = (
+      _Column('epoch', epoch_width, 0),
+      *(c for c in _ROW_COLUMNS if at.averages or c.field != 'ema_top1'),
+    )
+    # Two more columns are for the mark of the best row.
+    self._columns = fit_columns(columns, self._width - 2)
+    for line in _row_header(self._columns):
+      self._line(line, 'bold')
+
   def _line(self, text: str, style: str = '') -> None:
     self._console.print(
       rich.text.Text(text, style), no_wrap=True, overflow='crop', crop=True
@@ -448,35 +474,78 @@ class _StatusLines:
     task = 'eval ' if at.evaluating else 'epoch'
     head = f'{task} {at.epoch}/{at.num_epochs} '
     tail = f' {done:>{len(str(total))}}/{total}'
+    stage = f'stage {at.index + 1}/{at.num_stages}  '
+    if len(stage + head + tail) + _MIN_BAR <= width:
+      head = stage + head
     grid = rich.table.Table.grid()
     grid.add_row(
       rich.text.Text(head, 'bold'),
       rich.progress_bar.ProgressBar(
         total=max(total, 1),
         completed=done,
-        width=max(4, width - len(head) - len(tail)),
+        width=max(_MIN_BAR, width - len(head) - len(tail)),
       ),
       rich.text.Text(tail),
     )
     yield grid
-    for line in _pack(_status_parts(at), width):
+    for line in fit_phrases(_phrases(at), width, console.height - 2):
       yield rich.text.Text(line, no_wrap=True, overflow='crop')
 
 
-def _status_parts(at: StageProgress) -> list[str]:
+_MIN_BAR = 4
+
+
+class _Phrase(NamedTuple):
+  """A part of the status; the highest `rank` goes first where room is short.
+
+  Phrases of one `group` begin a line of their own, unless there is room beside
+  the group before.
+  """
+
+  text: str
+  rank: int
+  group: int
+
+
+def _phrases(at: StageProgress) -> list[_Phrase]:
   """Returns phrases of constant length, so that the lines never jump."""
-  if not at.metrics:
-    return ['compiling the first step, which can take a minute']
+  values = at.metrics
+  if not values:
+    text = 'compiling the first step, which can take a minute'
+    return [_Phrase(text, 0, 0)]
   left = [format_duration(s) for s in at.remaining]
+  kind = next((k for k in values if k.endswith('_memory')), 'memory')
+  label = kind.replace('_', ' ')
   return [
-    f'loss {format_cell("loss", at.metrics):>7}',
-    f'top-1 {format_cell("top1", at.metrics):>6}',
-    f'lr {format_cell("learning_rate", at.metrics):>8}',
-    f'{format_cell("images_per_second", at.metrics):>6} images/s',
-    f'left: epoch {left[0]:>8}',
-    f'stage {left[1]:>8}',
-    f'run {left[2]:>9}',
+    _Phrase(f'loss {format_cell("loss", values):>7}', 0, 0),
+    _Phrase(f'top-1 {format_cell("top1", values):>6}', 1, 0),
+    _Phrase(f'lr {format_cell("learning_rate", values):>8}', 5, 0),
+    _Phrase(f'grad norm {format_cell("grad_norm", values):>7}', 7, 0),
+    _Phrase(f'images/s {format_cell("images_per_second", values):>6}', 4, 1),
+    _Phrase(f'input wait {format_cell("input_wait", values):>6}', 8, 1),
+    _Phrase(f'{label} {format_cell(kind, values):>7}', 9, 1),
+    _Phrase(f'left: epoch {left[0]:>8}', 6, 2),
+    _Phrase(f'stage {left[1]:>8}', 3, 2),
+    _Phrase(f'run {left[2]:>9}', 2, 2),
   ]
+
+
+def fit_phrases(
+  phrases: Sequence[_Phrase], width: int, height: int
+) -> list[str]:
+  """Returns at most `height` lines of at most `width`, groups kept together."""
+  shown = list(phrases)
+  while True:
+    lines: list[str] = []
+    for _, group in itertools.groupby(shown, lambda p: p.group):
+      packed = _pack([p.text for p in group], width)
+      if len(packed) == 1:
+        packed = _pack([*lines[-1:], *packed], width)
+        del lines[-1:]
+      lines += packed
+    if len(lines) <= max(height, 1) or len(shown) == 1:
+      return lines
+    shown.remove(max(shown, key=lambda p: p.rank))
 
 
 class _Column(NamedTuple):
@@ -494,12 +563,13 @@ _ROW_COLUMNS = (
   _Column('top-1', 6, 2, 'train_top1', 'train'),
   _Column('loss', 8, 3, 'val_loss', 'val'),
   _Column('top-1', 6, 1, 'val_top1', 'val'),
-  _Column('top-5', 6, 5, 'val_top5', 'val'),
-  _Column('lr', 8, 6, 'learning_rate'),
-  _Column('grad norm', 9, 8, 'grad_norm'),
-  _Column('images/s', 8, 7, 'images_per_second'),
-  _Column('input wait', 10, 9, 'input_wait'),
-  _Column('time', 8, 4, 'seconds'),
+  _Column('ema', 6, 4, 'ema_top1', 'val'),
+  _Column('top-5', 6, 6, 'val_top5', 'val'),
+  _Column('lr', 8, 7, 'learning_rate'),
+  _Column('grad norm', 9, 9, 'grad_norm'),
+  _Column('images/s', 8, 8, 'images_per_second'),
+  _Column('input wait', 10, 10, 'input_wait'),
+  _Column('time', 8, 5, 'seconds'),
 )
 
 _PLAN_COLUMNS: tuple[tuple[str, int, Callable[[PlannedStage], str]], ...] = (
@@ -605,6 +675,8 @@ def format_cell(field: str, values: Mapping[str, Any]) -> str:
     return format_percent(value)
   if field == 'learning_rate':
     return f'{value:.2e}'
+  if field.endswith('_memory'):
+    return f'{value / 1e9:.2f} GB' if value < 1e10 else f'{value / 1e9:.1f} GB'
   if field == 'images_per_second':
     return f'{value:,.0f}' if value >= 100 else f'{value:.1f}'
   return f'{value:.4f}' if value < 100 else f'{value:.4g}'

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import rich.box
 import rich.table
 
+from jaxprog.reporting import baselines as baselines_lib
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import incidents as incidents_lib
 from jaxprog.reporting import progress
@@ -37,6 +38,18 @@ EXPECTATIONS = {
 }
 
 
+class TimeSplit(NamedTuple):
+  """Where the seconds of a stage went."""
+
+  # Forward, backward and update, the first epoch's compiling included.
+  training: float
+  # For the next batch, while the device has nothing to do.
+  input_wait: float
+  evaluation: float
+  # From the end of the stage before to the first step.
+  hand_over: float
+
+
 class Score(NamedTuple):
   """A stage beside its expectation; verdicts: below, within, above or ''."""
 
@@ -55,6 +68,7 @@ def report(
   environment: Mapping[str, Any] | None = None,
   planned: Sequence[str] = (),
   incidents: Sequence[dict[str, Any]] = (),
+  model: str | None = None,
 ) -> str:
   """Returns the report as plain text, at most 80 columns wide.
 
@@ -64,6 +78,7 @@ def report(
     planned: names of all stages of the config, so that the report can say
       which of them were not run.
     incidents: what incidents.jsonl holds.
+    model: the network of the config, None if it is unknown.
   """
   stages = history['stages']
   sections = [
@@ -71,15 +86,17 @@ def report(
     ('Stages', _stage_table(stages)),
     ('Results', _result_table(stages)),
     ('Weights carried over', _transfer_table(stages)),
+    ('Where the time went', _time_table(stages)),
     ('Scorecard', _scorecard_lines(history)),
-    ('Notes', _notes(stages, planned)),
+    ('Published results', _baseline_lines(history, model)),
+    ('Most frequent confusions', _confusion_lines(stages)),
+    ('Notes', _note_lines(stages, planned)),
   ]
   if incidents:
     found = incidents_lib.summarise(incidents)
     lines = [line for x in found for line in _wrap(f'- {x}')]
     sections.append(('Incidents', lines))
-  if not stages:
-    del sections[1:5]
+  sections = [section for section in sections if section[1]]
   return (
     '\n\n'.join(
       '\n'.join((title, '=' * len(title), *lines)) for title, lines in sections
@@ -99,7 +116,7 @@ def summary_table(history: Mapping[str, Any]) -> rich.table.Table:
     )
   for stage in history['stages']:
     best = _best_row(stage)
-    epoch = f'{best["epoch"]}/{_epochs(stage)}' if best else '-'
+    epoch = f'{best["epoch"]}/{planned_epochs(stage)}' if best else '-'
     table.add_row(
       stage['name'],
       str(stage['image_size']),
@@ -120,6 +137,80 @@ def scorecard(history: Mapping[str, Any]) -> list[Score]:
   return [_score(stage) for stage in history['stages']]
 
 
+def scorecard_remarks(history: Mapping[str, Any]) -> list[str]:
+  """Returns a sentence for each stage that the mission speaks otherwise of."""
+  stages = {stage['name']: stage for stage in history['stages']}
+  return [
+    f'* {score.stage}: the expectation speaks of '
+    f'{score.expectation.num_train_images:,} training images and '
+    f'{score.expectation.num_epochs} epochs; {_as_run(stages[score.stage])}.'
+    for score in scorecard(history)
+    if score.expectation and not score.comparable
+  ]
+
+
+def time_split(stage: Mapping[str, Any]) -> TimeSplit:
+  """Returns where the seconds of a stage went, as its rows say.
+
+  Saves, and what an interruption threw away, are in none of them.
+  """
+  rows = stage['epochs']
+  seconds = [row['seconds'] or 0.0 for row in rows]
+  waits = [
+    s * (row['input_wait'] or 0.0) for s, row in zip(seconds, rows, strict=True)
+  ]
+  return TimeSplit(
+    training=sum(seconds) - sum(waits),
+    input_wait=sum(waits),
+    evaluation=sum(row.get('eval_seconds') or 0.0 for row in rows),
+    hand_over=stage.get('handover_seconds') or 0.0,
+  )
+
+
+def median_speed(stage: Mapping[str, Any]) -> float | None:
+  """Returns the median of its epochs' images per second, None without one."""
+  speeds = [
+    row['images_per_second']
+    for row in stage['epochs']
+    if history_lib.is_number(row['images_per_second'])
+  ]
+  return statistics.median(speeds) if speeds else None
+
+
+def confusions(
+  stage: Mapping[str, Any], limit: int
+) -> list[tuple[str, str, int, int]]:
+  """Returns the most frequent mistakes of a stage's best weights.
+
+  Each is the label, what it was taken for, how often, and how many images of
+  the label there are; [] before the stage is over.
+  """
+  found = stage.get('diagnostics') or {}
+  classes, per_class = found.get('classes', ()), found.get('per_class', ())
+  mistakes = [
+    x for x in found.get('confusions', ()) if x['label'] != x['predicted']
+  ]
+  return [
+    (
+      classes[x['label']],
+      classes[x['predicted']],
+      x['count'],
+      per_class[x['label']][0],
+    )
+    for x in mistakes[:limit]
+  ]
+
+
+def planned_epochs(stage: Mapping[str, Any]) -> str:
+  """Returns the epochs that the config asks for."""
+  return f'{stage["num_epochs"]:g}'
+
+
+def trained_epochs(stage: Mapping[str, Any]) -> str:
+  """Returns the epochs trained; the row of a shorter last one counts less."""
+  return f'{min(len(stage["epochs"]), stage["num_epochs"]):g}'
+
+
 def overfitting_gap(stage: Mapping[str, Any]) -> float | None:
   """Returns train minus validation top-1 in the last epoch, None if unknown.
 
@@ -129,9 +220,10 @@ def overfitting_gap(stage: Mapping[str, Any]) -> float | None:
   return _gap(stage['epochs'][-1]) if stage['epochs'] else None
 
 
-def _header(
+def describe_run(
   history: Mapping[str, Any], environment: Mapping[str, Any] | None
-) -> list[str]:
+) -> list[tuple[str, str]]:
+  """Returns names and texts: config, date, machine, versions, command."""
   pairs = [('config', history['config_hash'] or '-')]
   if environment:
     devices = environment.get('devices') or {}
@@ -157,6 +249,13 @@ def _header(
     ]
   total = sum(stage['seconds'] for stage in history['stages'])
   pairs.append(('trained', progress.format_duration(total)))
+  return pairs
+
+
+def _header(
+  history: Mapping[str, Any], environment: Mapping[str, Any] | None
+) -> list[str]:
+  pairs = describe_run(history, environment)
   return [line for pair in pairs for line in _definition(*pair)]
 
 
@@ -170,7 +269,7 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
       f'{stage["num_eval_images"]:,}',
       str(stage['image_size']),
       str(stage['batch_size']),
-      f'{_trained(stage)}/{_epochs(stage)}',
+      f'{trained_epochs(stage)}/{planned_epochs(stage)}',
     )
     for stage in stages
   ]
@@ -183,12 +282,7 @@ def _result_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
   for stage in stages:
     best = stage['best'] or {'epoch': '-', 'top1': None}
     last = stage['epochs'][-1] if stage['epochs'] else {}
-    speeds = [
-      row['images_per_second']
-      for row in stage['epochs']
-      if history_lib.is_number(row['images_per_second'])
-    ]
-    speed = {'images_per_second': statistics.median(speeds) if speeds else None}
+    speed = {'images_per_second': median_speed(stage)}
     rows.append(
       (
         stage['name'],
@@ -235,7 +329,7 @@ def _scorecard_lines(history: Mapping[str, Any]) -> list[str]:
         _percents(expected.top1) if expected else 'no expectation stated',
         score.top1_verdict + (star if score.top1_verdict else ''),
         progress.format_duration(score.minutes * 60),
-        _minutes(expected.minutes) if expected else '',
+        format_minutes(expected.minutes) if expected else '',
         score.minutes_verdict + (star if expected else ''),
       )
     )
@@ -243,20 +337,18 @@ def _scorecard_lines(history: Mapping[str, Any]) -> list[str]:
   lines = _table(titles, rows, left=(0, 2, 3, 5, 6))
   if any(score.expectation for score in scores):
     lines += ['', *_wrap('Expectation of the mission, given without evidence.')]
-  for score in scores:
-    if score.expectation and not score.comparable:
-      lines += _wrap(
-        f'* {score.stage}: the expectation speaks of '
-        f'{score.expectation.num_train_images:,} training images and '
-        f'{score.expectation.num_epochs} epochs; '
-        f'{_as_run(history_lib.find_stage(dict(history), score.stage))}.'
-      )
-  return lines
+  return lines + [
+    line for remark in scorecard_remarks(history) for line in _wrap(remark)
+  ]
 
 
-def _notes(
-  stages: Sequence[Mapping[str, Any]], planned: Sequence[str]
+def notes(
+  stages: Sequence[Mapping[str, Any]], planned: Sequence[str] = ()
 ) -> list[str]:
+  """Returns sentences about what a reader must know beside the figures.
+
+  What was not run, interrupted, stopped early, overfitted or left out.
+  """
   notes = [note for stage in stages for note in _stage_notes(stage)]
   begun = {stage['name'] for stage in stages}
   if missing := [name for name in planned if name not in begun]:
@@ -267,12 +359,68 @@ def _notes(
       f"Not finished in this run, of the mission's datasets: "
       f'{", ".join(unseen)}. Nothing here speaks for them.'
     )
-  return [line for note in notes for line in _wrap(f'- {note}')] or ['none']
+  return notes
+
+
+def _time_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+  rows = []
+  for stage in stages:
+    split = time_split(stage)
+    total = sum(split) or 1.0
+    rows.append(
+      (
+        stage['name'],
+        progress.format_duration(sum(split)),
+        *(progress.format_percent(seconds / total) for seconds in split),
+      )
+    )
+  titles = 'stage', 'time', 'training', 'input wait', 'evaluation', 'hand-over'
+  return _table(titles, rows, left=(0,)) if rows else []
+
+
+def _baseline_lines(history: Mapping[str, Any], model: str | None) -> list[str]:
+  """Returns what others have reached on the same data, and how."""
+  return [
+    line
+    for x in baselines_lib.compare(history, model)
+    for line in _wrap(f'- {describe_comparison(x)}')
+  ]
+
+
+def describe_comparison(x: baselines_lib.Comparison) -> str:
+  """Returns a sentence about a stage and a published result."""
+  low, high = x.baseline.top1
+  reached = f'{100 * low:.1f}' + (f'-{100 * high:.1f}' if high > low else '')
+  differs = f' Differs: {"; ".join(x.differs)}.' if x.differs else ''
+  return (
+    f'{x.stage}: {progress.format_percent(x.top1)} here, {reached}% by '
+    f'{x.baseline.model} ({x.baseline.source}).{differs}'
+  )
+
+
+def _confusion_lines(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+  lines = []
+  for stage in stages:
+    found = confusions(stage, 3)
+    words = [
+      f'{label} taken for {taken}, {count:,} of {of:,}'
+      for label, taken, count, of in found
+    ]
+    if words:
+      lines += _wrap(f'- {stage["name"]}: {"; ".join(words)}')
+  return lines
+
+
+def _note_lines(
+  stages: Sequence[Mapping[str, Any]], planned: Sequence[str]
+) -> list[str]:
+  found = notes(stages, planned)
+  return [line for note in found for line in _wrap(f'- {note}')] or ['none']
 
 
 def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
   name, notes = stage['name'], []
-  planned, done = _epochs(stage), _trained(stage)
+  planned, done = planned_epochs(stage), trained_epochs(stage)
   if stage['status'] == 'running':
     notes.append(
       f'{name}: not finished, {done} of {planned} epochs; its figures are '
@@ -381,9 +529,7 @@ def _verdict(
   return 'below' if value < low else 'above' if value > high else 'within'
 
 
-def _as_run(stage: Mapping[str, Any] | None) -> str:
-  if stage is None:
-    return ''
+def _as_run(stage: Mapping[str, Any]) -> str:
   done = len(stage['epochs'])
   epochs = 'epoch' if done == 1 else 'epochs'
   return f'here it was {stage["num_train_images"]:,} and {done} {epochs}'
@@ -406,15 +552,6 @@ def _is_broken(row: Mapping[str, Any]) -> bool:
   return not history_lib.is_number(row['train_loss'])
 
 
-def _epochs(stage: Mapping[str, Any]) -> str:
-  return f'{stage["num_epochs"]:g}'
-
-
-def _trained(stage: Mapping[str, Any]) -> str:
-  """Returns the epochs trained; the row of a shorter last one counts less."""
-  return f'{min(len(stage["epochs"]), stage["num_epochs"]):g}'
-
-
 def _names(value: Any) -> str:
   """Returns what a transfer lists: names as they are, many as a number."""
   if value is None:
@@ -430,7 +567,8 @@ def _percents(bounds: tuple[float, float]) -> str:
   return f'{100 * bounds[0]:g}-{100 * bounds[1]:g}%'
 
 
-def _minutes(bounds: tuple[float, float]) -> str:
+def format_minutes(bounds: tuple[float, float]) -> str:
+  """Returns a range of minutes as '30 min' or '1-2 h'."""
   low, high = bounds
   if low == high:
     return f'{low:g} min'

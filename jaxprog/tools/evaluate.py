@@ -1,14 +1,28 @@
-"""Scores saved weights on a stage's evaluation images."""
+"""Scores saved weights on a stage's evaluation images, or on others."""
 
+import collections
+import csv
+import dataclasses
+import io
 import pathlib
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+import rich.console
+import rich.progress
 from ml_collections import config_dict
 
-from jaxprog import errors, stages
-from jaxprog.training import checkpoints, loop
+from jaxprog import epochs, errors, files, stages
+from jaxprog.data import sources
+from jaxprog.reporting import diagnostics, scores
+from jaxprog.training import devices, loop, steps
 from jaxprog.training import setup as setup_lib
+from jaxprog.training import trained as trained_lib
+
+CSV_FIELDS = ('class', 'name', 'images', 'right', 'top1')
 
 
 def evaluate(
@@ -17,50 +31,251 @@ def evaluate(
   *,
   stage: str = '',
   weights: str = 'best',
+  dataset: str = '',
+  model: setup_lib.ModelFn | None = None,
 ) -> dict[str, Any]:
-  """Returns stage, weights, count, loss, top1 and top5, accuracies in [0, 1].
+  """Returns how saved weights do on every image of an evaluation split, once.
 
-  Every evaluation image counts once. The default stage is the last one that
-  `workdir` has finished.
+  Keys: stage, weights, epoch, dataset, count, loss, top1 and top5 (accuracies
+  in [0, 1]), nll (nats), ece, per_class (class, name, images, right and top1
+  of each class), confusions (class, predicted and count, the most frequent one
+  first) and bad_images (why each could not be decoded; they count as wrong).
+  All of it is shown on stderr and written to
+  WORKDIR/eval/STAGE-WEIGHTS[-DATASET].csv and .json.
+
+  Args:
+    config: the run's own.
+    workdir: of the run.
+    stage: whose weights; '': the last one that `workdir` has finished.
+    weights: best, final or ema.
+    dataset: another one than the stage's own. It may lack classes, and their
+      order is of no matter: labels go by name.
+    model: what `train` was given in place of the config's network.
 
   Raises:
-    UserError: if there are no such weights, or their classes are not the
-      dataset's.
+    UserError: if there are no such weights or images, or the dataset has
+      classes that the weights do not know.
   """
-  workdir = pathlib.Path(workdir)
-  if weights not in ('best', 'final', 'ema'):
-    raise errors.UserError(
-      f'Unknown weights {weights!r}.', '--weights', 'Use best, final or ema.'
+  trained = trained_lib.load_trained(
+    config, workdir, stage=stage, weights=weights, model=model
+  )
+  console = rich.console.Console(
+    stderr=True, quiet=jax.process_index() != 0, highlight=False
+  )
+  if dataset == trained.stage.dataset:
+    dataset = ''
+  data = load_dataset(trained, dataset)
+  known = relabel(data, trained.classes, trained.class_names)
+  if data.num_classes < len(trained.classes):
+    console.print(
+      f'{data.name} has {data.num_classes:,} of the {len(trained.classes):,} '
+      'classes that the weights know; labels go by name.',
+      markup=False,
     )
-  name = stage or last_done_stage(config, workdir)
-  stages.select(stages.create_stages(config), only=(name,))
-  variables, meta = checkpoints.load_weights(workdir, name, weights)
-  setup = setup_lib.create_setup(config, only=(name,), training=False)
-  task = setup_lib.create_task(setup, setup.chosen[0])
-  if tuple(meta['classes']) != task.dataset.classes:
-    raise errors.UserError(
-      'The weights know other classes than the dataset has.',
-      f'stage {name!r}',
-      'Evaluate on the data that the stage was trained on.',
-    )
-  variables = jax.device_put(variables, setup.shardings.replicated)
-  return {
-    'stage': name,
+  found = {
+    'stage': trained.stage.name,
     'weights': weights,
-    'count': len(task.dataset.eval),
-    **loop.evaluate(task, variables, task.dataset.eval),
+    'epoch': trained.epoch,
+    'dataset': data.name,
+    **_score(trained, known, data.classes, console),
+  }
+  paths = write(pathlib.Path(workdir), found, dataset)
+  scores.show(found, console)
+  for path in paths:
+    console.print(str(path), markup=False, soft_wrap=True)
+  return found
+
+
+def load_dataset(trained: trained_lib.Trained, dataset: str) -> sources.Dataset:
+  """Returns the stage's own data, or `dataset`; it has images to evaluate on.
+
+  Raises:
+    UserError: if it is not here, or holds none.
+  """
+  stage = trained.stage
+  if dataset:
+    stage = _with_dataset(trained.config, stage.name, dataset)
+  data = setup_lib.load_datasets(trained.config, [stage])[stage.name]
+  check_images(data)
+  return data
+
+
+def check_images(dataset: sources.Dataset) -> None:
+  """Raises UserError if there is nothing to evaluate on."""
+  if not len(dataset.eval):
+    raise errors.UserError(
+      f'{dataset.name!r} has no image to evaluate on.',
+      str(dataset.eval.records.directory),
+      'Name another one with --input.',
+    )
+
+
+def _with_dataset(
+  config: config_dict.ConfigDict, name: str, dataset: str
+) -> stages.Stage:
+  """Returns the stage `name` as if it were about all classes of `dataset`."""
+  config = stages.complete(config)
+  for fields in config.stages:
+    if fields.name == name:
+      fields.update(dataset=dataset, classes=(), num_classes=0)
+  try:
+    return stages.select(stages.create_stages(config), only=(name,))[0]
+  except errors.UserError as e:
+    raise errors.UserError(e.what, f'--input={dataset}', e.suggestion) from None
+
+
+def relabel(
+  dataset: sources.Dataset, classes: Sequence[str], class_names: Sequence[str]
+) -> sources.Dataset:
+  """Returns `dataset` with its labels as positions in `classes`, by name.
+
+  Raises:
+    UserError: if it has a class that is not among them.
+  """
+  unknown = [x for x in dataset.classes if x not in set(classes)]
+  if unknown:
+    more = f' and {len(unknown) - 5:,} more' if len(unknown) > 5 else ''
+    raise errors.UserError(
+      f'The weights know other classes than {dataset.name!r}: it has '
+      f'{", ".join(map(repr, unknown[:5]))}{more}, which they do not.',
+      f'they know {len(classes):,}: {", ".join(map(repr, classes[:5]))}'
+      + (', ...' if len(classes) > 5 else ''),
+      'Name the classes of the data as in training; some may be missing.',
+    )
+  place = {name: i for i, name in enumerate(classes)}
+  label = np.array([place[x] for x in dataset.classes], np.int32)
+
+  def move(split):
+    records = split.records
+    return sources.Split(
+      dataclasses.replace(
+        records, labels=label[records.labels], classes=tuple(classes)
+      )
+    )
+
+  return dataclasses.replace(
+    dataset,
+    classes=tuple(classes),
+    class_names=tuple(class_names),
+    train=move(dataset.train),
+    eval=move(dataset.eval),
+  )
+
+
+def create_task(
+  trained: trained_lib.Trained, dataset: sources.Dataset
+) -> setup_lib.Task:
+  """Returns what evaluates `trained` on `dataset`; it is not for training."""
+  stage = trained.stage
+  # Evaluation needs no length of a stage, and the data may have few training
+  # images.
+  num_images = 1000 * max(part.batch_size for _, part in stage.parts)
+  setup = setup_lib.Setup(
+    config=trained.config,
+    stages=(stage,),
+    chosen=(stage,),
+    datasets={stage.name: dataset},
+    steps={stage.name: epochs.count_steps(stage, num_images)},
+    model_fn=trained.model_fn,
+    shardings=devices.create_shardings(devices.create_mesh()),
+  )
+  return setup_lib.create_task(setup, stage)
+
+
+def _score(
+  trained: trained_lib.Trained,
+  dataset: sources.Dataset,
+  present: Sequence[str],
+  console: rich.console.Console,
+) -> dict[str, Any]:
+  """Returns count and all that comes of the images of `dataset`."""
+  task, split = create_task(trained, dataset), dataset.eval
+  variables = jax.device_put(trained.variables, task.shardings.replicated)
+  batches: list[steps.Outcomes] = []
+  bad: dict[str, str] = {}
+  with rich.progress.Progress(
+    console=console, transient=True, disable=not console.is_terminal
+  ) as bar:
+    shown = bar.add_task(trained.stage.name)
+    means = loop.evaluate(
+      task,
+      variables,
+      split,
+      lambda done, total: bar.update(shown, completed=done, total=total),
+      bad.update,
+      batches,
+    )
+  outcomes = diagnostics.join_outcomes(batches, len(split))
+  found = diagnostics.diagnose(outcomes, split.labels, dataset.num_classes)
+  return {
+    'count': len(split),
+    **means,
+    'nll': found['nll'],
+    'ece': found['ece'],
+    'per_class': _per_class(found['per_class'], dataset, set(present)),
+    'confusions': _confusions(outcomes, split.labels, dataset.classes),
+    'bad_images': bad,
   }
 
 
-def last_done_stage(
-  config: config_dict.ConfigDict, workdir: pathlib.Path
-) -> str:
-  """Returns the last stage of `config` that `workdir` has finished."""
-  for stage in reversed(stages.create_stages(config)):
-    if checkpoints.read_done(workdir, stage.name) is not None:
-      return stage.name
-  raise errors.UserError(
-    'No stage of this workdir is finished yet.',
-    f'--workdir={workdir}',
-    'Train first, or name another --workdir.',
+def _per_class(
+  counts: Sequence[Sequence[int]],
+  dataset: sources.Dataset,
+  present: set[str],
+) -> list[dict[str, Any]]:
+  """Returns the row of each class that is in the data; top1 may be None."""
+  rows = zip(dataset.classes, dataset.class_names, counts, strict=True)
+  return [
+    {
+      'class': name,
+      'name': human,
+      'images': images,
+      'right': right,
+      'top1': right / images if images else None,
+    }
+    for name, human, (images, right) in rows
+    if name in present
+  ]
+
+
+def _confusions(
+  outcomes: Mapping[str, np.ndarray],
+  labels: np.ndarray,
+  classes: Sequence[str],
+) -> list[dict[str, Any]]:
+  """Returns how often one class was taken for another."""
+  # An undecodable image ranks below all classes, and was taken for nothing.
+  seen = outcomes['rank'] < len(classes)
+  wrong = seen & (outcomes['predicted'] != labels)
+  pairs = collections.Counter(
+    zip(
+      labels[wrong].tolist(), outcomes['predicted'][wrong].tolist(), strict=True
+    )
   )
+  ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
+  return [
+    {'class': classes[label], 'predicted': classes[taken], 'count': count}
+    for (label, taken), count in ranked[: diagnostics.MAX_CONFUSIONS]
+  ]
+
+
+def write(
+  workdir: pathlib.Path, found: Mapping[str, Any], dataset: str
+) -> list[pathlib.Path]:
+  """Writes one row a class as CSV, and all else as JSON; returns their paths.
+
+  `dataset` is part of the files' name, '' where it is the stage's own.
+  """
+  other = sources.folder_config(dataset) or dataset
+  parts = [found['stage'], found['weights'], re.sub(r'[^\w.-]+', '-', other)]
+  path = workdir / 'eval' / '-'.join(x for x in parts if x)
+  paths = [path.with_name(path.name + x) for x in ('.csv', '.json')]
+  if jax.process_index() == 0:
+    out = io.StringIO()
+    rows = csv.DictWriter(out, CSV_FIELDS, lineterminator='\n')
+    rows.writeheader()
+    rows.writerows(found['per_class'])
+    files.write_bytes(paths[0], out.getvalue().encode())
+    overall = {k: v for k, v in found.items() if k != 'per_class'}
+    files.write_json(paths[1], overall)
+  return paths

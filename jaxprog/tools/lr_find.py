@@ -14,7 +14,7 @@ from ml_collections import config_dict
 from jaxprog import files, stages
 from jaxprog.reporting import plots
 from jaxprog.training import feed as feed_lib
-from jaxprog.training import ladder
+from jaxprog.training import handover
 from jaxprog.training import setup as setup_lib
 
 # The test ends when the smoothed loss is this much above its least.
@@ -79,7 +79,7 @@ def _run(
     stage,
     lambda step: jax.numpy.asarray(rates)[step],
   )
-  variables, _ = ladder.hand_over(setup, workdir, task)
+  variables, _ = handover.hand_over(setup, workdir, task)
   state = task.create_state(
     jax.device_put(variables, task.shardings.replicated)
   )

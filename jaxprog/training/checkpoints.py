@@ -19,11 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jaxprog import errors, files
-from jaxprog.training import integrity
+from jaxprog.training import distributed, integrity
 from jaxprog.training import state as state_lib
 
 Meta = dict[str, Any]
@@ -89,17 +88,23 @@ class Checkpoints:
     manager = self._manager('latest')
     manager.reload()
     _check_matches(_read_metadata(manager, steps[-1]), like, manager.directory)
+    several = jax.process_count() > 1
+    restore_args = (
+      _as_numpy(like)
+      if several
+      else ocp.checkpoint_utils.construct_restore_args(like)
+    )
     restored = manager.restore(
       steps[-1],
       args=ocp.args.Composite(
-        tree=ocp.args.PyTreeRestore(
-          item=like,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-        ),
+        tree=ocp.args.PyTreeRestore(item=like, restore_args=restore_args),
         meta=ocp.args.JsonRestore(),
       ),
     )
-    return restored.tree, restored.meta
+    state = restored.tree
+    if several:
+      state = jax.tree.map(_place_like, state, like)
+    return state, restored.meta
 
   def check(self) -> None:
     """Raises what a save has met in the background; costs next to nothing.
@@ -112,19 +117,19 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Waits until every save has committed and has its manifest."""
-    for name in list(self._pending):
-      self._pending.pop(name).result()
+    self._await_own()
+    distributed.wait_for_all('saved')  # The manifest is process 0's.
 
   def mark_done(self, meta: Meta) -> None:
     """Declares the stage finished, once every save has committed."""
     self.wait()
-    if jax.process_index() == 0:
-      files.write_json(self._directory / 'done.json', integrity.sign(meta))
+    path = self._directory / 'done.json'
+    _on_first_process(lambda: files.write_json(path, integrity.sign(meta)))
 
   def close(self) -> None:
     """Waits for saves under way and releases their threads."""
     try:
-      self.wait()
+      self._await_own()
     finally:
       self._worker.shutdown()
       for manager in self._managers.values():
@@ -143,12 +148,18 @@ class Checkpoints:
         raise
       self._on_incident('save_failed', str(e))
 
+  def _await_own(self) -> None:
+    for name in list(self._pending):
+      self._pending.pop(name).result()
+
   def _manager(self, name: str) -> ocp.CheckpointManager:
     if name not in self._managers:
       self._managers[name] = _create_manager(self._directory / name)
     return self._managers[name]
 
   def _save(self, name: str, step: int, tree: Any, meta: Meta) -> None:
+    if jax.process_index() != 0:  # All have the same; one of them writes.
+      return
     self.check()
     if name in self._pending:
       self._pending.pop(name).result()
@@ -156,13 +167,14 @@ class Checkpoints:
     try:
       manager = self._manager(name)
       # A run that resumed from before `step` trains it again: that one counts.
-      _on_first_process(functools.partial(integrity.begin, directory, step))
+      integrity.begin(directory, step)
       if step in manager.all_steps():
         manager.reload()
       manager.save(
         step,
         args=ocp.args.Composite(
-          tree=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta)
+          tree=ocp.args.PyTreeSave(_copy_here(tree)),
+          meta=ocp.args.JsonSave(meta),
         ),
         force=True,
       )
@@ -182,11 +194,10 @@ def _finish(manager: ocp.CheckpointManager, step: int) -> None:
   directory = pathlib.Path(manager.directory)
   try:
     manager.wait_until_finished()
-    if jax.process_index() == 0:
-      integrity.finish(directory, step)
-      keep = 2 if directory.name == 'latest' else 1
-      for old in integrity.list_steps(directory)[:-keep]:
-        integrity.remove(directory, old)
+    integrity.finish(directory, step)
+    keep = 2 if directory.name == 'latest' else 1
+    for old in integrity.list_steps(directory)[:-keep]:
+      integrity.remove(directory, old)
   except Exception as e:
     raise _save_error(directory, step, e) from e
 
@@ -220,8 +231,7 @@ def _on_first_process(change: Callable[[], None]) -> None:
   """Lets one process change files, and the others see them only then."""
   if jax.process_index() == 0:
     change()
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('checkpoints')
+  distributed.wait_for_all('checkpoints')
 
 
 def quarantine_latest(
@@ -370,10 +380,7 @@ def load_weights(
     )
   step = _find_weights(directory)
   with _create_manager(directory, create=False) as manager:
-    restore_args = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-      _read_metadata(manager, step),
-    )
+    restore_args = _as_numpy(_read_metadata(manager, step))
     restored = manager.restore(
       step,
       args=ocp.args.Composite(
@@ -411,18 +418,59 @@ def _find_weights(directory: pathlib.Path) -> int:
 def _create_manager(
   directory: pathlib.Path, *, create: bool = True
 ) -> ocp.CheckpointManager:
-  """Returns what reads and writes steps; we ourselves remove them."""
+  """Returns what reads and writes steps; we ourselves remove them.
+
+  Each process has its own, which waits for no other: one alone writes, and
+  when the others may read is decided by us.
+  """
+  if create:
+    directory.mkdir(parents=True, exist_ok=True)
+  alone: dict[str, Any] = {}
+  if jax.process_count() > 1:
+    index = jax.process_index()
+    alone = {'primary_host': index, 'active_processes': {index}}
+  multiprocessing = ocp.options.MultiprocessingOptions(**alone)
   return ocp.CheckpointManager(
     directory,
     options=ocp.CheckpointManagerOptions(
       preservation_policy=checkpoint_managers.LatestN(n=None),
-      create=create,
+      create=False,
+      multiprocessing_options=multiprocessing,
     ),
     item_handlers={
-      'tree': ocp.PyTreeCheckpointHandler(),
-      'meta': ocp.JsonCheckpointHandler(),
+      'tree': ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=multiprocessing
+      ),
+      'meta': ocp.JsonCheckpointHandler(
+        multiprocessing_options=multiprocessing
+      ),
     },
   )
+
+
+def _copy_here(tree: Any) -> Any:
+  """Returns `tree` with what is on devices of many processes in NumPy.
+
+  Each device has a whole copy. It must not be a view: the next step reuses the
+  memory of its state.
+  """
+
+  def copy(x):
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+      return x
+    return np.array(x.addressable_data(0))
+
+  return jax.tree.map(copy, tree)
+
+
+def _as_numpy(tree: Any) -> Any:
+  """Returns what makes orbax restore each leaf of `tree` in NumPy."""
+  return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+
+
+def _place_like(x: Any, like: Any) -> Any:
+  """Returns an array of NumPy on the devices of `like`, of all processes."""
+  return jax.make_array_from_callback(like.shape, like.sharding, lambda i: x[i])
 
 
 def _read_metadata(manager: ocp.CheckpointManager, step: int) -> Any:

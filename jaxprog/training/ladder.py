@@ -1,8 +1,8 @@
 """For each stage: resume it or hand weights over to it, train, report."""
 
 import contextlib
-import copy
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,8 @@ from jaxprog.data import jpeg
 from jaxprog.reporting import (
   diagnostics,
   environment,
-  plots,
+  figures,
+  outputs,
   report,
   tensorboard,
 )
@@ -29,11 +30,12 @@ from jaxprog.reporting import incidents as incidents_lib
 from jaxprog.reporting import progress as progress_lib
 from jaxprog.training import (
   checkpoints,
+  distributed,
+  handover,
   lock,
   loop,
   preflight,
   signals,
-  transfer,
   watchdog,
 )
 from jaxprog.training import setup as setup_lib
@@ -58,12 +60,18 @@ class Run:
   dog: watchdog.Watchdog
   # Compiles the next stage while this one trains.
   compiler: futures.Executor
+  # Told the name of a stage and each row of its history.
+  on_epoch: Callable[[str, dict[str, Any]], object]
+  reporter: outputs.Reporter
+  # By stage, at even distances in epochs; sampled by the compiler's thread.
+  rates: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
   def save_history(self) -> None:
     """Writes training_history.json, on the process that writes."""
     if jax.process_index() == 0:
       path = self.workdir / 'training_history.json'
       history_lib.save_history(path, self.history)
+      self.reporter.refresh()
 
   def save_stages(self, running: str = '') -> None:
     """Writes stages.json: which stages are pending, running and done.
@@ -88,13 +96,15 @@ def train(
   skip: Sequence[str] = (),
   model: setup_lib.ModelFn | None = None,
   allow_config_change: bool = False,
+  on_epoch: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
 ) -> dict[str, Any]:
   """Trains the stages of `config` and returns the run's history.
 
   Finished stages of `workdir` are not trained again, an interrupted one goes
   on at its exact step. `model` is called with num_classes, image_size and
   dtype in place of the config's own network; its classifier must be a module
-  named head.
+  named head. `on_epoch(name, row)` is called after each epoch has been saved;
+  what it raises ends the run.
 
   Raises:
     UserError: for mistakes in the config, the data or the workdir, before
@@ -104,10 +114,13 @@ def train(
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.StopRequest())
+    stack.enter_context(distributed.join(stop))
     preflight.launch(config, workdir, only=only, skip=skip)
+    distributed.wait_for_all('preflight')  # It removes folders that it made.
     owner = lock.Lock(workdir)
     if jax.process_index() == 0:
       stack.enter_context(owner)
+    distributed.check_workdir(workdir)
     setup = setup_lib.create_setup(config, only=only, skip=skip, model=model)
     progress = stack.enter_context(_create_progress(len(setup.chosen)))
     incidents = _create_incidents(workdir, owner)
@@ -117,8 +130,8 @@ def train(
       progress.message(message)
 
     checkpoints.verify_all(workdir, on_incident)
-    _check_frozen(setup, workdir)
     tasks = tuple(setup_lib.create_task(setup, stage) for stage in setup.chosen)
+    handover.check(setup, tasks, workdir)
     for line in preflight.quick(tasks, workdir):
       progress.message(line)
     history = _load_history(config, workdir, allow_config_change, incidents)
@@ -136,27 +149,33 @@ def train(
       owner=owner,
       dog=stack.enter_context(_create_watchdog(config, workdir, incidents)),
       compiler=_create_executor('compiler', stack),
+      on_epoch=on_epoch,
+      reporter=outputs.Reporter(
+        _create_executor('reporter', stack), workdir, incidents.entries
+      ),
     )
-    _train_stages(run, _create_executor('reporter', stack))
+    plain = config_lib.to_json(stages.complete(config))
+    run.writer.write_hparams(tensorboard.flatten_config(plain))
+    _train_stages(run)
     progress.message(report.summary_table(history))
   return history
 
 
-def _train_stages(run: Run, reporter: futures.Executor) -> None:
+def _train_stages(run: Run) -> None:
   """Trains each stage; reports are drawn while the next one trains."""
   announce(run.progress, run.tasks)
   left = None
   try:
     for index, task in enumerate(_compile_ahead(run)):
       if index:
-        reporter.submit(write_reports, run, copy.deepcopy(run.history))
+        write_reports(run)
       left = _run_stage(run, index, task, left)
   except errors.Stopped as e:
     run.incidents.add('signal', str(e))
     raise
   finally:
     if run.stop.signum is None:  # Plots take longer than a signal allows.
-      reporter.submit(write_reports, run, run.history).result()
+      write_reports(run).result()
 
 
 def _create_executor(
@@ -193,24 +212,13 @@ def _create_watchdog(
   )
 
 
-def write_reports(run: Run, history: dict[str, Any]) -> None:
-  """Writes what a person reads, from the history alone."""
-  if jax.process_index() != 0 or not history['stages']:
-    return
-  planned = [stage.name for stage in run.setup.stages]
-  text = report.report(
-    history, environment.environment(), planned, run.incidents.entries()
-  )
-  files.write_bytes(run.workdir / 'training_report.txt', text.encode())
-  plots.plot_history(
-    history,
-    run.workdir / 'training_metrics.png',
-    {
-      task.stage.name: sample_learning_rate(task)
-      for task in run.tasks
-      if task.stage.schedule != 'plateau'
-    },
-  )
+def write_reports(run: Run) -> futures.Future[None]:
+  """Lets what a person reads be written, on the process that writes."""
+  if jax.process_index() == 0:
+    return run.reporter.write()
+  nothing: futures.Future[None] = futures.Future()
+  nothing.set_result(None)
+  return nothing
 
 
 def _compile_ahead(run: Run) -> Iterator[setup_lib.Task]:
@@ -222,10 +230,15 @@ def _compile_ahead(run: Run) -> Iterator[setup_lib.Task]:
   def prepare(task):
     if checkpoints.read_done(run.workdir, task.stage.name) is not None:
       return task
-    carried = task is not run.tasks[0] or bool(
-      find_source(run.setup, run.workdir, task.stage)
+    is_first = task is run.tasks[0] and not handover.find_source(
+      run.setup, run.workdir, task.stage
     )
-    return setup_lib.compile_task(task, carried=carried)
+    # What the plateau schedule will lower its own by, nobody knows yet.
+    if task.stage.schedule != 'plateau':
+      rates = [float(f'{x:.6g}') for x in sample_learning_rate(task)]
+      run.rates[task.stage.name] = rates
+    draws_all = is_first or handover.needs_backbone(task.stage)
+    return setup_lib.compile_task(task, carried=not draws_all)
 
   ahead = run.compiler.submit(prepare, run.tasks[0])
   for following in [*run.tasks[1:], None]:
@@ -266,6 +279,7 @@ def _run_stage(
       name,
       task.steps.epoch_ends,
       int(state.step),
+      averages=task.stage.ema_decay > 0,
       dataset=task.stage.dataset,
       start=_describe_start(record),
     )
@@ -280,6 +294,7 @@ def _run_stage(
       writer=run.writer,
       stop=run.stop,
       save_history=run.save_history,
+      on_epoch=run.on_epoch,
       left=left,
     )
     _train_and_save(run, task, state, out)
@@ -309,6 +324,11 @@ def _train_and_save(
   saved.wait()
   run.dog.beat(f'the last save of {task.stage.name}')
   record |= examine(run, task)
+  found = record['diagnostics']
+  out.writer.write_images(
+    task.first_step + int(state.step),
+    functools.partial(figures.draw_mistakes, task.stage.name, found),
+  )
   saved.mark_done({**out.meta, 'record': record})
   run.save_stages()
 
@@ -388,71 +408,14 @@ def _begin(
   run: Run, task: setup_lib.Task
 ) -> tuple[state_lib.TrainState, dict[str, Any]]:
   """Returns the state that a stage starts from, and its new record."""
-  variables, origin = hand_over(run.setup, run.workdir, task)
+  variables, origin = handover.hand_over(run.setup, run.workdir, task)
   fields = _describe_stage(task)
-  record = history_lib.begin_stage(run.history, **fields, transfer=origin)
+  rates = run.rates.get(task.stage.name, [])
+  record = history_lib.begin_stage(
+    run.history, **fields, transfer=origin, learning_rates=rates
+  )
   variables = jax.device_put(variables, task.shardings.replicated)
   return task.create_state(variables), record
-
-
-def hand_over(
-  setup: setup_lib.Setup, workdir: pathlib.Path, task: setup_lib.Task
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns a stage's first variables and a record of their origin.
-
-  They come from the best weights of the nearest earlier stage that is done.
-  """
-  source = find_source(setup, workdir, task.stage)
-  if source is None:
-    fresh = task.init(task.init_rng)
-    modules = sorted(fresh['params'])
-    return fresh, {'from': None, 'carried': [], 'fresh': modules, 'dropped': []}
-  trained, meta = checkpoints.load_weights(workdir, source, 'best')
-  fresh = task.state_shapes.variables
-  head = task.init_head(task.init_rng)
-  fresh = {**fresh, 'params': {**fresh['params'], 'head': head}}
-  result = transfer.transfer(
-    trained, fresh, meta['classes'], task.dataset.classes
-  )
-  return result.variables, {
-    'from': source,
-    'weights': 'best',
-    'carried': list(result.carried),
-    'fresh': list(result.fresh),
-    'dropped': list(result.dropped),
-  }
-
-
-def find_source(
-  setup: setup_lib.Setup, workdir: pathlib.Path, stage: stages.Stage
-) -> str | None:
-  """Returns the nearest earlier stage that is done, None if there is none.
-
-  Stages before it in this call come first (`--only` decides their order),
-  then those of the config that an earlier call may have trained.
-  """
-  called = [s.name for s in setup.chosen]
-  ladder = [s.name for s in setup.stages]
-  before = called[: called.index(stage.name)]
-  left_out = ladder[: ladder.index(stage.name)]
-  for name in [*before[::-1], *left_out[::-1]]:
-    if checkpoints.read_done(workdir, name) is not None:
-      return name
-  return None
-
-
-def _check_frozen(setup: setup_lib.Setup, workdir: pathlib.Path) -> None:
-  first = setup.chosen[0]
-  if (
-    setup.steps[first.name].frozen
-    and checkpoints.read_done(workdir, first.name) is None
-    and find_source(setup, workdir, first) is None
-  ):
-    raise errors.UserError(
-      'freeze_epochs would train a head on a backbone of fresh weights.',
-      f'stage {first.name!r}',
-      'Set it to 0, or train a stage before this one.',
-    )
 
 
 def _put_record(history: dict[str, Any], record: dict[str, Any]) -> None:
@@ -504,6 +467,7 @@ def _describe_weights(run: Run, task: setup_lib.Task) -> dict[str, Any]:
     'model': config.model,
     'num_filters': config.num_filters,
     'stem_kernel': config.stem_kernel,
+    'blur_pool': config.blur_pool,
     'image_size': task.stage.image_size,
     'mean_rgb': list(config.mean_rgb),
     'std_rgb': list(config.std_rgb),
@@ -518,7 +482,18 @@ def _describe_start(record: Mapping[str, Any]) -> str:
   if origin['from'] is None:
     return 'fresh weights'
   head = 'fresh head' if 'head' in origin['fresh'] else 'head carried'
-  return f'from {origin["from"]}, {head}'
+  match origin.get('head'):
+    case 'zero':
+      head = 'head of zeros'
+    case 'by_class':
+      rows = sum(map(len, origin['head_rows'].values()))
+      head = f'{rows} of {record["num_classes"]} head rows carried'
+  done = [head]
+  if origin['operator'] != 'plain':
+    done.append(origin['operator'])
+  if origin['statistics'] != 'carry':
+    done.append(f'statistics {origin["statistics"]}')
+  return f'from {origin["from"]}, {", ".join(done)}'
 
 
 def announce(

@@ -1,7 +1,9 @@
 """Trains one stage: for each step in the stage, then metrics, saves."""
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import math
 import time
 import zlib
@@ -14,11 +16,13 @@ import numpy as np
 from jaxprog import errors
 from jaxprog.data import batches as batches_lib
 from jaxprog.data import loader, preprocess, sources
-from jaxprog.reporting import diagnostics, tensorboard
+from jaxprog.reporting import diagnostics, memory, tensorboard
 from jaxprog.reporting import history as history_lib
+from jaxprog.reporting import profile as profile_lib
 from jaxprog.reporting import progress as progress_lib
+from jaxprog.reporting import step_times as step_times_lib
 from jaxprog.training import checkpoints as checkpoints_lib
-from jaxprog.training import decisions, setup, signals, steps
+from jaxprog.training import decisions, preview, setup, signals, steps
 from jaxprog.training import feed as feed_lib
 from jaxprog.training import state as state_lib
 
@@ -42,8 +46,13 @@ class Outputs:
   beat: Callable[[str], None]
   # Raises if another run has taken this one's workdir over.
   check_owner: Callable[[], None]
+  # Told the stage's name and each row; may end the run by raising.
+  on_epoch: Callable[[str, dict[str, Any]], object] = lambda name, row: None
   # When the stage before was left, by the monotonic clock.
   left: float | None = None
+  step_times: step_times_lib.StepTimes = dataclasses.field(
+    default_factory=step_times_lib.StepTimes
+  )
   # Steps in a row, up to the last one, that were skipped.
   skipped: int = 0
   last_save: float = dataclasses.field(default_factory=time.monotonic)
@@ -84,17 +93,27 @@ def _train_from(
 ) -> state_lib.TrainState:
   """Returns `state` after the rest of the stage, if nothing goes wrong."""
   start = int(state.step)
+  out.writer.forget_after(task.first_step + start)
+  out.step_times = step_times_lib.StepTimes(out.record.get('step_seconds', ()))
   seed = data_seed(task, out.record)
-  with contextlib.closing(feed_lib.Feed(task, seed, start)) as feed:
+  with (
+    contextlib.closing(feed_lib.Feed(task, seed, start)) as feed,
+    contextlib.closing(_create_profile(task, out)) as profile,
+  ):
     while int(state.step) < task.steps.total:
       reason = decisions.reason_to_stop(task.stage, out.record['epochs'])
       if reason:
         out.record['stopped'] = reason
         break
       epoch = task.steps.epoch(int(state.step))
-      state, timing = _train_epoch(task, state, feed, epoch, out)
+      state, timing = _train_epoch(task, state, feed, profile, epoch, out)
       state = _end_epoch(task, state, epoch, timing, out)
   return state
+
+
+def _create_profile(task: setup.Task, out: Outputs) -> profile_lib.Profile:
+  logdir, num_steps = out.writer.logdir, task.config.profile_steps
+  return profile_lib.Profile(logdir, num_steps, task.steps.total)
 
 
 def data_seed(task: setup.Task, record: dict[str, Any]) -> int:
@@ -213,6 +232,7 @@ def _train_epoch(
   task: setup.Task,
   state: state_lib.TrainState,
   feed: feed_lib.Feed,
+  profile: profile_lib.Profile,
   epoch: int,
   out: Outputs,
 ) -> tuple[state_lib.TrainState, dict[str, float]]:
@@ -221,36 +241,58 @@ def _train_epoch(
   batch_size = task.steps.phase(first).batch_size
   began, restarts, pending = time.monotonic(), feed.restarts, None
   feed.begin_epoch()
+  out.step_times.pause()
   for step in range(first, end):
     batch = feed.next()
+    if step == 0:
+      draw = functools.partial(preview.draw_augmented, task, batch, step)
+      out.writer.write_images(task.first_step + 1, draw)
     # Step n is dispatched before the metrics of step n - 1 are read.
+    profile.begin_step(step)
     train_step = task.train_steps[task.program(step)]
     state, metrics = train_step(state, batch, task.step_rng)
+    profile.end_step(step, metrics)
     note_bad_images(task, feed.bad, out)
-    if out.left is not None:
-      out.record['handover_seconds'] = time.monotonic() - out.left
-      out.left = None
+    _note_handover(task, step, out)
     if pending is not None:
-      images = (step - first) * batch_size
-      _report_step(task, *pending, images / (time.monotonic() - began), out)
+      timing = _timing(began, (step - first) * batch_size, feed)
+      _report_step(task, *pending, timing, out)
     pending = step, metrics
     _answer_requests(task, state, step + 1, step + 1 == end, out)
   jax.block_until_ready(state)
-  seconds = time.monotonic() - began
-  rate = (end - first) * batch_size / seconds
+  timing = _timing(began, (end - first) * batch_size, feed)
   if pending is not None:
-    _report_step(task, *pending, rate, out)
+    _report_step(task, *pending, timing, out)
   if feed.restarts > restarts:
     _note(task, end, 'worker_restart', 'dead data workers were replaced', out)
-  limit = feed.describe_limit(seconds, rate)
+  limit = feed.describe_limit(timing['seconds'], timing['images_per_second'])
   if limit and 'input_limit' not in out.record:
     out.record['input_limit'] = limit
     out.progress.message(f'{task.stage.name}: {limit}')
-  return state, {
+  return state, timing
+
+
+def _timing(
+  began: float, num_images: int, feed: feed_lib.Feed
+) -> dict[str, float]:
+  """Returns the seconds since `began` and what they were spent on."""
+  seconds = time.monotonic() - began
+  return {
     'seconds': seconds,
-    'images_per_second': rate,
+    'images_per_second': num_images / seconds,
     'input_wait': feed.waited / seconds,
   }
+
+
+def _note_handover(task: setup.Task, step: int, out: Outputs) -> None:
+  """Notes how long nothing was trained before this stage's first step."""
+  if out.left is None:
+    return
+  seconds = time.monotonic() - out.left
+  out.left = None
+  out.record['handover_seconds'] = seconds
+  scalars = {'perf/handover_seconds': seconds}
+  out.writer.write_scalars(task.first_step + step + 1, scalars)
 
 
 def _note(
@@ -325,15 +367,7 @@ def _end_epoch(
   best = out.record['best'] or {'epoch': row['epoch']}  # No finite score yet.
   is_best = best['epoch'] == row['epoch']
   _write_epoch(task, row, out)
-  if is_best:
-    out.checkpoints.save_weights(
-      'best', step, state.variables, {**out.meta, 'epoch': row}
-    )
-  average = history_lib.best_epoch(out.record['epochs'], 'ema_top1')
-  if average and average['epoch'] == row['epoch']:
-    out.checkpoints.save_weights(
-      'ema', step, state.ema, {**out.meta, 'epoch': row}
-    )
+  _save_weights(task, state, row, is_best, out)
   scale = decisions.rate_scale(task.stage, out.record['epochs'])
   metrics, rate_scale = jax.device_put(
     (state_lib.zero_metrics(), np.float32(scale)), task.shardings.replicated
@@ -342,8 +376,30 @@ def _end_epoch(
   save(task, state, out)
   out.save_history()
   out.progress.end_epoch(row, is_best)
+  out.on_epoch(task.stage.name, row)
   _stop_if_asked(out)
   return state
+
+
+def _save_weights(
+  task: setup.Task,
+  state: state_lib.TrainState,
+  row: dict[str, Any],
+  is_best: bool,
+  out: Outputs,
+) -> None:
+  """Saves the weights and the averaged ones, each if it is the best so far."""
+  began, step = time.monotonic(), int(state.step)
+  average = history_lib.best_epoch(out.record['epochs'], 'ema_top1')
+  is_best_average = average is not None and average['epoch'] == row['epoch']
+  meta = {**out.meta, 'epoch': row}
+  if is_best:
+    out.checkpoints.save_weights('best', step, state.variables, meta)
+  if is_best_average:
+    out.checkpoints.save_weights('ema', step, state.ema, meta)
+  if is_best or is_best_average:
+    scalars = {'ckpt/weights_seconds': time.monotonic() - began}
+    out.writer.write_scalars(row['global_step'], scalars)
 
 
 def _mean(total: float, count: float) -> float:
@@ -356,11 +412,22 @@ def save(task: setup.Task, state: state_lib.TrainState, out: Outputs) -> None:
 
   But not while steps are skipped: what is wrong may be in the state.
   """
+  out.record['step_seconds'] = out.step_times.histogram()
   if out.skipped and out.stop.signum is None:
     return
   out.check_owner()
-  out.checkpoints.save_latest(state, {**out.meta, 'record': out.record})
-  out.last_save = time.monotonic()
+  began = time.monotonic()
+  # A copy: it is written in the background, while the record grows.
+  meta = {**out.meta, 'record': copy.deepcopy(out.record)}
+  out.checkpoints.save_latest(state, meta)
+  before, out.last_save = out.last_save, time.monotonic()
+  if step := int(state.step):
+    scalars = {
+      # What training waited for; the rest goes on in the background.
+      'ckpt/save_seconds': out.last_save - began,
+      'ckpt/interval_seconds': out.last_save - before,
+    }
+    out.writer.write_scalars(task.first_step + step, scalars)
 
 
 def _answer_requests(
@@ -371,13 +438,14 @@ def _answer_requests(
   out: Outputs,
 ) -> None:
   """Saves in mid-epoch when it is time to, or before leaving on a signal."""
-  if ends_epoch:  # The end of an epoch saves anyway, and then leaves.
-    return
   every_steps = task.config.checkpoint_every_steps
   every_seconds = 60 * task.config.checkpoint_every_minutes
-  due = every_steps > 0 and step % every_steps == 0
-  if every_seconds and jax.process_count() == 1:  # Many clocks disagree.
-    due = due or time.monotonic() - out.last_save > every_seconds
+  late = every_seconds and time.monotonic() - out.last_save > every_seconds
+  # Of many clocks, which disagree, one decides.
+  due = out.stop.poll(save=bool(late) and jax.process_index() == 0)
+  due = due or (every_steps > 0 and step % every_steps == 0)
+  if ends_epoch:  # The end of an epoch saves anyway, and then leaves.
+    return
   if due or out.stop.signum is not None:
     save(task, state, out)
   _stop_if_asked(out)
@@ -392,20 +460,25 @@ def _report_step(
   task: setup.Task,
   step: int,
   metrics: steps.Metrics,
-  images_per_second: float,
+  timing: dict[str, float],
   out: Outputs,
 ) -> None:
   """Shows one step; reading its metrics waits for it to finish."""
   values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+  out.step_times.step()
   out.beat(f'step {step + 1} of {task.stage.name}')
   out.checkpoints.check()
-  values['images_per_second'] = images_per_second
   _count_skipped(task, step, not values.pop('finite'), out)
-  out.progress.step(step + 1, values)
+  used = memory.in_use()
+  speed = {k: timing[k] for k in ('images_per_second', 'input_wait')}
+  out.progress.step(step + 1, {**values, **speed, used.kind: used.bytes})
   if (step + 1) % task.config.log_every_steps == 0:
     names = ('loss', 'top1', 'learning_rate', 'grad_norm')
     scalars = {f'train/{name}': values[name] for name in names}
-    scalars['perf/images_per_second'] = images_per_second
+    scalars['perf/images_per_second'] = speed['images_per_second']
+    scalars['perf/memory_bytes'] = used.bytes
+    if (seconds := out.step_times.take_mean()) is not None:
+      scalars['perf/step_seconds'] = seconds
     out.writer.write_scalars(task.first_step + step + 1, scalars)
 
 
@@ -436,4 +509,5 @@ def _write_epoch(task: setup.Task, row: dict[str, Any], out: Outputs) -> None:
   scalars['train/epoch_loss'] = row['train_loss']
   scalars['train/epoch_top1'] = row['train_top1']
   scalars['perf/input_wait'] = row['input_wait']
+  scalars['perf/eval_seconds'] = row['eval_seconds']
   out.writer.write_scalars(row['global_step'], scalars)

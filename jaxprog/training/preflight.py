@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import socket
@@ -121,6 +122,7 @@ def launch(
 
   That is a workdir that cannot be written to, and a dataset that is missing.
   """
+  refuse_bucket(config.data_dir, 'config.data_dir')
   chosen = stages_lib.select(stages_lib.create_stages(config), only, skip)
   devices.check_platform(config.platform)
   data_dir = pathlib.Path(config.data_dir)
@@ -134,6 +136,23 @@ def launch(
       fix = _mend(stage.dataset, e.suggestion)
       raise errors.UserError(e.what, where, fix) from None
   check_workdir(pathlib.Path(workdir))
+
+
+def refuse_bucket(path: str | os.PathLike[str], where: str) -> None:
+  """Raises UserError for gs://BUCKET and its like.
+
+  Records are read by position, and a save ends with a rename under a lock:
+  that needs a file system.
+  """
+  found = re.match(r'([a-z][a-z0-9]+):/+([^/]*)', str(path))
+  if found:
+    scheme, bucket = found.groups()
+    raise errors.UserError(
+      f'{scheme}://{bucket} is no folder.',
+      f'{where}={path}',
+      f'Mount it: gcsfuse --implicit-dirs {bucket} /mnt/{bucket}, then name '
+      f'/mnt/{bucket}.',
+    )
 
 
 def quick(
@@ -168,6 +187,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
 
   Leaves nothing behind, not even folders.
   """
+  refuse_bucket(workdir, '--workdir')
   probe = workdir / f'.probe.{socket.gethostname()}.{os.getpid()}'
   made: list[pathlib.Path] = []
   try:

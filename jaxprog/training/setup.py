@@ -18,7 +18,7 @@ from jaxprog import stages as stages_lib
 from jaxprog.data import leaks, sources
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers, schedules
-from jaxprog.training import devices
+from jaxprog.training import devices, distributed
 from jaxprog.training import state as state_lib
 from jaxprog.training import steps as steps_lib
 
@@ -144,6 +144,7 @@ def create_setup(
   datasets = load_datasets(config, chosen)
   if training:
     datasets = prepare_training(config, all_stages, chosen, datasets)
+  distributed.check_alike(config, datasets, [stage.name for stage in chosen])
   return Setup(
     config=config,
     stages=all_stages,
@@ -307,8 +308,8 @@ def create_task(
     ),
     shardings=setup.shardings,
     seed=seed,
-    init_rng=jax.device_put(init_rng, replicated),
-    step_rng=jax.device_put(step_rng, replicated),
+    init_rng=_place_key(init_rng, replicated),
+    step_rng=_place_key(step_rng, replicated),
     first_step=_count_steps_before(setup, stage),
   )
 
@@ -378,6 +379,12 @@ def _program(
     options=tuple(getattr(part, field) for field in _TRACED),
     frozen=step < steps.frozen,
   )
+
+
+def _place_key(key: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+  """Returns `key` on all devices; device_put takes no key past a process."""
+  data = jax.device_put(jax.random.key_data(key), sharding)
+  return jax.random.wrap_key_data(data)
 
 
 def _place(shapes: Any, sharding: jax.sharding.Sharding) -> Any:

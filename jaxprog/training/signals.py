@@ -9,8 +9,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Protocol
 
 from jaxprog import errors
 
@@ -25,6 +26,20 @@ _SHOW_CURSOR = b'\x1b[?25h'
 
 # The one whose handlers are installed; inner ones reuse it.
 _active: 'StopRequest | None' = None
+# Told why, before this process leaves on a signal.
+_on_leaving: Callable[[str, int], None] | None = None
+
+
+class Agreement(Protocol):
+  """Lets several processes do something at the same moment of the run."""
+
+  def ask(self, wish: str) -> None:
+    """Asks for `wish`; returns at once."""
+    ...
+
+  def reached(self) -> list[str]:
+    """Returns the wishes that are due at this call."""
+    ...
 
 
 class StopRequest:
@@ -41,11 +56,19 @@ class StopRequest:
 
   An inner one is the outer one again. Only the main thread may listen; in
   another one (a notebook's server, a test) it never asks to stop.
+
+  Attributes:
+    signum: the signal to stop for, None if there is none. In a run of several
+      processes it is None until all stop, within `deferred`.
   """
 
   def __init__(self, *, owns_process: bool = False) -> None:
     self.signum: int | None = None
+    # What came to this process, before the others know of it.
+    self._received: int | None = None
+    self._agreement: Agreement | None = None
     self._owns_process = owns_process
+    self._agreed = False
     self._deferred = 0
     self._since = 0.0
     self._previous: dict[int, object] = {}
@@ -69,6 +92,33 @@ class StopRequest:
       self._deferred -= 1
     self._raise_if_asked()
 
+  def share(self, agreement: Agreement | None) -> None:
+    """Lets several processes stop at the same call of `poll`."""
+    self._agreement = agreement
+
+  @property
+  def agreed(self) -> bool:
+    """Whether all processes stop, because `poll` has said so to each."""
+    return self._agreed
+
+  def poll(self, save: bool = False) -> bool:
+    """Returns whether to save now, and sets `signum` if it is time to stop.
+
+    Called after each step. `save`: the clock says so here; of several
+    processes, the first one's clock decides, or they would save different
+    steps.
+    """
+    if self._agreement is None:
+      return save
+    if save:
+      self._agreement.ask('save')
+    due = self._agreement.reached()
+    for wish in due:
+      word, _, signum = wish.partition(' ')
+      if word == 'stop':
+        self.signum, self._agreed = int(signum), True
+    return 'save' in due
+
   def __enter__(self) -> 'StopRequest':
     """Starts to listen; returns the outer one if there is one."""
     global _active
@@ -77,7 +127,8 @@ class StopRequest:
     if _active is not None:
       _active._install()  # jax.distributed puts its own handler there.
       return _active
-    self.signum, self._deferred = None, 0
+    self.signum, self._received, self._deferred = None, None, 0
+    self._agreed = False
     self._previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
     self._start_listener()
     _active = self
@@ -89,7 +140,7 @@ class StopRequest:
     global _active
     if _active is not self:
       return
-    answered = self.signum
+    answered = self._received
     self._deferred += 1  # Nothing may be raised before all is restored.
     for signum, handler in self._previous.items():
       # None: installed by C code, which Python cannot restore.
@@ -101,8 +152,9 @@ class StopRequest:
       self._raise_if_asked()
 
   def _raise_if_asked(self) -> None:
-    if self.signum is not None and not self._deferred:
-      raise errors.Stopped(self.signum)
+    if self._received is not None and not self._deferred:
+      self.signum = self._received
+      raise errors.Stopped(self._received)
 
   def _install(self) -> None:
     for signum in _SIGNALS:
@@ -111,8 +163,10 @@ class StopRequest:
   def _handle(self, signum: int, frame: FrameType | None) -> None:
     """Runs in the main thread, once that executes Python."""
     now = time.monotonic()
-    if self.signum is None:
-      self.signum, self._since = signum, now
+    if self._received is None:
+      self._received, self._since = signum, now
+      if self._agreement is None or not self._deferred:
+        self.signum = signum
       if not self._deferred:
         raise errors.Stopped(signum)
     elif now - self._since >= _ONE_REQUEST:
@@ -154,13 +208,23 @@ class StopRequest:
       if data[0] in _SIGNALS:
         if not first:
           first, came, left = data[0], now, now
+          if self._agreement is not None and self._deferred:
+            self._agreement.ask(f'stop {first}')
         elif now - came >= _ONE_REQUEST:
           self._answer_second(data[0])
       if not first or self._deferred:
         left = now
       elif self._owns_process and now - left > _GRACE:
         name = signal.Signals(first).name
+        if _on_leaving is not None:
+          _on_leaving(f'Stopped by {name}.', 128 + first)
         leave_now(f'Stopped by {name}.', 128 + first)
+
+
+def on_leaving(tell: Callable[[str, int], None] | None) -> None:
+  """Has `tell` told text and exit code before a signal ends this process."""
+  global _on_leaving
+  _on_leaving = tell
 
 
 def leave(code: int) -> None:
@@ -182,9 +246,15 @@ def leave_now(text: str, code: int) -> None:
   with contextlib.suppress(Exception):
     if os.isatty(1):
       os.write(1, _SHOW_CURSOR)
-    # A pipe that nobody reads must not keep us.
-    if text and select.select([], [2], [], 0)[1]:
-      os.write(2, f'{text}\n'.encode())
+    say(text)
     for child in multiprocessing.active_children():
       child.kill()
   os._exit(code)
+
+
+def say(text: str) -> None:
+  """Writes `text` to stderr, from any thread, past Python's streams."""
+  with contextlib.suppress(OSError):
+    # A pipe that nobody reads must not keep us.
+    if text and select.select([], [2], [], 0)[1]:
+      os.write(2, f'{text}\n'.encode())

@@ -28,10 +28,13 @@ def transfer(
   fresh: Variables,
   trained_classes: Sequence[str],
   classes: Sequence[str],
+  *,
+  keep_head: bool | None = None,
 ) -> Transfer:
   """Returns `trained` with the head of `fresh` where the classes differ.
 
-  Equal counts are not equal classes: the lists decide. All else, BatchNorm's
+  Equal counts are not equal classes: the lists decide, unless `keep_head`
+  does. All else, BatchNorm's
   statistics included, is carried bit for bit and must match in name, shape
   and dtype, because a backbone that silently restarts from scratch still
   trains, only worse. Of `fresh` only the head needs values: the rest may be
@@ -40,8 +43,9 @@ def transfer(
   Raises:
     UserError: if anything but the head differs.
   """
-  same_classes = tuple(trained_classes) == tuple(classes)
-  reset = () if same_classes else ('head',)
+  if keep_head is None:
+    keep_head = tuple(trained_classes) == tuple(classes)
+  reset = () if keep_head else ('head',)
   _check_backbone(trained, fresh, reset)
   variables = {
     collection: {

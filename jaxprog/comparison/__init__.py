@@ -1,0 +1,1 @@
+"""Comparisons at equal cost: of strategies, of hand-overs, of the ladder."""

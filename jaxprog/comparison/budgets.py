@@ -1,0 +1,236 @@
+"""What training costs, and how long a cell trains so that all cost the same.
+
+Costs are optimizer steps told in images, FLOPs and epochs: known before
+anything runs. Seconds are measured; see `equal_seconds`.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import config_dict
+
+from jaxprog import config as config_lib
+from jaxprog import epochs as epochs_lib
+from jaxprog import errors
+from jaxprog import stages as stages_lib
+from jaxprog.training import costs
+from jaxprog.training import setup as setup_lib
+
+# Fields of a stage that are counted in its epochs, besides num_epochs.
+_IN_EPOCHS = ('warmup_epochs', 'restart_epochs', 'freeze_epochs')
+# Fields that change neither what a step computes nor how many images there
+# are; cells that differ in them alone are traced once.
+_FREE_FIELDS = (
+  'description',
+  'end_factor',
+  'learning_rate',
+  'milestones',
+  'name',
+  'num_epochs',
+  'power',
+  'restart_epochs',
+  'schedule',
+  'warmup_epochs',
+)
+
+# FLOPs of one step, by the index of its phase and whether only the head trains.
+StepFlops = Mapping[tuple[int, bool], float]
+
+
+class Segment(NamedTuple):
+  """Steps that cost the same, from `first_step` of a stage on."""
+
+  first_step: int
+  images: int
+  # Forward, backward and update.
+  flops: float
+
+
+class StageCost(NamedTuple):
+  """What the training of one stage takes; evaluation is not in it."""
+
+  name: str
+  num_epochs: float
+  total_steps: int
+  segments: tuple[Segment, ...]
+
+  def at(self, step: int) -> tuple[int, float]:
+    """Returns the images and FLOPs of the first `step` steps."""
+    images, flops = 0, 0.0
+    ends = [s.first_step for s in self.segments[1:]] + [self.total_steps]
+    for segment, end in zip(self.segments, ends, strict=True):
+      count = max(0, min(step, end) - segment.first_step)
+      images += count * segment.images
+      flops += count * segment.flops
+    return images, flops
+
+  def total(self, kind: str) -> float:
+    """Returns the whole stage's 'epochs', 'images' or 'flops'."""
+    images, flops = self.at(self.total_steps)
+    return {'epochs': self.num_epochs, 'images': images, 'flops': flops}[kind]
+
+
+class Meter:
+  """Counts what ladders cost; what two have in common is traced once."""
+
+  def __init__(self) -> None:
+    self._found: dict[str, tuple[int, StepFlops]] = {}
+
+  def measure(
+    self, ladder: config_dict.ConfigDict, only: Sequence[str]
+  ) -> tuple[StageCost, ...]:
+    """Returns the costs of the stages that are trained, in order.
+
+    Raises:
+      UserError: for a mistake in the config, the devices or the data.
+    """
+    chosen = stages_lib.select(stages_lib.create_stages(ladder), only)
+    missing = [x for x in chosen if not self._has(_key(ladder, x), x)]
+    if missing:
+      setup = setup_lib.create_setup(ladder, only=only)
+      for stage in missing:
+        self._found[_key(ladder, stage)] = _trace(setup, stage)
+    return tuple(
+      count_cost(stage, *self._found[_key(ladder, stage)]) for stage in chosen
+    )
+
+  def _has(self, key: str, stage: stages_lib.Stage) -> bool:
+    if key not in self._found:
+      return False
+    num_train_images, step_flops = self._found[key]
+    steps = epochs_lib.count_steps(stage, num_train_images)
+    return all(_kind(steps, first) in step_flops for first in _starts(steps))
+
+
+def count_cost(
+  stage: stages_lib.Stage, num_train_images: int, step_flops: StepFlops
+) -> StageCost:
+  """Returns the cost of `stage` as long as it is now."""
+  steps = epochs_lib.count_steps(stage, num_train_images)
+  segments = []
+  for first in _starts(steps):
+    flops = step_flops[_kind(steps, first)]
+    segments.append(Segment(first, steps.phase(first).batch_size, flops))
+  return StageCost(stage.name, stage.num_epochs, steps.total, tuple(segments))
+
+
+def equal_epochs(
+  budget: float, stage_costs: Sequence[StageCost], kind: str, where: str
+) -> float:
+  """Returns the epochs of the last stage for a whole ladder to cost `budget`.
+
+  Args:
+    budget: in the unit of `kind`: 'epochs', 'images' or 'flops'.
+    stage_costs: of the ladder, the last stage as long as it says itself.
+    kind: what shall be equal.
+    where: for the error.
+
+  Raises:
+    UserError: if the stages before the last one take all of it.
+  """
+  *before, last = stage_costs
+  left = budget - sum(cost.total(kind) for cost in before)
+  return _fit(left, last.total(kind), last.num_epochs, where)
+
+
+def equal_seconds(
+  budget: float, before: float, seconds_per_epoch: float, where: str
+) -> float:
+  """Returns the epochs of the last stage for a ladder to last `budget` seconds.
+
+  All three were measured on this machine, evaluation included: `before` is
+  what the earlier stages and the hand-overs take.
+  """
+  return _fit(budget - before, seconds_per_epoch, 1.0, where)
+
+
+def set_length(
+  ladder: config_dict.ConfigDict, name: str, num_epochs: float
+) -> config_dict.ConfigDict:
+  """Returns `ladder` with a stage of `num_epochs`, stretched or shrunk.
+
+  What counts epochs (warmup, milestones, restarts, frozen epochs, phases)
+  moves with its end, so that the schedule keeps its shape.
+  """
+  ladder = stages_lib.complete(ladder)
+  stage = next(s for s in ladder.stages if s.name == name)
+  factor = num_epochs / stage.num_epochs
+  if factor == 1:
+    return ladder
+  stage.num_epochs = num_epochs
+  for field in _IN_EPOCHS:
+    stage[field] *= factor
+  stage.warmup_steps = round(stage.warmup_steps * factor)
+  stage.milestones = tuple(factor * x for x in stage.milestones)
+  stage.phases = _move_phases(stage.phases, factor)
+  return ladder
+
+
+def _move_phases(
+  phases: Sequence[Mapping[str, Any]], factor: float
+) -> tuple[dict[str, Any], ...]:
+  """Returns phases that begin at the nearest epochs, one after the other."""
+  moved: list[dict[str, Any]] = []
+  for phase in phases:
+    least = moved[-1]['from_epoch'] + 1 if moved else 1
+    first = max(least, round(factor * phase['from_epoch']))
+    moved.append({**phase, 'from_epoch': first})
+  return tuple(moved)
+
+
+def _fit(left: float, cost: float, num_epochs: float, where: str) -> float:
+  if left <= 0:
+    raise errors.UserError(
+      'The stages before the last one take all of the budget.',
+      where,
+      'Shorten them, or lengthen the last stage of config.base.',
+    )
+  factor = left / cost
+  if math.isclose(factor, 1.0, rel_tol=1e-9):
+    return num_epochs
+  return round(factor * num_epochs, 6)
+
+
+def _key(ladder: config_dict.ConfigDict, stage: stages_lib.Stage) -> str:
+  """Returns what decides a stage's images and the FLOPs of its steps."""
+  plain = config_lib.to_json(ladder)
+  own = next(s for s in plain['stages'] if s['name'] == stage.name)
+  others = plain['stages'] if ladder.exclude_leaks else []
+  for field in _FREE_FIELDS:
+    own.pop(field)
+  own['phases'] = [
+    {k: v for k, v in x.items() if k != 'from_epoch'} for x in own['phases']
+  ]
+  own['freeze_epochs'] = bool(own['freeze_epochs'])
+  for field in ('seed', 'stages', 'stage_defaults'):
+    plain.pop(field)
+  return json.dumps([plain, own, others], sort_keys=True)
+
+
+def _trace(
+  setup: setup_lib.Setup, stage: stages_lib.Stage
+) -> tuple[int, StepFlops]:
+  """Returns how many images a stage trains on, and its steps' FLOPs."""
+  task = setup_lib.create_task(setup, stage)
+  by_program = {
+    program: costs.count_flops(costs.trace_train_step(task, program).jaxpr)
+    for program in task.train_steps
+  }
+  flops = {
+    _kind(task.steps, first): by_program[task.program(first)]
+    for first in _starts(task.steps)
+  }
+  return len(task.dataset.train), flops
+
+
+def _starts(steps: epochs_lib.Steps) -> list[int]:
+  """Returns the first steps of all that may cost something else."""
+  starts = {0, steps.frozen, *(phase.first_step for phase in steps.phases)}
+  return sorted(step for step in starts if step < steps.total)
+
+
+def _kind(steps: epochs_lib.Steps, step: int) -> tuple[int, bool]:
+  """Returns what decides the cost of a step; see `StepFlops`."""
+  return steps.phases.index(steps.phase(step)), step < steps.frozen

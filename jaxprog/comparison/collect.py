@@ -1,0 +1,270 @@
+"""From run directories to records, and to what is written of a comparison.
+
+A run's record has all that statistics, tables and figures read; see
+`read_record`. WORKDIR/comparison.json holds every record; see `write`.
+"""
+
+import itertools
+import pathlib
+import statistics as mean_lib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxprog import files
+from jaxprog.comparison import (
+  figures,
+  runs,
+  statistics,
+  tables,
+  verdicts,
+)
+from jaxprog.comparison.budgets import StageCost
+from jaxprog.comparison.cells import Cell
+from jaxprog.comparison.runs import Planned
+from jaxprog.comparison.statistics import Axis
+from jaxprog.reporting import history as history_lib
+
+Record = dict[str, Any]
+
+VERSION = 1
+
+
+def read_record(
+  planned: Planned,
+  outcome: Mapping[str, Any],
+  handovers: Mapping[str, float],
+) -> Record:
+  """Returns what came of one run.
+
+      {'cell', 'seed', 'overrides', 'labels', 'control', 'status', 'error',
+       'learning_rate', 'num_epochs', 'final_top1', 'best_top1', 'curve',
+       'boundaries', 'shared', 'resumed', 'workdir'}
+
+  `curve` has a row for each evaluation of the last stage, {'epochs', 'images',
+  'flops', 'seconds', 'top1'}, `boundaries` one for the end of each stage, with
+  'stage' and 'handover_seconds', those before it. Both count the whole ladder,
+  also what was trained once for several cells. FLOPs are those of training
+  steps; seconds are training, evaluation and hand-overs. Accuracies are those
+  of the images that choose the best weights, parts of one, None where there
+  are none. `learning_rate` and `num_epochs` are the last stage's.
+
+  Args:
+    planned: the run.
+    outcome: how it ended.
+    handovers: seconds of the hand-over to a stage where it was not measured,
+      because the stage before came from another run.
+  """
+  history = runs.read_history(planned)
+  curve, boundaries = _read_costs(planned, history, handovers)
+  last = history_lib.find_stage(history, planned.names[-1])
+  final = best = None
+  if outcome['status'] == 'done' and last and last['best']:
+    final, best = last['epochs'][-1]['val_top1'], last['best']['top1']
+  resumes = [stage.get('resumed_at_steps', ()) for stage in history['stages']]
+  return {
+    'cell': planned.cell.name,
+    'seed': planned.seed,
+    'overrides': dict(planned.cell.overrides),
+    'labels': dict(planned.cell.labels),
+    'control': planned.cell.control,
+    'status': outcome['status'],
+    'error': outcome['error'],
+    'learning_rate': planned.last.peak_learning_rate,
+    'num_epochs': planned.last.num_epochs,
+    'final_top1': final,
+    'best_top1': best,
+    'curve': curve,
+    'boundaries': boundaries,
+    'shared': outcome['shared'],
+    'resumed': sum(map(len, resumes)),
+    'workdir': str(planned.workdir),
+  }
+
+
+def _read_costs(
+  planned: Planned,
+  history: history_lib.History,
+  handovers: Mapping[str, float],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """Returns a record's curve and boundaries, of the stages that were begun."""
+  spent = dict.fromkeys(('epochs', 'images', 'flops', 'seconds'), 0.0)
+  curve: list[dict[str, Any]] = []
+  boundaries: list[dict[str, Any]] = []
+  first_step = 0
+  for cost in planned.costs:
+    stage = history_lib.find_stage(history, cost.name)
+    if stage is None:
+      return [], boundaries
+    handover = 0.0
+    if boundaries:
+      default = handovers.get(cost.name, 0.0)
+      handover = stage.get('handover_seconds', default)
+    spent['seconds'] += handover
+    curve = _read_curve(stage, cost, first_step, spent)
+    if curve:
+      spent = {k: v for k, v in curve[-1].items() if k != 'top1'}
+    fields = {'stage': cost.name, 'handover_seconds': handover}
+    boundaries.append({**fields, **spent})
+    first_step += cost.total_steps
+  return curve, boundaries
+
+
+def _read_curve(
+  stage: Mapping[str, Any],
+  cost: StageCost,
+  first_step: int,
+  spent: Mapping[str, float],
+) -> list[dict[str, Any]]:
+  """Returns a point for each evaluation, with what was `spent` before."""
+  curve, seconds = [], spent['seconds']
+  for row in stage['epochs']:
+    images, flops = cost.at(row['global_step'] - first_step)
+    seconds += (row['seconds'] or 0.0) + row.get('eval_seconds', 0.0)
+    top1 = row['val_top1']
+    curve.append(
+      {
+        'epochs': spent['epochs'] + min(row['epoch'], stage['num_epochs']),
+        'images': spent['images'] + images,
+        'flops': spent['flops'] + flops,
+        'seconds': seconds,
+        'top1': top1 if history_lib.is_number(top1) else None,
+      }
+    )
+  return curve
+
+
+def measure_handovers(planned: Sequence[Planned]) -> dict[str, float]:
+  """Returns the mean measured seconds of the hand-over to each stage."""
+  found: dict[str, list[float]] = {}
+  for history in map(runs.read_history, planned):
+    for stage in history['stages']:
+      if 'handover_seconds' in stage:
+        found.setdefault(stage['name'], []).append(stage['handover_seconds'])
+  return {name: mean_lib.fmean(x) for name, x in found.items()}
+
+
+def choose_target(records: Sequence[Record], target: float) -> float:
+  """Returns `target`, or where it is 0 what every run that is done reached.
+
+  That is the lowest final top-1.
+  """
+  finals = [x['final_top1'] for x in statistics.done(records)]
+  return target or min(finals, default=0.0)
+
+
+def find_verdicts(
+  records: Sequence[Record],
+  cells: Sequence[Cell],
+  target: float,
+  budget: Axis,
+) -> list[str]:
+  """Returns sentences on each cell against the reference, the first cell.
+
+  The first sentence is that of the whole, if there are controls.
+  """
+  by_cell = statistics.by_cell(records)
+  reference, *others = (cell for cell in cells if cell.name in by_cell)
+  sentences, answers = [], dict[Axis, verdicts.Answer]()
+  for cell in others:
+    a = verdicts.Arm(cell.name, by_cell[cell.name])
+    b = verdicts.Arm(reference.name, by_cell[reference.name])
+    if cell.control:  # Of the ladder is spoken, against what it has to beat.
+      a, b = b, a
+    axis = cell.equal or budget
+    text = verdicts.compare_sentence(a, b, target, axis)
+    sentences.append(f'{a.name} against {b.name}: {text}.')
+    if cell.control and cell.equal:
+      answers[axis] = verdicts.answer(a, b)
+  if answers:
+    sentences.insert(0, verdicts.overall(reference.name, answers))
+  return sentences
+
+
+def write(
+  workdir: pathlib.Path,
+  records: Sequence[Record],
+  cells: Sequence[Mapping[str, Any]],
+  **fields: Any,
+) -> dict[str, Any]:
+  """Writes comparison.json and the two CSV files; returns what JSON holds.
+
+      {'version', 'reference', 'budget', 'target_top1', 'finished', 'verdicts',
+       'cells': [{'name', 'overrides', 'labels', 'stages', 'control', 'equal',
+         'learning_rate', 'flops_per_image', 'tuning': None or {'factor',
+         'at_border', 'trials', 'cost': {'images', 'flops', 'seconds'}}}, ...],
+       'runs': [record, ...], 'config', 'environment'}
+
+  Args:
+    workdir: of the comparison.
+    records: of the runs that are over.
+    cells: as above; the first one is the reference.
+    **fields: the rest, as it is.
+  """
+  result = {'version': VERSION, **fields, 'cells': cells, 'runs': records}
+  files.write_json(workdir / 'comparison.json', result)
+  tables.write_csv(workdir / 'comparison_runs.csv', _run_rows(records))
+  reference = cells[0]['name']
+  if any(record['cell'] == reference for record in records):
+    summaries = tables.summarize(records, reference)
+    rows = _cell_rows(tables.cell_rows(summaries), cells)
+    tables.write_csv(workdir / 'comparison_cells.csv', rows)
+  return result
+
+
+def plot(
+  workdir: pathlib.Path, records: Sequence[Record], target: float
+) -> pathlib.Path:
+  """Draws the comparison; returns the picture's path.
+
+  Where a ladder hands something over or has controls, accuracy over cost; else
+  cells in a grid, or in their order.
+  """
+  if any(x['control'] or len(x['boundaries']) > 1 for x in records):
+    path = workdir / 'ladder_comparison.png'
+    figures.plot_ladder(records, path, target=target)
+    return path
+  path = workdir / 'optimizer_scheduler_comparison.png'
+  labelled = [
+    {**x, 'overrides': x['labels'] or x['overrides']} for x in records
+  ]
+  figures.plot_comparison(labelled, path, reference=records[0]['cell'])
+  return path
+
+
+def _run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+  rows = tables.run_rows(records)
+  for row, record in zip(rows, records, strict=True):
+    row |= {k: record[k] for k in ('control', 'resumed', 'error')}
+  return rows
+
+
+def _cell_rows(
+  rows: Sequence[dict[str, Any]], cells: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+  """Returns `rows` with what was decided before the runs."""
+  by_name = {cell['name']: cell for cell in cells}
+  for row in rows:
+    cell = by_name[row['cell']]
+    tuning = cell['tuning'] or {}
+    row |= {
+      'control': cell['control'],
+      'flops_per_image': cell['flops_per_image'],
+      'tuned_factor': tuning.get('factor'),
+      'tuned_at_border': tuning.get('at_border'),
+    }
+  return list(rows)
+
+
+def sum_costs(
+  planned: Sequence[Planned], outcomes: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+  """Returns what runs took: images, FLOPs, seconds; shared stages once."""
+  total = dict.fromkeys(('images', 'flops', 'seconds'), 0.0)
+  for run, outcome in zip(planned, outcomes, strict=True):
+    record = read_record(run, outcome, {})
+    ends = [dict.fromkeys(total, 0.0), *record['boundaries']]
+    for before, end in itertools.pairwise(ends):
+      if end['stage'] not in outcome['shared']:
+        for kind in total:
+          total[kind] += end[kind] - before[kind]
+  return total

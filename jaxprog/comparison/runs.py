@@ -1,0 +1,237 @@
+"""One run of a cell: a directory that `ladder.train` fills, and its outcome.
+
+RUN/outcome.json says that a run is over, and how it ended; everything else
+there is what any training writes. Stages that an earlier run has trained with
+the same config and seed are linked into a new one's directory instead of being
+trained again.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import config_dict
+
+from jaxprog import config as config_lib
+from jaxprog import errors, files, stages
+from jaxprog.comparison.budgets import StageCost
+from jaxprog.comparison.cells import Cell
+from jaxprog.reporting import history as history_lib
+from jaxprog.training import checkpoints, integrity, ladder
+from jaxprog.training import setup as setup_lib
+
+Outcome = dict[str, Any]
+
+VERSION = 1
+# What a finished stage has saved for those after it.
+_SHARED = ('best', 'final', 'ema', 'done.json')
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+  """One run, complete: what is trained, and where.
+
+  `costs` are those of the stages that are trained, in order.
+  """
+
+  cell: Cell
+  seed: int
+  config: config_dict.ConfigDict
+  costs: tuple[StageCost, ...]
+  workdir: pathlib.Path
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The stages that are trained, in order."""
+    return tuple(cost.name for cost in self.costs)
+
+  @property
+  def last(self) -> stages.Stage:
+    """The last stage that is trained."""
+    chosen = stages.create_stages(self.config)
+    return next(s for s in chosen if s.name == self.names[-1])
+
+
+def read_outcome(planned: Planned) -> Outcome | None:
+  """Returns how the run ended; None if it is not over, or may go on.
+
+  One that failed may have met a full disk: it is tried again. One that diverged
+  would do so again.
+
+  Raises:
+    UserError: if it was another run that ended there.
+  """
+  path = planned.workdir / 'outcome.json'
+  try:
+    outcome = json.loads(path.read_text(encoding='utf-8'))
+  except (FileNotFoundError, ValueError):
+    return None
+  if outcome.get('config_hash') != _hash(planned):
+    raise errors.UserError(
+      f'The run in {planned.workdir} was one of another config.',
+      f'cell {planned.cell.name!r}, seed {planned.seed}',
+      'Use another --workdir, or the config that the comparison began with.',
+    )
+  return outcome if outcome['status'] != 'failed' else None
+
+
+def run(planned: Planned, earlier: Sequence[Planned]) -> Outcome:
+  """Trains what is left of a run; returns how it ended.
+
+  Args:
+    planned: the run.
+    earlier: runs that are over, whose stages may serve this one too.
+
+  Raises:
+    UserError: for a mistake that the user can mend.
+    Stopped: after a signal, once all is saved.
+    SaveError: if the disk is full, as it would be for the next run.
+  """
+  outcome = read_outcome(planned)
+  if outcome is not None:
+    return outcome
+  shared = share_stages(planned, earlier)
+  status, error = 'done', ''
+  try:
+    ladder.train(planned.config, planned.workdir, only=planned.names)
+  except (errors.UserError, errors.Stopped, integrity.SaveError):
+    raise
+  except Exception as e:
+    status = 'diverged' if _is_divergence(e) else 'failed'
+    error = f'{type(e).__name__}: {" ".join(str(e).split())}'
+    _write_traceback(planned.workdir)
+  outcome = {
+    'version': VERSION,
+    'status': status,
+    'error': error,
+    'config_hash': _hash(planned),
+    'shared': shared,
+  }
+  files.write_json(planned.workdir / 'outcome.json', outcome)
+  return outcome
+
+
+def compile_ahead(planned: Planned) -> None:
+  """Compiles the later stages of a run for JAX's cache on disk.
+
+  A short stage would end before the next one is compiled, and the hand-over
+  would be measured with a wait that only the first run of a cell has.
+  """
+  if len(planned.names) < 2 or not planned.config.compilation_cache_dir:
+    return
+  setup = setup_lib.create_setup(planned.config, only=planned.names)
+  for stage in setup.chosen[1:]:
+    task = setup_lib.create_task(setup, stage)
+    setup_lib.compile_task(task, carried=True)
+
+
+def read_history(planned: Planned) -> history_lib.History:
+  """Returns the history of a run that has begun, an empty one if it has none.
+
+  A run may fail before its first epoch.
+  """
+  path = planned.workdir / 'training_history.json'
+  if not path.exists():
+    return history_lib.new_history(config_lib.config_hash(planned.config))
+  return history_lib.load_history(path)
+
+
+def share_stages(planned: Planned, earlier: Sequence[Planned]) -> list[str]:
+  """Links finished stages of `earlier` runs; returns all that are shared.
+
+  Those at the beginning of the ladder whose own config, that of all stages
+  before and the seed are the same: what they would come to, bit for bit.
+  """
+  shared = []
+  for count in range(1, len(planned.names)):
+    name = planned.names[count - 1]
+    target = checkpoints.stage_directory(planned.workdir, name)
+    marker = planned.workdir / f'.shared-{name}'
+    if not target.exists():
+      source = _find_source(planned, count, earlier)
+      if source is None:
+        break
+      _link(source, target, marker)
+    elif not marker.exists():
+      break
+    shared.append(name)
+  return shared
+
+
+def forget_checkpoints(planned: Planned) -> None:
+  """Removes what the last stage has saved; its history stays."""
+  directory = checkpoints.stage_directory(planned.workdir, planned.names[-1])
+  shutil.rmtree(directory, ignore_errors=True)
+
+
+def _find_source(
+  planned: Planned, count: int, earlier: Sequence[Planned]
+) -> pathlib.Path | None:
+  """Returns where the first `count` stages were trained alike, if anywhere."""
+  wanted = _prefix_key(planned, count)
+  for other in earlier:
+    if len(other.names) >= count and _prefix_key(other, count) == wanted:
+      name = planned.names[count - 1]
+      with contextlib.suppress(integrity.DamagedError):
+        if checkpoints.read_done(other.workdir, name) is not None:
+          return checkpoints.stage_directory(other.workdir, name)
+  return None
+
+
+def _prefix_key(planned: Planned, count: int) -> str:
+  """Returns what decides the result of the first `count` stages."""
+  config = config_dict.ConfigDict(planned.config)
+  names = planned.names[:count]
+  if not config.exclude_leaks:  # Else evaluation images of all stages do.
+    by_name = {stage.name: stage for stage in config.stages}
+    config.stages = [by_name[name] for name in names]
+  return f'{config_lib.config_hash(config)} {names}'
+
+
+def _link(
+  source: pathlib.Path, target: pathlib.Path, marker: pathlib.Path
+) -> None:
+  """Makes `target` the same stage as `source`, at once; hard links if it can.
+
+  Nothing that is saved is changed in place.
+  """
+  temporary = target.parent.with_name(f'.linking-{target.name}')
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  for path in (source / name for name in _SHARED):
+    if path.is_dir():
+      shutil.copytree(path, temporary / path.name, copy_function=_link_file)
+    elif path.exists():
+      _link_file(path, temporary / path.name)
+  files.write_bytes(marker, b'')
+  target.parent.mkdir(exist_ok=True)
+  os.replace(temporary, target)
+
+
+def _link_file(
+  source: str | os.PathLike[str], target: str | os.PathLike[str]
+) -> None:
+  try:
+    os.link(source, target)
+  except OSError:  # Another file system, or one without links.
+    shutil.copy2(source, target)
+
+
+def _hash(planned: Planned) -> str:
+  return f'{config_lib.config_hash(planned.config)} {",".join(planned.names)}'
+
+
+def _is_divergence(error: Exception) -> bool:
+  """Returns whether training gave up after its rollbacks; see loop."""
+  return isinstance(error, RuntimeError) and 'were not finite' in str(error)
+
+
+def _write_traceback(workdir: pathlib.Path) -> None:
+  with contextlib.suppress(OSError), open(workdir / 'error.log', 'a') as file:
+    traceback.print_exc(file=file)

@@ -1,0 +1,123 @@
+"""Many images on one page, each with what a network sees in it."""
+
+import functools
+import io
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from jaxprog.data import preprocess
+
+MAX_TILES = 40
+# Pixels: of an image's box, of the gaps, of the text.
+TILE_WIDTH, TILE_HEIGHT = 220, 165
+GAP, MARGIN = 18, 28
+TITLE_SIZE, DETAIL_SIZE, HEADING_SIZE = 16, 14, 22
+CAPTION_HEIGHT = 50
+PAPER, INK, GREY, FRAME = '#ffffff', '#1a1a1a', '#6b6b6b', '#ececec'
+
+
+class Tile(NamedTuple):
+  """An image file, None for one that cannot be read, and its caption."""
+
+  path: pathlib.Path | None
+  title: str
+  detail: str
+
+
+def draw(tiles: Sequence[Tile], heading: str) -> Image.Image:
+  """Returns the first MAX_TILES tiles in a grid under `heading`, in RGB.
+
+  Images keep their aspect and are shown whole, as they are stored.
+  """
+  tiles = tiles[:MAX_TILES]
+  columns = min(8, max(math.ceil(math.sqrt(1.6 * len(tiles))), 2))
+  rows = -(-len(tiles) // columns)
+  width = 2 * MARGIN + columns * (TILE_WIDTH + GAP) - GAP
+  cell_height = TILE_HEIGHT + CAPTION_HEIGHT + GAP
+  top = MARGIN + HEADING_SIZE + GAP
+  height = top + rows * cell_height + MARGIN // 2
+  page = Image.new('RGB', (width, height), PAPER)
+  pen = ImageDraw.Draw(page)
+  _write(pen, (MARGIN, MARGIN), heading, HEADING_SIZE, INK, width - 2 * MARGIN)
+  for i, tile in enumerate(tiles):
+    left = MARGIN + i % columns * (TILE_WIDTH + GAP)
+    _draw_tile(page, pen, tile, left, top + i // columns * cell_height)
+  return page
+
+
+def encode(page: Image.Image) -> bytes:
+  """Returns `page` as PNG."""
+  out = io.BytesIO()
+  page.save(out, 'PNG')
+  return out.getvalue()
+
+
+def _draw_tile(
+  page: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, left: int, top: int
+) -> None:
+  image = _read(tile.path) if tile.path else None
+  if image is None:
+    box = (left, top, left + TILE_WIDTH - 1, top + TILE_HEIGHT - 1)
+    pen.rectangle(box, FRAME)
+  else:
+    x = left + (TILE_WIDTH - image.width) // 2
+    page.paste(image, (x, top + (TILE_HEIGHT - image.height) // 2))
+  # Text stands in the middle, as the image does.
+  y = top + TILE_HEIGHT + 6
+  for text, size, colour in (
+    (tile.title, TITLE_SIZE, INK),
+    (tile.detail, DETAIL_SIZE, GREY),
+  ):
+    space = TILE_WIDTH - _write(None, (0, 0), text, size, colour, TILE_WIDTH)
+    _write(pen, (left + space // 2, y), text, size, colour, TILE_WIDTH)
+    y += size + 5
+
+
+def _read(path: pathlib.Path) -> Image.Image | None:
+  """Returns the whole image as large as its box allows, None if damaged."""
+  try:
+    opened = preprocess.open_image(path.read_bytes(), path.name)
+    whole = (0.0, 0.0, float(opened.width), float(opened.height))
+    shrink = max(opened.width / TILE_WIDTH, opened.height / TILE_HEIGHT)
+    denominator = 8
+    while denominator > 1 and shrink < 2 * denominator:
+      denominator //= 2
+    pixels, _, _ = opened.read(whole, denominator)
+  except (OSError, preprocess.BadImageError):
+    return None
+  # Of a handful of pixels each should be seen.
+  tiny = max(pixels.shape) <= 64
+  method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
+  image = Image.fromarray(pixels)
+  return ImageOps.contain(image, (TILE_WIDTH, TILE_HEIGHT), method)
+
+
+def _write(
+  pen: ImageDraw.ImageDraw | None,
+  place: tuple[int, int],
+  text: str,
+  size: int,
+  colour: str,
+  width: int,
+) -> int:
+  """Returns the width of `text`, cut to `width`; writes it if it has a pen."""
+  font = _font(size)
+  shown = text
+  while font.getlength(shown) > width and text:
+    text = text[:-1]
+    shown = f'{text.rstrip()}…'
+  if pen:
+    pen.text(place, shown, colour, font)
+  return math.ceil(font.getlength(shown))
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+  """Returns DejaVu Sans, which Matplotlib brings along."""
+  folder = pathlib.Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
+  return ImageFont.truetype(str(folder / 'DejaVuSans.ttf'), size)

@@ -1,0 +1,81 @@
+"""Writes the reports of a run from the files of its workdir alone."""
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any
+
+from jaxprog import files
+from jaxprog.reporting import html, plots, report, rundir
+
+
+def write_reports(
+  workdir: str | os.PathLike[str],
+  incidents: Sequence[dict[str, Any]] | None = None,
+) -> list[pathlib.Path]:
+  """Returns the paths of the report, the picture and the page it has written.
+
+  Args:
+    workdir: with a training_history.json; see rundir.read_run.
+    incidents: where the run knows of some that its log could not take.
+  """
+  run, workdir = rundir.read_run(workdir), pathlib.Path(workdir)
+  if incidents is not None:
+    run = run._replace(incidents=incidents)
+  text = report.report(
+    run.history, run.environment, run.planned, run.incidents, run.model
+  )
+  paths = [
+    workdir / name
+    for name in ('training_report.txt', 'training_metrics.png', 'report.html')
+  ]
+  files.write_bytes(paths[0], text.encode())
+  rates = {
+    stage['name']: stage['learning_rates']
+    for stage in run.stages
+    if stage.get('learning_rates')
+  }
+  plots.plot_history(run.history, paths[1], rates)
+  files.write_bytes(paths[2], html.page(run).encode())
+  return paths
+
+
+def write_page(workdir: str | os.PathLike[str]) -> None:
+  """Writes report.html alone, which is quick enough for every epoch."""
+  page = html.page(rundir.read_run(workdir))
+  files.write_bytes(pathlib.Path(workdir) / 'report.html', page.encode())
+
+
+class Reporter:
+  """Writes reports in a thread of its own, from what the run has saved.
+
+  Training never waits for it: while one page is being written, one more may
+  wait, and that one will read the newest history.
+  """
+
+  def __init__(
+    self,
+    executor: futures.Executor,
+    workdir: pathlib.Path,
+    incidents: Callable[[], Sequence[dict[str, Any]]],
+  ):
+    """Takes an `executor` of one thread, and what returns all incidents."""
+    self._executor, self._workdir = executor, workdir
+    self._incidents = incidents
+    self._page: futures.Future[None] | None = None
+
+  def refresh(self) -> None:
+    """Lets report.html be written anew, unless that is about to happen."""
+    page = self._page
+    if page is None or page.running() or page.done():
+      # What fails here fails aloud in the last report.
+      self._page = self._executor.submit(write_page, self._workdir)
+
+  def write(self) -> futures.Future[None]:
+    """Lets all reports be written anew, if the run has a history by then."""
+    return self._executor.submit(self._write)
+
+  def _write(self) -> None:
+    if (self._workdir / 'training_history.json').exists():
+      write_reports(self._workdir, self._incidents())

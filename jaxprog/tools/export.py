@@ -1,0 +1,405 @@
+"""Writes a stage's weights for other programs, and tries what it has written.
+
+WORKDIR/export/ gets STAGE.safetensors (timm's names), STAGE.stablehlo (a
+function of images, for serving), STAGE.labels.txt and STAGE.md, a model card.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import linen as nn
+from ml_collections import config_dict
+
+import jaxprog
+from jaxprog import config as config_lib
+from jaxprog import files
+from jaxprog.models import conv, interchange, resnet
+from jaxprog.training import augment, checkpoints
+from jaxprog.training import state as state_lib
+from jaxprog.training import trained as trained_lib
+
+# Largest difference of two logits, over the largest logit or 1.
+TOLERANCE = 1e-4
+# As jax.export names them.
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+# Random images that what was written is tried on.
+_NUM_IMAGES = 2
+
+# Logits of uint8 images (N, S, S, 3), RGB: f32 (N, num_classes).
+Apply = Callable[[Any, Any], jax.Array]
+
+
+class ParityError(RuntimeError):
+  """A file gives other logits than the network that it was made from."""
+
+
+class Score(NamedTuple):
+  """Accuracies in [0, 1] on so many images, None where that is not known."""
+
+  top1: float
+  top5: float
+  num_images: int | None
+  split: str
+
+
+def export(
+  config: config_dict.ConfigDict,
+  workdir: str | pathlib.Path,
+  *,
+  stage: str = '',
+  weights: str = 'best',
+) -> dict[str, pathlib.Path]:
+  """Returns the paths of safetensors, stablehlo, labels and card.
+
+  A file gets its name once it has been read back and has given the network's
+  own logits on random images. The default stage is the last one that `workdir`
+  has finished. No images are needed.
+
+  Raises:
+    UserError: if there are no such weights.
+    ParityError: if a file gives other logits; none is left behind.
+  """
+  trained = trained_lib.load_trained(
+    config, workdir, stage=stage, weights=weights
+  )
+  record = checkpoints.read_done(pathlib.Path(workdir), trained.stage.name)
+  found = record['record'] if record else {}
+  return export_trained(trained, found, pathlib.Path(workdir) / 'export')
+
+
+def export_trained(
+  trained: trained_lib.Trained,
+  record: Mapping[str, Any],
+  directory: pathlib.Path,
+) -> dict[str, pathlib.Path]:
+  """Writes the four files into `directory` and returns their paths.
+
+  `record` is what the history says of the stage, {} if it is not finished.
+  """
+  name = trained.stage.name
+  paths = {
+    'safetensors': directory / f'{name}.safetensors',
+    'stablehlo': directory / f'{name}.stablehlo',
+    'labels': directory / f'{name}.labels.txt',
+    'card': directory / f'{name}.md',
+  }
+  apply, images = create_apply(trained), _random_images(trained)
+  expected = apply(trained.variables, images)
+  tensors = safetensors.numpy.save(
+    interchange.to_state_dict(trained.variables), describe(trained, record)
+  )
+  with _written(paths['safetensors'], tensors) as path:
+    found = apply(read_weights(path, trained.variables), images)
+    _report(paths['safetensors'], compare(path.name, found, expected))
+  with _written(paths['stablehlo'], serialize(trained)) as path:
+    found = jax.export.deserialize(bytearray(path.read_bytes())).call(images)
+    _report(paths['stablehlo'], compare(path.name, found, expected))
+  files.write_bytes(paths['labels'], labels(trained).encode())
+  files.write_bytes(paths['card'], card(trained, record).encode())
+  return paths
+
+
+def create_apply(trained: trained_lib.Trained) -> Apply:
+  """Returns apply(variables, images) -> logits, compiled where it is called.
+
+  All of it is f32, on every platform: TPUs and GPUs would else multiply in
+  less, and no two of them would agree to four digits.
+  """
+  model = trained.model_fn(
+    num_classes=len(trained.classes),
+    image_size=trained.stage.eval_size,
+    dtype=np.float32,
+  )
+  pixels = trained.config.mean_rgb, trained.config.std_rgb
+
+  @jax.jit
+  def apply(variables, images):
+    with jax.default_matmul_precision('highest'):
+      images = augment.normalise(images, *pixels)
+      return model.apply(variables, images, train=False)
+
+  return apply
+
+
+def serialize(trained: trained_lib.Trained) -> bytes:
+  """Returns StableHLO for any number of images, the weights in it.
+
+  Its convolutions are XLA's own: which of ours is best on a CPU depends on the
+  number of images.
+  """
+  apply, size = create_apply(trained), trained.stage.eval_size
+  (batch,) = jax.export.symbolic_shape('b')
+  shape = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8)
+
+  @jax.jit
+  def serve(images):
+    with nn.intercept_methods(_convolve_plainly):
+      return apply(trained.variables, images)
+
+  return bytes(jax.export.export(serve, platforms=PLATFORMS)(shape).serialize())
+
+
+def _convolve_plainly(
+  method: Callable[..., Any],
+  args: tuple[Any, ...],
+  kwargs: dict[str, Any],
+  context: nn.module.InterceptorContext,
+) -> Any:
+  """Returns what `method` does; a convolution of ours as XLA's own."""
+  module = context.module
+  if not isinstance(module, conv.Conv) or context.method_name != '__call__':
+    return method(*args, **kwargs)
+  assert module.padding is None
+  assert not module.use_bias
+  (x,), half = args, module.kernel_size // 2
+  kernel: Any = module.get_variable('params', 'kernel')
+  return conv.xla(x, kernel, module.strides, ((half, half),) * 2)
+
+
+def read_weights(path: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
+  """Returns the variables in an exported file, in the structure of `like`."""
+  return interchange.from_state_dict(safetensors.numpy.load_file(path), like)
+
+
+def compare(name: str, found: Any, expected: Any) -> float:
+  """Returns the largest difference of two arrays of logits.
+
+  Raises:
+    ParityError: if it is too large, or not a number.
+  """
+  difference = float(np.max(np.abs(np.asarray(found) - np.asarray(expected))))
+  limit = TOLERANCE * max(1.0, float(np.max(np.abs(expected))))
+  if not difference <= limit:
+    raise ParityError(
+      f'{name} gives other logits than the network: the largest difference is '
+      f'{difference:.2g}, {limit:.2g} would do. It was removed.'
+    )
+  return difference
+
+
+@contextlib.contextmanager
+def _written(path: pathlib.Path, data: bytes) -> Iterator[pathlib.Path]:
+  """Yields where `data` lies to be tried; then it takes the name `path`.
+
+  If that fails, nothing is left of it, and of `path` what was there before.
+  """
+  for leftover in path.parent.glob(f'.{path.name}.*.tmp'):  # Of killed ones.
+    leftover.unlink(missing_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  files.write_bytes(temporary, data)
+  try:
+    yield temporary
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _random_images(trained: trained_lib.Trained) -> np.ndarray:
+  size = trained.stage.eval_size
+  shape = _NUM_IMAGES, size, size, 3
+  return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def _report(path: pathlib.Path, difference: float) -> None:
+  print(
+    f'{path}: read back, logits differ by {difference:.1e} at most '
+    f'({_NUM_IMAGES} random images)'
+  )
+
+
+def describe(
+  trained: trained_lib.Trained, record: Mapping[str, Any]
+) -> dict[str, str]:
+  """Returns what the safetensors' header says besides names and shapes."""
+  config, stage = trained.config, trained.stage
+  fields = {
+    'model': config.model,
+    'num_filters': config.num_filters,
+    'stem_kernel': config.stem_kernel,
+    'blur_pool': config.blur_pool,
+    'classes': trained.classes,
+    'class_names': trained.class_names,
+    'image_size': stage.eval_size,
+    'eval_crop': stage.eval_crop,
+    'interpolation': stage.eval_interpolation,
+    'mean': config.mean_rgb,
+    'std': config.std_rgb,
+    'jaxprog': jaxprog.__version__,
+    'config_hash': config_lib.config_hash(config),
+    'stage': stage.name,
+    'weights': trained.weights,
+    'epoch': trained.epoch,
+    'top1': score(trained, record).top1,
+  }
+  # 'pt': arrays are as PyTorch has them.
+  text = {
+    k: v if isinstance(v, str) else json.dumps(v) for k, v in fields.items()
+  }
+  return {'format': 'pt', **text}
+
+
+def score(trained: trained_lib.Trained, record: Mapping[str, Any]) -> Score:
+  """Returns how the weights did on validation images, one crop of each.
+
+  On those that chose them, if the stage has looked at no others.
+  """
+  seen, row = record.get('diagnostics', {}), trained.meta['epoch']
+  if trained.weights == 'best' and seen.get('epoch') == trained.epoch:
+    return Score(seen['top1'], seen['top5'], seen['num_images'], 'validation')
+  kind = 'ema' if trained.weights == 'ema' else 'val'
+  return Score(
+    row[f'{kind}_top1'],
+    row[f'{kind}_top5'],
+    record.get('num_eval_images'),
+    trained.stage.eval_split,
+  )
+
+
+def labels(trained: trained_lib.Trained) -> str:
+  """Returns a line for each logit: WordNet id or class, tab, name."""
+  pairs = zip(trained.classes, trained.class_names, strict=True)
+  return ''.join(f'{_words(x)}\t{_words(name)}\n' for x, name in pairs)
+
+
+def _words(text: str) -> str:
+  return ' '.join(text.split())
+
+
+def card(trained: trained_lib.Trained, record: Mapping[str, Any]) -> str:
+  """Returns what a person has to know who did not train it, as Markdown."""
+  stage, config = trained.stage, trained.config
+  params = state_lib.count_params(trained.variables['params'])
+  title = f'# {stage.name}: {config.model}, {len(trained.classes):,} classes'
+  return '\n\n'.join(
+    [
+      title,
+      *([stage.description] if stage.description else []),
+      f'{params:,} parameters, {trained.weights} weights (epoch '
+      f'{trained.epoch}). The classes are those of '
+      f'`{stage.name}.labels.txt`, a line for each logit.',
+      '## Accuracy\n' + _describe_score(trained, score(trained, record)),
+      '## Training\n' + _describe_training(trained, record),
+      '## Input\n' + _describe_input(trained),
+      '## PyTorch\n' + describe_timm(trained),
+      '## JAX\n' + _describe_jax(trained),
+      '## Licence\nNone is chosen. What the licence of the images allows '
+      'limits what the weights may be used for: decide before you share them.',
+      f'Written by jaxprog {jaxprog.__version__}, config '
+      f'{config_lib.config_hash(config)}.\n',
+    ]
+  )
+
+
+def _describe_score(trained: trained_lib.Trained, found: Score) -> str:
+  stage = trained.stage
+  number = '' if found.num_images is None else f'{found.num_images:,} '
+  images = 'validation' if found.split == 'validation' else 'held-out training'
+  text = (
+    f'Top-1 {found.top1:.1%}, top-5 {found.top5:.1%} of {number}{images} '
+    f'images, one centre crop of {stage.eval_size} px each.'
+  )
+  if trained.weights == 'final':
+    return text
+  return f'{text} The epoch was chosen by its accuracy on {stage.eval_split}.'
+
+
+def _describe_training(
+  trained: trained_lib.Trained, record: Mapping[str, Any]
+) -> str:
+  stage = trained.stage
+  images = f'{record["num_train_images"]:,} images of ' if record else ''
+  origin = record.get('transfer', {}).get('from')
+  # The name of a stage, or of a file: its folder is nobody's business.
+  start = f'`{pathlib.Path(origin).name}`' if origin else 'fresh weights'
+  epochs = f'epochs: {stage.num_epochs:g}' if record else 'not finished'
+  return (
+    f'{images}`{stage.dataset}`, from {start}; {epochs}; batches of '
+    f'{stage.batch_size}, {stage.image_size} px; {stage.optimizer}, '
+    f'{stage.schedule}, peak rate {stage.peak_learning_rate:g}, weight decay '
+    f'{stage.weight_decay:g}.'
+  )
+
+
+def _describe_input(trained: trained_lib.Trained) -> str:
+  stage, config = trained.stage, trained.config
+  mean, std = (
+    ', '.join(f'{x:g}' for x in v) for v in (config.mean_rgb, config.std_rgb)
+  )
+  shorter = round(stage.eval_size / stage.eval_crop)
+  return (
+    f'RGB, the shorter side resized to {shorter} px ({stage.eval_interpolation}'
+    f', antialiased), the centre {stage.eval_size}x{stage.eval_size}, divided '
+    f'by 255, minus ({mean}), over ({std}).'
+  )
+
+
+def _describe_jax(trained: trained_lib.Trained) -> str:
+  stage = trained.stage
+  size = stage.eval_size
+  return f"""```python
+import pathlib
+import jax.export
+data = pathlib.Path('{stage.name}.stablehlo').read_bytes()
+serve = jax.export.deserialize(bytearray(data))
+logits = serve.call(images)  # uint8 (any number, {size}, {size}, 3)
+```
+The normalisation and the weights are in it; platforms: {', '.join(PLATFORMS)}.
+It needs JAX alone, of this release ({jax.__version__}) or one of the next six
+months. `init_from='{stage.name}.safetensors'` starts a stage of jaxprog."""
+
+
+def describe_timm(trained: trained_lib.Trained) -> str:
+  """Returns how timm loads the weights, or why it cannot."""
+  config, size = trained.config, trained.stage.eval_size
+  if config.num_filters != 64:
+    return (
+      f'timm cannot load it: its networks begin with 64 filters, this one with '
+      f'num_filters={config.num_filters}. Names and layout are those of its '
+      f'{config.model}.'
+    )
+  lines, adapted = _timm_code(trained)
+  text = '\n'.join(['```python', *lines, '```\n'])
+  if config.blur_pool:
+    return (
+      f'{text}It loads with `strict=True`, but **gives other logits**: '
+      'blur_pool blurs in front of strided convolutions, which timm does not.'
+    )
+  if not adapted:
+    return f'{text}It loads with `strict=True` and gives the same logits.'
+  return (
+    f'{text}So it loads with `strict=True` and gives the same logits at {size} '
+    f'px. Without the adaptation it does not: {" and ".join(adapted)}.'
+  )
+
+
+def _timm_code(trained: trained_lib.Trained) -> tuple[list[str], list[str]]:
+  """Returns lines of Python that make `model`, and what they adapt."""
+  config, stage = trained.config, trained.stage
+  classes = f'num_classes={len(trained.classes)}'
+  stem, side = resnet.choose_stem(stage.eval_size), config.stem_kernel
+  adapted = []
+  create = f"model = timm.create_model('{config.model}', {classes})"
+  if config.model == 'resnet10':
+    adapted.append('timm has no resnet10 by name')
+    block = 'timm.models.resnet.BasicBlock'
+    create = f'model = timm.models.resnet.ResNet({block}, [1] * 4, {classes})'
+  lines = ['import safetensors.torch, timm, torch', create]
+  if side != 7:
+    adapted.append(f'the first convolution is {side}x{side}')
+  if not (stem.stride == 2 and stem.pool):
+    adapted.append('our stem shrinks images below 128 px less')
+  if side != 7 or stem.stride != 2:
+    shape = f'3, 64, {side}, {stem.stride}, {side // 2}, bias=False'
+    lines.append(f'model.conv1 = torch.nn.Conv2d({shape})')
+  if not stem.pool:
+    lines.append('model.maxpool = torch.nn.Identity()')
+  load = f"weights = safetensors.torch.load_file('{stage.name}.safetensors')"
+  return [*lines, load, 'model.load_state_dict(weights, strict=True)'], adapted

@@ -1,0 +1,37 @@
+"""Makes the reports of runs anew; puts several runs side by side."""
+
+import pathlib
+from collections.abc import Sequence
+
+from jaxprog import errors, files
+from jaxprog.reporting import outputs, rundir, side_by_side
+
+
+def write_report(workdirs: Sequence[str | pathlib.Path]) -> None:
+  """Writes training_report.txt, training_metrics.png and report.html of each.
+
+  From training_history.json and what else a run has left, without its data or
+  its devices. With several `workdirs` the first one gets a comparison.html.
+
+  Raises:
+    UserError: if a workdir has no history; then nothing is written.
+  """
+  folders = [pathlib.Path(x) for x in workdirs if str(x)]
+  if not folders:
+    raise errors.UserError(
+      'There is no --workdir.', '--mode=report', 'Name one, or several: A,B.'
+    )
+  runs = [rundir.read_run(folder) for folder in folders]
+  try:
+    paths = [path for x in folders for path in outputs.write_reports(x)]
+    if len(runs) > 1:
+      paths.append(folders[0] / 'comparison.html')
+      files.write_bytes(paths[-1], side_by_side.side_by_side(runs).encode())
+  except OSError as e:
+    raise errors.UserError(
+      f'Cannot write a report: {e.strerror}.',
+      str(e.filename or folders[0]),
+      'Name directories that you may write to.',
+    ) from None
+  for path in paths:
+    print(path)

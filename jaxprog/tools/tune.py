@@ -1,0 +1,299 @@
+"""Searches hyper-parameters with Optuna, each trial a run of its own.
+
+WORKDIR/tune.db is Optuna's own storage (its dashboard shows it), WORKDIR/trials
+holds the runs. The same command goes on after any end: what was under way when
+a search was killed is resumed, not begun again.
+"""
+
+import csv
+import io
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+from ml_collections import config_dict
+
+from jaxprog import config as config_lib
+from jaxprog import errors, files, stages
+from jaxprog.reporting import history as history_lib
+from jaxprog.training import ladder, lock, signals
+
+_KINDS = ('choice', 'integer', 'log', 'uniform')
+_SAMPLERS = ('random', 'tpe')
+_PRUNERS = ('hyperband', 'median', 'none')
+_STUDY = 'jaxprog'
+
+
+def tune(
+  config: config_dict.ConfigDict, workdir: str | pathlib.Path
+) -> dict[str, Any]:
+  """Returns what was found: best (number, top1, parameters) and trials.
+
+  Raises:
+    UserError: for a mistake in the search, before anything is trained.
+    Stopped: after a SIGTERM or Ctrl-C, once all is saved.
+  """
+  workdir = pathlib.Path(workdir)
+  check(config)
+  with signals.StopRequest(), lock.Lock(workdir):
+    study = _open_study(config, workdir)
+    _enqueue_unfinished(study)
+    left = config.num_trials - _count_finished(study)
+    if left > 0:
+      study.optimize(
+        lambda trial: _run_trial(config, workdir, trial),
+        n_trials=left,
+        timeout=60 * config.timeout_minutes or None,
+        catch=(),
+      )
+    found = _describe(study)
+    _write(config, workdir, found)
+  _show(config, workdir, found)
+  return found
+
+
+def check(config: config_dict.ConfigDict) -> None:
+  """Raises UserError for the first mistake in a search."""
+  for field, choices in (('sampler', _SAMPLERS), ('pruner', _PRUNERS)):
+    if config.get(field) not in choices:
+      raise errors.UserError(
+        f'{field} is {config.get(field)!r}; it is one of {", ".join(choices)}.',
+        f'config.{field}',
+        'Start from configs/tune_default.py.',
+      )
+  if not config.search:
+    raise errors.UserError(
+      'There is nothing to search.',
+      'config.search',
+      "Write {'field': 'stages[-1].learning_rate', 'log': (1e-4, 1e-1)}.",
+    )
+  for entry in config.search:
+    _check_entry(entry)
+  for ends in (0, -1):  # The ladder must be in order at both ends.
+    values = {x['field']: _ends(x)[ends] for x in config.search}
+    all_stages = stages.create_stages(_create_ladder(config, values))
+    stages.select(all_stages, config.only)
+
+
+def _check_entry(entry: Mapping[str, Any]) -> None:
+  where = f'config.search: {dict(entry)}'
+  kinds = [kind for kind in _KINDS if kind in entry]
+  if 'field' not in entry or len(kinds) != 1 or len(entry) != 2:
+    raise errors.UserError(
+      f"An entry has 'field' and one of {', '.join(_KINDS)}.", where
+    )
+  low, high = _ends(entry)
+  if kinds[0] != 'choice' and not (
+    len(entry[kinds[0]]) == 2
+    and all(isinstance(x, int | float) for x in (low, high))
+    and low < high
+    and math.isfinite(high)
+    and (low > 0 or kinds[0] != 'log')
+  ):
+    raise errors.UserError(
+      f'{kinds[0]} needs two numbers, the lower one first'
+      f'{" and above 0" if kinds[0] == "log" else ""}.',
+      where,
+    )
+
+
+def _ends(entry: Mapping[str, Any]) -> tuple[Any, Any]:
+  values = next(entry[kind] for kind in _KINDS if kind in entry)
+  if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+    raise errors.UserError(
+      f'{values!r} is no list of values.', f'config.search: {dict(entry)}'
+    )
+  return values[0], values[-1]
+
+
+def _create_ladder(
+  config: config_dict.ConfigDict, values: Mapping[str, Any]
+) -> config_dict.ConfigDict:
+  """Returns the config of one trial."""
+  trial = stages.complete(config.base)
+  for field, value in values.items():
+    config_lib.set_field(trial, field, value, f'config.search: {field}')
+  return stages.complete(trial)
+
+
+def _open_study(config: config_dict.ConfigDict, workdir: pathlib.Path) -> Any:
+  import optuna  # Half a second, for this mode alone.
+
+  optuna.logging.set_verbosity(optuna.logging.WARNING)
+  # A journal on disk would do; SQLite is what Optuna's dashboard opens.
+  return optuna.create_study(
+    study_name=_STUDY,
+    storage=f'sqlite:///{(workdir / "tune.db").absolute()}',
+    direction='maximize',
+    load_if_exists=True,
+    sampler=optuna.samplers.TPESampler(seed=config.sampler_seed)
+    if config.sampler == 'tpe'
+    else optuna.samplers.RandomSampler(seed=config.sampler_seed),
+    pruner=_create_pruner(config),
+  )
+
+
+def _create_pruner(config: config_dict.ConfigDict) -> Any:
+  import optuna
+
+  match config.pruner:
+    case 'median':
+      return optuna.pruners.MedianPruner(
+        n_startup_trials=config.pruner_startup_trials,
+        n_warmup_steps=config.pruner_warmup_epochs,
+      )
+    case 'hyperband':
+      return optuna.pruners.HyperbandPruner(
+        min_resource=max(1, config.pruner_warmup_epochs)
+      )
+  return optuna.pruners.NopPruner()
+
+
+def _enqueue_unfinished(study: Any) -> None:
+  """Asks again for what a killed search was trying, in the same directory."""
+  import optuna
+
+  running = study.get_trials(states=[optuna.trial.TrialState.RUNNING])
+  for trial in running:
+    directory = trial.user_attrs.get('directory')
+    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    if directory and trial.params:
+      study.enqueue_trial(trial.params, user_attrs={'directory': directory})
+
+
+def _count_finished(study: Any) -> int:
+  import optuna
+
+  states = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
+  return len(study.get_trials(states=states))
+
+
+def _run_trial(
+  config: config_dict.ConfigDict, workdir: pathlib.Path, trial: Any
+) -> float:
+  """Returns the best top-1 of the last stage of a trial.
+
+  A trial whose loss stays not finite is worth 0: the search must learn from
+  it.
+  """
+  import optuna
+
+  directory = trial.user_attrs.get('directory', f'{trial.number:04d}')
+  trial.set_user_attr('directory', directory)
+  values = {x['field']: _suggest(trial, x) for x in config.search}
+  config_of_trial = _create_ladder(config, values)
+  chosen = stages.select(stages.create_stages(config_of_trial), config.only)
+  last = chosen[-1].name
+
+  def on_epoch(stage, row):
+    if stage == last and history_lib.is_number(row['val_top1']):
+      trial.report(row['val_top1'], row['epoch'])
+      if trial.should_prune():
+        raise optuna.TrialPruned
+
+  console = rich.console.Console()
+  shown = ', '.join(f'{k}={_short(v)}' for k, v in values.items())
+  console.print(f'trial {directory}: {shown}', highlight=False, soft_wrap=True)
+  try:
+    history = ladder.train(
+      config_of_trial,
+      workdir / 'trials' / directory,
+      only=[stage.name for stage in chosen],
+      on_epoch=on_epoch,
+    )
+  except RuntimeError as e:
+    if 'not finite' not in str(e):
+      raise
+    trial.set_user_attr('error', str(e)[:500])
+    return 0.0
+  stage = history_lib.find_stage(history, last) or {}
+  return (stage.get('best') or {'top1': 0.0})['top1']
+
+
+def _suggest(trial: Any, entry: Mapping[str, Any]) -> Any:
+  name = entry['field']
+  if 'choice' in entry:
+    return trial.suggest_categorical(name, list(entry['choice']))
+  if 'integer' in entry:
+    return trial.suggest_int(name, *entry['integer'])
+  if 'log' in entry:
+    return trial.suggest_float(name, *map(float, entry['log']), log=True)
+  return trial.suggest_float(name, *map(float, entry['uniform']))
+
+
+def _describe(study: Any) -> dict[str, Any]:
+  """Returns what JSON can hold of all trials that came to an end."""
+  trials = [
+    {
+      'number': trial.number,
+      'directory': trial.user_attrs.get('directory', ''),
+      'status': trial.state.name.lower(),
+      'top1': trial.value
+      if trial.value is not None
+      else max(trial.intermediate_values.values(), default=None),
+      'epochs': max(trial.intermediate_values, default=0),
+      'parameters': trial.params,
+    }
+    for trial in study.get_trials()
+    if trial.state.is_finished() and trial.state.name != 'FAIL'
+  ]
+  whole = [x for x in trials if x['status'] == 'complete']
+  best = max(whole, key=lambda x: x['top1'], default=None)
+  return {'version': 1, 'best': best, 'trials': trials}
+
+
+def _write(
+  config: config_dict.ConfigDict, workdir: pathlib.Path, found: dict[str, Any]
+) -> None:
+  """Writes tune.json and tune.csv; the best config as best_config.json."""
+  files.write_json(workdir / 'tune.json', found)
+  fields = [x['field'] for x in config.search]
+  text = io.StringIO()
+  writer = csv.writer(text)
+  writer.writerow(['trial', 'status', 'top1', 'epochs', *fields])
+  for trial in found['trials']:
+    ended = [trial[x] for x in ('directory', 'status', 'top1', 'epochs')]
+    values = [trial['parameters'].get(field) for field in fields]
+    writer.writerow([*ended, *values])
+  files.write_bytes(workdir / 'tune.csv', text.getvalue().encode())
+  if found['best']:
+    best = _create_ladder(config, found['best']['parameters'])
+    files.write_json(
+      workdir / 'best_config.json', config_lib.to_json(stages.complete(best))
+    )
+
+
+def _show(
+  config: config_dict.ConfigDict, workdir: pathlib.Path, found: dict[str, Any]
+) -> None:
+  """Prints the ten best trials and what they do not say."""
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+  fields = [x['field'] for x in config.search]
+  for column in ('trial', 'top-1', 'epochs', 'status', *fields):
+    table.add_column(column, overflow='fold')
+  ranked = sorted(found['trials'], key=lambda x: -(x['top1'] or 0))
+  for trial in ranked[:10]:
+    top1 = '-' if trial['top1'] is None else f'{trial["top1"]:.1%}'
+    values = [_short(trial['parameters'].get(field)) for field in fields]
+    table.add_row(
+      trial['directory'], top1, str(trial['epochs']), trial['status'], *values
+    )
+  console = rich.console.Console()
+  console.print(table)
+  pruned = sum(x['status'] == 'pruned' for x in found['trials'])
+  console.print(
+    f'{len(found["trials"])} trials, {pruned} of them pruned. The best of many '
+    'is partly luck: train it with other seeds before you believe it.\n'
+    f'{workdir / "best_config.json"}',
+    highlight=False,
+    markup=False,
+    soft_wrap=True,
+  )
+
+
+def _short(value: Any) -> str:
+  return f'{value:.3g}' if isinstance(value, float) else str(value)

@@ -1,0 +1,676 @@
+"""Several processes that train one ladder: start, save, stop, fail together.
+
+They meet at process 0, where JAX's coordination service keeps small texts by
+key. Through it they compare what they are about to train, agree on the step
+to stop at, and hear of each other's end; no device takes part in that.
+
+- A process that fails says so under one key, on which all others wait: they
+  print what it said and end with its exit code.
+- A process that dies without a word leaves its beats behind: process 0 looks
+  for those that have stopped, and whoever loses contact looks at once.
+- A wish to stop or to save is a numbered request. Each process answers with
+  how often it has asked `reached`; the request is due at the call after the
+  last of these, which no process has passed.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import platform
+import re
+import socket
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import config_dict
+
+import jaxprog
+from jaxprog import config as config_lib
+from jaxprog import errors, stages
+from jaxprog.data import jpeg, sources
+from jaxprog.training import signals
+
+# Seconds for the processes to find each other, as long as JAX itself waits.
+CONNECT_SECONDS = 300
+# Seconds between two signs of life, and how many of them may be missing until
+# a process counts as dead: the first where all seems well, the second where
+# contact to some process has been lost.
+_BEAT_SECONDS = 2.0
+_SILENT_BEATS, _SUSPECT_BEATS = 30, 3
+# Seconds for all to have read why the run ends.
+_FAREWELL_SECONDS = 5.0
+# How much later than the others process 0 leaves: JAX aborts whoever finds the
+# coordination service gone.
+_LAST_SECONDS = 1.0
+# Seconds for a shared workdir to show what process 0 has written: NFS and
+# gcsfuse remember for a while what was not there.
+_VISIBLE_SECONDS = 20.0
+# Waiting for a key or a barrier ends with the process, not by time.
+_FOREVER_MS = 7 * 24 * 3_600_000
+_PREFIX = 'jaxprog'
+# Fields in which hosts may differ: where data lies and what reads it.
+_LOCAL_FIELDS = (
+  'compilation_cache_dir',
+  'data_dir',
+  'num_workers',
+  'stage_defaults',
+  'watchdog_minutes',
+  'worker_kind',
+)
+SLURM = ('JOB_ID', 'STEP_NODELIST', 'NTASKS', 'PROCID', 'LOCALID')
+_METADATA = (
+  'http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints'
+)
+# What errors say when it is the other side that has failed.
+_LOST = re.compile(
+  r'gloo|nccl|unavailable|connection (reset|closed|refused)|socket closed|'
+  r'coordination service|barrier',
+  re.IGNORECASE,
+)
+
+# The one of this process; inner ones are the outer one again.
+_active: 'Peers | None' = None
+# How often each barrier was passed: its name must be a new one every time.
+_passed: Counter[str] = Counter()
+
+
+class Place(NamedTuple):
+  """Where the processes meet; None: the cluster says it."""
+
+  coordinator: str | None = None
+  process_count: int | None = None
+  process_id: int | None = None
+
+
+@contextlib.contextmanager
+def processes(
+  place: Place, command: str, connect_seconds: int = CONNECT_SECONDS
+) -> Iterator[None]:
+  """Makes this one of the processes of a run, if it is of several.
+
+  `command` must be the same in all of them.
+
+  Raises:
+    UserError: if `place` cannot be, another process holds its port, or the
+      commands differ.
+  """
+  cluster = detect(os.environ)
+  check_place(place, cluster)
+  if place.process_count == 1 or not (cluster or place.coordinator):
+    yield
+    return
+  _initialize(place, connect_seconds)
+  with signals.StopRequest() as stop:  # Again: JAX may have its own handlers.
+    peers = Peers(stop)
+    try:
+      with peers:
+        peers.compare('command', {'the command': command})
+        yield
+    finally:
+      if peers.closed:  # Else process 0 leaves last, and ends it that way.
+        jax.distributed.shutdown()
+
+
+def detect(environ: Mapping[str, str]) -> str:
+  """Returns what has started several processes, '' if this is the only one.
+
+  It waits for nothing, but on a Cloud TPU VM, which alone can say how many
+  there are, at most 2 s for the metadata server.
+  """
+  # As jax looks for them, in its order.
+  if 'OMPI_MCA_orte_hnp_uri' in environ:
+    count = environ.get('OMPI_COMM_WORLD_SIZE', '1')
+    return 'Open MPI' if _is_several(count) else ''
+  if all(f'SLURM_{name}' in environ for name in SLURM):
+    return 'SLURM' if _is_several(environ['SLURM_NTASKS']) else ''
+  if not _has_tpu():
+    return ''
+  several_slices = _is_several(environ.get('MEGASCALE_NUM_SLICES', '1'))
+  for name in ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES'):
+    if name in environ:
+      return 'GKE' if several_slices or ',' in environ[name] else ''
+  if 'TPU_SKIP_MDS_QUERY' in environ:
+    return ''
+  return 'Cloud TPU' if several_slices or _count_workers(environ) > 1 else ''
+
+
+def _is_several(count: str) -> bool:
+  return count.isdecimal() and int(count) > 1
+
+
+def _has_tpu() -> bool:
+  """Returns whether JAX would look for the other hosts of a TPU slice."""
+  chips = any(
+    os.path.exists(path) for path in ('/dev/accel0', '/dev/vfio/0')
+  ) or any(pathlib.Path('/dev/vfio').glob('[1-9]*'))
+  return chips and importlib.util.find_spec('libtpu') is not None
+
+
+def _count_workers(environ: Mapping[str, str]) -> int:
+  """Returns the hosts of this Cloud TPU slice, 1 if nobody says."""
+  host = environ.get('GCE_METADATA_IP', 'metadata.google.internal')
+  request = urllib.request.Request(
+    _METADATA.format(host), headers={'Metadata-Flavor': 'Google'}
+  )
+  try:
+    with urllib.request.urlopen(request, timeout=2) as answer:
+      return len(answer.read().split(b','))
+  except OSError:
+    return 1
+
+
+def check_place(place: Place, cluster: str = '') -> None:
+  """Raises UserError unless `place`, with what `cluster` knows, is one."""
+  coordinator, count, index = place
+  flags = ' '.join(
+    f'--{name}={value}'
+    for name, value in place._asdict().items()
+    if value is not None
+  )
+  if coordinator is not None and not re.fullmatch(r'.+:\d{1,5}', coordinator):
+    raise errors.UserError(
+      f'{coordinator!r} is not HOST:PORT.',
+      flags,
+      'Name both.',
+    )
+  if count is not None and count < 1:
+    raise errors.UserError(f'There cannot be {count} processes.', flags)
+  if index is not None and (index < 0 or (count and index >= count)):
+    raise errors.UserError(
+      f'There is no process {index}' + (f' among {count}.' if count else '.'),
+      flags,
+      'They count from 0: --process_id=0 is the one at --coordinator.',
+    )
+  missing = [f'--{k}' for k, v in place._asdict().items() if v is None]
+  if flags and missing and not cluster and count != 1:
+    raise errors.UserError(
+      f'Several processes need {" and ".join(missing)} too.',
+      flags,
+      'Only Cloud TPU, GKE, SLURM and Open MPI say them without being asked.',
+    )
+
+
+def _initialize(place: Place, connect_seconds: int) -> None:
+  """Waits for all processes; ends this one with code 2 if some do not come.
+
+  JAX itself would abort it.
+  """
+  if place.process_id == 0 and place.coordinator:
+    _check_port(place.coordinator)
+  # Its SIGTERM handler would take the place of ours.
+  jax.config.update('jax_enable_preemption_service', False)
+  late = threading.Timer(connect_seconds, _give_up, (place, connect_seconds))
+  late.daemon = True
+  late.start()
+  try:
+    jax.distributed.initialize(
+      *place,
+      initialization_timeout=connect_seconds + 60,
+    )
+  except (RuntimeError, ValueError, OSError) as e:
+    message = ' '.join(str(e).split())[:200]
+    raise errors.UserError(
+      f'The processes cannot meet: {message}', _say(place)
+    ) from e
+  finally:
+    late.cancel()
+
+
+def _check_port(coordinator: str) -> None:
+  port = int(coordinator.rpartition(':')[2])
+  try:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      probe.bind(('', port))
+  except (OSError, OverflowError) as e:
+    raise errors.UserError(
+      f'Process 0 cannot listen on port {port}: '
+      f'{getattr(e, "strerror", None) or e}.',
+      f'--coordinator={coordinator}',
+      'Name another port, the same one for all processes.',
+    ) from None
+
+
+def _give_up(place: Place, seconds: int) -> None:
+  text = (
+    f'Not all processes came within {seconds} s.',
+    _say(place),
+    'Is each of them started, and does process 0 run at that address, which '
+    'the others can reach?',
+  )
+  signals.leave_now('\n'.join(text), 2)
+
+
+def _say(place: Place) -> str:
+  where = place.coordinator or 'the coordinator that the cluster names'
+  index = '?' if place.process_id is None else place.process_id
+  return f'process {index} at {where}'
+
+
+@contextlib.contextmanager
+def join(stop: signals.StopRequest) -> Iterator['Peers | None']:
+  """Yields the bond with the other processes, None if there are none.
+
+  What is raised inside ends all of them; what ends well waits for all.
+  """
+  if _active is not None or jax.process_count() == 1:
+    yield _active
+    return
+  with Peers(stop) as peers:
+    yield peers
+
+
+def wait_for_all(name: str) -> None:
+  """Returns once every process has called this with `name`."""
+  if jax.process_count() > 1:
+    _passed[name] += 1
+    _client().wait_at_barrier(f'{_PREFIX}/{name}/{_passed[name]}', _FOREVER_MS)
+
+
+def _client() -> Any:
+  """Returns JAX's client of the coordination service.
+
+  Orbax uses it the same way: there is no public name for it yet.
+  """
+  from jax._src import distributed
+
+  return distributed.global_state.client
+
+
+class Peers:
+  """The other processes of a run; a context manager around what all do."""
+
+  def __init__(self, stop: signals.StopRequest) -> None:
+    self._stop = stop
+    self._client = _client()
+    self._index, self._count = jax.process_index(), jax.process_count()
+    self._me = f'process {self._index} on {platform.node()}'
+    # Held by whoever ends this process: its own error, or another's.
+    self._ending = threading.Lock()
+    self._closed = threading.Event()
+    # All end now, and know it.
+    self._agreed = False
+    # Calls of `reached`, and the requests that are due at some of them.
+    self._turn = threading.Lock()
+    self._calls, self._number = 0, 0
+    self._due: list[tuple[int, str]] = []
+    self._wishes: set[str] = set()
+    self._threads = [
+      threading.Thread(target=self._guard, args=(work,), daemon=True)
+      for work in (self._await_end, self._await_requests, self._beat)
+    ]
+
+  def __enter__(self) -> 'Peers':
+    """Starts to listen to the others."""
+    global _active
+    _active = self
+    self._put(f'host/{self._index}', platform.node())
+    for thread in self._threads:
+      thread.start()
+    self._stop.share(self)
+    signals.on_leaving(self._announce)
+    return self
+
+  def __exit__(self, kind: object, error: object, trace: object) -> None:
+    """Waits for all if they end together, else tells them of the error."""
+    global _active
+    if isinstance(error, Exception) and _is_lost_contact(error):
+      self._find_lost(error)
+    together = error is None or self._agreed or self._stop.agreed
+    if together:
+      wait_for_all('finished')  # One may still fail.
+    self._ending.acquire()  # Whoever was first has it for good.
+    signals.on_leaving(None)
+    self._stop.share(None)
+    if together:
+      self._close()
+    else:
+      self._announce(*_describe_end(error))
+      self._await_farewell()
+    _active = None
+
+  @property
+  def closed(self) -> bool:
+    """Whether all processes have come to this end together."""
+    return self._closed.is_set()
+
+  def compare(self, name: str, described: Mapping[str, str]) -> None:
+    """Raises UserError in all processes if they are about to differ.
+
+    `described` names what must be the same and says what it is here; `name`
+    is another one at each comparison.
+    """
+    text = json.dumps(described, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    digests = self._gather(f'digest/{name}', digest)
+    odd = [i for i, digest in enumerate(digests) if digest != digests[0]]
+    if not odd:
+      return
+    if self._index in (0, odd[0]):
+      self._put(f'described/{name}/{self._index}', text)
+    ours, theirs = (
+      json.loads(self._get(f'described/{name}/{i}')) for i in (0, odd[0])
+    )
+    self._agreed = True
+    raise _difference(ours, theirs, odd[0], self._get(f'host/{odd[0]}'))
+
+  def ask(self, wish: str) -> None:
+    """Asks all processes to do `wish` at the same call of `reached`."""
+    if wish not in self._wishes:
+      self._wishes.add(wish)
+      threading.Thread(target=self._request, args=(wish,), daemon=True).start()
+
+  def reached(self) -> list[str]:
+    """Returns what is due now: the same at the n-th call in each process."""
+    with self._turn:
+      self._calls += 1
+      if not self._due:
+        return []
+      due = [wish for call, wish in self._due if call == self._calls]
+      self._due = [x for x in self._due if x[0] > self._calls]
+      self._wishes.difference_update(due)
+      return due
+
+  def _request(self, wish: str) -> None:
+    """Puts `wish` under the next free number, unless another has asked."""
+    while wish in self._wishes and not self._closed.is_set():
+      number = self._number
+      with contextlib.suppress(jax.errors.JaxRuntimeError):
+        self._put(f'request/{number}', wish)
+        return
+      while number == self._number and not self._closed.wait(0.01):
+        pass  # Someone else's comes first.
+      if any(w == wish for _, w in self._due):
+        return
+
+  def _await_requests(self) -> None:
+    for number in itertools.count():
+      self._number = number
+      wish = self._get(f'request/{number}')
+      if not wish:
+        return
+      with self._turn:  # Nobody passes a call meanwhile.
+        self._wishes.add(wish)
+        calls = self._gather(f'calls/{number}', str(self._calls))
+        self._due.append((max(map(int, calls)) + 1, wish))
+
+  def _await_end(self) -> None:
+    """Ends this process as soon as another one says that it has failed."""
+    end = json.loads(self._get('end'))
+    if not end or end['index'] == self._index:
+      return
+    self._ending.acquire()
+    signals.say(f'{end["who"]}: {end["text"]}')
+    self._await_farewell()
+    signals.leave_now('', end['code'])
+
+  def _beat(self) -> None:
+    """Shows that this process lives; process 0 looks whether all do."""
+    watch = Watch(self._count, time.monotonic)
+    for beat in itertools.count():
+      self._put(f'beat/{self._index}', str(beat), allow_overwrite=True)
+      if self._index == 0:
+        watch.look(self._beats())
+        silent = watch.silent(_SILENT_BEATS * _BEAT_SECONDS)
+        if silent:
+          self._say_gone(silent[0])
+      if self._closed.wait(_BEAT_SECONDS):
+        return
+
+  def _beats(self) -> dict[int, str]:
+    """Returns the last beat of each process."""
+    found = self._client.key_value_dir_get(f'{_PREFIX}/beat/')
+    return {int(key.rpartition('/')[2]): value for key, value in found}
+
+  def _find_lost(self, error: Exception) -> None:
+    """Ends all if another process is gone; returns if none is."""
+    message = ' '.join(str(error).split())[:200]
+    signals.say(f'Contact with another process is lost: {message}')
+    watch = Watch(self._count, time.monotonic)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      for _ in range(_SUSPECT_BEATS + 1):
+        watch.look(self._beats())
+        time.sleep(_BEAT_SECONDS)
+      silent = watch.silent(_SUSPECT_BEATS * _BEAT_SECONDS)
+      if silent:
+        self._say_gone(silent[0])
+
+  def _say_gone(self, index: int) -> None:
+    """Ends all processes because one has died without a word."""
+    self._ending.acquire()
+    text = (
+      f'Process {index} on {self._get(f"host/{index}")} is gone: it has given '
+      'no sign of life. The same commands go on from the last checkpoint.'
+    )
+    self._announce(text, 1)
+    signals.say(text)
+    self._await_farewell()
+    signals.leave_now('', 1)
+
+  def _guard(self, work: Callable[[], None]) -> None:
+    """Runs a thread's work; without process 0 there is no use in going on."""
+    try:
+      work()
+    except Exception as e:
+      if self._closed.is_set() or not self._ending.acquire(blocking=False):
+        return
+      message = ' '.join(str(e).split())[:200]
+      signals.leave_now(f'Contact with process 0 is lost: {message}', 1)
+
+  def _announce(self, text: str, code: int) -> None:
+    """Says why this process ends, if it is the first one to."""
+    end = {'index': self._index, 'who': self._me, 'text': text, 'code': code}
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      self._put('end', json.dumps(end))
+
+  def _await_farewell(self) -> None:
+    """Waits until all have read why they end; process 0 goes last."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      self._client.wait_at_barrier(
+        f'{_PREFIX}/farewell', int(1000 * _FAREWELL_SECONDS)
+      )
+    if self._index == 0:
+      time.sleep(_LAST_SECONDS)
+
+  def _close(self) -> None:
+    """Ends the threads: in a call of C++, Python's end would abort them."""
+    self._closed.set()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      self._put('end', 'null')
+    while any(thread.is_alive() for thread in self._threads):
+      with contextlib.suppress(jax.errors.JaxRuntimeError):
+        self._put(f'request/{self._number}', '')
+      for thread in self._threads:
+        thread.join(0.05)
+    wait_for_all('closed')
+
+  def _gather(self, name: str, text: str) -> list[str]:
+    """Returns the texts of all processes, once all have given one."""
+    self._put(f'{name}/{self._index}', text)
+    self._client.wait_at_barrier(f'{_PREFIX}/gather/{name}', _FOREVER_MS)
+    found = {
+      int(key.rpartition('/')[2]): value
+      for key, value in self._client.key_value_dir_get(f'{_PREFIX}/{name}/')
+    }
+    return [found[index] for index in range(self._count)]
+
+  def _put(self, key: str, text: str, *, allow_overwrite: bool = False) -> None:
+    self._client.key_value_set(
+      f'{_PREFIX}/{key}', text, allow_overwrite=allow_overwrite
+    )
+
+  def _get(self, key: str) -> str:
+    """Returns the text under `key`, as soon as there is one."""
+    return self._client.blocking_key_value_get(f'{_PREFIX}/{key}', _FOREVER_MS)
+
+
+class Watch:
+  """Since when the beat of each process is the same, by this one's clock."""
+
+  def __init__(self, count: int, clock: Callable[[], float]) -> None:
+    self._clock = clock
+    self._last = dict.fromkeys(range(count), ('', clock()))
+
+  def look(self, beats: Mapping[int, str]) -> None:
+    """Notes which beats are others than at the last look."""
+    now = self._clock()
+    for index, beat in beats.items():
+      if self._last[index][0] != beat:
+        self._last[index] = beat, now
+
+  def silent(self, seconds: float) -> list[int]:
+    """Returns the processes whose beat has not changed for so long."""
+    now = self._clock()
+    return [i for i, (_, at) in self._last.items() if now - at >= seconds]
+
+
+def check_alike(
+  config: config_dict.ConfigDict,
+  datasets: Mapping[str, sources.Dataset],
+  chosen: Sequence[str],
+) -> None:
+  """Raises UserError in all processes unless all are about to do the same.
+
+  Config, data, devices and code are compared, `chosen` are names of stages.
+  """
+  if _active is None:
+    return
+  described = {'the stages': ', '.join(chosen), **_describe_config(config)}
+  for name, dataset in datasets.items():
+    described |= {
+      f'{name}: {field}': text
+      for field, text in _describe_data(dataset).items()
+    }
+  local = jax.local_devices()
+  described |= {
+    'the code of jaxprog': f'{jaxprog.__version__} {_hash_code()}',
+    'the version of jax': jax.__version__,
+    'the version of jaxlib': importlib.metadata.version('jaxlib'),
+    'the decoder': jpeg.version(),
+    'the devices': f'{len(local)} x {local[0].device_kind}',
+  }
+  _active.compare('run', described)
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+  """Raises UserError in all processes unless `workdir` is the same to all.
+
+  Process 0 has locked it: all must see its name there.
+  """
+  if _active is not None:
+    wait_for_all('locked')
+    _active.compare('workdir', {'the workdir': _describe_owner(workdir)})
+
+
+def _describe_config(config: config_dict.ConfigDict) -> dict[str, str]:
+  """Returns each field that must be the same, 'STAGE.FIELD' for a stage's."""
+  plain = config_lib.to_json(stages.complete(config))
+  fields = {k: v for k, v in plain.items() if k not in _LOCAL_FIELDS}
+  described: dict[str, str] = {}
+  for stage in fields.pop('stages'):
+    described |= {f'{stage["name"]}.{k}': repr(v) for k, v in stage.items()}
+  return described | {f'config.{k}': repr(v) for k, v in fields.items()}
+
+
+def _describe_data(dataset: sources.Dataset) -> dict[str, str]:
+  """Returns what decides the examples of a stage."""
+  records = dataset.train.records
+  return {
+    'the number of classes': str(dataset.num_classes),
+    'the number of images': f'{len(dataset.train)} + {len(dataset.selection)}',
+    'the data': dataset.fingerprint[:16],
+    'the training images': _digest(
+      records.positions.tobytes(),
+      records.labels.tobytes(),
+      dataset.version.encode(),
+    ),
+  }
+
+
+def _hash_code() -> str:
+  root = pathlib.Path(jaxprog.__file__).parent
+  return _digest(*(path.read_bytes() for path in sorted(root.rglob('*.py'))))
+
+
+def _describe_owner(workdir: pathlib.Path) -> str:
+  """Returns who has locked a workdir; process 0 has, before all compare."""
+  deadline = time.monotonic() + _VISIBLE_SECONDS
+  while True:
+    with contextlib.suppress(OSError):
+      owner = (workdir / 'run.lock').read_bytes()
+      if owner:
+        return _digest(owner)
+    if time.monotonic() > deadline:
+      return 'not locked'
+    time.sleep(0.2)
+
+
+def _digest(*parts: bytes) -> str:
+  digest = hashlib.sha256()
+  for part in parts:
+    digest.update(hashlib.sha256(part).digest())
+  return digest.hexdigest()[:16]
+
+
+def _difference(
+  first: Mapping[str, str], other: Mapping[str, str], index: int, host: str
+) -> errors.UserError:
+  """Returns the error that says how process `index` differs from process 0."""
+  names = [
+    name
+    for name in sorted({*first, *other})
+    if first.get(name) != other.get(name)
+  ]
+  where = f'process {index} on {host}'
+  if 'the workdir' in names:
+    return errors.UserError(
+      f'The workdir of process {index} is not the one of process 0.',
+      where,
+      'Name a directory that all hosts share: NFS, or a bucket under gcsfuse.',
+    )
+  texts = [
+    f'{name} is {other.get(name, "not there")} on process {index} and '
+    f'{first.get(name, "not there")} on process 0'
+    for name in names
+  ]
+  more = f', and {len(texts) - 3} more differ' if len(texts) > 3 else ''
+  return errors.UserError(
+    f'The processes are not alike: {"; ".join(texts[:3])}{more}.',
+    where,
+    'Start all of them with the same command, code and data.',
+  )
+
+
+def _describe_end(error: object) -> tuple[str, int]:
+  """Returns what the other processes print, and their exit code."""
+  if isinstance(error, errors.UserError):
+    return str(error), 2
+  if isinstance(error, errors.Stopped):
+    return str(error), error.exit_code
+  if isinstance(error, KeyboardInterrupt):
+    return 'interrupted.', 130
+  message = ' '.join(str(error).split())[:300]
+  return f'failed: {type(error).__name__}: {message}', 1
+
+
+def _is_lost_contact(error: BaseException | None) -> bool:
+  """Returns whether an error may be about another process that has gone."""
+  while error is not None:
+    if isinstance(error, errors.UserError | errors.Stopped):
+      return False
+    if isinstance(error, RuntimeError | ValueError | OSError) and _LOST.search(
+      str(error)
+    ):
+      return True
+    error = error.__cause__
+  return False

@@ -1,0 +1,91 @@
+"""Training images as the network sees them, for a person to look at."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprog import stages
+from jaxprog.reporting import figures
+from jaxprog.training import augment, setup, steps
+
+MAX_IMAGES = 32
+
+
+def draw_augmented(
+  task: setup.Task, batch: steps.Batch, step: int
+) -> dict[str, np.ndarray]:
+  """Returns images/STAGE/augmented: the first images of a batch, with names.
+
+  They are augmented and mixed as `step` does it, on one device, without
+  touching what trains. A mixed image is named by both classes and their
+  shares.
+  """
+  stage = task.steps.part(task.stage, step)
+  rows = _first_rows(batch, MAX_IMAGES)
+  images, targets = _see(
+    np.asarray(jax.random.key_data(task.step_rng)),
+    np.int32(step),
+    rows,
+    stage=stage,
+    pixels=(tuple(task.config.mean_rgb), tuple(task.config.std_rgb)),
+    num_classes=task.dataset.num_classes,
+  )
+  names = list(map(figures.short_name, task.dataset.class_names))
+  captions = [name_target(target, names) for target in np.asarray(targets)[1:]]
+  grid = figures.draw_grid(list(np.asarray(images)[1:]), captions)
+  return {f'images/{task.stage.name}/augmented': grid}
+
+
+@functools.partial(jax.jit, static_argnames=('stage', 'pixels', 'num_classes'))
+def _see(
+  key_data: jax.Array,
+  step: jax.Array,
+  batch: steps.Batch,
+  *,
+  stage: stages.Stage,
+  pixels: tuple[Sequence[float], Sequence[float]],
+  num_classes: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns uint8 images and the targets that they are trained with."""
+  rng = jax.random.wrap_key_data(key_data)
+  images, targets = augment.mix(
+    jax.random.fold_in(rng, step),
+    steps.augment_batch(rng, batch, stage, pixels),
+    jax.nn.one_hot(batch['label'], num_classes),
+    batch['mask'].astype(jnp.float32),
+    mixup_alpha=stage.mixup_alpha,
+    cutmix_alpha=stage.cutmix_alpha,
+  )
+  mean, std = (255 * jnp.asarray(x, jnp.float32) for x in pixels)
+  images = jnp.clip(jnp.round(images * std + mean), 0, 255)
+  return images.astype(jnp.uint8), targets
+
+
+def _first_rows(batch: steps.Batch, count: int) -> dict[str, np.ndarray]:
+  """Returns the last row of this process, then the first ones.
+
+  Mixing pairs each image with the one before it, the first with the last.
+  With many processes that last one is another's: one image differs.
+  """
+
+  def rows(x):
+    shards = sorted(x.addressable_shards, key=lambda s: s.index[0].start or 0)
+    parts = [np.asarray(shards[-1].data)[-1:]]
+    for shard in shards:
+      if sum(map(len, parts)) <= count:
+        parts.append(np.asarray(shard.data))
+    return np.concatenate(parts)[: count + 1]
+
+  return {name: rows(x) for name, x in batch.items()}
+
+
+def name_target(target: np.ndarray, names: Sequence[str]) -> list[str]:
+  """Returns lines: the class, or both of a mixed image with their shares."""
+  order = np.argsort(-target, kind='stable')[:2]
+  parts = [i for i in order if target[i] > 0]
+  if len(parts) == 1:
+    return [names[parts[0]]]
+  return [f'{target[i]:.0%} {names[i]}' for i in parts]

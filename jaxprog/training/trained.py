@@ -1,0 +1,156 @@
+"""Saved weights, with the stage and the network that they belong to."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import config_dict
+
+from jaxprog import errors, stages
+from jaxprog.training import checkpoints, devices, setup
+from jaxprog.training import state as state_lib
+
+WEIGHTS = ('best', 'final', 'ema')
+# What decides what the network computes, and its weights' shapes do not show.
+_OF_NETWORK = ('model', 'num_filters', 'stem_kernel', 'blur_pool')
+_OF_PIXELS = ('mean_rgb', 'std_rgb')
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """Weights of a stage, and what the config says of how to use them."""
+
+  config: config_dict.ConfigDict
+  stage: stages.Stage
+  weights: str
+  # params and batch_stats, in NumPy.
+  variables: dict[str, Any]
+  meta: checkpoints.Meta
+  model_fn: setup.ModelFn
+
+  @property
+  def classes(self) -> tuple[str, ...]:
+    """WordNet ids or names, in the order of the logits."""
+    return tuple(self.meta['classes'])
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """The same for people, where they were known."""
+    return tuple(self.meta.get('class_names') or self.classes)
+
+  @property
+  def epoch(self) -> int:
+    """The epoch of the stage that the weights come from."""
+    return int(self.meta['epoch']['epoch'])
+
+  def create_model(self) -> nn.Module:
+    """Returns the network for evaluation images of the stage."""
+    return self.model_fn(
+      num_classes=len(self.classes),
+      image_size=self.stage.eval_size,
+      dtype=devices.resolve_dtype(
+        self.config.dtype, self.stage.mixed_precision, jax.default_backend()
+      ),
+    )
+
+
+def load_trained(
+  config: config_dict.ConfigDict,
+  workdir: str | pathlib.Path,
+  *,
+  stage: str = '',
+  weights: str = 'best',
+  model: setup.ModelFn | None = None,
+) -> Trained:
+  """Returns saved weights of `stage`, else of the last one that is done.
+
+  `model` is what `train` was given in place of the config's own network.
+
+  Raises:
+    UserError: if there are none, or another config or network made them.
+    DamagedError: if they are not what was saved.
+  """
+  workdir = pathlib.Path(workdir)
+  if weights not in WEIGHTS:
+    raise errors.UserError(
+      f'Unknown weights {weights!r}.', '--weights', 'Use best, final or ema.'
+    )
+  all_stages = stages.create_stages(config)
+  name = stage or last_done_stage(config, workdir)
+  chosen = stages.select(all_stages, only=(name,))[0]
+  variables, meta = checkpoints.load_weights(workdir, name, weights)
+  trained = Trained(
+    config=config,
+    stage=chosen,
+    weights=weights,
+    variables=variables,
+    meta=meta,
+    model_fn=model or setup.create_model_fn(config),
+  )
+  _check_meta(trained, () if model else _OF_NETWORK)
+  devices.keep_compiled(config.compilation_cache_dir)
+  devices.check_platform(config.platform)
+  _check_shapes(trained)
+  return trained
+
+
+def last_done_stage(
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> str:
+  """Returns the last stage of `config` that `workdir` has finished."""
+  for stage in reversed(stages.create_stages(config)):
+    if checkpoints.read_done(workdir, stage.name) is not None:
+      return stage.name
+  raise errors.UserError(
+    'No stage of this workdir is finished yet.',
+    f'--workdir={workdir}',
+    'Train first, or name another --workdir.',
+  )
+
+
+def _check_meta(trained: Trained, of_network: tuple[str, ...]) -> None:
+  """Raises UserError if the weights were trained with other values."""
+  config, meta, stage = trained.config, trained.meta, trained.stage
+  here = {
+    **{field: config[field] for field in of_network},
+    **{field: list(config[field]) for field in _OF_PIXELS},
+    'image_size': stage.image_size,
+  }
+  wrong = [
+    f'{field} {meta[field]} (config: {value})'
+    for field, value in here.items()
+    if field in meta and meta[field] != value
+  ]
+  if wrong:
+    raise errors.UserError(
+      f'The weights were trained with {", ".join(wrong)}.',
+      f'stage {stage.name!r}, {trained.weights}',
+      'Leave --config out to use the one of --workdir. Evaluation at another '
+      'size is eval_image_size.'
+      if meta.get('image_size') != stage.image_size
+      else 'Leave --config out to use the one of --workdir.',
+    )
+
+
+def _check_shapes(trained: Trained) -> None:
+  """Raises UserError if the weights are not of the network."""
+  init = functools.partial(
+    state_lib.init_variables, trained.create_model(), trained.stage.eval_size
+  )
+  expected = jax.eval_shape(init, jax.random.key(0))
+
+  def shapes(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): jnp.shape(x) for path, x in leaves}
+
+  if shapes(trained.variables) != shapes(expected):
+    raise errors.UserError(
+      "The weights are not of the config's network.",
+      f'stage {trained.stage.name!r}, {trained.weights}',
+      'For weights of a network of your own, call jaxprog.tools.evaluate or '
+      'predict with model=..., as train was.',
+    )

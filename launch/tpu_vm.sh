@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# One Cloud TPU VM (v5e-1 to v5e-8, v6e-8): run on the VM itself.
+#   DATA=/mnt/data WORKDIR=/mnt/runs/first launch/tpu_vm.sh [FLAG ...]
+set -euo pipefail
+
+: "${DATA:?a folder with the datasets}"
+: "${WORKDIR:?a folder on a disk that outlives the VM}"
+CONFIG=${CONFIG:-configs/progressive.py}
+PYTHON=${PYTHON:-python3}
+
+cd "$(dirname "$0")/.."
+exec "$PYTHON" main.py --config="$CONFIG" --workdir="$WORKDIR" \
+  --config.data_dir="$DATA" --config.platform="${PLATFORM:-tpu}" "$@"

@@ -1,0 +1,122 @@
+import compare_config
+import pytest
+
+from jaxprog import epochs, errors, stages
+from jaxprog.comparison import budgets
+from jaxprog.training import costs
+from jaxprog.training import setup as setup_lib
+
+NUM_IMAGES = 1437  # Digits that are trained on.
+KINDS = ('epochs', 'images', 'flops')
+
+
+def cost(name, num_epochs, per_epoch, images, flops):
+  """Returns the cost of a stage whose steps are all alike."""
+  total = round(num_epochs * per_epoch)
+  segments = (budgets.Segment(0, images, flops),)
+  return budgets.StageCost(name, num_epochs, total, segments)
+
+
+@pytest.fixture(scope='module')
+def meter():
+  return budgets.Meter()
+
+
+@pytest.fixture
+def ladder(data_dir):
+  """Returns one stage of 29 steps of 48 images an epoch, two epochs."""
+  return stages.complete(compare_config.get_config(data_dir).base)
+
+
+def test_a_stage_costs_what_its_steps_do_whatever_they_are():
+  stage = budgets.StageCost(
+    'x',
+    3.0,
+    30,
+    (
+      budgets.Segment(0, 8, 1.0),
+      budgets.Segment(10, 8, 5.0),
+      budgets.Segment(20, 16, 7.0),
+    ),
+  )
+  assert stage.at(0) == (0, 0.0)
+  assert stage.at(10) == (80, 10.0)
+  assert stage.at(13) == (8 * 13, 10 * 1 + 3 * 5.0)
+  assert stage.at(30) == (8 * 20 + 16 * 10, 10 * (1 + 5 + 7.0))
+  assert [stage.total(kind) for kind in KINDS] == [3.0, 320, 130.0]
+
+
+def test_flops_are_those_of_the_step_that_training_compiles(
+  meter, ladder, data_dir
+):
+  (found,) = meter.measure(ladder, ())
+  setup = setup_lib.create_setup(ladder)
+  task = setup_lib.create_task(setup, setup.chosen[0])
+  (program,) = task.train_steps
+  traced = costs.trace_train_step(task, program)
+  assert found.total_steps == 2 * (NUM_IMAGES // 48)
+  assert found.total('images') == found.total_steps * 48
+  per_step = costs.count_flops(traced.jaxpr)
+  assert found.total('flops') == pytest.approx(found.total_steps * per_step)
+
+
+def test_a_frozen_backbone_and_smaller_images_cost_less(meter, ladder):
+  stage = ladder.stages[0]
+  stage.freeze_epochs = 1.0
+  stage.phases = ({'from_epoch': 1, 'image_size': 16},)
+  (found,) = meter.measure(ladder, ())
+  frozen, large = found.segments
+  assert (frozen.first_step, large.first_step) == (0, 29)
+  assert frozen.images == large.images == 48
+  # Without the backbone's gradients; four times the pixels.
+  assert large.flops > 4 * frozen.flops > 0
+
+
+def test_lengths_that_cost_the_same_as_a_ladder_of_two_stages():
+  first = cost('a', 4.0, 10, 8, 1.0)
+  last = cost('b', 6.0, 20, 16, 3.0)
+  totals = {'epochs': 10.0, 'images': 2240, 'flops': 400.0}
+  for kind, budget in totals.items():
+    assert first.total(kind) + last.total(kind) == budget
+    # The same ladder has its own length, to the bit.
+    assert budgets.equal_epochs(budget, (first, last), kind, '') == 6.0
+    alone = budgets.equal_epochs(budget, (last,), kind, '')
+    longer = cost('b', alone, 20, 16, 3.0)
+    assert longer.total(kind) == pytest.approx(budget, rel=0.01)
+    assert alone == pytest.approx(6.0 * budget / last.total(kind))
+
+
+def test_seconds_count_what_was_measured_before_the_last_stage():
+  assert budgets.equal_seconds(100.0, 20.0, 8.0, '') == pytest.approx(10.0)
+
+
+def test_stages_that_take_all_of_a_budget_are_a_mistake():
+  first, last = cost('a', 4.0, 10, 8, 1.0), cost('b', 6.0, 20, 16, 3.0)
+  with pytest.raises(errors.UserError, match='take all of the budget') as e:
+    budgets.equal_epochs(40.0, (first, last), 'flops', "cell 'x'")
+  assert e.value.where == "cell 'x'"
+  with pytest.raises(errors.UserError):
+    budgets.equal_seconds(10.0, 10.0, 1.0, '')
+
+
+def test_a_schedule_keeps_its_shape_when_a_stage_is_shortened(ladder):
+  stage = ladder.stages[0]
+  stage.num_epochs = 12.0
+  stage.schedule = 'step'
+  stage.milestones = (6.0, 9.0)
+  stage.warmup_epochs = 1.5
+  stage.phases = (
+    {'from_epoch': 4, 'batch_size': 24},
+    {'from_epoch': 5, 'batch_size': 16},
+    {'from_epoch': 9, 'batch_size': 8},
+  )
+  ladder.stages = [stage]
+  (short,) = budgets.set_length(ladder, 'ten', 4.0).stages
+  assert (short.num_epochs, short.warmup_epochs) == (4.0, 0.5)
+  assert short.milestones == pytest.approx((2.0, 3.0))
+  # Whole epochs, one after the other.
+  assert [p['from_epoch'] for p in short.phases] == [1, 2, 3]
+  assert ladder.stages[0].num_epochs == 12.0
+  (found,) = stages.create_stages(budgets.set_length(ladder, 'ten', 6.0))
+  steps = epochs.count_steps(found, NUM_IMAGES)
+  assert steps.milestones[0] == steps.step_at(3.0)

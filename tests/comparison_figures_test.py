@@ -1,0 +1,331 @@
+"""Pictures and tables of comparisons: what they say, and that it is legible."""
+
+import csv
+import io
+import itertools
+
+import comparison_fixture
+import matplotlib.colors
+import matplotlib.image
+import matplotlib.text
+import numpy as np
+import pytest
+import rich.console
+
+from jaxprog.comparison import figures, statistics, tables
+
+create_run = comparison_fixture.create_run
+
+
+@pytest.fixture(scope='module')
+def grid_runs():
+  return comparison_fixture.create_grid()
+
+
+@pytest.fixture(scope='module')
+def arm_runs():
+  return comparison_fixture.create_arms()
+
+
+def texts_of(figure):
+  """Returns each text that is drawn with its box, in pixels."""
+  figure.canvas.draw()
+  renderer = figure.canvas.get_renderer()
+  texts = figure.findobj(
+    lambda x: isinstance(x, matplotlib.text.Text) and x.get_visible()
+  )
+  # Locators keep labels of ticks outside the axis; those are not drawn.
+  drawn = {
+    id(tick.label1) for axes in figure.axes for tick in _drawn_ticks(axes)
+  } | {id(tick.label2) for axes in figure.axes for tick in _drawn_ticks(axes)}
+  ticks = {
+    id(label)
+    for axes in figure.axes
+    for axis in (axes.xaxis, axes.yaxis)
+    for tick in (*axis.majorTicks, *axis.minorTicks)
+    for label in (tick.label1, tick.label2)
+  }
+  return [
+    (text.get_text(), text.get_window_extent(renderer))
+    for text in dict.fromkeys(texts)
+    if text.get_text().strip() and (id(text) in drawn or id(text) not in ticks)
+  ]
+
+
+def _drawn_ticks(axes):
+  for axis in (axes.xaxis, axes.yaxis):
+    low, high = sorted(axis.get_view_interval())
+    yield from (t for t in axis.get_major_ticks() if low <= t.get_loc() <= high)
+
+
+def check_texts(figure):
+  """Checks that no text leaves the canvas or lies on another one."""
+  texts = texts_of(figure)
+  width, height = figure.canvas.get_width_height()
+  for text, box in texts:
+    assert min(box.x0, box.y0) >= 0, text
+    assert max(box.x1 - width, box.y1 - height) <= 0, text
+  for (first, a), (second, b) in itertools.combinations(texts, 2):
+    across = min(a.x1, b.x1) - max(a.x0, b.x0)
+    down = min(a.y1, b.y1) - max(a.y0, b.y0)
+    # Boxes hold the room of the largest letters: two pixels may be shared.
+    assert min(across, down) < 2, (first, second)
+  return [text for text, _ in texts]
+
+
+def test_a_grid_has_a_heat_map_of_all_cells_and_curves_of_the_best(grid_runs):
+  grid = figures.find_grid(grid_runs)
+  figure = figures.draw_grid(grid_runs, grid)
+  heat, curves = figure.axes
+  texts = check_texts(figure)
+  scores = [
+    r['final_top1'] for r in grid_runs if r['cell'] == 'sgd / one_cycle'
+  ]
+  e = statistics.estimate(scores)
+  assert f'{100 * e.mean:.1f}\n± {100 * e.std:.1f}\nn = 3' in texts
+  assert sum('n = 2\n1 diverged' in text for text in texts) == 1
+  values = heat.images[0].get_array()
+  assert values.shape == (5, 4)
+  assert values[0, 0] == pytest.approx(100 * e.mean)
+  assert len(curves.lines) == 4
+  assert curves.lines[0].get_label() == 'sgd / one_cycle (n = 3)'
+  assert curves.lines[0].get_ydata()[-1] == pytest.approx(100 * e.mean)
+
+
+def test_letters_can_be_read_on_every_colour_of_the_map():
+  for value in np.linspace(0, 1, 101):
+    color = matplotlib.colormaps[figures.MAP](value)
+    letters = figures._on(color)
+    assert contrast(color, letters) > 3.9, value
+
+
+def contrast(first, second):
+  """Returns the contrast of two colours as WCAG 2 defines it."""
+  channels = [np.array(matplotlib.colors.to_rgb(c)) for c in (first, second)]
+  linear = [
+    np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    for c in channels
+  ]
+  low, high = sorted(c @ (0.2126, 0.7152, 0.0722) for c in linear)
+  return (high + 0.05) / (low + 0.05)
+
+
+def test_a_grid_is_found_only_where_every_pair_is_a_cell(grid_runs):
+  grid = figures.find_grid(grid_runs)
+  assert grid[:2] == ('optimizer', 'schedule')
+  assert grid.columns == ('one_cycle', 'cosine', 'step', 'polynomial')
+  assert figures.find_grid(grid_runs[3:]) is None
+  assert figures.find_grid(grid_runs[:6]) is None
+  assert figures.find_grid(grid_runs, ('optimizer', 'depth')) is None
+  swapped = figures.find_grid(grid_runs, ('schedule', 'optimizer'))
+  assert swapped.rows == grid.columns
+
+
+def test_cells_without_a_grid_stand_in_the_order_of_their_means(arm_runs):
+  figure = figures.draw_forest(arm_runs, 'ladder')
+  check_texts(figure)
+  (axes,) = figure.axes
+  labels = [label.get_text() for label in axes.get_yticklabels()]
+  means = {
+    cell: statistics.estimate(statistics.final_scores(runs).values()).mean
+    for cell, runs in statistics.by_cell(arm_runs).items()
+  }
+  assert labels == sorted(means, key=means.get, reverse=True)
+  # Dots, interval and mean of the first row.
+  dots, interval, mean = axes.lines[:3]
+  e = statistics.estimate(
+    [r['final_top1'] for r in arm_runs if r['cell'] == labels[0]]
+  )
+  assert len(dots.get_xdata()) == 3
+  assert tuple(interval.get_xdata()) == pytest.approx(
+    (100 * e.low, 100 * e.high)
+  )
+  assert mean.get_xdata()[0] == pytest.approx(100 * e.mean)
+  assert axes.lines[-1].get_xdata()[0] == pytest.approx(100 * means['ladder'])
+
+
+def test_cells_whose_runs_are_lost_are_drawn_last_and_say_so():
+  runs = [
+    create_run('lost', 0, status='diverged'),
+    create_run('lost', 1, status='failed'),
+    create_run('one', 0, 0.4),
+  ]
+  texts = check_texts(figures.draw_forest(runs))
+  assert '1 diverged, 1 failed' in texts
+  assert '40.0  n = 1' in texts
+
+
+def test_a_ladder_has_a_panel_for_each_cost(arm_runs):
+  figure = figures.draw_ladder(arm_runs, target=0.3)
+  texts = check_texts(figure)
+  assert [axes.get_xlabel() for axes in figure.axes] == [
+    'training images',
+    'training FLOPs',
+    'seconds',
+  ]
+  assert texts.count('imagenette ends') == texts.count('imagewoof ends') == 3
+  assert texts.count('target\n30.0%') == 1
+  for axes, unit in zip(figure.axes, (1, 2e9, 0.01), strict=True):
+    vertical = [
+      line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2
+    ]
+    for images in (4000, 11000):
+      assert np.isclose(vertical, images * unit).any()
+    assert 30 in [line.get_ydata()[0] for line in axes.lines]
+    assert len(axes.collections) == 7  # A band for each arm.
+
+
+def test_ladders_start_where_their_earlier_stages_end(arm_runs):
+  images = figures.draw_ladder(arm_runs).axes[0]
+  starts = {line.get_label(): line.get_xdata()[0] for line in images.lines}
+  assert starts['ladder (n = 3)'] == 12000
+  assert starts['last stage alone, equal FLOPs (n = 3)'] == 1000
+
+
+def test_arms_look_different(arm_runs):
+  images = figures.draw_ladder(arm_runs).axes[0]
+  lines = [line for line in images.lines if 'n = ' in line.get_label()]
+  assert len({line.get_color() for line in lines}) == len(lines) == 7
+  dashes = {line.get_label()[:6]: line.get_linestyle() for line in lines}
+  assert dashes == {'ladder': '-', 'last s': '--'}
+
+
+def test_names_of_stages_that_end_close_together_do_not_touch(arm_runs):
+  ends = ((2000, 'imagenette'), (3500, 'imagewoof-with-a-long-name'))
+  ends = (*ends, (5000, 'tiny_imagenet'), (11000, 'mini_imagenet'))
+  boundaries = [comparison_fixture.create_boundary(*end) for end in ends]
+  runs = [{**r, 'boundaries': r['boundaries'] and boundaries} for r in arm_runs]
+  check_texts(figures.draw_ladder(runs, target=0.5))
+
+
+def test_the_ladder_of_one_run_and_of_none_is_drawn():
+  check_texts(figures.draw_ladder([create_run('a', 0)], target=0.2))
+  check_texts(figures.draw_ladder([create_run('a', 0, status='failed')], 0.2))
+
+
+def test_long_names_stay_on_the_canvas(grid_runs):
+  name = 'an_optimizer_with_a_name_of_no_reasonable_length'
+  runs = [
+    {
+      **run,
+      'cell': run['cell'].replace('sgd', name),
+      'overrides': {
+        k: v.replace('sgd', name).replace('step', name)
+        for k, v in run['overrides'].items()
+      },
+    }
+    for run in grid_runs
+  ]
+  check_texts(figures.draw_grid(runs, figures.find_grid(runs)))
+  check_texts(figures.draw_forest(runs))
+  check_texts(figures.draw_ladder(runs, target=0.3))
+
+
+def test_pictures_are_written(tmp_path, grid_runs, arm_runs):
+  path = tmp_path / 'optimizer_scheduler_comparison.png'
+  figures.plot_comparison(grid_runs, path)
+  heat = matplotlib.image.imread(path)
+  figures.plot_comparison(arm_runs, path, reference='ladder')
+  assert matplotlib.image.imread(path).shape != heat.shape
+  figures.plot_ladder(arm_runs, tmp_path / 'ladder.png', target=0.3)
+  assert matplotlib.image.imread(tmp_path / 'ladder.png').shape[1] == 1820
+
+
+def terminal(runs, reference):
+  console = rich.console.Console(width=80, file=io.StringIO())
+  summaries = tables.summarize(runs, reference)
+  console.print(tables.comparison_table(summaries, reference))
+  return console.file.getvalue()
+
+
+def test_a_table_fits_80_columns_and_keeps_its_numbers(grid_runs):
+  text = terminal(grid_runs, 'sgd / one_cycle')
+  assert max(map(len, text.splitlines())) <= 80
+  lines = text.splitlines()
+  assert any('sgd / cosine' in x and '58.02  1.17' in x for x in lines)
+  assert '2 done, 1' in text
+  words = ' '.join(text.split())
+  assert 'Of 60 runs 1 diverged: counted here, in no mean.' in words
+  assert 'The best of 20 cells is chosen on these same runs' in words
+  assert 'of 19 independent comparisons' in words
+
+
+def test_a_summary_adjusts_p_values_for_the_number_of_cells():
+  finals = {
+    'a': (0.4, 0.41, 0.42),
+    'b': (0.3, 0.32, 0.31),
+    'c': (0.4, 0.4, 0.4),
+  }
+  runs = [
+    create_run(cell, i, x)
+    for cell in finals
+    for i, x in enumerate(finals[cell])
+  ]
+  a, b, c = tables.summarize(runs, 'a')
+  assert a.comparison is None
+  assert a.p_value is None
+  p = {k: statistics.paired_p_value(finals[k], finals['a']) for k in 'bc'}
+  assert b.p_value == pytest.approx(2 * p['b'])
+  assert c.p_value == pytest.approx(p['c'])
+  assert b.comparison.estimate.mean == pytest.approx(-0.1)
+  assert b.costs == {
+    'epochs': 4,
+    'images': 4000,
+    'flops': 8e12,
+    'seconds': 40,
+  }
+
+
+def test_an_unknown_reference_is_an_error(grid_runs):
+  with pytest.raises(ValueError, match='No cell'):
+    tables.summarize(grid_runs, 'nothing')
+
+
+def test_a_cell_without_a_finished_run_stays_in_the_table():
+  runs = [
+    create_run('a', 0, 0.4),
+    create_run('b', 0, None, status='failed', curve=[], learning_rate=None),
+  ]
+  text = terminal(runs, 'a')
+  assert '1 failed' in text
+  assert '40.00' in text
+  assert (
+    len(tables.markdown_table(tables.summarize(runs, 'a')).split('\n')) == 5
+  )
+
+
+def test_every_run_and_every_cell_is_a_row(tmp_path, grid_runs):
+  tables.write_csv(tmp_path / 'runs.csv', tables.run_rows(grid_runs))
+  summaries = tables.summarize(grid_runs, 'sgd / one_cycle')
+  tables.write_csv(tmp_path / 'cells.csv', tables.cell_rows(summaries))
+  runs = list(csv.DictReader((tmp_path / 'runs.csv').open()))
+  cells = list(csv.DictReader((tmp_path / 'cells.csv').open()))
+  assert (len(runs), len(cells)) == (60, 20)
+  assert runs[-1]['status'] == 'diverged'
+  assert runs[0]['override:optimizer'] == 'sgd'
+  assert runs[-1]['images'] == ''
+  assert float(runs[0]['final_top1']) == grid_runs[0]['final_top1']
+  assert float(runs[0]['flops']) == 2.4e13
+  assert cells[0]['difference_mean'] == ''
+  assert cells[-1]['done'] == '2'
+  expected = summaries[1].comparison.estimate
+  assert float(cells[1]['difference_low']) == expected.low
+  assert float(cells[1]['p_holm']) == summaries[1].p_value
+
+
+def test_a_page_has_the_same_numbers(grid_runs):
+  summaries = tables.summarize(grid_runs, 'sgd / one_cycle')
+  lines = tables.markdown_table(summaries).splitlines()
+  assert len(lines) == 22
+  assert len({line.count('|') for line in lines}) == 1
+  assert lines[3].startswith(
+    '| sgd / cosine | 3 | 58.02 | 1.17 | [55.12, 60.91]'
+  )
+
+
+@pytest.mark.parametrize(
+  ('value', 'text'),
+  [(12, '12'), (999.6, '1k'), (128000, '128k'), (1.281e6, '1.28M'), (0, '0')],
+)
+def test_counts_are_short(value, text):
+  assert tables.format_count(value) == text

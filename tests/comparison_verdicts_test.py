@@ -1,0 +1,234 @@
+import math
+
+import comparison_fixture
+import pytest
+
+from jaxprog.comparison import statistics, verdicts
+
+run, cell = comparison_fixture.create_run, comparison_fixture.create_cell
+SPREAD = (-0.01, 0.0, 0.01)
+
+
+def arm(name, level, spread=SPREAD, **fields):
+  finals = [level + x for x in spread]
+  return verdicts.Arm(name, cell(name, finals, **fields))
+
+
+def at_target(name, costs, finals):
+  """Returns an arm whose runs reach 30% after `costs` thousand images."""
+  runs = []
+  for seed, (cost, final) in enumerate(zip(costs, finals, strict=True)):
+    curve = comparison_fixture.create_curve([0.3, final], step=1000 * cost)
+    runs.append(run(name, seed, final, curve=curve))
+  return verdicts.Arm(name, runs)
+
+
+def sentence(a, b, axis='flops'):
+  return verdicts.compare_sentence(a, b, 0.3, axis)
+
+
+LEVEL = (0.4, 0.42, 0.41)
+
+
+def test_the_target_reached_sooner():
+  a = at_target('the ladder', (8, 8.2, 8.4), LEVEL)
+  b = at_target('the control', (10, 10, 10), (0.41, 0.41, 0.41))
+  assert sentence(a, b) == (
+    'the ladder reached 30.0% top-1 sooner, after 0.82x [0.77, 0.87] of the '
+    'FLOPs; final accuracy +0.0 [-2.5, 2.5] points: no difference shown, n = 3'
+  )
+
+
+def test_the_target_reached_later():
+  a = at_target('the ladder', (12, 12.2, 12.4), LEVEL)
+  b = at_target('the control', (10, 10, 10), (0.38, 0.4, 0.391))
+  assert sentence(a, b, 'images') == (
+    'the ladder reached 30.0% top-1 later, after 1.22x [1.17, 1.27] of the '
+    'images; final accuracy +2.0 [1.8, 2.1] points: better, n = 3'
+  )
+
+
+def test_the_target_reached_with_no_difference_shown():
+  a = at_target('the ladder', (9, 10, 11), LEVEL)
+  b = at_target('the control', (10, 10, 10), (0.43, 0.45, 0.441))
+  assert sentence(a, b, 'seconds') == (
+    'the ladder reached 30.0% top-1 after 1.00x [0.78, 1.28] of the seconds: '
+    'no difference shown; final accuracy -3.0 [-3.2, -2.9] points: worse, '
+    'n = 3'
+  )
+
+
+def test_the_target_reached_by_some():
+  a = arm('the ladder', 0.3)
+  b = arm('the control', 0.35)
+  assert verdicts.target_sentence(a, b, 0.3, 'flops') == (
+    '30.0% top-1 was reached by 2 of 3 runs of the ladder and 3 of 3 runs of '
+    'the control'
+  )
+
+
+def test_the_target_reached_by_none():
+  a, b = arm('the ladder', 0.2), arm('the control', 0.2, (0.0,))
+  assert verdicts.target_sentence(a, b, 0.3, 'flops') == (
+    '30.0% top-1 was reached by none of 3 runs of the ladder and none of 1 run '
+    'of the control'
+  )
+
+
+def test_one_run_each():
+  a = at_target('the ladder', (8,), (0.41,))
+  b = at_target('the control', (10,), (0.4,))
+  assert sentence(a, b) == (
+    'the ladder reached 30.0% top-1 after 0.80x of the FLOPs; final accuracy '
+    '+1.0 points; one run each: nothing can be said of the spread'
+  )
+
+
+def test_one_run_against_several():
+  text = verdicts.accuracy_sentence(arm('a', 0.4, (0.0,)), arm('b', 0.4))
+  assert text == (
+    'final accuracy +1.0 points; n = 1 pair of 1 and 3 runs: nothing can be '
+    'said of the spread'
+  )
+
+
+def test_unequal_numbers_of_runs_that_pair():
+  a, b = arm('a', 0.4), arm('b', 0.4, (*SPREAD, 0.5))
+  assert verdicts.accuracy_sentence(a, b) == (
+    'final accuracy +0.0 [0.0, 0.0] points: no difference shown, n = 3 pairs '
+    'of 3 and 4 runs'
+  )
+
+
+def test_unequal_numbers_of_runs_that_do_not_pair():
+  a = arm('a', 0.4)
+  b = verdicts.Arm('b', [run('b', 7, 0.4), run('b', 8, 0.41)])
+  assert verdicts.accuracy_sentence(a, b) == (
+    'final accuracy -0.5 [-3.0, 2.0] points: no difference shown, n = 3 and 2, '
+    'unpaired'
+  )
+
+
+def test_runs_that_are_not_in_the_mean_are_said():
+  a = arm('the ladder', 0.4)
+  a.runs.append(run('a', 3, status='diverged'))
+  a.runs.append(run('a', 4, status='failed'))
+  b = verdicts.Arm('b', [*arm('b', 0.4).runs, run('b', 3, status='failed')])
+  assert verdicts.lost_runs(a, b) == [
+    'of 5 runs of the ladder 1 diverged and 1 failed, not in the mean',
+    'of 4 runs of b 1 failed, not in the mean',
+  ]
+  assert sentence(a, b).endswith('; '.join(['', *verdicts.lost_runs(a, b)]))
+
+
+def test_no_run_at_all():
+  a, b = arm('the ladder', 0.4), arm('the control', 0.4, status='failed')
+  assert sentence(a, b) == (
+    'no run of the control finished: nothing can be compared'
+  )
+
+
+def test_a_shown_difference_is_never_printed_as_if_it_touched_zero():
+  e = statistics.Estimate(0.004, 0.001, 0.0003, 0.0077, 3)
+  assert verdicts.format_points(e) == '+0.40 [0.03, 0.77]'
+  e = statistics.Estimate(0.95, 0.1, 0.91, 0.997, 3)
+  assert verdicts.format_ratio(e) == '0.950x [0.910, 0.997]'
+
+
+def test_what_rounds_to_nothing_has_no_sign():
+  e = statistics.Estimate(-0.0001, 0.1, -0.0002, 0.004, 3)
+  assert verdicts.format_points(e) == '+0.0 [0.0, 0.4]'
+
+
+@pytest.mark.parametrize(
+  ('level', 'word'),
+  [
+    (0.45, 'pays'),
+    (0.35, 'does not pay'),
+    (0.4, 'not shown'),
+  ],
+)
+def test_an_answer_follows_the_final_accuracy(level, word):
+  a, b = arm('a', level, (-0.001, 0.0, 0.002)), arm('b', 0.4)
+  assert verdicts.answer(a, b).word == word
+
+
+def test_one_run_each_answers_nothing():
+  a, b = arm('a', 0.9, (0.0,)), arm('b', 0.1, (0.0,))
+  assert verdicts.answer(a, b).word == 'not shown'
+
+
+def test_an_arm_whose_runs_diverge_does_not_win_by_those_that_are_left():
+  a, b = arm('the ladder', 0.5), arm('the control', 0.4)
+  a.runs.append(run('a', 3, status='diverged'))
+  found = verdicts.answer(a, b)
+  assert (found.word, found.reason) == (
+    'not shown',
+    'runs of the ladder diverged',
+  )
+  # It may lose by them, though.
+  assert verdicts.answer(b, a).word == 'not shown'
+  worse = verdicts.Arm('c', [*arm('c', 0.3).runs, a.runs[-1]])
+  assert verdicts.answer(worse, b).word == 'does not pay'
+
+
+def test_the_first_line_answers_for_each_control():
+  ladder = arm('the ladder', 0.4, (0, 0.01, 0.021))
+  answers = {
+    'flops': verdicts.answer(ladder, arm('b', 0.38, (0, 0.01, 0.02))),
+    'images': verdicts.answer(ladder, arm('c', 0.42, (0, 0.01, 0.02))),
+    'seconds': verdicts.answer(ladder, arm('d', 0.4, (0.02, 0, 0.02))),
+  }
+  assert verdicts.overall('the ladder', answers) == (
+    'The ladder pays at equal FLOPs (+2.0 [1.9, 2.2] points, n = 3); it does '
+    'not pay at equal images (-2.0 [-2.1, -1.8] points, n = 3); it is not '
+    'shown to pay at equal seconds (-0.3 [-4.1, 3.5] points, n = 3).'
+  )
+
+
+def test_the_first_line_joins_controls_of_the_same_answer():
+  ladder, control = arm('the ladder', 0.4), arm('b', 0.3, (0, 0.01, 0.02))
+  found = verdicts.answer(ladder, control)
+  text = verdicts.overall('the ladder', {'flops': found, 'images': found})
+  assert text == (
+    'The ladder pays at equal FLOPs (+9.0 [9.0, 9.0] points, n = 3) and at '
+    'equal images (+9.0 [9.0, 9.0] points, n = 3).'
+  )
+
+
+def test_the_first_line_says_where_there_was_nothing_to_compare():
+  lost = arm('the control', 0.4, status='failed')
+  found = verdicts.answer(arm('the ladder', 0.4), lost)
+  assert verdicts.overall('the ladder', {'flops': found}) == (
+    'The ladder is not shown to pay at equal FLOPs (no run of the control '
+    'finished).'
+  )
+
+
+def test_no_sentence_calls_two_arms_equal():
+  a, b = arm('a', 0.4), arm('b', 0.4)
+  assert 'equal' not in sentence(a, b)
+
+
+def test_many_comparisons_are_said_to_be_many():
+  assert verdicts.multiplicity_note(1) == ''
+  assert verdicts.multiplicity_note(3) == (
+    'Each interval holds 95% by itself: of 3 independent comparisons without '
+    'any difference, at least one would show one in 14% of all cases.'
+  )
+
+
+def test_the_best_cell_is_said_to_be_chosen():
+  cells = [statistics.estimate([0.3, 0.3 + 0.02 * math.sqrt(2)])] * 2
+  # A standard error of 2 / sqrt(2) points, of which the best of two leads by
+  # 1 / sqrt(pi).
+  assert verdicts.selection_note(cells) == (
+    'The best of 2 cells is chosen on these same runs, so its mean is too '
+    'high: were all cells alike, it would still come out about 0.8 points '
+    'above their average. Run it again with new seeds before its number is '
+    'quoted.'
+  )
+  assert verdicts.selection_note(cells[:1]) == ''
+  assert verdicts.selection_note([statistics.estimate([0.3])] * 3).endswith(
+    'one run each, so nothing can be said of by how much.'
+  )

@@ -1,0 +1,237 @@
+import csv
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import runs
+import tiny_config
+from flax import linen as nn
+
+import jaxprog
+from jaxprog.data import sources
+from jaxprog.tools import evaluate as tool
+
+
+def create_config(data_dir):
+  config = tiny_config.get_config(data_dir)
+  config.stages = config.stages[:2]
+  three, ten = config.stages
+  three['eval_split'] = 'holdout:30%'
+  ten['ema_decay'] = 0.9
+  return config
+
+
+@pytest.fixture(scope='module')
+def config(data_dir):
+  return create_config(data_dir)
+
+
+@pytest.fixture(scope='module')
+def workdir(config, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('trained')
+  jaxprog.train(config, workdir)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def digits(data_dir):
+  return sources.load_dataset('digits', data_dir)
+
+
+@pytest.fixture(scope='module')
+def best(config, workdir):
+  return jaxprog.evaluate(config, workdir)
+
+
+def write_folder(root, split, classes, broken=''):
+  """Writes the digits of `split` that are in `classes` as folder:ROOT."""
+  for i, label in enumerate(split.labels.tolist()):
+    if str(label) in classes:
+      for part in ('train', 'val'):
+        path = pathlib.Path(root, part, str(label), f'{i}.png')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(split.records.original(i))
+  if broken:
+    pathlib.Path(root, broken).write_bytes(b'\x89PNG\r\n\x1a\n nothing more')
+  return f'folder:{root}'
+
+
+def test_the_command_line_prints_the_best_top1_of_the_log(run_main, workdir):
+  result = run_main('--mode=eval', f'--workdir={workdir}')
+  assert result.returncode == 0, result.stderr
+  best = runs.read_history(workdir)['stages'][-1]['best']['top1']
+  assert result.stdout == f'{100 * best:.1f}\n'
+  for text in ('ten, best weights', 'top-5', 'most often mistaken'):
+    assert text in result.stderr
+  assert str(workdir / 'eval' / 'ten-best.csv') in result.stderr
+  overall = json.loads((workdir / 'eval' / 'ten-best.json').read_text())
+  assert overall['top1'] == best
+
+
+@pytest.mark.parametrize('weights', ['best', 'final', 'ema'])
+def test_the_scores_are_those_of_the_log(config, workdir, weights):
+  ten = runs.read_history(workdir)['stages'][1]
+  found = jaxprog.evaluate(config, workdir, weights=weights)
+  row = ten['epochs'][found['epoch'] - 1]
+  prefix = 'ema' if weights == 'ema' else 'val'
+  assert {name: found[name] for name in ('loss', 'top1', 'top5')} == {
+    name: row[f'{prefix}_{name}'] for name in ('loss', 'top1', 'top5')
+  }
+  if weights == 'best':
+    assert found['top1'] == ten['best']['top1']
+  if weights == 'ema':
+    assert found['top1'] == max(x['ema_top1'] for x in ten['epochs'])
+  if weights == 'final':
+    assert row == ten['epochs'][-1]
+
+
+def test_a_hold_out_s_choice_is_scored_on_the_validation_images(
+  config, workdir
+):
+  three = runs.read_history(workdir)['stages'][0]
+  found = jaxprog.evaluate(config, workdir, stage='three')
+  assert found['count'] == three['validation']['num_images']
+  assert found['top1'] == three['validation']['top1']
+
+
+def test_classes_and_calibration_are_those_of_the_log(workdir, best):
+  noted = runs.read_history(workdir)['stages'][1]['diagnostics']
+  assert (best['nll'], best['ece']) == (noted['nll'], noted['ece'])
+  counts = [[x['images'], x['right']] for x in best['per_class']]
+  assert counts == noted['per_class']
+  wrong = [x for x in noted['confusions'] if x['label'] != x['predicted']]
+  assert best['confusions'] == [
+    {
+      'class': str(x['label']),
+      'predicted': str(x['predicted']),
+      'count': x['count'],
+    }
+    for x in wrong
+  ]
+  assert sum(x['count'] for x in wrong) == round(360 * (1 - best['top1']))
+
+
+def test_the_csv_has_a_row_for_each_class(workdir, best):
+  with open(workdir / 'eval' / 'ten-best.csv') as file:
+    rows = list(csv.DictReader(file))
+  assert [x['class'] for x in rows] == [str(i) for i in range(10)]
+  assert sum(int(x['images']) for x in rows) == best['count'] == 360
+  right = sum(int(x['right']) for x in rows)
+  assert right / 360 == pytest.approx(best['top1'], abs=1e-12)
+  for x in rows:
+    assert float(x['top1']) == int(x['right']) / int(x['images'])
+
+
+def test_other_data_with_some_of_the_classes_goes_by_name(
+  config, workdir, best, digits, tmp_path, capsys
+):
+  own = {x['class']: x for x in best['per_class']}
+  other = write_folder(tmp_path / 'some', digits.eval, ('9', '4'))
+  capsys.readouterr()
+  found = jaxprog.evaluate(config, workdir, dataset=other)
+  assert found['per_class'] == [own['4'], own['9']]
+  assert found['count'] == own['4']['images'] + own['9']['images']
+  captured = capsys.readouterr()
+  assert 'has 2 of the 10 classes' in captured.err.replace('\n', ' ')
+  assert not captured.out
+  assert len(list((workdir / 'eval').glob('ten-best-some-*.csv'))) == 1
+
+
+def test_labels_go_by_name_whatever_the_order(digits):
+  turned = tool.relabel(digits, digits.classes[::-1], digits.classes[::-1])
+  assert turned.classes == digits.classes[::-1]
+  for before, after in (
+    (digits.eval, turned.eval),
+    (digits.train, turned.train),
+  ):
+    np.testing.assert_array_equal(after.labels, 9 - before.labels)
+    assert after.records[7]['wnid'] == before.records[7]['wnid']
+
+
+def test_unknown_classes_are_named(config, workdir, digits, tmp_path):
+  other = write_folder(tmp_path, digits.eval, ('1', '8', '9'))
+  with pytest.raises(jaxprog.UserError) as e:
+    jaxprog.evaluate(config, workdir, stage='three', dataset=other)
+  assert "it has '8', '9', which they do not" in str(e.value)
+  assert "they know 3: '1', '3', '5'" in str(e.value)
+
+
+def test_undecodable_images_count_as_wrong_and_are_named(
+  config, workdir, best, digits, tmp_path, capsys
+):
+  other = write_folder(tmp_path, digits.eval, ('6',), 'val/6/bad.png')
+  found = jaxprog.evaluate(config, workdir, dataset=other)
+  (six,), sound = found['per_class'], best['per_class'][6]
+  assert (six['images'], six['right']) == (sound['images'] + 1, sound['right'])
+  assert found['confusions'] == [
+    x for x in best['confusions'] if x['class'] == '6'
+  ]
+  assert list(found['bad_images']) == ['6/bad.png']
+  assert '6/bad.png' in capsys.readouterr().err
+
+
+def test_no_image_is_a_mistake(digits):
+  nothing = digits.eval.select(np.zeros(len(digits.eval), bool))
+  with pytest.raises(jaxprog.UserError, match='no image to evaluate on'):
+    tool.check_images(dataclasses.replace(digits, eval=nothing))
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('model', 'resnet18'),
+    ('num_filters', 8),
+    ('stem_kernel', 7),
+    ('std_rgb', (0.5, 0.5, 0.5)),
+  ],
+)
+def test_another_config_than_the_weights_is_a_mistake(
+  data_dir, workdir, field, value
+):
+  config = create_config(data_dir)
+  config[field] = value
+  with pytest.raises(jaxprog.UserError, match=f'trained with {field} '):
+    jaxprog.evaluate(config, workdir)
+
+
+def test_another_image_size_than_the_weights_is_a_mistake(data_dir, workdir):
+  config = create_config(data_dir)
+  config.stages[1]['image_size'] = 16
+  with pytest.raises(jaxprog.UserError, match='trained with image_size 8'):
+    jaxprog.evaluate(config, workdir)
+  config = create_config(data_dir)
+  config.stages[1]['eval_image_size'] = 16
+  assert jaxprog.evaluate(config, workdir)['count'] == 360
+
+
+class Linear(nn.Module):
+  num_classes: int
+  image_size: int
+  dtype: type
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    del train
+    return nn.Dense(self.num_classes, name='head')(x.reshape(len(x), -1))
+
+
+def test_weights_of_another_network_are_a_mistake(config, workdir):
+  with pytest.raises(jaxprog.UserError, match="not of the config's network"):
+    tool.evaluate(config, workdir, model=Linear)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'expected'),
+  [
+    ({'weights': 'worst'}, 'Unknown weights'),
+    ({'stage': 'tne'}, "Did you mean 'ten'"),
+    ({'stage': 'three', 'weights': 'ema'}, 'no ema weights'),
+    ({'dataset': 'digit'}, "Did you mean 'digits'"),
+    ({'dataset': 'folder:/nowhere'}, 'no folder'),
+  ],
+)
+def test_mistakes_are_told(config, workdir, arguments, expected):
+  with pytest.raises(jaxprog.UserError, match=expected):
+    jaxprog.evaluate(config, workdir, **arguments)

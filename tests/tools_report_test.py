@@ -1,0 +1,216 @@
+import contextlib
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent import futures
+
+import history_fixture
+import pytest
+import tiny_config
+
+import jaxprog
+from jaxprog import files
+from jaxprog.reporting import history as history_lib
+from jaxprog.reporting import outputs, rundir, side_by_side
+from jaxprog.tools import report
+
+REPORTS = 'training_report.txt', 'training_metrics.png', 'report.html'
+
+
+def create_workdir(path, epochs=(3, 2), seed=0, config=None):
+  history = history_fixture.create_history(epochs, seed)
+  files.write_json(path / 'training_history.json', history)
+  if config is not None:
+    files.write_json(path / 'config.json', config)
+  return path
+
+
+def create_config(**stage_fields):
+  stages = [
+    {'name': x, 'batch_size': 64, 'flip': True, **stage_fields}
+    for x in ('imagenette', 'tiny_imagenet')
+  ]
+  return {'seed': 0, 'model': 'resnet50', 'stages': stages}
+
+
+@pytest.fixture(scope='module')
+def watched(data_dir, tmp_path_factory):
+  """Trains two epochs; returns the workdir and the pages seen meanwhile."""
+  workdir = tmp_path_factory.mktemp('trained') / 'run'
+  pages, over = [], threading.Event()
+
+  def watch():
+    while not over.wait(0.02):
+      with contextlib.suppress(FileNotFoundError):
+        page = (workdir / 'report.html').read_text()
+        if page not in pages:
+          pages.append(page)
+
+  watcher = threading.Thread(target=watch)
+  watcher.start()
+  try:
+    config = tiny_config.get_config(data_dir)
+    jaxprog.train(config, workdir, only=('three',))
+  finally:
+    over.set()
+    watcher.join()
+  return workdir, pages
+
+
+@pytest.fixture(scope='module')
+def trained(watched):
+  return watched[0]
+
+
+def test_the_page_grows_with_the_run(watched):
+  _, pages = watched
+  assert len(pages) >= 2
+  assert any('not finished, 1 of 2 epochs' in page for page in pages)
+  assert 'not finished' in pages[0]
+
+
+def test_the_command_line_leaves_what_training_has_left(
+  trained, tmp_path, run_main
+):
+  kept = {name: (trained / name).read_bytes() for name in REPORTS}
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  # No checkpoints, no data: the history and what was written beside it.
+  for name in ('training_history.json', 'config.json', 'environment.json'):
+    shutil.copy(trained / name, workdir / name)
+  process = run_main('--mode=report', f'--workdir={workdir}')
+  assert process.returncode == 0, process.stderr
+  assert process.stdout.splitlines() == [str(workdir / x) for x in REPORTS]
+  for name in REPORTS:
+    assert (workdir / name).read_bytes() == kept[name]
+  text = kept['training_report.txt'].decode()
+  assert "Not run, of this config's stages: ten, ten_again." in text
+
+
+def test_neither_jax_nor_tensorflow_is_needed(tmp_path):
+  workdir = create_workdir(tmp_path)
+  program = (
+    'import sys, jaxprog; jaxprog.write_report([sys.argv[1]]);'
+    'assert not {"jax", "tensorflow", "cv2"} & sys.modules.keys()'
+  )
+  subprocess.run([sys.executable, '-c', program, workdir], check=True)
+
+
+def test_the_history_says_how_the_rate_went_within_epochs(trained):
+  history = history_lib.load_history(trained / 'training_history.json')
+  rates = history['stages'][0]['learning_rates']
+  assert len(rates) == 200
+  # one_cycle, as jaxprog.optim.schedules has it: 0.01 / 25 at first.
+  assert rates[0] == pytest.approx(0.01 / 25)
+  assert max(rates) == pytest.approx(0.01, rel=0.02)
+
+
+def test_at_most_one_page_waits(tmp_path):
+  submitted = []
+
+  class Counting(futures.ThreadPoolExecutor):
+    def submit(self, function, *arguments):
+      submitted.append(function)
+      return super().submit(function, *arguments)
+
+  create_workdir(tmp_path)
+  gate = threading.Event()
+  with Counting(1) as executor:
+    executor.submit(gate.wait)
+    reporter = outputs.Reporter(executor, tmp_path, list)
+    for _ in range(5):
+      reporter.refresh()
+    assert submitted.count(outputs.write_page) == 1
+    assert not (tmp_path / 'report.html').exists()
+    gate.set()
+    reporter.write().result()
+    assert 'imagenette' in (tmp_path / 'report.html').read_text()
+    reporter.refresh()
+    assert submitted.count(outputs.write_page) == 2
+
+
+def test_reports_of_a_run_without_a_history_are_left_out(tmp_path):
+  with futures.ThreadPoolExecutor(1) as executor:
+    outputs.Reporter(executor, tmp_path, list).write().result()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_history_is_named_and_nothing_written(tmp_path):
+  there = create_workdir(tmp_path / 'a')
+  with pytest.raises(jaxprog.UserError, match='no training history') as e:
+    report.write_report([there, tmp_path / 'b'])
+  assert str(tmp_path / 'b') in str(e.value)
+  assert [x.name for x in there.iterdir()] == ['training_history.json']
+  with pytest.raises(jaxprog.UserError, match='no --workdir'):
+    report.write_report([''])
+
+
+def test_damaged_files_beside_the_history_count_as_missing(tmp_path):
+  workdir = create_workdir(tmp_path)
+  (workdir / 'config.json').write_text('{"stages": [')
+  (workdir / 'environment.json').write_text('[]')
+  (workdir / 'incidents.jsonl').write_text('{"kind": "sig')
+  run = rundir.read_run(workdir)
+  assert (run.config, run.environment, run.incidents) == (None, None, [])
+  report.write_report([workdir])
+  assert 'no config.json' in (workdir / 'report.html').read_text()
+
+
+def test_several_runs_stand_side_by_side(tmp_path, capsys):
+  first = create_workdir(
+    tmp_path / 'first', config=create_config(learning_rate=0.1)
+  )
+  second = create_workdir(
+    tmp_path / 'second',
+    (4, 2),
+    seed=1,
+    config=create_config(learning_rate=0.2),
+  )
+  third = create_workdir(tmp_path / 'third', (2,))
+  report.write_report([first, second, third])
+  printed = capsys.readouterr().out.split()
+  assert printed[-1] == str(first / 'comparison.html')
+  assert len(printed) == 10
+  page = (first / 'comparison.html').read_text()
+  for workdir in (first, second, third):
+    assert (workdir / 'report.html').exists()
+    history = json.loads((workdir / 'training_history.json').read_text())
+    for stage in history['stages']:
+      assert f'{stage["best"]["top1"]:.1%}' in page
+  assert 'n = 1' in page
+  assert 'not run' in page
+  assert 'Without a config.json: third.' in page
+
+
+def texts(page):
+  """Returns the words of a page, without its elements."""
+  return ' '.join(html.unescape(re.sub(r'<[^>]*>', ' ', page)).split())
+
+
+def test_only_what_differs_between_configs_is_shown(tmp_path):
+  one, other = create_config(learning_rate=0.1), create_config()
+  other['stages'][1]['flip'] = False
+  history = history_fixture.create_history((2, 2))
+  page = texts(
+    side_by_side.side_by_side(
+      [
+        rundir.Run('one', history, one),
+        rundir.Run('other', history, other),
+      ]
+    )
+  )
+  # The same in all stages: once; else by stage.
+  assert '*.learning_rate 0.1 not set' in page
+  assert 'tiny_imagenet.flip yes no' in page
+  assert 'imagenette.flip' not in page.replace('tiny_imagenet.flip', '')
+  assert 'batch_size' not in page
+  same = side_by_side.side_by_side(
+    [rundir.Run('a', history, one), rundir.Run('a', history, one)]
+  )
+  assert 'Config differences None.' in texts(same)
+  assert 'a (1)' in same
+  assert 'a (2)' in same

@@ -1,0 +1,118 @@
+import csv
+import json
+import sqlite3
+
+import pytest
+import runs
+
+from configs import tune_default
+from jaxprog import errors
+from jaxprog.tools import tune
+from tests import tiny_config
+
+RATE = {'field': 'stages[0].learning_rate', 'log': (1e-3, 1e-1)}
+
+
+def create_config(data_dir='data', **fields):
+  config = tune_default.tune_defaults()
+  config.base = tiny_config.get_config(data_dir)
+  config.base.stages = config.base.stages[:1]
+  config.search = (
+    RATE,
+    {'field': 'stages[0].weight_decay', 'choice': (0.0, 0.1)},
+  )
+  for field, value in fields.items():
+    config[field] = value
+  return config
+
+
+@pytest.mark.parametrize(
+  ('fields', 'what'),
+  [
+    ({'search': ()}, 'nothing to search'),
+    ({'search': ({'field': 'seed'},)}, "has 'field' and one of"),
+    ({'search': ({**RATE, 'log': (0.1, 0.01)},)}, 'lower one first'),
+    ({'search': ({**RATE, 'log': (0, 1)},)}, 'above 0'),
+    (
+      {'search': ({**RATE, 'field': 'stages[0].learning_rat'},)},
+      'learning_rat',
+    ),
+    ({'search': ({**RATE, 'log': (1e-3, 'a')},)}, 'needs two numbers'),
+    ({'sampler': 'grid'}, 'one of random, tpe'),
+    ({'only': ('four',)}, 'four'),
+    (
+      {'search': ({'field': 'stages[0].momentum', 'uniform': (0.5, 1.5)},)},
+      'momentum',
+    ),
+  ],
+)
+def test_mistakes_are_found_before_anything_runs(fields, what, tmp_path):
+  with pytest.raises(errors.UserError, match=what):
+    tune.tune(create_config(**fields), tmp_path / 'tune')
+  assert not (tmp_path / 'tune').exists()
+
+
+def kill_in_second_trial(arguments, workdir):
+  process = runs.start_main(*arguments)
+  runs.wait_for_step(process, workdir / 'trials' / '0001', 'three', 9)
+  process.kill()
+  process.communicate()
+
+
+def test_a_search_goes_on_where_it_was_killed(run_main, data_dir, tmp_path):
+  workdir = tmp_path / 'tune'
+  arguments = (
+    '--mode=tune',
+    f'--config=tests/tune_config.py:{data_dir}',
+    f'--workdir={workdir}',
+    '--config.num_trials=3',
+  )
+  kill_in_second_trial(arguments, workdir)
+  finished = run_main(*arguments)
+  assert finished.returncode == 0, finished.stderr + finished.stdout
+  found = json.loads((workdir / 'tune.json').read_text())
+  assert len(found['trials']) == 3
+  assert sorted(x['directory'] for x in found['trials'])[:2] == ['0000', '0001']
+  history = runs.read_history(workdir / 'trials' / '0001')
+  assert history['stages'][0]['resumed_at_steps']
+  whole = [x for x in found['trials'] if x['status'] == 'complete']
+  assert found['best']['top1'] == max(x['top1'] for x in whole)
+  for trial in whole:
+    stage = runs.read_history(workdir / 'trials' / trial['directory'])[
+      'stages'
+    ][0]
+    assert stage['best']['top1'] == trial['top1']
+    assert stage['learning_rate'] == pytest.approx(
+      trial['parameters']['stages[0].learning_rate']
+    )
+  best = json.loads((workdir / 'best_config.json').read_text())
+  assert (
+    best['stages'][0]['learning_rate']
+    == (found['best']['parameters']['stages[0].learning_rate'])
+  )
+  rows = list(csv.DictReader((workdir / 'tune.csv').open()))
+  assert len(rows) == 3
+  with sqlite3.connect(workdir / 'tune.db') as database:
+    count = database.execute('select count(*) from trials').fetchone()[0]
+  assert count == 4  # The killed one, and the one that went on with it.
+
+
+def test_a_trial_that_is_worse_than_the_others_is_pruned(data_dir, tmp_path):
+  config = create_config(
+    data_dir,
+    num_trials=3,
+    pruner_startup_trials=1,
+    pruner_warmup_epochs=0,
+    search=({'field': 'stages[0].learning_rate', 'choice': (0.01, 1e-8)},),
+    sampler='random',
+    sampler_seed=3,
+  )
+  found = tune.tune(config, tmp_path)
+  by_rate = {
+    x['parameters']['stages[0].learning_rate']: x for x in found['trials']
+  }
+  assert found['best']['parameters'] == {'stages[0].learning_rate': 0.01}
+  assert set(by_rate) == {0.01, 1e-8}
+  assert any(x['status'] == 'pruned' for x in found['trials'])
+  again = tune.tune(config, tmp_path)
+  assert again == found

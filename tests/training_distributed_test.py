@@ -1,0 +1,451 @@
+"""Two processes of one run, on this machine: they start and end together."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+
+from jaxprog import errors
+from jaxprog.training import distributed, integrity, lock, preflight
+
+CONFIG = 'tests/tiny_config.py'
+# 54 steps of the first stage.
+FLAGS = (
+  '--only=three',
+  '--config.stages[0].num_epochs=6',
+  '--config.checkpoint_every_steps=5',
+)
+# Seconds that a busy machine may take for one run.
+PATIENCE = 600
+# Of a sum over a batch that is added in another order, after so many steps.
+TOLERANCE = 2e-3
+
+
+def free_port():
+  with socket.socket() as probe:
+    probe.bind(('', 0))
+    return probe.getsockname()[1]
+
+
+def start(*arguments, devices=1, **environment):
+  env = {
+    **os.environ,
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'COLUMNS': '80',
+    **environment,
+  }
+  return subprocess.Popen(
+    [sys.executable, 'main.py', *map(str, arguments)],
+    cwd=runs.ROOT,
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def start_pair(*arguments, second=(), first=()):
+  """Starts two processes with a device each; `second` only the second gets."""
+  port = free_port()
+  return [
+    start(
+      *arguments,
+      *extra,
+      f'--coordinator=localhost:{port}',
+      '--process_count=2',
+      f'--process_id={index}',
+    )
+    for index, extra in enumerate((first, second))
+  ]
+
+
+def start_counting(how):
+  """Starts two processes of tests/pair.py; both count when this returns."""
+  port = free_port()
+  pair = [
+    subprocess.Popen(
+      [sys.executable, 'tests/pair.py', str(port), str(index), how],
+      cwd=runs.ROOT,
+      env={**os.environ, 'PYTHONPATH': str(runs.ROOT)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  for process in pair:
+    assert process.stdout.readline().startswith('saved')
+    assert process.stdout.readline() == 'counting\n'
+  return pair
+
+
+def end(processes, timeout=PATIENCE):
+  """Returns exit code and output of each process."""
+  try:
+    outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [(p.returncode, x) for p, x in zip(processes, outputs, strict=True)]
+
+
+def wait_for_step(processes, workdir, step):
+  """Waits until a save at `step` or later has committed."""
+  deadline = time.monotonic() + PATIENCE
+  while not any(x >= step for x in latest_steps(workdir)):
+    ended = [p for p in processes if p.poll() is not None]
+    if ended or time.monotonic() > deadline:
+      for process in processes:
+        process.kill()
+      raise AssertionError(processes[0].communicate()[0])
+    time.sleep(0.005)
+
+
+def stage_of(workdir):
+  return runs.read_history(workdir)['stages'][0]
+
+
+def latest_steps(workdir):
+  return integrity.list_steps(workdir / 'checkpoints' / 'three' / 'latest')
+
+
+@pytest.fixture(scope='module')
+def config(data_dir):
+  return f'--config={CONFIG}:{data_dir}'
+
+
+@pytest.fixture(scope='module')
+def story(config, tmp_path_factory):
+  """One run, begun by one process, interrupted, and gone on with by others.
+
+  Returns what came of each part, by name, and the workdirs:
+  one: by one process with two devices, interrupted and finished.
+  two: begun by that one, gone on with by two processes: a SIGTERM to the
+    second, then a kill of the second, then they finish.
+  back: what the two had saved at the SIGTERM, finished by one process.
+  """
+  one, two, back = (
+    tmp_path_factory.mktemp(name) / 'run' for name in ('one', 'two', 'back')
+  )
+  parts = {'one': one, 'two': two, 'back': back}
+
+  process = start(config, *FLAGS, f'--workdir={one}', devices=2)
+  wait_for_step([process], one, 5)
+  process.send_signal(signal.SIGTERM)
+  parts['begun'] = end([process])
+  shutil.copytree(one, two)
+  parts['from'] = latest_steps(two)[-1]
+
+  pair = start_pair(config, *FLAGS, f'--workdir={two}')
+  wait_for_step(pair, two, parts['from'] + 5)
+  pair[1].send_signal(signal.SIGTERM)
+  parts['stopped'] = end(pair)
+  parts['stopped_at'] = latest_steps(two)[-1]
+  shutil.copytree(two, back)
+
+  pair = start_pair(config, *FLAGS, f'--workdir={two}')
+  wait_for_step(pair, two, parts['stopped_at'] + 5)
+  pair[1].kill()
+  parts['killed'] = end(pair)
+
+  parts['finished'] = end(start_pair(config, *FLAGS, f'--workdir={two}'))
+  for name in ('one', 'back'):
+    arguments = (config, *FLAGS, f'--workdir={parts[name]}')
+    parts[f'{name} finished'] = end([start(*arguments, devices=2)])
+  return parts
+
+
+def test_two_processes_train_like_one(story):
+  for name in ('begun', 'finished', 'one finished'):
+    expected = 143 if name == 'begun' else 0
+    assert [x[0] for x in story[name]] == [expected] * len(story[name]), story[
+      name
+    ]
+  ours, theirs = stage_of(story['two']), stage_of(story['one'])
+  assert ours['status'] == theirs['status'] == 'done'
+  assert ours['epochs'][-1]['global_step'] == 54
+  for a, b in zip(ours['epochs'], theirs['epochs'], strict=True):
+    for name in ('train_loss', 'val_loss', 'grad_norm'):
+      assert a[name] == pytest.approx(b[name], rel=TOLERANCE), name
+    assert a['global_step'] == b['global_step']
+
+
+def test_a_checkpoint_serves_any_number_of_processes(story):
+  assert [x[0] for x in story['back finished']] == [0]
+  # The other way, in the middle of the stage: two went on where one had saved.
+  assert stage_of(story['two'])['resumed_at_steps'][0] == story['from']
+  assert stage_of(story['back'])['resumed_at_steps'][:2] == [
+    story['from'],
+    story['stopped_at'],
+  ]
+  for a, b in zip(
+    stage_of(story['back'])['epochs'],
+    stage_of(story['one'])['epochs'],
+    strict=True,
+  ):
+    assert a['train_loss'] == pytest.approx(b['train_loss'], rel=TOLERANCE)
+
+
+def test_a_signal_to_one_process_saves_and_stops_all(story):
+  assert [x[0] for x in story['stopped']] == [143, 143], story['stopped']
+  for _, output in story['stopped']:
+    assert 'Stopped by SIGTERM, saved.' in output
+  assert story['stopped_at'] > story['from']
+
+
+def test_a_killed_process_brings_the_other_down(story):
+  (code, output), (killed, _) = story['killed']
+  assert killed == -signal.SIGKILL
+  assert code == 1, output
+  assert re.search(r'Process 1 on \S+ is gone', output), output
+
+
+@pytest.mark.parametrize('signalled', [[0], [1], [0, 1]])
+def test_a_signal_stops_all_at_the_same_step(signalled):
+  pair = start_counting('count')
+  for index in signalled:
+    pair[index].send_signal(signal.SIGINT)
+  (code, first), (other, second) = end(pair)
+  assert (code, other) == (130, 130), first + second
+  assert first == second
+  assert re.match(r'stopped \d+\nStopped by SIGINT, saved.\n', first)
+
+
+def test_who_fails_is_heard_by_all():
+  (code, first), (other, second) = end(start_counting('fail'))
+  assert (code, other) == (2, 2), first + second
+  assert first == 'A mistake.\nhere\nMend it.\n'
+  assert re.fullmatch(r'process 0 on \S+: ' + first, second)
+
+
+def test_the_others_of_a_killed_first_process_end():
+  pair = start_counting('count')
+  pair[0].kill()
+  _, (code, output) = end(pair)
+  # JAX itself aborts it, unless we are quicker.
+  assert code in (1, -signal.SIGABRT)
+  assert 'process 0 is lost' in output or 'JAX distributed service' in output
+
+
+def test_processes_wait_for_each_other_at_the_end():
+  (code, _), (other, _) = end(start_counting('finish'))
+  assert (code, other) == (0, 0)
+
+
+def test_two_processes_evaluate_every_image_once(story, config):
+  workdir = story['two']
+  pair = start_pair(config, '--mode=eval', f'--workdir={workdir}')
+  (code, output), (other, _) = end(pair)
+  assert (code, other) == (0, 0), output
+  best = stage_of(workdir)['best']['top1']
+  # 115 images, on two devices: 24 a device and batch, the last ones padded.
+  assert f'{100 * best:.1f}' in output.split('\n')
+
+
+def test_processes_that_differ_all_refuse(data_dir, tmp_path):
+  """Started as SLURM starts the two tasks of a node."""
+  job = {
+    'SLURM_JOB_ID': '77',
+    'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2',
+    'JAX_COORDINATOR_PORT': str(free_port()),
+    'SRUN': 'env',  # In place of srun, which would set the next two.
+    'PYTHON': sys.executable,
+    'PLATFORM': 'cpu',
+    'CONFIG': f'{CONFIG}:{data_dir}',
+    'DATA': str(data_dir),
+    'WORKDIR': str(tmp_path / 'run'),
+  }
+  pair = [
+    subprocess.Popen(
+      ['bash', 'launch/slurm.sbatch', *FLAGS, f'--config.seed={index}'],
+      cwd=runs.ROOT,
+      env={
+        **os.environ,
+        **job,
+        'SLURM_PROCID': str(index),
+        'SLURM_LOCALID': str(index),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  for code, output in end(pair):
+    assert code == 2, output
+    assert 'config.seed is 1 on process 1 and 0 on process 0' in output
+    said = [x for x in output.strip().split('\n') if 'Gloo' not in x]
+    assert len(said) <= 3, output
+
+
+def test_an_error_of_the_first_process_ends_the_other(story, config, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(story['back'], workdir)
+  stage = workdir / 'checkpoints' / 'three'
+  (stage / 'done.json').unlink()
+  for step in latest_steps(workdir):
+    (stage / 'latest' / str(step) / 'manifest.json').write_text('{}')
+  for code, output in end(start_pair(config, *FLAGS, f'--workdir={workdir}')):
+    assert code == 1, output
+    assert 'all saved states are damaged' in output
+
+
+def test_a_locked_workdir_refuses_all(config, tmp_path):
+  with lock.Lock(tmp_path):
+    results = end(start_pair(config, *FLAGS, f'--workdir={tmp_path}'))
+  for code, output in results:
+    assert code == 2, output
+    assert f'Process {os.getpid()} on' in output
+
+
+def test_a_coordinator_that_is_not_there(config, tmp_path):
+  process = start(
+    config,
+    f'--workdir={tmp_path}/run',
+    f'--coordinator=localhost:{free_port()}',
+    '--process_count=2',
+    '--process_id=1',
+    '--connect_seconds=3',
+  )
+  ((code, output),) = end([process])
+  assert code == 2, output
+  assert len(output.strip().split('\n')) == 3
+  assert 'Not all processes came within 3 s' in output
+
+
+def test_a_port_that_is_taken(tmp_path):
+  with socket.socket() as taken:
+    taken.bind(('', 0))
+    taken.listen()
+    place = distributed.Place(f'localhost:{taken.getsockname()[1]}', 2, 0)
+    with (
+      pytest.raises(errors.UserError, match='cannot listen on port'),
+      distributed.processes(place, ''),
+    ):
+      pass
+
+
+@pytest.mark.parametrize(
+  ('place', 'expected'),
+  [
+    (('localhost', 2, 0), 'HOST:PORT'),
+    (('localhost:1', 2, 2), 'no process 2 among 2'),
+    (('localhost:1', 2, -1), 'no process -1'),
+    (('localhost:1', 0, 0), 'cannot be 0 processes'),
+    ((None, 2, 0), 'need --coordinator'),
+    (('localhost:1', 2, None), 'need --process_id'),
+    (('localhost:1', None, None), '--process_count and --process_id'),
+  ],
+)
+def test_wrong_flags(place, expected):
+  with pytest.raises(errors.UserError, match=re.escape(expected)) as found:
+    distributed.check_place(distributed.Place(*place))
+  assert len(str(found.value).split('\n')) <= 3
+
+
+def test_a_cluster_says_what_flags_leave_out():
+  distributed.check_place(distributed.Place('localhost:1'), 'SLURM')
+  distributed.check_place(distributed.Place())
+  distributed.check_place(distributed.Place(process_count=1))
+
+
+SLURM = {f'SLURM_{name}': '0' for name in distributed.SLURM}
+OMPI = {'OMPI_MCA_orte_hnp_uri': '1.0;tcp://10.0.0.1:1'}
+
+
+@pytest.mark.parametrize(
+  ('environ', 'expected'),
+  [
+    ({}, ''),
+    ({**SLURM, 'SLURM_NTASKS': '2'}, 'SLURM'),
+    ({**SLURM, 'SLURM_NTASKS': '1'}, ''),
+    # Within sbatch, but not started by srun.
+    ({'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '2'}, ''),
+    ({**OMPI, 'OMPI_COMM_WORLD_SIZE': '4'}, 'Open MPI'),
+    ({**OMPI, 'OMPI_COMM_WORLD_SIZE': '1'}, ''),
+    # No TPU here: nothing is asked for.
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, ''),
+  ],
+)
+def test_what_started_several_processes(environ, expected):
+  assert distributed.detect(environ) == expected
+
+
+def test_whose_beat_has_stopped():
+  now = 0.0
+  watch = distributed.Watch(2, lambda: now)
+  for now in (0.0, 2.0, 4.0):
+    watch.look({0: str(now), 1: 'the same'})
+  assert watch.silent(3.0) == [1]
+  assert watch.silent(5.0) == []
+
+
+@pytest.mark.parametrize('path', ['gs://bucket/runs', 'gs:/bucket/runs'])
+def test_a_bucket_is_no_workdir(path):
+  with pytest.raises(errors.UserError, match='gcsfuse --implicit-dirs bucket'):
+    preflight.refuse_bucket(path, '--workdir')
+  preflight.refuse_bucket('/mnt/gs/bucket', '--workdir')
+
+
+def test_launch_scripts_are_bash():
+  scripts = sorted((runs.ROOT / 'launch').iterdir())
+  assert len(scripts) == 5
+  for path in scripts:
+    subprocess.run(['bash', '-n', path], check=True)
+
+
+@pytest.mark.parametrize(
+  ('script', 'tool', 'own'),
+  [
+    ('tpu_pod.sh', 'GCLOUD', {'TPU': 'slice', 'ZONE': 'zone'}),
+    (
+      'gke_xpk.sh',
+      'XPK',
+      {'CLUSTER': 'a', 'TPU_TYPE': 'v5litepod-16', 'IMAGE': 'b'},
+    ),
+  ],
+)
+def test_what_a_launch_script_runs_on_each_host(tmp_path, script, tool, own):
+  """The command that it hands to gcloud or xpk is run, with echo as Python."""
+  given = {'DATA': str(tmp_path), 'WORKDIR': '/mnt/a run', 'PYTHON': 'echo'}
+  said = subprocess.run(
+    ['bash', f'launch/{script}', '--only=a', '--config.seed=3'],
+    cwd=runs.ROOT,
+    env={**os.environ, **given, **own, 'REPO': str(runs.ROOT), tool: 'echo'},
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  command = said[said.index('--command=') + len('--command=') :]
+  result = subprocess.run(
+    ['bash', '-c', command],
+    cwd=runs.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert result.stdout.strip() == (
+    f'main.py --config=configs/progressive.py --workdir=/mnt/a run '
+    f'--config.data_dir={tmp_path} --config.platform=tpu --only=a '
+    '--config.seed=3'
+  )
+
+
+def test_a_launch_script_says_what_it_needs():
+  result = subprocess.run(
+    ['bash', 'launch/gpus.sh'],
+    cwd=runs.ROOT,
+    env={k: v for k, v in os.environ.items() if k not in ('DATA', 'WORKDIR')},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode != 0
+  assert 'a folder with the datasets' in result.stderr
