@@ -42,8 +42,9 @@ def compare_defaults() -> config_dict.ConfigDict:
   # Runs of each cell. Seeds count from base.seed; a seed is the same order of
   # examples in every cell, so runs pair.
   config.seeds = 3
-  # What is equal in every cell: 'epochs', 'images', 'flops' or 'seconds'. The
-  # last stage's num_epochs follow from it, and what counts epochs with them.
+  # What is equal in every cell: 'epochs', 'images', 'flops' or 'seconds' of the
+  # whole ladder. The last stage's num_epochs follow from it, and what counts
+  # epochs with them. 'own': nothing, cells are as long as they say themselves.
   config.budget = 'epochs'
   # Costs are compared where curves first reach this, in [0, 1]; 0: the lowest
   # final top-1 of all runs that are done.

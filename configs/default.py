@@ -65,6 +65,8 @@ def get_config() -> config_dict.ConfigDict:
   # Without a step, an evaluated batch or a save for so long, a run prints what
   # all its threads are doing and ends; 0: never.
   config.watchdog_minutes = 30.0
+  # Write WORKDIR/tensorboard; without, TensorFlow is not even imported.
+  config.tensorboard = True
   # Steps between two points of a training curve in TensorBoard.
   config.log_every_steps = 20
   # Steps of each stage, after the first 10, that jax.profiler traces for

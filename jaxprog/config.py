@@ -35,6 +35,7 @@ _FREE_FIELDS = (
   'platform',
   'profile_steps',
   'stage_defaults',
+  'tensorboard',
   'watchdog_minutes',
   'worker_kind',
 )

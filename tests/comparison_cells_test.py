@@ -14,6 +14,7 @@ CONFIGS = [
     'compare_strategies': ('', ':imagenette'),
     'compare_models': ('', ':imagenette', ':tiny_imagenet'),
     'compare_ladder': ('', ':digits'),
+    'compare_warm_start': ('',),
   }.items()
   for argument in arguments
 ]
@@ -66,6 +67,14 @@ def test_a_grid_is_every_combination_of_its_axes():
 def test_the_reference_comes_first_wherever_it_was_named():
   assert names(create()) == ['adamw', 'sgd_momentum']
   assert names(create(reference='sgd_momentum')) == ['sgd_momentum', 'adamw']
+
+
+def test_with_no_budget_in_common_cells_have_their_own_length():
+  longer = {'name': 'longer', 'overrides': {'stages[-1].num_epochs': 3.0}}
+  config = create(budget='own', cells=(longer,), grid=())
+  (cell,) = cells.create_cells(config)
+  assert cell.equal == ''
+  assert cells.create_ladder(config, cell, 0).stages[0].num_epochs == 3.0
 
 
 def test_explicit_cells_may_train_some_stages_only():
@@ -165,6 +174,14 @@ def test_a_mistake_in_a_cell_names_the_cell(field, value, what):
   found = mistake(config)
   assert what in found.what
   assert "cell 'wrong'" in found.where
+
+
+def test_a_mistake_in_the_base_is_named_as_the_command_line_has_it():
+  config = create()
+  config.base.stages[0]['optimizer'] = 'adam'
+  found = mistake(config)
+  assert found.what == "Unknown optimizer 'adam'."
+  assert found.where.startswith('config.base.stages[0]')
 
 
 def test_tuning_has_its_own_seeds_and_rungs_that_rise():

@@ -11,6 +11,7 @@ from tests import tiny_config
 def get_config(data_dir='data'):
   config = tiny_config.get_config(data_dir)
   config.log_every_steps = 1
+  config.tensorboard = True
   config.stage_defaults.flip = True
   config.stages = [
     {

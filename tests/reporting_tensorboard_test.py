@@ -48,6 +48,7 @@ SCALARS = {
 def create_config(data_dir):
   """Returns two stages: averages and mixed images, then neither."""
   config = tiny_config.get_config(data_dir)
+  config.tensorboard = True
   config.log_every_steps = 4
   config.profile_steps = 3
   config.stages = [

@@ -24,8 +24,9 @@ FLAGS = (
 )
 # Seconds that a busy machine may take for one run.
 PATIENCE = 600
-# Of a sum over a batch that is added in another order, after so many steps.
-TOLERANCE = 2e-3
+# On CPU devices all six epochs had the same bits: of two numbers the order of
+# the sum does not matter. This is what another compiler may do.
+TOLERANCE = 1e-5
 
 
 def free_port():
@@ -67,9 +68,9 @@ def start_pair(*arguments, second=(), first=()):
 
 
 def start_counting(how):
-  """Starts two processes of tests/pair.py; both count when this returns."""
+  """Starts two processes of tests/pair.py."""
   port = free_port()
-  pair = [
+  return [
     subprocess.Popen(
       [sys.executable, 'tests/pair.py', str(port), str(index), how],
       cwd=runs.ROOT,
@@ -80,10 +81,15 @@ def start_counting(how):
     )
     for index in range(2)
   ]
+
+
+def wait_until_counting(pair):
+  """Waits until both have come to 30; both must have saved at one step."""
+  saved = [process.stdout.readline() for process in pair]
+  assert saved[0] == saved[1]
+  assert saved[0].startswith('saved')
   for process in pair:
-    assert process.stdout.readline().startswith('saved')
     assert process.stdout.readline() == 'counting\n'
-  return pair
 
 
 def end(processes, timeout=PATIENCE):
@@ -210,6 +216,7 @@ def test_a_killed_process_brings_the_other_down(story):
 @pytest.mark.parametrize('signalled', [[0], [1], [0, 1]])
 def test_a_signal_stops_all_at_the_same_step(signalled):
   pair = start_counting('count')
+  wait_until_counting(pair)
   for index in signalled:
     pair[index].send_signal(signal.SIGINT)
   (code, first), (other, second) = end(pair)
@@ -221,12 +228,14 @@ def test_a_signal_stops_all_at_the_same_step(signalled):
 def test_who_fails_is_heard_by_all():
   (code, first), (other, second) = end(start_counting('fail'))
   assert (code, other) == (2, 2), first + second
-  assert first == 'A mistake.\nhere\nMend it.\n'
-  assert re.fullmatch(r'process 0 on \S+: ' + first, second)
+  text = 'A mistake.\nhere\nMend it.\n'
+  assert first.endswith('counting\n' + text)
+  assert re.search(rf'process 0 on \S+: {text}$', second)
 
 
 def test_the_others_of_a_killed_first_process_end():
   pair = start_counting('count')
+  wait_until_counting(pair)
   pair[0].kill()
   _, (code, output) = end(pair)
   # JAX itself aborts it, unless we are quicker.

@@ -18,6 +18,8 @@ from jaxprog import errors, stages
 
 Budget = Literal['epochs', 'images', 'flops', 'seconds']
 BUDGETS: tuple[Budget, ...] = ('epochs', 'images', 'flops', 'seconds')
+# As a budget: every cell is as long as it says itself.
+OWN = 'own'
 # The cell of a comparison that has controls or operators alone.
 LADDER = 'ladder'
 # Fields of the last stage that follow from something else.
@@ -58,7 +60,7 @@ def create_cells(config: config_dict.ConfigDict) -> tuple[Cell, ...]:
     UserError: for the first mistake.
   """
   _check_fields(config)
-  stages.create_stages(config.base)
+  _check_base(config)
   found = [*_grid_cells(config), *map(_explicit_cell, config.cells)]
   if not found and (config.operators or config.controls):
     found = [Cell(LADDER, {})]
@@ -69,7 +71,10 @@ def create_cells(config: config_dict.ConfigDict) -> tuple[Cell, ...]:
       "Write config.grid = ({'stages[-1].optimizer': ('adamw', 'rmsprop')},).",
     )
   found += [_operator_cell(config, entry) for entry in config.operators]
-  found = [dataclasses.replace(cell, equal=config.budget) for cell in found]
+  equal: Budget | Literal[''] = ''
+  if config.budget != OWN:
+    equal = config.budget
+  found = [dataclasses.replace(cell, equal=equal) for cell in found]
   _check_names(found)
   for cell in found:
     check_cell(config, cell)
@@ -83,7 +88,8 @@ def create_ladder(
   ladder = stages.complete(config.base)
   for field, value in cell.overrides.items():
     where = f'cell {cell.name!r}: {field}={value!r}'
-    _check_field(field, len(ladder.stages), where)
+    if config.budget != OWN or not field.endswith('.num_epochs'):
+      _check_field(field, len(ladder.stages), where)
     config_lib.set_field(ladder, field, value, where)
   ladder = stages.complete(ladder)
   ladder.seed = seed
@@ -295,11 +301,11 @@ def _check_fields(config: config_dict.ConfigDict) -> None:
         f'{field} must be a tuple of dicts, not {config[field]!r}.',
         f'config.{field}',
       )
-  if config.budget not in BUDGETS:
+  if config.budget not in (*BUDGETS, OWN):
     raise errors.UserError(
       f'Unknown budget {config.budget!r}.',
       'config.budget',
-      errors.did_you_mean(str(config.budget), BUDGETS),
+      errors.did_you_mean(str(config.budget), (*BUDGETS, OWN)),
     )
   if not isinstance(config.controls, bool):
     raise errors.UserError(
@@ -307,6 +313,14 @@ def _check_fields(config: config_dict.ConfigDict) -> None:
       'config.controls',
     )
   _check_numbers(config)
+
+
+def _check_base(config: config_dict.ConfigDict) -> None:
+  try:
+    stages.create_stages(config.base)
+  except errors.UserError as e:
+    where = e.where.replace('config', 'config.base', 1)
+    raise errors.UserError(e.what, where, e.suggestion) from None
 
 
 def _check_numbers(config: config_dict.ConfigDict) -> None:

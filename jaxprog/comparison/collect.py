@@ -8,7 +8,7 @@ import itertools
 import pathlib
 import statistics as mean_lib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jaxprog import files
 from jaxprog.comparison import (
@@ -156,7 +156,7 @@ def find_verdicts(
   records: Sequence[Record],
   cells: Sequence[Cell],
   target: float,
-  budget: Axis,
+  budget: Axis | Literal['own'],
 ) -> list[str]:
   """Returns sentences on each cell against the reference, the first cell.
 
@@ -170,7 +170,7 @@ def find_verdicts(
     b = verdicts.Arm(reference.name, by_cell[reference.name])
     if cell.control:  # Of the ladder is spoken, against what it has to beat.
       a, b = b, a
-    axis = cell.equal or budget
+    axis = cell.equal or ('images' if budget == 'own' else budget)
     text = verdicts.compare_sentence(a, b, target, axis)
     sentences.append(f'{a.name} against {b.name}: {text}.')
     if cell.control and cell.equal:

@@ -142,7 +142,9 @@ def train(
       workdir=workdir,
       history=history,
       progress=progress,
-      writer=stack.enter_context(contextlib.closing(_create_writer(workdir))),
+      writer=stack.enter_context(
+        contextlib.closing(_create_writer(config, workdir))
+      ),
       stop=stop,
       incidents=incidents,
       on_incident=on_incident,
@@ -611,7 +613,9 @@ def _create_progress(num_stages: int) -> progress_lib.Progress:
   return progress_lib.Progress(num_stages, console=console)
 
 
-def _create_writer(workdir: pathlib.Path) -> tensorboard.Writer:
+def _create_writer(
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> tensorboard.Writer:
   """Returns TensorBoard's writer; only process 0 writes."""
-  writes = jax.process_index() == 0
+  writes = config.tensorboard and jax.process_index() == 0
   return tensorboard.Writer(workdir / 'tensorboard' if writes else None)

@@ -1,0 +1,68 @@
+"""Does a warm start cost accuracy, and does shrink-and-perturb mend it?
+
+The experiment of Ash & Adams 2020 (arXiv:1910.08475), small: a network that
+has converged on half of Imagenette's images goes on with all of them, as it is
+or shrunk and perturbed, beside one that sees all of them from the start. SGD
+at a constant rate, no augmentation, as in their paper.
+"""
+
+from ml_collections import config_dict
+
+from configs import compare_default, default
+
+
+def get_config() -> config_dict.ConfigDict:
+  """Returns the comparison."""
+  config = compare_default.compare_defaults()
+  config.base = create_ladder()
+  config.cells = (
+    {'name': 'cold', 'overrides': {}, 'stages': ('all',)},
+    {'name': 'warm', 'overrides': {}},
+    {
+      'name': 'shrink_and_perturb',
+      'overrides': {
+        'stages[-1].transfer': 'shrink_and_perturb',
+        'stages[-1].shrink': 0.4,
+        'stages[-1].perturb': 0.1,
+      },
+    },
+  )
+  config.budget = 'own'
+  config.seeds = 5
+  return config
+
+
+def create_ladder() -> config_dict.ConfigDict:
+  """Returns half of the images, then all."""
+  ladder = default.get_config()
+  ladder.model = 'resnet10'
+  ladder.num_filters = 16
+  ladder.stem_kernel = 3
+  stage = ladder.stage_defaults
+  stage.dataset = 'imagenette'
+  stage.image_size = 32
+  stage.storage = 'raw:32'
+  stage.min_crop_area = 1.0
+  stage.max_crop_aspect = 1.0
+  stage.flip = False
+  stage.batch_size = 64
+  stage.optimizer = 'sgd_momentum'
+  stage.schedule = 'constant'
+  stage.learning_rate = 0.01
+  stage.weight_decay = 0.0
+  ladder.stages = [
+    {
+      'name': 'half',
+      'description': 'Half of the training images.',
+      'eval_split': 'holdout:50%',
+      'num_epochs': 20,
+    },
+    {
+      'name': 'all',
+      'description': 'All of them, with the same classes.',
+      # What has been seen before must not be told by the best epoch.
+      'transfer_weights': 'final',
+      'num_epochs': 16,
+    },
+  ]
+  return ladder

@@ -1,0 +1,102 @@
+"""Every command that the documentation shows is run, on small data.
+
+A command that needs more says so in a comment: `# needs a TPU`. Those of
+several hosts are run by training_distributed_test.
+"""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+from PIL import Image
+
+import main
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ('README.md', *sorted(f'docs/{p.name}' for p in ROOT.glob('docs/*.md')))
+ELSEWHERE = ('# needs ', '--coordinator=', '$')
+
+
+def find_commands(page):
+  """Returns the lines of code blocks that call main.py, joined."""
+  text = (ROOT / page).read_text().replace('\\\n', ' ')
+  lines = re.findall(r'^ {4,}(python main\.py .*)$', text, re.MULTILINE)
+  return [re.sub(r'\s+', ' ', line) for line in lines]
+
+
+def adapt(command, data_dir, root):
+  """Returns the arguments, for small stages and below `root`."""
+  small = {
+    'configs/quickstart.py': f'tests/docs_config.py:{data_dir}',
+    'configs/progressive.py': f'tests/docs_config.py:{data_dir}',
+    'configs/tune_digits.py': f'tests/tune_config.py:{data_dir}',
+    'configs/compare_strategies.py': f'tests/compare_config.py:{data_dir}',
+    'runs/': f'{root}/runs/',
+    'photos': f'{root}/photos',
+    'data/scans': f'{root}/scans',
+    'weights.safetensors': f'{root}/runs/first/export/ten.safetensors',
+    '--config.data_dir=/data': f'--config.data_dir={data_dir}',
+  }
+  arguments = shlex.split(command, comments=True)[1:]
+  for old, new in small.items():
+    arguments = [x.replace(old, new) for x in arguments]
+  if '--mode=tune' in arguments:
+    arguments.append('--config.num_trials=1')
+  if '--mode=compare' in arguments:
+    arguments += ['--config.seeds=1', '--config.base.stages[0].num_epochs=0.3']
+  return arguments
+
+
+def run(arguments):
+  """Runs the command line in this process; returns the exit code."""
+  for name in main.FLAGS:
+    main.FLAGS[name].unparse()
+  return main.main(arguments)
+
+
+@pytest.fixture(scope='module')
+def root(data_dir, tmp_path_factory):
+  """A place with a finished run, a second one, photographs and scans."""
+  root = tmp_path_factory.mktemp('docs')
+  config = f'--config=tests/docs_config.py:{data_dir}'
+  for name in ('first', 'second'):
+    arguments = ['main.py', config, f'--workdir={root}/runs/{name}']
+    assert run(arguments) == 0
+  assert run(['main.py', '--mode=export', f'--workdir={root}/runs/first']) == 0
+  for path in ('photos/a.png', *(f'scans/val/{x}/a.png' for x in range(10))):
+    (root / path).parent.mkdir(parents=True)
+    Image.new('RGB', (32, 24), 'gray').save(root / path)
+  (root / 'scans' / 'train').symlink_to(root / 'scans' / 'val')
+  return root
+
+
+def unique_commands():
+  """Returns each command once, with the page that shows it first."""
+  found = {}
+  for page in PAGES:
+    for command in find_commands(page):
+      found.setdefault(command, page)
+  return [(page, command) for command, page in found.items()]
+
+
+@pytest.mark.parametrize(('page', 'command'), unique_commands())
+def test_the_command_works(page, command, data_dir, root, monkeypatch):
+  if any(mark in command for mark in ELSEWHERE):
+    pytest.skip(f'run elsewhere, or for hardware: {command}')
+  monkeypatch.chdir(ROOT)
+  assert run(adapt(command, data_dir, root)) == 0
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere(page):
+  text = (ROOT / page).read_text()
+  for target in re.findall(r'\]\(([^)#]+)[^)]*\)', text):
+    if not target.startswith('http'):
+      assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_modes_are_all_documented():
+  text = ''.join((ROOT / page).read_text() for page in PAGES)
+  for mode in main.MODES:
+    assert f'--mode={mode}' in text or mode == 'train'
