@@ -17,9 +17,7 @@ def config(data_dir):
 def trained(run_main, config, tmp_path_factory):
   """A finished run, uninterrupted."""
   workdir = tmp_path_factory.mktemp('trained')
-  result = run_main(
-    config, f'--workdir={workdir}', '--config.tensorboard=true'
-  )
+  result = run_main(config, f'--workdir={workdir}', '--config.tensorboard=true')
   assert result.returncode == 0, result.stderr
   return workdir, result
 
