@@ -42,13 +42,13 @@ def create_photographs() -> config_dict.ConfigDict:
   """Returns nette_tiny.py at 32 pixels, with a network of 10 layers."""
   ladder = nette_tiny.get_config()
   ladder.model = 'resnet10'
-  ladder.num_filters = 16
+  ladder.num_filters = 8
   ladder.stem_kernel = 3
   ladder.stage_defaults.image_size = 32
   ladder.stage_defaults.storage = 'raw:48'
   imagenette, tiny = ladder.stages
   imagenette['num_epochs'] = 6
-  tiny['num_epochs'] = 4
+  tiny['num_epochs'] = 6
   return ladder
 
 

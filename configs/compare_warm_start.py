@@ -36,7 +36,7 @@ def create_ladder() -> config_dict.ConfigDict:
   """Returns half of the images, then all."""
   ladder = default.get_config()
   ladder.model = 'resnet10'
-  ladder.num_filters = 16
+  ladder.num_filters = 8
   ladder.stem_kernel = 3
   stage = ladder.stage_defaults
   stage.dataset = 'imagenette'
