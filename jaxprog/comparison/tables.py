@@ -18,6 +18,25 @@ from jaxprog.comparison.statistics import Axis, Comparison, Estimate, Run
 AXES: tuple[Axis, ...] = ('epochs', 'images', 'flops', 'seconds')
 STATUSES = ('done', 'diverged', 'failed')
 
+ACCURACY_TITLES = (
+  'cell',
+  'n',
+  'top-1',
+  'std',
+  '95% interval',
+  'difference',
+  'p',
+)
+COST_TITLES = (
+  'cell',
+  'best rate',
+  'epochs',
+  'images',
+  'FLOPs',
+  'seconds',
+  'runs',
+)
+
 _NONE = '-'
 _CAPTION = (
   'Final top-1 (%), over seeds. Difference: to {reference}, in points, over '
@@ -71,13 +90,10 @@ def comparison_table(
   summaries: Sequence[CellSummary], reference: str
 ) -> rich.console.Group:
   """Returns two tables and notes on them, for 80 columns."""
-  accuracies = _table(
-    ('cell', 'n', 'top-1', 'std', '95% interval', 'difference', 'p')
-  )
-  costs = _table(('cell', 'best rate', *_COST_TITLES, 'runs'))
+  accuracies, costs = _table(ACCURACY_TITLES), _table(COST_TITLES)
   for summary in summaries:
-    accuracies.add_row(*map(rich.text.Text, _accuracy_row(summary)))
-    costs.add_row(*map(rich.text.Text, _cost_row(summary)))
+    accuracies.add_row(*map(rich.text.Text, accuracy_row(summary)))
+    costs.add_row(*map(rich.text.Text, cost_row(summary)))
   texts = notes(summaries, reference)
   return rich.console.Group(
     accuracies, costs, *(rich.text.Text(text) for text in texts)
@@ -96,10 +112,10 @@ def markdown_table(summaries: Sequence[CellSummary]) -> str:
       'difference',
       'p (Holm)',
     ),
-    *('best rate', *_COST_TITLES, 'runs'),
+    *COST_TITLES[1:],
   )
   rows = [
-    (*_accuracy_row(summary), *_cost_row(summary)[1:]) for summary in summaries
+    (*accuracy_row(summary), *cost_row(summary)[1:]) for summary in summaries
   ]
   rule = ['---', *(['---:'] * (len(titles) - 2)), '---']
   lines = [titles, rule, *([_escape(x) for x in row] for row in rows)]
@@ -227,7 +243,8 @@ def _table(titles: Sequence[str]) -> rich.table.Table:
   return table
 
 
-def _accuracy_row(s: CellSummary) -> tuple[str, ...]:
+def accuracy_row(s: CellSummary) -> tuple[str, ...]:
+  """Returns what stands below ACCURACY_TITLES."""
   n = str(s.counts['done'])
   if s.top1 is None:
     return (s.cell, n, *[_NONE] * 5)
@@ -246,10 +263,8 @@ def _accuracy_row(s: CellSummary) -> tuple[str, ...]:
   )
 
 
-_COST_TITLES = ('epochs', 'images', 'FLOPs', 'seconds')
-
-
-def _cost_row(s: CellSummary) -> tuple[str, ...]:
+def cost_row(s: CellSummary) -> tuple[str, ...]:
+  """Returns what stands below COST_TITLES."""
   rates = [f'{rate:.3g}' for rate in s.learning_rates]
   formats = {'flops': '{:.2e}'.format, 'epochs': '{:.3g}'.format}
   costs = [

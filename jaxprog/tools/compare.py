@@ -28,6 +28,7 @@ from jaxprog.comparison import (
   collect,
   controls,
   halving,
+  page,
   runs,
   tables,
 )
@@ -502,7 +503,10 @@ def _conclude(comparison: Comparison, result: Mapping[str, Any]) -> None:
     for part in parts:
       console.print(part)
   files.write_bytes(workdir / 'comparison.txt', text.getvalue().encode())
-  comparison.say(f'Written: {workdir}/comparison.json, .txt, {picture.name}')
+  page.write_page(workdir)
+  comparison.say(
+    f'Written: {workdir}/comparison.json, .txt, report.html, {picture.name}'
+  )
 
 
 def _remarks(result: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 
 from jaxprog import errors, files
+from jaxprog.comparison import page
 from jaxprog.reporting import outputs, rundir, side_by_side
 
 
@@ -11,7 +12,8 @@ def write_report(workdirs: Sequence[str | pathlib.Path]) -> None:
   """Writes training_report.txt, training_metrics.png and report.html of each.
 
   From training_history.json and what else a run has left, without its data or
-  its devices. With several `workdirs` the first one gets a comparison.html.
+  its devices. With several `workdirs` the first one gets a comparison.html. Of
+  a comparison's workdir it writes report.html.
 
   Raises:
     UserError: if a workdir has no history; then nothing is written.
@@ -21,16 +23,19 @@ def write_report(workdirs: Sequence[str | pathlib.Path]) -> None:
     raise errors.UserError(
       'There is no --workdir.', '--mode=report', 'Name one, or several: A,B.'
     )
+  comparisons = [x for x in folders if (x / 'comparison.json').exists()]
+  folders = [x for x in folders if x not in comparisons]
   runs = [rundir.read_run(folder) for folder in folders]
   try:
-    paths = [path for x in folders for path in outputs.write_reports(x)]
+    paths = [page.write_page(folder) for folder in comparisons]
+    paths += [path for x in folders for path in outputs.write_reports(x)]
     if len(runs) > 1:
       paths.append(folders[0] / 'comparison.html')
       files.write_bytes(paths[-1], side_by_side.side_by_side(runs).encode())
   except OSError as e:
     raise errors.UserError(
       f'Cannot write a report: {e.strerror}.',
-      str(e.filename or folders[0]),
+      str(e.filename or workdirs[0]),
       'Name directories that you may write to.',
     ) from None
   for path in paths:

@@ -1,0 +1,55 @@
+import json
+
+import comparison_fixture as fixture
+import pytest
+
+from jaxprog import errors
+from jaxprog.comparison import figures, page, tables
+from jaxprog.tools import report
+
+
+def create_result(runs):
+  cells = dict.fromkeys(run['cell'] for run in runs)
+  return {
+    'version': 1,
+    'finished': True,
+    'reference': runs[0]['cell'],
+    'verdicts': ['<b>The ladder pays</b>.', 'a against b: no difference.'],
+    'runs': [{**run, 'resumed': 0} for run in runs],
+    'cells': [
+      {'name': name, 'stages': ['x'], 'overrides': {'y': 1}, 'equal': ''}
+      for name in cells
+    ],
+  }
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('compared')
+  runs = fixture.create_arms()
+  result = create_result(runs)
+  (workdir / 'comparison.json').write_text(json.dumps(result))
+  figures.plot_ladder(runs, workdir / 'ladder_comparison.png', target=0.1)
+  report.write_report([workdir])
+  return workdir
+
+
+def test_the_page_has_the_figures_of_the_table(workdir):
+  result = json.loads((workdir / 'comparison.json').read_text())
+  text = (workdir / 'report.html').read_text()
+  for summary in tables.summarize(result['runs'], result['reference']):
+    for cell in (*tables.accuracy_row(summary), *tables.cost_row(summary)):
+      assert cell == '-' or page.markup.join(cell) in text
+  assert 'data:image/png;base64,' in text
+
+
+def test_what_is_said_is_escaped(workdir):
+  text = (workdir / 'report.html').read_text()
+  assert '&lt;b&gt;The ladder pays&lt;/b&gt;.' in text
+  assert '<b>' not in text
+
+
+def test_a_damaged_comparison_is_said(tmp_path):
+  (tmp_path / 'comparison.json').write_text('{')
+  with pytest.raises(errors.UserError, match='damaged'):
+    report.write_report([tmp_path])
