@@ -142,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(overrides: dict[str, str]) -> int:
-  """Makes the one call that --mode names; returns the exit code."""
+  """Does what --mode names; returns the exit code."""
   if FLAGS.help:
     print(__doc__, FLAGS.main_module_help(), sep='\n')
     return 0
@@ -165,69 +165,51 @@ def run(overrides: dict[str, str]) -> int:
       f'--mode={FLAGS.mode}',
       f'Use --mode={mode}, or the config that it starts from.',
     )
+  return call(config)
+
+
+def call(config: Any) -> int:
+  """Makes the one call that --mode names with a config; returns the exit code.
+
+  Its reports go to standard output.
+  """
+  stages = {'only': FLAGS.only, 'skip': FLAGS.skip}
+  saved = {'stage': FLAGS.stage, 'weights': FLAGS.weights}
   match FLAGS.mode:
+    case 'prepare':
+      archive = {'input': FLAGS.input, 'sha256': FLAGS.sha256}
+      jaxprog.prepare(config, **stages, **archive, download=FLAGS.download)
+    case 'verify':
+      return jaxprog.verify(config, FLAGS.workdir or None, **stages)
+    case 'audit':
+      return jaxprog.audit(config, FLAGS.workdir or None, **stages)
+    case 'check':
+      return jaxprog.check(config, FLAGS.workdir or None, **stages)
+    case 'train':
+      allow = FLAGS.allow_config_change
+      jaxprog.train(
+        config, require_workdir(), **stages, allow_config_change=allow
+      )
     case 'compare':
       jaxprog.compare(config, require_workdir())
     case 'tune':
       jaxprog.tune(config, require_workdir())
-    case 'prepare':
-      jaxprog.prepare(
-        config,
-        only=FLAGS.only,
-        skip=FLAGS.skip,
-        input=FLAGS.input,
-        sha256=FLAGS.sha256,
-        download=FLAGS.download,
-      )
-    case 'verify':
-      return jaxprog.verify(
-        config, FLAGS.workdir or None, only=FLAGS.only, skip=FLAGS.skip
-      )
-    case 'audit':
-      return jaxprog.audit(
-        config, FLAGS.workdir or None, only=FLAGS.only, skip=FLAGS.skip
-      )
-    case 'train':
-      jaxprog.train(
-        config,
-        require_workdir(),
-        only=FLAGS.only,
-        skip=FLAGS.skip,
-        allow_config_change=FLAGS.allow_config_change,
-      )
-    case 'check':
-      return jaxprog.check(
-        config, FLAGS.workdir or None, only=FLAGS.only, skip=FLAGS.skip
-      )
     case 'lr_find':
-      found = jaxprog.lr_find(
-        config, require_workdir(), stage=(FLAGS.only or [FLAGS.stage])[0]
-      )
+      stage = (FLAGS.only or [FLAGS.stage])[0]
+      found = jaxprog.lr_find(config, require_workdir(), stage=stage)
       print(describe_lr_find(found))
     case 'eval':
       scores = jaxprog.evaluate(
-        config,
-        require_workdir(),
-        stage=FLAGS.stage,
-        weights=FLAGS.weights,
-        dataset=FLAGS.input,
+        config, require_workdir(), **saved, dataset=FLAGS.input
       )
       import jax
 
       if jax.process_index() == 0:
         print(f'{100 * scores["top1"]:.1f}')
     case 'predict':
-      jaxprog.predict(
-        config,
-        require_workdir(),
-        FLAGS.input,
-        stage=FLAGS.stage,
-        weights=FLAGS.weights,
-      )
+      jaxprog.predict(config, require_workdir(), FLAGS.input, **saved)
     case 'export':
-      jaxprog.export(
-        config, require_workdir(), stage=FLAGS.stage, weights=FLAGS.weights
-      )
+      jaxprog.export(config, require_workdir(), **saved)
   return 0
 
 
