@@ -48,7 +48,8 @@ def create_photographs() -> config_dict.ConfigDict:
   ladder.stage_defaults.storage = 'raw:48'
   imagenette, tiny = ladder.stages
   imagenette['num_epochs'] = 6
-  tiny['num_epochs'] = 6
+  tiny['num_epochs'] = 3
+  tiny['warmup_epochs'] = 0.5
   return ladder
 
 

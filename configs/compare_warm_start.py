@@ -40,29 +40,29 @@ def create_ladder() -> config_dict.ConfigDict:
   ladder.stem_kernel = 3
   stage = ladder.stage_defaults
   stage.dataset = 'imagenette'
-  stage.image_size = 32
-  stage.storage = 'raw:32'
+  stage.image_size = 16
+  stage.storage = 'raw:16'
   stage.min_crop_area = 1.0
   stage.max_crop_aspect = 1.0
   stage.flip = False
-  stage.batch_size = 64
+  stage.batch_size = 128
   stage.optimizer = 'sgd_momentum'
   stage.schedule = 'constant'
-  stage.learning_rate = 0.01
+  stage.learning_rate = 0.05
   stage.weight_decay = 0.0
   ladder.stages = [
     {
       'name': 'half',
       'description': 'Half of the training images.',
       'eval_split': 'holdout:50%',
-      'num_epochs': 20,
+      'num_epochs': 40,
     },
     {
       'name': 'all',
       'description': 'All of them, with the same classes.',
       # What has been seen before must not be told by the best epoch.
       'transfer_weights': 'final',
-      'num_epochs': 16,
+      'num_epochs': 30,
     },
   ]
   return ladder

@@ -284,20 +284,8 @@ def create_task(
     ),
     create_state=jax.jit(create_state, out_shardings=replicated),
     train_steps={
-      program: jax.jit(
-        steps_lib.create_train_step(
-          create_model(program.image_size),
-          tx,
-          learning_rate_fn,
-          _traced_stage(stage, program),
-          stage_steps,
-          pixels,
-          num_classes=len(dataset.classes),
-          frozen=program.frozen,
-        ),
-        in_shardings=(replicated, divided, replicated),
-        out_shardings=replicated,
-        donate_argnums=0,
+      program: _jit_train_step(
+        setup, stage, program, create_model, tx, learning_rate_fn
       )
       for program in _programs(stage, stage_steps)
     },
@@ -311,6 +299,34 @@ def create_task(
     init_rng=_place_key(init_rng, replicated),
     step_rng=_place_key(step_rng, replicated),
     first_step=_count_steps_before(setup, stage),
+  )
+
+
+def _jit_train_step(
+  setup: Setup,
+  stage: stages_lib.Stage,
+  program: Program,
+  create_model: Callable[[int], nn.Module],
+  tx: optax.GradientTransformation,
+  learning_rate_fn: optax.Schedule,
+) -> Any:
+  """Returns the step of one program; it takes the old state's memory."""
+  replicated, divided = setup.shardings
+  train_step = steps_lib.create_train_step(
+    create_model(program.image_size),
+    tx,
+    learning_rate_fn,
+    _traced_stage(stage, program),
+    setup.steps[stage.name],
+    (setup.config.mean_rgb, setup.config.std_rgb),
+    num_classes=setup.datasets[stage.name].num_classes,
+    frozen=program.frozen,
+  )
+  return jax.jit(
+    train_step,
+    in_shardings=(replicated, divided, replicated),
+    out_shardings=replicated,
+    donate_argnums=0,
   )
 
 

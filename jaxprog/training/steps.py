@@ -82,14 +82,7 @@ def create_train_step(
         state.step == steps.frozen, tx.init(state.params), state.opt_state
       )
       state = state.replace(opt_state=opt_state)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    factors = optimizers.rate_factors(state.params, stage)
-    params = jax.tree.map(
-      lambda p, u, factor: p - (factor * learning_rate) * u,
-      state.params,
-      updates,
-      factors,
-    )
+    params, opt_state = _update(state, grads, tx, learning_rate, stage)
     if frozen:
       params = {**state.params, 'head': params['head']}
     learned = {
@@ -111,6 +104,19 @@ def create_train_step(
     return state, metrics
 
   return train_step
+
+
+def _update(state, grads, tx, learning_rate, stage):
+  """Returns the next parameters and the optimizer's next state."""
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  factors = optimizers.rate_factors(state.params, stage)
+  params = jax.tree.map(
+    lambda p, u, factor: p - (factor * learning_rate) * u,
+    state.params,
+    updates,
+    factors,
+  )
+  return params, opt_state
 
 
 def augment_batch(
