@@ -190,7 +190,7 @@ def test_a_run_that_waits_for_its_input_says_so(run_main, folder):
   assert 'limited by its input' in result.stdout
   stage = only_stage(folder / 'run')
   assert stage['epochs'][0]['input_wait'] > 0.05
-  assert 'cores a process would do, 1 are used' in stage['input_limit']
+  assert 'workers would do, there are 1' in stage['input_limit']
   assert "storage='raw:24'" in stage['input_limit']
   report = (folder / 'run' / 'training_report.txt').read_text()
   assert 'limited by its input' in report

@@ -296,3 +296,16 @@ def test_what_a_workdir_holds_is_told_with_what_has_changed(config, tmp_path):
   (finding,) = crossed(preflight.inspect(config, tmp_path))
   assert finding.what.endswith('with another config: seed: 0 -> 5')
   assert '--allow_config_change' in finding.fix
+
+
+def test_a_damaged_marker_is_a_warning_and_hides_nothing(config, tmp_path):
+  folder = checkpoints.stage_directory(tmp_path, 'three')
+  with checkpoints.Checkpoints(folder) as saved:
+    saved.mark_done({'record': {}})
+  marker = folder / 'done.json'
+  marker.write_bytes(marker.read_bytes().replace(b'record', b'recorD'))
+  found = preflight.inspect(config, tmp_path)
+  (warning,) = [x for x in found if x.ok is None]
+  assert warning.what.startswith('run: three/done.json is damaged')
+  assert not crossed(found)
+  assert find(found, 'disk: ')

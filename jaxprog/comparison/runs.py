@@ -105,13 +105,20 @@ def run(planned: Planned, earlier: Sequence[Planned]) -> Outcome:
   except Exception as e:
     status = 'diverged' if _is_divergence(e) else 'failed'
     error = f'{type(e).__name__}: {" ".join(str(e).split())}'
-    _write_traceback(planned.workdir)
+    write_traceback(planned.workdir)
+  return write_outcome(planned, shared, status, error)
+
+
+def write_outcome(
+  planned: Planned, shared: Sequence[str], status: str, error: str = ''
+) -> Outcome:
+  """Returns how a run ended, which its directory says from now on."""
   outcome = {
     'version': VERSION,
     'status': status,
     'error': error,
     'config_hash': _hash(planned),
-    'shared': shared,
+    'shared': list(shared),
   }
   files.write_json(planned.workdir / 'outcome.json', outcome)
   return outcome
@@ -232,6 +239,7 @@ def _is_divergence(error: Exception) -> bool:
   return isinstance(error, RuntimeError) and 'were not finite' in str(error)
 
 
-def _write_traceback(workdir: pathlib.Path) -> None:
+def write_traceback(workdir: pathlib.Path) -> None:
+  """Adds the exception that is being handled to the run's error.log."""
   with contextlib.suppress(OSError), open(workdir / 'error.log', 'a') as file:
     traceback.print_exc(file=file)

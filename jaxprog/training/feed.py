@@ -80,9 +80,12 @@ class Feed:
     text = (
       f'limited by its input: {self.waited / seconds:.0%} of the time waits '
       f'for images. One takes {1e3 * cost:.2g} ms of a core and the devices '
-      f'would take {wanted:,.0f} a second: {cores} cores a process would do, '
-      f'{task.num_workers} are used'
+      f'would take {wanted:,.0f} a second: '
     )
+    if cores <= task.num_workers:
+      text += 'workers enough, but their cores are busy with other work'
+    else:
+      text += f'{cores} workers would do, there are {task.num_workers}'
     if task.stage.stored.kind != 'raw':
       size = 8 * math.ceil(task.stage.eval_size / 7)
       text += f"; or storage='raw:{size}', or fewer pixels"

@@ -122,45 +122,74 @@ def train(
       stack.enter_context(owner)
     distributed.check_workdir(workdir)
     setup = setup_lib.create_setup(config, only=only, skip=skip, model=model)
-    progress = stack.enter_context(_create_progress(len(setup.chosen)))
-    incidents = _create_incidents(workdir, owner)
-
-    def on_incident(kind, message, **fields):
-      incidents.add(kind, message, **fields)
-      progress.message(message)
-
-    checkpoints.verify_all(workdir, on_incident)
-    tasks = tuple(setup_lib.create_task(setup, stage) for stage in setup.chosen)
-    handover.check(setup, tasks, workdir)
-    for line in preflight.quick(tasks, workdir):
-      progress.message(line)
-    history = _load_history(config, workdir, allow_config_change, incidents)
-    _write_inputs(config, workdir)
-    run = Run(
-      setup=setup,
-      tasks=tasks,
-      workdir=workdir,
-      history=history,
-      progress=progress,
-      writer=stack.enter_context(
-        contextlib.closing(_create_writer(config, workdir))
-      ),
-      stop=stop,
-      incidents=incidents,
-      on_incident=on_incident,
-      owner=owner,
-      dog=stack.enter_context(_create_watchdog(config, workdir, incidents)),
-      compiler=_create_executor('compiler', stack),
+    run = open_run(
+      setup,
+      workdir,
+      owner,
+      stop,
+      stack,
+      allow_config_change=allow_config_change,
       on_epoch=on_epoch,
-      reporter=outputs.Reporter(
-        _create_executor('reporter', stack), workdir, incidents.entries
-      ),
     )
-    plain = config_lib.to_json(stages.complete(config))
-    run.writer.write_hparams(tensorboard.flatten_config(plain))
     _train_stages(run)
-    progress.message(report.summary_table(history))
-  return history
+    run.progress.message(report.summary_table(run.history))
+  return run.history
+
+
+def open_run(
+  setup: setup_lib.Setup,
+  workdir: pathlib.Path,
+  owner: lock.Lock,
+  stop: signals.StopRequest,
+  stack: contextlib.ExitStack,
+  *,
+  quiet: bool = False,
+  allow_config_change: bool = False,
+  on_epoch: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
+) -> Run:
+  """Returns a run of `setup`, all checked; `stack` closes what it has opened.
+
+  Raises:
+    UserError: for mistakes in the data or the workdir.
+  """
+  config = setup.config
+  progress = stack.enter_context(_create_progress(len(setup.chosen), quiet))
+  incidents = _create_incidents(workdir, owner)
+
+  def on_incident(kind, message, **fields):
+    incidents.add(kind, message, **fields)
+    progress.message(message)
+
+  checkpoints.verify_all(workdir, on_incident)
+  tasks = tuple(setup_lib.create_task(setup, stage) for stage in setup.chosen)
+  handover.check(setup, tasks, workdir)
+  for line in preflight.quick(tasks, workdir):
+    progress.message(line)
+  history = _load_history(config, workdir, allow_config_change, incidents)
+  _write_inputs(config, workdir)
+  run = Run(
+    setup=setup,
+    tasks=tasks,
+    workdir=workdir,
+    history=history,
+    progress=progress,
+    writer=stack.enter_context(
+      contextlib.closing(_create_writer(config, workdir))
+    ),
+    stop=stop,
+    incidents=incidents,
+    on_incident=on_incident,
+    owner=owner,
+    dog=stack.enter_context(_create_watchdog(config, workdir, incidents)),
+    compiler=_create_executor('compiler', stack),
+    on_epoch=on_epoch,
+    reporter=outputs.Reporter(
+      _create_executor('reporter', stack), workdir, incidents.entries
+    ),
+  )
+  plain = config_lib.to_json(stages.complete(config))
+  run.writer.write_hparams(tensorboard.flatten_config(plain))
+  return run
 
 
 def _train_stages(run: Run) -> None:
@@ -235,10 +264,7 @@ def _compile_ahead(run: Run) -> Iterator[setup_lib.Task]:
     is_first = task is run.tasks[0] and not handover.find_source(
       run.setup, run.workdir, task.stage
     )
-    # What the plateau schedule will lower its own by, nobody knows yet.
-    if task.stage.schedule != 'plateau':
-      rates = [float(f'{x:.6g}') for x in sample_learning_rate(task)]
-      run.rates[task.stage.name] = rates
+    note_rates(run, task)
     draws_all = is_first or handover.needs_backbone(task.stage)
     return setup_lib.compile_task(task, carried=not draws_all)
 
@@ -251,6 +277,14 @@ def _compile_ahead(run: Run) -> Iterator[setup_lib.Task]:
     yield task
 
 
+def note_rates(run: Run, task: setup_lib.Task) -> None:
+  """Notes the learning rates of a stage for its record."""
+  # What the plateau schedule will lower its own by, nobody knows yet.
+  if task.stage.schedule != 'plateau':
+    rates = [float(f'{x:.6g}') for x in sample_learning_rate(task)]
+    run.rates[task.stage.name] = rates
+
+
 def _run_stage(
   run: Run, index: int, task: setup_lib.Task, left: float | None
 ) -> float | None:
@@ -260,64 +294,81 @@ def _run_stage(
   one was, by the monotonic clock; None if nothing was trained.
   """
   name = task.stage.name
-  done = checkpoints.read_done(run.workdir, name)
-  if done is not None:
-    _put_record(run.history, done['record'])
-    run.save_history()  # It may have been killed before it could.
-    run.progress.message(f'{name}: done before, not trained again')
-    run.save_stages()
+  if pass_over(run, task):
     return None
   directory = checkpoints.stage_directory(run.workdir, name)
-  run.dog.beat(f'the start of {name}')
   with (
     run.stop.deferred(),  # Outermost: saves under way are waited for.
     checkpoints.Checkpoints(directory, run.on_incident) as saved,
   ):
-    state, record = _resume(run, task, saved) or _begin(run, task)
-    run.save_history()
-    run.save_stages(running=name)
-    run.progress.start_stage(
-      index,
-      name,
-      task.steps.epoch_ends,
-      int(state.step),
-      averages=task.stage.ema_decay > 0,
-      dataset=task.stage.dataset,
-      start=_describe_start(record),
-    )
-    out = loop.Outputs(
-      record=record,
-      incident=run.incidents.add,
-      beat=run.dog.beat,
-      check_owner=run.owner.check,
-      meta=_describe_weights(run, task),
-      checkpoints=saved,
-      progress=run.progress,
-      writer=run.writer,
-      stop=run.stop,
-      save_history=run.save_history,
-      on_epoch=run.on_epoch,
-      left=left,
-    )
-    _train_and_save(run, task, state, out)
+    state, out = open_stage(run, index, task, saved)
+    out.left = left
+    state = loop.train_stage(task, state, out)
+    finish_stage(run, task, state, out)
     left = time.monotonic()
   run.save_history()
-  run.progress.end_stage(record)
+  run.progress.end_stage(out.record)
   return left
 
 
-def _train_and_save(
+def pass_over(run: Run, task: setup_lib.Task) -> bool:
+  """Returns whether a stage was done before; its record is then noted."""
+  name = task.stage.name
+  done = checkpoints.read_done(run.workdir, name)
+  if done is None:
+    return False
+  _put_record(run.history, done['record'])
+  run.save_history()  # It may have been killed before it could.
+  run.progress.message(f'{name}: done before, not trained again')
+  run.save_stages()
+  return True
+
+
+def open_stage(
+  run: Run, index: int, task: setup_lib.Task, saved: checkpoints.Checkpoints
+) -> tuple[state_lib.TrainState, loop.Outputs]:
+  """Returns the state that a stage goes on from, and where it reports to."""
+  name = task.stage.name
+  run.dog.beat(f'the start of {name}')
+  state, record = _resume(run, task, saved) or _begin(run, task)
+  run.save_history()
+  run.save_stages(running=name)
+  run.progress.start_stage(
+    index,
+    name,
+    task.steps.epoch_ends,
+    int(state.step),
+    averages=task.stage.ema_decay > 0,
+    dataset=task.stage.dataset,
+    start=_describe_start(record),
+  )
+  out = loop.Outputs(
+    record=record,
+    incident=run.incidents.add,
+    beat=run.dog.beat,
+    check_owner=run.owner.check,
+    meta=_describe_weights(run, task),
+    checkpoints=saved,
+    progress=run.progress,
+    writer=run.writer,
+    stop=run.stop,
+    save_history=run.save_history,
+    on_epoch=run.on_epoch,
+  )
+  if not record.get('resumed_at_steps'):
+    # What a rollback goes back to, and a start after an early kill.
+    loop.save(task, state, out)
+  return state, out
+
+
+def finish_stage(
   run: Run,
   task: setup_lib.Task,
   state: state_lib.TrainState,
   out: loop.Outputs,
 ) -> None:
-  """Trains the rest of a stage, and declares it done once all is saved."""
+  """Declares a stage done that is trained, once all is saved."""
   record, saved = out.record, out.checkpoints
-  if not record.get('resumed_at_steps'):
-    # What a rollback goes back to, and a start after an early kill.
-    loop.save(task, state, out)
-  state = loop.train_stage(task, state, out)
   status = 'stopped_early' if 'stopped' in record else 'done'
   history_lib.finish_stage(record, status)
   meta = {**out.meta, 'epoch': record['epochs'][-1]}
@@ -607,9 +658,9 @@ def _write_inputs(
     ) from None
 
 
-def _create_progress(num_stages: int) -> progress_lib.Progress:
-  """Returns what people see; only process 0 shows it."""
-  console = rich.console.Console(quiet=jax.process_index() != 0)
+def _create_progress(num_stages: int, quiet: bool) -> progress_lib.Progress:
+  """Returns what people see, or nothing; only process 0 shows it."""
+  console = rich.console.Console(quiet=quiet or jax.process_index() != 0)
   return progress_lib.Progress(num_stages, console=console)
 
 

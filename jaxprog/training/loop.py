@@ -64,7 +64,7 @@ _MAX_ROLLBACKS = 2
 _NAMED_EXAMPLES = 8
 
 
-class _NotFiniteError(Exception):
+class NotFiniteError(Exception):
   """Too many steps in a row changed nothing; the last one is `step`."""
 
   def __init__(self, step: int):
@@ -84,7 +84,7 @@ def train_stage(
   while True:
     try:
       return _train_from(task, state, out)
-    except _NotFiniteError as e:
+    except NotFiniteError as e:
       state = _roll_back(task, e.step, out)
 
 
@@ -189,6 +189,20 @@ def evaluate(
   `split`, a dict of arrays (batch_size,) a batch; the last one is padded.
   """
   sums = jax.device_put(steps.zero_eval_sums(), task.shardings.replicated)
+  sums = add_up(task, variables, split, sums, on_batch, on_bad, outcomes)
+  return mean_scores(sums, len(split))
+
+
+def add_up(
+  task: setup.Task,
+  variables: dict[str, Any],
+  split: sources.Split,
+  sums: steps.Metrics,
+  on_batch: Callable[[int, int], None] | None = None,
+  on_bad: Callable[[dict[str, str]], None] | None = None,
+  outcomes: list[steps.Outcomes] | None = None,
+) -> steps.Metrics:
+  """Returns `sums` with those of every image of `split`; see `evaluate`."""
   local_batches = loader.eval_batches(
     split,
     task.stage,
@@ -209,10 +223,15 @@ def evaluate(
         on_batch(i + 1, -(-len(split) // len(batch['label'])))
   if on_bad and local_batches.bad:
     on_bad(local_batches.bad)
+  return sums
+
+
+def mean_scores(sums: steps.Metrics, num_images: int) -> dict[str, float]:
+  """Returns mean loss, top1 and top5 from an evaluation's sums."""
   totals = {name: float(x) for name, x in sums.items()}
   count = totals.pop('count')
-  if count != len(split):
-    raise AssertionError(f'Evaluated {count:g} of {len(split)} images.')
+  if count != num_images:
+    raise AssertionError(f'Evaluated {count:g} of {num_images} images.')
   return {name: x / count for name, x in totals.items()}
 
 
@@ -245,8 +264,7 @@ def _train_epoch(
   for step in range(first, end):
     batch = feed.next()
     if step == 0:
-      draw = functools.partial(preview.draw_augmented, task, batch, step)
-      out.writer.write_images(task.first_step + 1, draw)
+      write_preview(task, batch, out)
     # Step n is dispatched before the metrics of step n - 1 are read.
     profile.begin_step(step)
     train_step = task.train_steps[task.program(step)]
@@ -256,13 +274,13 @@ def _train_epoch(
     _note_handover(task, step, out)
     if pending is not None:
       timing = _timing(began, (step - first) * batch_size, feed)
-      _report_step(task, *pending, timing, out)
+      report_step(task, *pending, timing, out)
     pending = step, metrics
     _answer_requests(task, state, step + 1, step + 1 == end, out)
   jax.block_until_ready(state)
   timing = _timing(began, (end - first) * batch_size, feed)
   if pending is not None:
-    _report_step(task, *pending, timing, out)
+    report_step(task, *pending, timing, out)
   if feed.restarts > restarts:
     _note(task, end, 'worker_restart', 'dead data workers were replaced', out)
   limit = feed.describe_limit(timing['seconds'], timing['images_per_second'])
@@ -270,6 +288,12 @@ def _train_epoch(
     out.record['input_limit'] = limit
     out.progress.message(f'{task.stage.name}: {limit}')
   return state, timing
+
+
+def write_preview(task: setup.Task, batch: steps.Batch, out: Outputs) -> None:
+  """Writes what the first step of a stage sees to TensorBoard."""
+  draw = functools.partial(preview.draw_augmented, task, batch, 0)
+  out.writer.write_images(task.first_step + 1, draw)
 
 
 def _timing(
@@ -345,6 +369,26 @@ def _end_epoch(
 
   scores = evaluate(task, state.variables, split, out.progress.evaluate, on_bad)
   averaged = evaluate(task, state.ema, split) if state.ema else {}
+  timing = {**timing, 'eval_seconds': time.monotonic() - began}
+  state = close_epoch(task, state, epoch, scores, averaged, timing, out)
+  _stop_if_asked(out)
+  return state
+
+
+def close_epoch(
+  task: setup.Task,
+  state: state_lib.TrainState,
+  epoch: int,
+  scores: dict[str, float],
+  averaged: dict[str, float],
+  timing: dict[str, float],
+  out: Outputs,
+) -> state_lib.TrainState:
+  """Records and saves what came of an epoch; returns it with empty sums.
+
+  `scores` are those of the weights, `averaged` those of the averaged ones, {}
+  where there are none.
+  """
   sums = {name: float(x) for name, x in state.metrics.items()}
   step = int(state.step)
   rate = float(task.learning_rate_fn(step - 1) * state.rate_scale)
@@ -360,7 +404,6 @@ def _end_epoch(
     learning_rate=rate,
     grad_norm=_mean(sums['grad_norm'], sums['steps']),
     skipped_steps=int(sums['skipped']),
-    eval_seconds=time.monotonic() - began,
     **{f'ema_{name}': averaged[name] for name in averaged},
     **timing,
   )
@@ -377,7 +420,6 @@ def _end_epoch(
   out.save_history()
   out.progress.end_epoch(row, is_best)
   out.on_epoch(task.stage.name, row)
-  _stop_if_asked(out)
   return state
 
 
@@ -456,14 +498,18 @@ def _stop_if_asked(out: Outputs) -> None:
     raise errors.Stopped(out.stop.signum, saved=True)
 
 
-def _report_step(
+def report_step(
   task: setup.Task,
   step: int,
   metrics: steps.Metrics,
   timing: dict[str, float],
   out: Outputs,
 ) -> None:
-  """Shows one step; reading its metrics waits for it to finish."""
+  """Shows one step; reading its metrics waits for it to finish.
+
+  Raises:
+    NotFiniteError: after as many skipped steps as are allowed in a row.
+  """
   values = {name: float(x) for name, x in jax.device_get(metrics).items()}
   out.step_times.step()
   out.beat(f'step {step + 1} of {task.stage.name}')
@@ -493,7 +539,7 @@ def _count_skipped(
   )
   out.incident('skipped_step', text, stage=task.stage.name, step=step + 1)
   if out.skipped == task.config.max_skipped_steps:
-    raise _NotFiniteError(step)
+    raise NotFiniteError(step)
 
 
 def _write_epoch(task: setup.Task, row: dict[str, Any], out: Outputs) -> None:

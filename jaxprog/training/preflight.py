@@ -214,7 +214,7 @@ def bytes_to_write(workdir: pathlib.Path | None, sizes: Iterable[Size]) -> int:
   """
   total = replaced = 0
   for size in sizes:
-    if workdir and checkpoints.read_done(workdir, size.stage) is not None:
+    if workdir and _is_done(workdir, size.stage):
       continue
     there = _folder_bytes(workdir, size.stage) if workdir else 0
     total += max(0, 2 * size.state + size.copies * size.variables - there)
@@ -545,6 +545,14 @@ def _check_run(
 ) -> Iterator[Finding]:
   for line in _describe_run(workdir):
     yield Finding(True, f'run: {line}')
+  for marker in sorted(workdir.glob('checkpoints/*/done.json')):
+    name = marker.parent.name
+    if not _is_done(workdir, name):
+      yield Finding(
+        None,
+        f'run: {name}/done.json is damaged: the stage is finished again from '
+        'its last save',
+      )
   saved = saved_configs(config, workdir)
   different = config_lib.differences(*saved) if saved else []
   if different:
@@ -554,6 +562,17 @@ def _check_run(
       f'run: it began with another config: {"; ".join(different[:3])}{more}',
       'Use another --workdir, or --allow_config_change to go on anyway.',
     )
+
+
+def _is_done(workdir: pathlib.Path, stage: str) -> bool:
+  """Returns whether a stage is done; a damaged marker is none.
+
+  Training finishes such a stage again from its last save.
+  """
+  try:
+    return checkpoints.read_done(workdir, stage) is not None
+  except integrity.DamagedError:
+    return False
 
 
 def _describe_run(workdir: pathlib.Path) -> list[str]:
@@ -570,7 +589,7 @@ def _describe_run(workdir: pathlib.Path) -> list[str]:
       for step in integrity.list_steps(latest)
       if not integrity.is_unfinished(latest, step)
     ]
-    if checkpoints.read_done(workdir, name) is not None:
+    if _is_done(workdir, name):
       parts.append(f'{name} done')
     elif saved:
       parts.append(f'{name} interrupted, saved at step {max(saved)}')
