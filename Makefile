@@ -1,6 +1,7 @@
 # make quickstart: install and train the four small stages (minutes, no GPU)
 # make test:       install and run the tests
-# make test-faults: kill real runs, 20 of them at random moments (FAULTS=N)
+# make test-faults: kill real runs, 20 of them at random moments (FAULTS=N),
+#                   comparisons and pairs of processes; an hour
 # make lint:       install and check style and types
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +26,7 @@ endif
 # Prints what came of each run, and a table in the end.
 FAULTS ?= 20
 test-faults: $(VENV)/installed-test
-	JAXPROG_FAULTS=$(FAULTS) $(RUN) -m pytest -m faults tests/faults_test.py $(PYTEST_ARGS)
+	JAXPROG_FAULTS=$(FAULTS) $(RUN) -m pytest -m 'faults or slow' tests $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check .

@@ -226,8 +226,9 @@ def processes() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
   from jaxprog.training import distributed
 
-  names = ('mode', 'only', 'skip', 'stage', 'weights', 'allow_config_change')
-  command = ' '.join(f'--{name}={FLAGS[name].value}' for name in names)
+  names = ('mode', 'only', 'skip', 'stage', 'weights', 'input')
+  values = [f'--{name}={FLAGS[name].value}' for name in names]
+  command = ' '.join([*values, f'--allow={FLAGS.allow_config_change}'])
   return distributed.processes(
     distributed.Place(*place), command, FLAGS.connect_seconds
   )

@@ -204,12 +204,18 @@ def evaluate(
   stage: str = '',
   weights: str = 'best',
   dataset: str = '',
+  model: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
   """Returns loss, top1, top5; see jaxprog.tools.evaluate.evaluate."""
   from jaxprog.tools import evaluate as tool
 
   return tool.evaluate(
-    config, workdir, stage=stage, weights=weights, dataset=dataset
+    config,
+    workdir,
+    stage=stage,
+    weights=weights,
+    dataset=dataset,
+    model=model,
   )
 
 
@@ -220,11 +226,14 @@ def predict(
   *,
   stage: str = '',
   weights: str = 'best',
+  model: Callable[..., Any] | None = None,
 ) -> list[dict[str, Any]]:
   """Returns what images show; see jaxprog.tools.predict.predict."""
   from jaxprog.tools import predict as tool
 
-  return tool.predict(config, workdir, input, stage=stage, weights=weights)
+  return tool.predict(
+    config, workdir, input, stage=stage, weights=weights, model=model
+  )
 
 
 def export(

@@ -56,10 +56,10 @@ def load_config(
   Raises:
     UserError: if the file is missing or breaks, or an override names nothing.
   """
-  path, _, argument = spec.partition(':')
-  if path.endswith('.json'):
-    config = config_dict.ConfigDict(_read_json(pathlib.Path(path)))
+  if spec.endswith('.json'):  # Its path may hold colons, it has no ARG.
+    config = config_dict.ConfigDict(_read_json(pathlib.Path(spec)))
   else:
+    path, _, argument = spec.partition(':')
     config = _run_config_file(pathlib.Path(path), argument)
   pending = dict(overrides or {})
   # Defaults first: stages that do not say otherwise take them over.
@@ -228,9 +228,13 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     raise errors.UserError(
       f'There is no config file {str(path)!r}.', f'--config={path}'
     ) from None
+  except OSError as e:
+    raise errors.UserError(
+      f'{path} cannot be read: {e.strerror}', f'--config={path}'
+    ) from None
   except ValueError as e:
     raise errors.UserError(f'{path} is not JSON: {e}') from None
-  except (KeyError, AttributeError):
+  except (KeyError, AttributeError, TypeError):
     raise errors.UserError(f'{path} is not a config.') from None
 
 

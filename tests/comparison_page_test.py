@@ -49,7 +49,31 @@ def test_what_is_said_is_escaped(workdir):
   assert '<b>' not in text
 
 
-def test_a_damaged_comparison_is_said(tmp_path):
-  (tmp_path / 'comparison.json').write_text('{')
-  with pytest.raises(errors.UserError, match='damaged'):
+def without(result, name):
+  return {k: v for k, v in result.items() if k != name}
+
+
+WHOLE = create_result(fixture.create_arms(1))
+
+
+@pytest.mark.parametrize(
+  ('damaged', 'why'),
+  [
+    ('{', 'Expecting'),
+    ([], 'no object'),
+    ({}, 'version is none'),
+    ({**WHOLE, 'version': 2}, 'version is 2, not 1'),
+    (without(WHOLE, 'reference'), 'lacks reference'),
+    ({**WHOLE, 'runs': None}, 'runs is no list'),
+    ({**WHOLE, 'runs': [{'cell': 'ladder'}]}, 'entry of runs'),
+    ({**WHOLE, 'cells': ['ladder']}, 'entry of cells'),
+    ({**WHOLE, 'reference': 'other'}, 'no run'),
+  ],
+)
+def test_a_damaged_or_foreign_comparison_is_said(tmp_path, damaged, why):
+  text = damaged if isinstance(damaged, str) else json.dumps(damaged)
+  (tmp_path / 'comparison.json').write_text(text)
+  with pytest.raises(errors.UserError, match='damaged') as e:
     report.write_report([tmp_path])
+  assert why in e.value.what
+  assert not (tmp_path / 'report.html').exists()

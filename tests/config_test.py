@@ -201,3 +201,21 @@ def test_fields_younger_than_a_saved_config_have_their_defaults(tmp_path):
   loaded = config_lib.load_config(str(path))
   assert config_lib.config_hash(loaded) == config_lib.config_hash(config)
   assert loaded.watchdog_minutes == config.watchdog_minutes
+
+
+def test_the_path_of_a_saved_config_may_hold_colons(tmp_path):
+  folder = tmp_path / 'x.py:12:30'
+  folder.mkdir()
+  config = config_lib.load_config(FILE)
+  path = folder / 'config.json'
+  path.write_text(json.dumps(config_lib.to_json(config)))
+  loaded = config_lib.load_config(str(path))
+  assert config_lib.config_hash(loaded) == config_lib.config_hash(config)
+
+
+@pytest.mark.parametrize('text', ['[]', '3', 'null', '{"stages": 1}'])
+def test_json_that_is_no_config_is_said(tmp_path, text):
+  path = tmp_path / 'config.json'
+  path.write_text(text)
+  with pytest.raises(errors.UserError, match='not a config'):
+    config_lib.load_config(str(path))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxprog.reporting import diagnostics
+from jaxprog.reporting import diagnostics, figures
 
 
 def create_outcomes(predicted, labels, loss=None, confidence=None):
@@ -39,11 +39,44 @@ def test_classes_and_confusions_are_counted():
     create_outcomes([0, 1, 1, 1, 0, 3], labels), np.array(labels), 4
   )
   assert found['per_class'] == [[3, 1], [2, 1], [0, 0], [1, 1]]
-  pairs = [
-    (x['label'], x['predicted'], x['count']) for x in found['confusions']
-  ]
+  pairs = pairs_of(found)
   assert pairs[0] == (0, 1, 2)
   assert set(pairs) == {(0, 1, 2), (0, 0, 1), (1, 1, 1), (1, 0, 1), (3, 3, 1)}
+
+
+def pairs_of(found):
+  return [(x['label'], x['predicted'], x['count']) for x in found['confusions']]
+
+
+def test_of_a_thousand_classes_mix_ups_are_kept_beside_the_right_ones():
+  # Each class is right three times; 500 are once taken for the next one, and
+  # class 700 twice.
+  labels = np.concatenate([np.repeat(np.arange(1000), 3), np.arange(500)])
+  labels = np.concatenate([labels, [700, 700]])
+  predicted = np.concatenate(
+    [np.repeat(np.arange(1000), 3), np.arange(1, 501), [3, 3]]
+  )
+  found = diagnostics.diagnose(create_outcomes(predicted, labels), labels, 1000)
+  pairs = pairs_of(found)
+  assert pairs[0] == (700, 3, 2)
+  assert pairs[1:400] == [(i, i + 1, 1) for i in range(399)]
+  assert pairs[400:] == [(i, i, 3) for i in range(1000)]
+  # TensorBoard's matrix shows class 700 and the first ones, with mistakes.
+  found |= {'classes': [str(i) for i in range(1000)], 'worst': []}
+  picture = figures.draw_confusion(found)
+  side = figures.MAX_CLASSES * figures.CELL
+  matrix = picture[-figures.GAP - side : -figures.GAP, -figures.GAP - side :]
+  red = (matrix[..., 0] > matrix[..., 2]).any(axis=-1)
+  assert red.sum() > figures.CELL
+
+
+def test_an_undecodable_image_was_taken_for_nothing():
+  labels = np.array([0, 1, 1])
+  outcomes = create_outcomes([0, 0, 0], labels)
+  outcomes['rank'] = np.array([0, 2**30, 1])
+  found = diagnostics.diagnose(outcomes, labels, 2)
+  assert found['per_class'] == [[1, 1], [2, 0]]
+  assert pairs_of(found) == [(1, 0, 1), (0, 0, 1)]
 
 
 def test_calibration_error_against_a_hand_count():
@@ -78,3 +111,14 @@ def test_the_worst_mistakes_come_first_with_their_pictures():
   thumbnail = Image.open(io.BytesIO(base64.b64decode(found[2]['thumbnail'])))
   assert thumbnail.size == (96, 48)
   assert np.asarray(thumbnail)[5, 5, 0] > 200
+
+
+def test_a_thumbnail_starts_no_other_program(tmp_path, monkeypatch):
+  postscript = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n'
+  assert Image.open(io.BytesIO(postscript)).format == 'EPS'
+  program = tmp_path / 'gs'
+  program.write_text(f'#!/bin/sh\n: > {tmp_path}/started\n')
+  program.chmod(0o755)
+  monkeypatch.setenv('PATH', str(tmp_path))
+  assert diagnostics.create_thumbnail(postscript) == ''
+  assert not (tmp_path / 'started').exists()

@@ -165,7 +165,63 @@ def test_the_headline_is_the_one_look_at_validation_after_a_holdout():
   }
   words = read(history).words()
   assert '43.2% top-1 of imagenette on 3,925 validation images' in words
+  assert '43.2% top-1, epoch' in words  # The card.
+  assert words.count('43.2%') >= 5  # And the scorecard's figure and tables.
+  assert 'on a hold-out' not in words
   assert 'epoch 2 was chosen on holdout:2%' in words
+
+
+def test_before_the_look_at_validation_it_is_said_that_a_holdout_chose():
+  history = history_fixture.create_history((3,))
+  history['stages'][0].update(eval_split='holdout:2%', num_eval_images=189)
+  words = read(history).words()
+  assert 'on 189 training images held out' in words
+  assert '9,469 train, 189 held out' in words
+  assert 'top-1, epoch 3, on a hold-out' in words
+  assert 'validation images, here on a hold-out' in words
+
+
+def test_none_was_mistaken_only_if_all_were_right():
+  history = history_fixture.create_history((3,))
+  found = diagnose(['a', 'b'])
+  found['confusions'] = found['confusions'][:2]  # The right ones alone.
+  history['stages'][0]['diagnostics'] = found
+  words = read(history).words()
+  assert '4 of 20 images were not recognised' in words
+  assert 'no image was mistaken' not in words
+  found['per_class'] = [[10, 10], [10, 10]]
+  assert 'None: no image was mistaken.' in read(history).words()
+
+
+def test_a_mistake_that_cannot_be_decoded_was_taken_for_nothing():
+  history = history_fixture.create_history((3,))
+  found = diagnose(['a', 'b'], thumbnail='')
+  history['stages'][0].update(
+    diagnostics=found, bad_images={'a/3.png': 'truncated'}
+  )
+  words = read(history).words()
+  assert 'cannot be decoded' in words
+  assert 'taken for b, 99%' not in words
+
+
+def test_what_is_not_finite_of_the_best_weights_is_a_dash():
+  history = history_fixture.create_history((3,))
+  found = diagnose(['a', 'b'])
+  # JSON has null where a number is not finite.
+  found.update(nll=None, ece=None, calibration=[[0, 0.0, 0.0], [20, None, 0.8]])
+  found['worst'][0].update(confidence=None, loss=None)
+  history['stages'][0]['diagnostics'] = found
+  page = read(history)
+  assert 'taken for b, -' in page.words()
+  assert 'a/3.png: loss -' in [x.get('title') for _, x in page.elements]
+
+
+def test_the_time_says_what_is_in_no_figure():
+  history = history_fixture.create_history((2,))
+  assert 'compiling the first stage is in no figure' in read(history).words()
+  history['stages'][0]['resumed_at_steps'] = [100]
+  words = read(history).words()
+  assert 'resumed in its middle counts only the time since' in words
 
 
 def test_interrupted_resumed_and_stopped_runs_say_so():
@@ -359,6 +415,10 @@ def test_baselines_of_other_classes_or_subsets_are_not_passed_off():
   (one,) = baselines.compare(history, None)
   assert '9,469 training images, here 500' in one.differs
   assert 'xresnext50, here an unknown network' in one.differs
+  assert not any('evaluation images' in x for x in one.differs)
+  history['stages'][0]['num_eval_images'] = 500
+  (one,) = baselines.compare(history, None)
+  assert '3,925 evaluation images, here 500' in one.differs
   history['stages'][0]['num_classes'] = 3
   assert baselines.compare(history, None) == []
   assert 'None is known for the data' in read(history).words()
@@ -368,9 +428,12 @@ def test_speed_is_compared_on_the_same_device_only():
   history = history_fixture.create_history((2,))
   config = {**quickstart_config(), 'model': 'resnet50'}
   words = read(history, config=config, environment=ENVIRONMENT).words()
-  assert 'images/s a chip, published for A100: 2,470' in words
+  assert 'images/s a device, published for A100: 2,470' in words
+  # A core of a TPU v3 is a device, of whose chips the speeds are published.
+  tpu = {**ENVIRONMENT, 'devices': {'kind': 'TPU v3', 'count': 8}}
+  assert 'a device' not in read(history, config=config, environment=tpu).words()
   cpu = {**ENVIRONMENT, 'devices': {'kind': 'cpu', 'count': 1}}
-  assert 'a chip' not in read(history, config=config, environment=cpu).words()
+  assert 'a device' not in read(history, config=config, environment=cpu).words()
 
 
 def test_the_page_refers_to_nothing_outside_itself():

@@ -149,8 +149,6 @@ def test_overfitting_is_flagged_only_when_wide_and_growing():
   assert 'running average on augmented images' in words
   assert 'overfitting' not in in_words(stage(-0.02, 0.05, 0.099))
   assert 'overfitting' not in in_words(stage(0.2, 0.15, 0.15))
-  assert report_lib.overfitting_gap(stage(0.0, 0.2)) == pytest.approx(0.2)
-  assert report_lib.overfitting_gap(stage()) is None
 
 
 def test_says_what_was_cut_resumed_or_not_run():
@@ -233,7 +231,39 @@ def test_says_where_the_time_went():
   ]
   stage = create_stage(epochs=rows, handover_seconds=2.0)
   assert report_lib.time_split(stage) == (12.0, 4.0, 6.0, 2.0)
-  assert 'imagenette 0:24 50.0% 16.7% 25.0% 8.3%' in in_words(stage)
+  words = in_words(stage)
+  assert 'imagenette 0:24 50.0% 16.7% 25.0% 8.3%' in words
+  assert 'compiling the first stage is in no figure' in words
+  partly = 'resumed in its middle counts only the time since'
+  assert partly not in words
+  assert partly in in_words({**stage, 'resumed_at_steps': [1480]})
+
+
+def test_a_holdout_is_not_passed_off_as_validation():
+  stage = create_stage(
+    eval_split='holdout:10%', best={'epoch': 20, 'top1': 0.97}
+  )
+  words = in_words(stage, model='resnet50')
+  assert 'On training images held out instead: imagenette; see' in words
+  assert 'imagenette: 97.0% here' in words
+  assert 'validation images, here on a hold-out' in words
+  assert 'and top-1 is on a hold-out' in words
+  assert not score(**stage).comparable
+  stage['validation'] = {
+    'top1': 0.9,
+    'top5': 0.99,
+    'epoch': 20,
+    'num_images': 3_925,
+  }
+  words = in_words(stage, model='resnet50')
+  assert 'imagenette: 90.0% here' in words
+  assert 'on a hold-out' not in words
+  found = score(**stage)
+  assert (found.top1, found.top1_verdict) == (0.9, 'within')
+  console = rich.console.Console(file=io.StringIO(), width=80)
+  history = {'config_hash': '', 'stages': [stage]}
+  console.print(report_lib.summary_table(history))
+  assert {'90.0%', '99.0%'} <= set(console.file.getvalue().split())
 
 
 def test_says_what_others_reach_and_what_is_mistaken_for_what():

@@ -13,8 +13,8 @@ import runs
 from conftest import ROOT
 
 from jaxprog import config as config_lib
-from jaxprog import files
-from jaxprog.data import sources
+from jaxprog import files, stages
+from jaxprog.data import leaks, sources
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import incidents
 from jaxprog.tools import check as check_lib
@@ -291,3 +291,30 @@ def test_what_goes_wrong_in_one_stage_is_a_note_of_it(
   out = capsys.readouterr().out
   assert 'three: not measured: RuntimeError: RESOURCE_EXHAUSTED' in out
   assert rows(out)['fits'] == ['-', 'yes']
+
+
+def test_shortcuts_of_the_plan_are_said_until_the_data_is_ready(
+  tmp_path, capsys
+):
+  overrides = {
+    'exclude_leaks': 'True',
+    'check_steps': '1',
+    'stages[1].storage': 'raw:8',
+  }
+  config = config_lib.load_config(f'{ROOT}/{CONFIG}:{tmp_path}', overrides)
+  dataset = sources.load_dataset('digits', tmp_path)
+  assert check_lib.check(config, only=['ten']) == 0
+  out = capsys.readouterr().out
+  assert 'ten: input timed on originals; training reads raw:8' in out
+  assert 'ten: leaks were not looked for yet' in out
+  assert not sources.list_packs(dataset.train.records.directory)
+  # What a run does first.
+  leaks.holdout({'ten': dataset})
+  sources.store(dataset, stages.parse_storage('raw:8'))
+  cheap = check_lib._cheap(config, ['ten'], [])
+  assert cheap.stages[1].storage == 'raw:8'
+  assert cheap.exclude_leaks
+  assert check_lib.check(config, only=['ten']) == 0
+  out = capsys.readouterr().out
+  assert 'input timed on originals' not in out
+  assert 'not looked for yet' not in out

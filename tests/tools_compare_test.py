@@ -253,6 +253,43 @@ def test_cells_that_must_not_take_longer_are_timed_first(data_dir, tmp_path):
   )
 
 
+def test_seconds_that_leave_no_room_fail_one_run_and_not_the_comparison(
+  data_dir, tmp_path
+):
+  config = compare_config.get_config(data_dir)
+  config.grid = ({'num_filters': (4, 8)},)
+  config.budget = 'seconds'
+  first, other = cells.create_cells(config)
+  comparison = tool.Comparison(
+    config, tmp_path, (first, other), tool.budgets.Meter(), None, 1
+  )
+  reference = {'status': 'done', 'boundaries': [{'seconds': 1.0}]}
+  # Handing over takes all there is; then a length of less than one step.
+  for timing in ({'handover': 2.0, 'ten': 1.0}, {'handover': 0.0, 'ten': 1e9}):
+    planned, outcome = tool._run_cell(comparison, other, 0, reference, timing)
+    assert (outcome['status'], outcome['shared']) == ('failed', [])
+    assert "cell 'num_filters_8'" in outcome['error']
+    assert collect.read_record(planned, outcome, {})['status'] == 'failed'
+
+
+def test_it_is_said_whose_epochs_were_timed():
+  def say(*others):
+    described = [
+      {'tuning': None, 'control': control, 'equal': equal}
+      for control, equal in ((False, 'seconds'), *others)
+    ]
+    return ' '.join(tool._remarks({'cells': described}))
+
+  beforehand, own = 'were timed beforehand', 'as the epochs of the reference'
+  control = say((True, 'seconds'), (False, ''))
+  assert own in control
+  assert beforehand not in control
+  cell = say((False, 'seconds'))
+  assert beforehand in cell
+  assert own not in cell
+  assert 'Equal seconds' not in say((True, 'images'))
+
+
 def test_mistakes_in_any_cell_stop_it_before_anything_is_written(
   data_dir, tmp_path
 ):
@@ -333,7 +370,7 @@ def start(config_path, workdir, data_dir):
   )
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_comparison_killed_five_times_ends_with_the_same_table(
   data_dir, tmp_path
 ):

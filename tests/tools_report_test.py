@@ -186,6 +186,25 @@ def test_several_runs_stand_side_by_side(tmp_path, capsys):
   assert 'Without a config.json: third.' in page
 
 
+def test_a_holdout_is_named_beside_a_run_on_validation():
+  history = history_fixture.create_history((2,))
+  held = history_fixture.create_history((2,))
+  held['stages'][0]['eval_split'] = 'holdout:5%'
+  runs = [rundir.Run('one', history), rundir.Run('held', held)]
+  page = texts(side_by_side.side_by_side(runs))
+  assert 'best top-1 on validation a hold-out' in page
+  held['stages'][0]['validation'] = {
+    'top1': 0.1234,
+    'top5': 0.5,
+    'epoch': 2,
+    'num_images': 3925,
+  }
+  page = texts(side_by_side.side_by_side(runs))
+  assert f'best top-1 {history["stages"][0]["best"]["top1"]:.1%} 12.3%' in page
+  assert 'best top-1 on validation validation' in page
+  assert 'epochs evaluated on validation a hold-out' in page
+
+
 def texts(page):
   """Returns the words of a page, without its elements."""
   return ' '.join(html.unescape(re.sub(r'<[^>]*>', ' ', page)).split())

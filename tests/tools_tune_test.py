@@ -1,5 +1,6 @@
 import csv
 import json
+import signal
 import sqlite3
 
 import pytest
@@ -38,6 +39,22 @@ def create_config(data_dir='data', **fields):
       'learning_rat',
     ),
     ({'search': ({**RATE, 'log': (1e-3, 'a')},)}, 'needs two numbers'),
+    ({'search': (RATE, RATE)}, 'searched twice'),
+    (
+      {'search': ({'field': 'stages[0].batch_size', 'integer': (8, 9.5)},)},
+      'two whole numbers',
+    ),
+    (
+      {
+        'search': (
+          {
+            'field': 'stages[0].optimizer',
+            'choice': ('adamw', 'adamx', 'lamb'),
+          },
+        )
+      },
+      'adamx',
+    ),
     ({'sampler': 'grid'}, 'one of random, tpe'),
     ({'only': ('four',)}, 'four'),
     (
@@ -52,14 +69,15 @@ def test_mistakes_are_found_before_anything_runs(fields, what, tmp_path):
   assert not (tmp_path / 'tune').exists()
 
 
-def kill_in_second_trial(arguments, workdir):
+def stop_in_trial(trial, signum, arguments, workdir):
   process = runs.start_main(*arguments)
-  runs.wait_for_step(process, workdir / 'trials' / '0001', 'three', 9)
-  process.kill()
+  runs.wait_for_step(process, workdir / 'trials' / trial, 'three', 3)
+  process.send_signal(signum)
   process.communicate()
+  return process.returncode
 
 
-def test_a_search_goes_on_where_it_was_killed(run_main, data_dir, tmp_path):
+def test_a_search_goes_on_where_it_was_stopped(run_main, data_dir, tmp_path):
   workdir = tmp_path / 'tune'
   arguments = (
     '--mode=tune',
@@ -67,14 +85,20 @@ def test_a_search_goes_on_where_it_was_killed(run_main, data_dir, tmp_path):
     f'--workdir={workdir}',
     '--config.num_trials=3',
   )
-  kill_in_second_trial(arguments, workdir)
+  kill = signal.SIGKILL
+  assert stop_in_trial('0000', kill, arguments, workdir) == -kill
+  assert stop_in_trial('0001', signal.SIGTERM, arguments, workdir) == 143
   finished = run_main(*arguments)
   assert finished.returncode == 0, finished.stderr + finished.stdout
   found = json.loads((workdir / 'tune.json').read_text())
   assert len(found['trials']) == 3
-  assert sorted(x['directory'] for x in found['trials'])[:2] == ['0000', '0001']
-  history = runs.read_history(workdir / 'trials' / '0001')
-  assert history['stages'][0]['resumed_at_steps']
+  directories = sorted(x['directory'] for x in found['trials'])
+  assert len(set(directories)) == 3
+  tried = [tuple(x['parameters'].values()) for x in found['trials']]
+  assert len(set(tried)) == 3
+  for trial in directories[:2]:
+    history = runs.read_history(workdir / 'trials' / trial)
+    assert history['stages'][0]['resumed_at_steps']
   whole = [x for x in found['trials'] if x['status'] == 'complete']
   assert found['best']['top1'] == max(x['top1'] for x in whole)
   for trial in whole:
@@ -94,7 +118,7 @@ def test_a_search_goes_on_where_it_was_killed(run_main, data_dir, tmp_path):
   assert len(rows) == 3
   with sqlite3.connect(workdir / 'tune.db') as database:
     count = database.execute('select count(*) from trials').fetchone()[0]
-  assert count == 4  # The killed one, and the one that went on with it.
+  assert count == 5  # Those stopped, and those that went on with them.
 
 
 def test_a_trial_that_is_worse_than_the_others_is_pruned(data_dir, tmp_path):
@@ -114,5 +138,7 @@ def test_a_trial_that_is_worse_than_the_others_is_pruned(data_dir, tmp_path):
   assert found['best']['parameters'] == {'stages[0].learning_rate': 0.01}
   assert set(by_rate) == {0.01, 1e-8}
   assert any(x['status'] == 'pruned' for x in found['trials'])
-  again = tune.tune(config, tmp_path)
-  assert again == found
+  assert tune.tune(config, tmp_path) == found
+  config.base.stages[0].batch_size = 24
+  with pytest.raises(errors.UserError, match='began with another ladder'):
+    tune.tune(config, tmp_path)

@@ -168,6 +168,7 @@ def story(config, tmp_path_factory):
   return parts
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(story):
   for name in ('begun', 'finished', 'one finished'):
     expected = 143 if name == 'begun' else 0
@@ -183,6 +184,7 @@ def test_two_processes_train_like_one(story):
     assert a['global_step'] == b['global_step']
 
 
+@pytest.mark.slow
 def test_a_checkpoint_serves_any_number_of_processes(story):
   assert [x[0] for x in story['back finished']] == [0]
   # The other way, in the middle of the stage: two went on where one had saved.
@@ -199,6 +201,7 @@ def test_a_checkpoint_serves_any_number_of_processes(story):
     assert a['train_loss'] == pytest.approx(b['train_loss'], rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_and_stops_all(story):
   assert [x[0] for x in story['stopped']] == [143, 143], story['stopped']
   for _, output in story['stopped']:
@@ -206,6 +209,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(story):
   assert story['stopped_at'] > story['from']
 
 
+@pytest.mark.slow
 def test_a_killed_process_brings_the_other_down(story):
   (code, output), (killed, _) = story['killed']
   assert killed == -signal.SIGKILL
@@ -248,6 +252,7 @@ def test_processes_wait_for_each_other_at_the_end():
   assert (code, other) == (0, 0)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_every_image_once(story, config):
   workdir = story['two']
   pair = start_pair(config, '--mode=eval', f'--workdir={workdir}')
@@ -295,6 +300,7 @@ def test_processes_that_differ_all_refuse(data_dir, tmp_path):
     assert len(said) <= 3, output
 
 
+@pytest.mark.slow
 def test_an_error_of_the_first_process_ends_the_other(story, config, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(story['back'], workdir)

@@ -149,6 +149,41 @@ def test_head_rows_come_from_the_nearest_stage_that_knew_the_class(
   assert (kernel[:, others] == expected).all()
 
 
+def test_rows_fit_the_backbone_that_they_were_trained_on(
+  trained, data_dir, tmp_path
+):
+  config = create_config(data_dir)
+  files = jaxprog.export(config, trained, stage='three')
+  source = next(str(x) for x in files.values() if x.suffix == '.safetensors')
+  config = create_config(data_dir, transfer_head='by_class', init_from=source)
+  chosen = setup.create_setup(config, only=('ten',))
+  task = setup.create_task(chosen, chosen.chosen[0])
+  _, origin = handover.hand_over(chosen, trained, task)
+  assert origin['head_rows'] == {source: ['1', '3', '5']}  # None of 'two'.
+
+
+def test_final_weights_bring_their_own_rows(begin, trained):
+  source, fresh, first, *_ = begin(
+    weights='final', transfer_weights='final', transfer_head='by_class'
+  )
+  rows = np.asarray(source['params']['head']['kernel'])
+  norm = np.linalg.norm(fresh['params']['head']['kernel'], axis=0).mean()
+  rows = rows * norm / np.linalg.norm(rows, axis=0).mean()
+  kernel = np.asarray(first['params']['head']['kernel'])[:, [3, 8]]
+  np.testing.assert_allclose(kernel, rows, rtol=1e-5)
+
+
+def test_micro_batches_have_the_statistics_of_their_batches(begin):
+  *_, whole, _, _ = begin(transfer_statistics='recalibrate')
+  *_, parts, _, task = begin(
+    transfer_statistics='recalibrate', micro_batch_size=12
+  )
+  assert len(next(handover._batches(task))['label']) == 12
+  one, other = (x['batch_stats']['stem_norm'] for x in (whole, parts))
+  for name in ('mean', 'var'):
+    np.testing.assert_allclose(other[name], one[name], rtol=1e-4, atol=1e-5)
+
+
 def test_a_head_of_zeros(begin):
   *_, first, origin, _ = begin(transfer_head='zero')
   assert not any(np.any(x) for x in jax.tree.leaves(first['params']['head']))
@@ -164,7 +199,7 @@ def test_recalibrated_statistics_are_those_of_the_training_images(begin):
   source, _, first, _, task = begin(transfer_statistics='recalibrate')
   assert same(backbone(first), backbone(source))
   outputs = []
-  for batch in handover._batches(task):
+  for batch in list(handover._batches(task)):
     pixels = np.float32(task.config.mean_rgb), np.float32(task.config.std_rgb)
     images = (
       np.asarray(batch['image']) / np.float32(255) - pixels[0]
@@ -193,6 +228,9 @@ def test_what_cannot_be_handed_over_is_said_before_training(data_dir, tmp_path):
   config = create_config(data_dir, reset_blocks=5)
   with pytest.raises(errors.UserError, match='network has 4 blocks'):
     jaxprog.train(config, tmp_path / 'a')
+  config = create_config(data_dir, transfer='none', freeze_epochs=0.05)
+  with pytest.raises(errors.UserError, match='backbone of fresh weights'):
+    jaxprog.train(config, tmp_path / 'c')
   config = create_config(data_dir, transfer_weights='ema')
   with pytest.raises(errors.UserError, match="'two' keeps no averages"):
     jaxprog.train(config, tmp_path / 'b')

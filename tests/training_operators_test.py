@@ -103,6 +103,7 @@ def test_the_last_blocks_are_fresh_with_their_statistics(network):
 
 def test_blocks_are_in_the_order_of_the_network():
   names = ['block3_2', 'head', 'block3_10', 'block1_1', 'stem_conv']
+  names += ['block', 'block_0', 'blocks_1_2', 'block1_1_1']  # Of another net.
   assert operators.list_blocks(dict.fromkeys(names)) == [
     'block1_1',
     'block3_2',

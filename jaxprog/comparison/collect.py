@@ -13,6 +13,7 @@ from typing import Any, Literal
 from jaxprog import files
 from jaxprog.comparison import (
   figures,
+  page,
   runs,
   statistics,
   tables,
@@ -25,8 +26,6 @@ from jaxprog.comparison.statistics import Axis
 from jaxprog.reporting import history as history_lib
 
 Record = dict[str, Any]
-
-VERSION = 1
 
 
 def read_record(
@@ -44,7 +43,8 @@ def read_record(
   'flops', 'seconds', 'top1'}, `boundaries` one for the end of each stage, with
   'stage' and 'handover_seconds', those before it. Both count the whole ladder,
   also what was trained once for several cells. FLOPs are those of training
-  steps; seconds are training, evaluation and hand-overs. Accuracies are those
+  steps; seconds are training, evaluation and hand-overs, of an epoch that was
+  resumed in its middle only those since. Accuracies are those
   of the images that choose the best weights, parts of one, None where there
   are none. `learning_rate` and `num_epochs` are the last stage's.
 
@@ -191,7 +191,9 @@ def write(
       {'version', 'reference', 'budget', 'target_top1', 'finished', 'verdicts',
        'cells': [{'name', 'overrides', 'labels', 'stages', 'control', 'equal',
          'learning_rate', 'flops_per_image', 'tuning': None or {'factor',
-         'at_border', 'trials', 'cost': {'images', 'flops', 'seconds'}}}, ...],
+         'at_border', 'trials': [{'rung', 'factor', 'score'}, ...], 'runs':
+         [{'seed', 'learning_rate', 'num_epochs', 'status', 'workdir'}, ...],
+         'cost': {'images', 'flops', 'seconds'}}}, ...],
        'runs': [record, ...], 'config', 'environment'}
 
   Args:
@@ -200,7 +202,7 @@ def write(
     cells: as above; the first one is the reference.
     **fields: the rest, as it is.
   """
-  result = {'version': VERSION, **fields, 'cells': cells, 'runs': records}
+  result = {'version': page.VERSION, **fields, 'cells': cells, 'runs': records}
   files.write_json(workdir / 'comparison.json', result)
   tables.write_csv(workdir / 'comparison_runs.csv', _run_rows(records))
   reference = cells[0]['name']

@@ -11,6 +11,21 @@ from jaxprog.comparison import tables
 from jaxprog.reporting import html, markup
 from jaxprog.reporting.markup import Html, join, tag
 
+# Of what comparison.json holds; see collect.write.
+VERSION = 1
+# What is read here of the whole, of a cell, of a run and of a point of a curve.
+_LISTS = ('verdicts', 'cells', 'runs')
+_CELL_FIELDS = {'name', 'stages', 'overrides', 'equal'}
+_RUN_FIELDS = {
+  'cell',
+  'seed',
+  'status',
+  'learning_rate',
+  'final_top1',
+  'curve',
+  'resumed',
+}
+
 PICTURES = ('ladder_comparison.png', 'optimizer_scheduler_comparison.png')
 _STYLE = 'max-width: 100%; height: auto; background: #fff'
 
@@ -19,11 +34,12 @@ def write_page(workdir: pathlib.Path) -> pathlib.Path:
   """Writes report.html of a comparison; returns its path.
 
   Raises:
-    UserError: if comparison.json is damaged.
+    UserError: if comparison.json is damaged, or another program's.
   """
   source = workdir / 'comparison.json'
   try:
     result = json.loads(source.read_text(encoding='utf-8'))
+    _check(result)
   except ValueError as e:
     raise errors.UserError(
       f'The comparison is damaged: {e}.',
@@ -33,6 +49,26 @@ def write_page(workdir: pathlib.Path) -> pathlib.Path:
   path = workdir / 'report.html'
   files.write_bytes(path, create_page(result, workdir).encode())
   return path
+
+
+def _check(result: Any) -> None:
+  """Raises ValueError if `result` is not what collect.write has written."""
+  if not isinstance(result, dict):
+    raise ValueError('it holds no object')
+  if result.get('version') != VERSION:
+    found = result.get('version', 'none')
+    raise ValueError(f'its version is {found}, not {VERSION}')
+  if missing := {'finished', 'reference'} - result.keys():
+    raise ValueError(f'it lacks {", ".join(sorted(missing))}')
+  for name in _LISTS:
+    if not isinstance(result.get(name), list):
+      raise ValueError(f'{name} is no list')
+  for name, wanted in (('cells', _CELL_FIELDS), ('runs', _RUN_FIELDS)):
+    for entry in result[name]:
+      if not isinstance(entry, dict) or wanted - entry.keys():
+        raise ValueError(f'an entry of {name} is not whole')
+  if result['reference'] not in [run['cell'] for run in result['runs']]:
+    raise ValueError('its reference has no run')
 
 
 def create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:

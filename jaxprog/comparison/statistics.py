@@ -95,20 +95,6 @@ def welch_difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
   return Estimate(mean, std, mean - half, mean + half, n)
 
 
-def ratio(
-  a: Sequence[float], b: Sequence[float], paired: bool = True
-) -> Estimate:
-  """Returns the geometric mean of a / b, of positive costs.
-
-  The interval is that of log a - log b, whose ends are raised again: costs
-  vary by factors, and a / b then says as much as b / a. `std` stays that of the
-  logarithms.
-  """
-  return _raised(
-    (paired_difference if paired else welch_difference)(_log(a), _log(b))
-  )
-
-
 def is_difference(e: Estimate, null: float = 0.0) -> bool:
   """Returns whether the interval of `e` excludes `null`; without one, False."""
   if e.low is None or e.high is None:
@@ -172,7 +158,15 @@ def compare(a: Scores, b: Scores) -> Comparison:
 
 
 def compare_costs(a: Scores, b: Scores) -> Comparison:
-  """Returns a / b of positive costs, as `compare` pairs them."""
+  """Returns the geometric mean of a / b of positive costs, paired as `compare`.
+
+  The interval is that of log a - log b, whose ends are raised again: costs
+  vary by factors, and a / b then says as much as b / a. `std` stays that of the
+  logarithms.
+
+  Raises:
+    ValueError: if a cost is not positive.
+  """
   found = compare(_log_scores(a), _log_scores(b))
   return found._replace(estimate=_raised(found.estimate))
 

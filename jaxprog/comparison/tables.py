@@ -100,28 +100,6 @@ def comparison_table(
   )
 
 
-def markdown_table(summaries: Sequence[CellSummary]) -> str:
-  """Returns the same numbers as one table of a page."""
-  titles = (
-    *(
-      'cell',
-      'n',
-      'top-1 (%)',
-      'std',
-      '95% interval',
-      'difference',
-      'p (Holm)',
-    ),
-    *COST_TITLES[1:],
-  )
-  rows = [
-    (*accuracy_row(summary), *cost_row(summary)[1:]) for summary in summaries
-  ]
-  rule = ['---', *(['---:'] * (len(titles) - 2)), '---']
-  lines = [titles, rule, *([_escape(x) for x in row] for row in rows)]
-  return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
-
-
 def notes(summaries: Sequence[CellSummary], reference: str) -> list[str]:
   """Returns what a reader of the table has to know, a sentence or two each."""
   texts = [_CAPTION.format(reference=reference)]
@@ -281,10 +259,6 @@ def _format_p(p: float | None) -> str:
   if p is None:
     return _NONE
   return '<0.001' if p < 0.001 else f'{p:.3f}'
-
-
-def _escape(text: str) -> str:
-  return text.replace('|', r'\|')
 
 
 def _estimate_fields(name: str, e: Estimate | None) -> dict[str, float | None]:

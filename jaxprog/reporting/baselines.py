@@ -20,7 +20,7 @@ class Baseline(NamedTuple):
 
 
 class Speed(NamedTuple):
-  """Published training throughput of ResNet-50 at 224 px, images/s a chip."""
+  """Published training throughput of ResNet-50 at 224 px, images/s a GPU."""
 
   device: str
   images_per_second: tuple[float, float]
@@ -137,11 +137,44 @@ BASELINES = (
   ),
 )
 
+# Images that the published results were evaluated on: all there are.
+EVAL_IMAGES = {
+  'imagenette': 3_925,
+  'tiny_imagenet': 10_000,
+  'imagenet_mini': 3_923,
+  'imagenet2012': 50_000,
+  'tfds:cifar10': 10_000,
+}
+
+# A GPU is one device to JAX, and so its images can be counted by device.
 SPEEDS = (
-  Speed('TPU v3', (1_875, 2_020), 'flax, examples/imagenet, README'),
   Speed('A100', (2_470, 2_470), 'PyTorch with mixed precision'),
   Speed('H100', (6_900, 6_900), 'MLPerf Training 3.0, computed'),
 )
+
+
+def best_top1(stage: Mapping[str, Any]) -> float | None:
+  """Returns the top-1 that a stage stands for, None before its first epoch.
+
+  That of its best weights on the validation images. Where a hold-out chooses
+  them, it is theirs until validation is looked at, once, at the stage's end;
+  see `is_on_holdout`.
+  """
+  found = stage.get('validation') or stage['best']
+  return found['top1'] if found else None
+
+
+def is_on_holdout(stage: Mapping[str, Any]) -> bool:
+  """Returns whether `best_top1` is of training images that were set aside."""
+  return chooses_on_holdout(stage) and not stage.get('validation')
+
+
+def chooses_on_holdout(stage: Mapping[str, Any]) -> bool:
+  """Returns whether a part of the training images decides which epoch is best.
+
+  Then the stage's evaluations, epoch by epoch, are on that part.
+  """
+  return str(stage.get('eval_split') or '').startswith('holdout')
 
 
 def compare(history: Mapping[str, Any], model: str | None) -> list[Comparison]:
@@ -154,7 +187,7 @@ def compare(history: Mapping[str, Any], model: str | None) -> list[Comparison]:
   return [
     Comparison(
       stage['name'],
-      stage['best']['top1'] if stage['best'] else None,
+      best_top1(stage),
       baseline,
       tuple(_differences(stage, model, baseline)),
     )
@@ -209,7 +242,19 @@ def _differences(
       f'{baseline.num_train_images:,} training images, here '
       f'{stage["num_train_images"]:,}'
     )
+  if is_on_holdout(stage):
+    yield 'validation images, here on a hold-out'
+  else:
+    yield from _fewer_eval_images(stage)
   if (stage.get('transfer') or {}).get('from'):
     yield 'from scratch, here from an earlier stage'
   if baseline.remark:
     yield baseline.remark
+
+
+def _fewer_eval_images(stage: Mapping[str, Any]) -> Iterator[str]:
+  validation = stage.get('validation') or {}
+  count = validation.get('num_images', stage['num_eval_images'])
+  published = EVAL_IMAGES.get(stage['dataset'], count)
+  if count != published:
+    yield f'{published:,} evaluation images, here {count:,}'

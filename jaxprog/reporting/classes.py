@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxprog.reporting import charts, markup, progress, report
+from jaxprog.reporting import history as history_lib
 from jaxprog.reporting.markup import Html, join, tag
 
 # So many classes are listed each; of more, the extremes are.
@@ -53,7 +54,7 @@ def _stage(stage: Mapping[str, Any], unfolded: bool) -> Html:
       ),
       class_='pair',
     ),
-    _worst(found),
+    _worst(found, stage.get('bad_images') or {}),
     open='' if unfolded else None,
   )
 
@@ -117,7 +118,8 @@ def _distribution(parts: Sequence[float]) -> Html:
 
 def _calibration(found: Mapping[str, Any]) -> Html:
   bins = found.get('calibration')
-  if not bins:
+  # The confidence of weights that are not finite is no number.
+  if not bins or not all(history_lib.is_number(x) for bin in bins for x in bin):
     return tag('p', 'Not known.', class_='note')
   error = progress.format_percent(found.get('ece'))
   loss = progress.format_cell('nll', found)
@@ -161,7 +163,7 @@ def _matrix(found: Mapping[str, Any]) -> Html | None:
 def _confusions(stage: Mapping[str, Any]) -> Html:
   mistakes = report.confusions(stage, _MAX_CONFUSIONS)
   if not mistakes:
-    return tag('p', 'None: no image was mistaken.', class_='note')
+    return tag('p', _describe_none(stage['diagnostics']), class_='note')
   return markup.table(
     ['label', 'taken for', 'images', 'of', 'share'],
     [
@@ -173,28 +175,53 @@ def _confusions(stage: Mapping[str, Any]) -> Html:
   )
 
 
-def _worst(found: Mapping[str, Any]) -> Html | None:
+def _describe_none(found: Mapping[str, Any]) -> str:
+  """Returns what is known where no mix-up is listed."""
+  per_class = found.get('per_class')
+  if not per_class:
+    return 'Not known.'
+  count, right = map(sum, zip(*per_class, strict=True))
+  if right == count:
+    return 'None: no image was mistaken.'
+  return (
+    f'{count - right:,} of {count:,} images were not recognised; what they '
+    'were taken for is not known.'
+  )
+
+
+def _worst(found: Mapping[str, Any], bad: Mapping[str, str]) -> Html | None:
+  """Returns the worst mistakes; `bad` are the images that are undecodable."""
   mistakes = found.get('worst')
   if not mistakes:
     return None
   names = found.get('classes', ())
   return join(
     tag('h4', 'Mistakes of the highest loss'),
-    tag('ul', *(_mistake(x, names) for x in mistakes), class_='worst'),
+    tag(
+      'ul',
+      *(_mistake(x, names, x['name'] in bad) for x in mistakes),
+      class_='worst',
+    ),
   )
 
 
-def _mistake(mistake: Mapping[str, Any], names: Sequence[str]) -> Html:
+def _mistake(
+  mistake: Mapping[str, Any], names: Sequence[str], undecodable: bool
+) -> Html:
   label, taken = names[mistake['label']], names[mistake['predicted']]
-  sure = f'{mistake["confidence"]:.0%}'
+  confidence = mistake['confidence']
+  sure = f'{confidence:.0%}' if history_lib.is_number(confidence) else '-'
+  short = f'taken for {taken}, {sure}'
   said = f'{label}, taken for {taken} with {sure} confidence'
+  if undecodable:
+    short, said = 'cannot be decoded', f'{label}, cannot be decoded'
   return tag(
     'li',
     _thumbnail(mistake.get('thumbnail', ''), said),
     tag('b', label),
     tag('br'),
-    f'taken for {taken}, {sure}',
-    title=f'{mistake["name"]}: loss {mistake["loss"]:.3f}',
+    short,
+    title=f'{mistake["name"]}: loss {progress.format_cell("loss", mistake)}',
   )
 
 

@@ -8,7 +8,9 @@ from typing import Any, TypedDict
 import numpy as np
 from PIL import Image
 
-# Enough for every pair of ten classes, and the worst ones of a thousand.
+from jaxprog.data import preprocess
+
+# Enough for all mix-ups of twenty classes, and the worst ones of a thousand.
 MAX_CONFUSIONS = 400
 MAX_WORST = 24
 THUMBNAIL_SIZE = 96
@@ -46,7 +48,7 @@ def diagnose(
   calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3, with
   CALIBRATION_BINS equal bins); calibration, [count, mean confidence, accuracy]
   of each bin; per_class, [count, right] of each class; confusions, the most
-  frequent pairs, right ones included, most frequent first.
+  frequent mix-ups, most frequent first, then the right ones of each class.
 
   Args:
     outcomes: loss, rank, predicted and confidence, (n,) each, as steps.
@@ -63,7 +65,7 @@ def diagnose(
     'ece': calibration_error(bins),
     'calibration': bins,
     'per_class': np.stack([counts, rights], axis=1).tolist(),
-    'confusions': _confusions(labels, outcomes['predicted'], num_classes),
+    'confusions': _confusions(outcomes, labels, num_classes),
   }
 
 
@@ -99,19 +101,23 @@ def calibration_error(bins: Sequence[tuple[int, float, float]]) -> float:
 
 
 def _confusions(
-  labels: np.ndarray, predicted: np.ndarray, num_classes: int
+  outcomes: Mapping[str, np.ndarray], labels: np.ndarray, num_classes: int
 ) -> list[Confusion]:
-  pairs = labels.astype(np.int64) * num_classes + predicted
+  """Returns the most frequent mix-ups, then how often each class was right.
+
+  An undecodable image ranks below all classes, and was taken for nothing.
+  """
+  predicted, rank = outcomes['predicted'], outcomes['rank']
+  wrong = (rank < num_classes) & (predicted != labels)
+  pairs = labels[wrong].astype(np.int64) * num_classes + predicted[wrong]
   values, counts = np.unique(pairs, return_counts=True)
   order = np.argsort(-counts, kind='stable')[:MAX_CONFUSIONS]
-  return [
-    Confusion(
-      label=int(values[i] // num_classes),
-      predicted=int(values[i] % num_classes),
-      count=int(counts[i]),
-    )
-    for i in order
+  rights = np.bincount(labels[rank < 1], minlength=num_classes)
+  found = [
+    (*divmod(int(values[i]), num_classes), int(counts[i])) for i in order
   ]
+  found += [(i, i, int(rights[i])) for i in map(int, np.flatnonzero(rights))]
+  return [Confusion(label=a, predicted=b, count=n) for a, b, n in found]
 
 
 def worst_mistakes(
@@ -147,9 +153,11 @@ def worst_mistakes(
 def create_thumbnail(encoded: bytes, size: int = THUMBNAIL_SIZE) -> str:
   """Returns a small JPEG of an encoded image in base64, '' if it is damaged."""
   try:
-    image = Image.open(io.BytesIO(encoded)).convert('RGB')
+    # Not all that Pillow could read: some of it calls other programs.
+    opened = Image.open(io.BytesIO(encoded), formats=preprocess.FORMATS)
+    image = opened.convert('RGB')
     image.thumbnail((size, size))
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+  except Exception:  # Pillow's parsers raise what they like.
     return ''
   out = io.BytesIO()
   image.save(out, 'JPEG', quality=80)

@@ -5,7 +5,7 @@ from typing import Any
 
 from configs import default
 from jaxprog import config as config_lib
-from jaxprog.reporting import charts, markup, progress, report
+from jaxprog.reporting import baselines, charts, markup, progress, report
 from jaxprog.reporting.markup import Html, join, tag
 from jaxprog.reporting.rundir import Run
 
@@ -96,23 +96,26 @@ def _headline_result(stage: Mapping[str, Any]) -> tuple[str, str]:
       f'{stage["eval_split"]}',
     )
   best = stage['best']
+  held = baselines.is_on_holdout(stage)
   return (
     progress.format_percent(best['top1']),
     f'best top-1 of {stage["name"]}, epoch {best["epoch"]} of '
     f'{report.planned_epochs(stage)}, on {stage["num_eval_images"]:,} '
-    'validation images',
+    + ('training images held out' if held else 'validation images'),
   )
 
 
 def _card(number: int, stage: Mapping[str, Any]) -> Html:
-  best = stage['best'] or {'epoch': None, 'top1': None}
-  at = f' top-1, epoch {best["epoch"]}' if best['epoch'] else ' top-1'
+  best, held = stage['best'], baselines.chooses_on_holdout(stage)
+  at = ' top-1' + (f', epoch {best["epoch"]}' if best else '')
+  at += ', on a hold-out' if baselines.is_on_holdout(stage) else ''
   speed = {'images_per_second': report.median_speed(stage)}
   pairs = [
     ('data', f'{stage["dataset"]}, {stage["num_classes"]:,} classes'),
     (
       'images',
-      f'{stage["num_train_images"]:,} train, {stage["num_eval_images"]:,} val',
+      f'{stage["num_train_images"]:,} train, {stage["num_eval_images"]:,} '
+      + ('held out' if held else 'val'),
     ),
     ('input', f'{stage["image_size"]} px, batch {stage["batch_size"]}'),
     ('recipe', f'{stage["optimizer"]}, {stage["schedule"]}'),
@@ -135,7 +138,7 @@ def _card(number: int, stage: Mapping[str, Any]) -> Html:
     _description(stage),
     tag(
       'div',
-      progress.format_percent(best['top1']),
+      progress.format_percent(baselines.best_top1(stage)),
       tag('small', at),
       class_='score',
     ),

@@ -41,12 +41,13 @@ EXPECTATIONS = {
 class TimeSplit(NamedTuple):
   """Where the seconds of a stage went."""
 
-  # Forward, backward and update, the first epoch's compiling included.
+  # Forward, backward and update; steps are compiled before.
   training: float
   # For the next batch, while the device has nothing to do.
   input_wait: float
   evaluation: float
-  # From the end of the stage before to the first step.
+  # From the end of the stage before until the first batch is asked for, waiting
+  # for this stage's compiler included.
   hand_over: float
 
 
@@ -116,13 +117,17 @@ def summary_table(history: Mapping[str, Any]) -> rich.table.Table:
     )
   for stage in history['stages']:
     best = _best_row(stage)
+    validation = stage.get('validation')
+    top5 = (
+      validation.get('top5') if validation else (best or {}).get('val_top5')
+    )
     epoch = f'{best["epoch"]}/{planned_epochs(stage)}' if best else '-'
     table.add_row(
       stage['name'],
       str(stage['image_size']),
-      progress.format_percent(best['val_top1'] if best else None),
+      progress.format_percent(baselines_lib.best_top1(stage)),
       epoch,
-      progress.format_percent(best['val_top5'] if best else None),
+      progress.format_percent(top5),
       progress.format_duration(stage['seconds']),
       stage['status'].replace('_', ' '),
     )
@@ -152,7 +157,7 @@ def scorecard_remarks(history: Mapping[str, Any]) -> list[str]:
 def time_split(stage: Mapping[str, Any]) -> TimeSplit:
   """Returns where the seconds of a stage went, as its rows say.
 
-  Saves, and what an interruption threw away, are in none of them.
+  Saves are in none of them, nor the part of an epoch before it was resumed.
   """
   rows = stage['epochs']
   seconds = [row['seconds'] or 0.0 for row in rows]
@@ -165,6 +170,21 @@ def time_split(stage: Mapping[str, Any]) -> TimeSplit:
     evaluation=sum(row.get('eval_seconds') or 0.0 for row in rows),
     hand_over=stage.get('handover_seconds') or 0.0,
   )
+
+
+def time_note(stages: Sequence[Mapping[str, Any]]) -> str:
+  """Returns what a reader of the stages' `time_split` has to know."""
+  note = (
+    'Steps are compiled ahead: compiling the first stage is in no figure, '
+    'waiting for the compiler of a later one is in its hand-over. Saves are in '
+    'none.'
+  )
+  if any(stage.get('resumed_at_steps') for stage in stages):
+    note += (
+      ' An epoch resumed in its middle counts only the time since, though its '
+      'earlier steps were kept.'
+    )
+  return note
 
 
 def median_speed(stage: Mapping[str, Any]) -> float | None:
@@ -209,15 +229,6 @@ def planned_epochs(stage: Mapping[str, Any]) -> str:
 def trained_epochs(stage: Mapping[str, Any]) -> str:
   """Returns the epochs trained; the row of a shorter last one counts less."""
   return f'{min(len(stage["epochs"]), stage["num_epochs"]):g}'
-
-
-def overfitting_gap(stage: Mapping[str, Any]) -> float | None:
-  """Returns train minus validation top-1 in the last epoch, None if unknown.
-
-  Train top-1 is a running average over the epoch, on augmented images, so the
-  gap on equal terms is larger.
-  """
-  return _gap(stage['epochs'][-1]) if stage['epochs'] else None
 
 
 def describe_run(
@@ -298,7 +309,11 @@ def _result_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
   titles = 'stage', 'best', 'epoch', 'last', 'top-5', 'time', 'images/s'
   lines = _table((*titles, 'status'), rows, left=(0, 7))
   note = 'best and last are top-1, top-5 is of the last epoch, on val images.'
-  return [*lines, '', note]
+  held = [s for s in stages if baselines_lib.chooses_on_holdout(s)]
+  if held:
+    names = ', '.join(stage['name'] for stage in held)
+    note += f' On training images held out instead: {names}; see the notes.'
+  return [*lines, '', *_wrap(note)]
 
 
 def _transfer_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -375,7 +390,9 @@ def _time_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
       )
     )
   titles = 'stage', 'time', 'training', 'input wait', 'evaluation', 'hand-over'
-  return _table(titles, rows, left=(0,)) if rows else []
+  if not rows:
+    return []
+  return [*_table(titles, rows, left=(0,)), '', *_wrap(time_note(stages))]
 
 
 def _baseline_lines(history: Mapping[str, Any], model: str | None) -> list[str]:
@@ -503,8 +520,7 @@ def _overfitting_note(stage: Mapping[str, Any]) -> str:
 
 
 def _score(stage: Mapping[str, Any]) -> Score:
-  best = stage['best']
-  top1 = best['top1'] if best else None
+  top1 = baselines_lib.best_top1(stage)
   minutes = stage['seconds'] / 60
   expected = EXPECTATIONS.get(stage['dataset'])
   score = Score(
@@ -516,7 +532,8 @@ def _score(stage: Mapping[str, Any]) -> Score:
   return score._replace(
     top1_verdict=_verdict(top1, expected.top1, 3),
     minutes_verdict=_verdict(minutes, expected.minutes, 0),
-    comparable=size == (stage['num_train_images'], len(stage['epochs'])),
+    comparable=size == (stage['num_train_images'], len(stage['epochs']))
+    and not baselines_lib.is_on_holdout(stage),
   )
 
 
@@ -532,7 +549,10 @@ def _verdict(
 def _as_run(stage: Mapping[str, Any]) -> str:
   done = len(stage['epochs'])
   epochs = 'epoch' if done == 1 else 'epochs'
-  return f'here it was {stage["num_train_images"]:,} and {done} {epochs}'
+  where = (
+    ', and top-1 is on a hold-out' if baselines_lib.is_on_holdout(stage) else ''
+  )
+  return f'here it was {stage["num_train_images"]:,} and {done} {epochs}{where}'
 
 
 def _best_row(stage: Mapping[str, Any]) -> Mapping[str, Any] | None:

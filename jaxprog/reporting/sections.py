@@ -89,10 +89,11 @@ def hand_over(run: Run) -> Html:
     ),
     tag(
       'p',
-      'seconds: from the end of the stage before to the first step. before: '
-      'the best top-1 of the stage the weights come from, on its own data. '
-      'first epoch: top-1 after one epoch, on this stage’s data. Where classes '
-      'or images differ, the two are not the same question.',
+      'seconds: from the end of the stage before until the first batch is '
+      'asked for, waiting for the compiler included. before: the best top-1 '
+      'of the stage the weights come from, on its own data. first epoch: '
+      'top-1 after one epoch, on this stage’s data. Where classes or '
+      'images differ, the two are not the same question.',
       class_='note',
     ),
   )
@@ -319,7 +320,7 @@ def _speed_lines(run: Run) -> Html | None:
         tag(
           'li',
           f'{stage["name"]}: {speed / devices.get("count", 1):,.0f} images/s '
-          f'a chip, published for {known.device}: {reached} ({known.source})',
+          f'a device, published for {known.device}: {reached} ({known.source})',
         )
       )
   return tag('ul', *lines, class_='notes') if lines else None
@@ -585,8 +586,7 @@ def _split_bars(stages: Sequence[Mapping[str, Any]]) -> Html:
     markup.table(
       [*titles, 'input share'],
       rows,
-      caption='Seconds. The first epoch’s compiling counts as training; saves, '
-      'and what an interruption threw away, are not in the history',
+      caption=f'Seconds. {report.time_note(stages)}',
     ),
   )
 

@@ -4,7 +4,15 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxprog.reporting import charts, html, markup, overview, progress, report
+from jaxprog.reporting import (
+  baselines,
+  charts,
+  html,
+  markup,
+  overview,
+  progress,
+  report,
+)
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting.markup import Html, join, tag
 from jaxprog.reporting.rundir import Run
@@ -158,13 +166,19 @@ def _stage_table(runs: Sequence[Run], name: str) -> Html:
 def _stage_figures(stage: Mapping[str, Any] | None) -> dict[str, str]:
   if stage is None:
     return {'status': 'not run'}
-  best = stage['best'] or {'epoch': '–', 'top1': None}
+  best = stage['best'] or {'epoch': '–'}
   last = stage['epochs'][-1] if stage['epochs'] else {}
   speed = {'images_per_second': report.median_speed(stage)}
   return {
     'status': stage['status'].replace('_', ' '),
-    'best top-1': progress.format_percent(best['top1']),
+    'best top-1': progress.format_percent(baselines.best_top1(stage)),
+    'best top-1 on': 'a hold-out'
+    if baselines.is_on_holdout(stage)
+    else 'validation',
     'at epoch': str(best['epoch']),
+    'epochs evaluated on': 'a hold-out'
+    if baselines.chooses_on_holdout(stage)
+    else 'validation',
     'last top-1': progress.format_percent(last.get('val_top1')),
     'last val loss': progress.format_cell('val_loss', last),
     'epochs': f'{report.trained_epochs(stage)} of '

@@ -23,7 +23,7 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
-from jaxprog.data import loader, sources
+from jaxprog.data import loader, packs, sources
 from jaxprog.reporting import plan as plan_lib
 from jaxprog.reporting import plots
 from jaxprog.reporting import progress as progress_lib
@@ -163,7 +163,8 @@ def show_plan(
     UserError: for any mistake in the config, the devices or the data.
   """
   _check_steps(config.check_steps)
-  setup = setup_lib.create_setup(_cheap(config), only=only, skip=skip)
+  cheap = _cheap(config, only, skip)
+  setup = setup_lib.create_setup(cheap, only=only, skip=skip)
   tasks = [setup_lib.create_task(setup, stage) for stage in setup.chosen]
   rates = {task.stage.name: ladder.sample_learning_rate(task) for task in tasks}
   if not console.is_terminal:  # To be searched with grep.
@@ -178,6 +179,8 @@ def show_plan(
   _show_rates(tasks, rates, console)
   busy = _describe_load() if config.check_steps else ''
   plans = [_measure_safely(task, config, console) for task in tasks]
+  for plan in plans:
+    plan.notes += _describe_shortcuts(config, cheap, plan)
   _show_costs(plans, config, console)
   if busy:
     _say(f'\n{busy}', console, 'yellow')
@@ -567,15 +570,20 @@ def _random_batch(shapes: Any) -> Any:
   return jax.jit(create, out_shardings=shardings)()
 
 
-def _cheap(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+def _cheap(
+  config: config_dict.ConfigDict, only: Sequence[str], skip: Sequence[str]
+) -> config_dict.ConfigDict:
   """Returns `config` without what takes long before a run and not in a plan.
 
-  Images are not stored anew, and leaks are left out only where they were
-  looked for before.
+  Images are not stored anew but read as they are stored already, else as they
+  came; leaks are left out only where they were looked for before.
   """
   config = stages.complete(config)
+  chosen = stages.select(stages.create_stages(config), only, skip)
+  stored = {x.name for x in chosen if _is_stored(x, config.data_dir)}
   for stage in config.stages:
-    stage.storage = 'original'
+    if stage.name not in stored:
+      stage.storage = 'original'
   if config.exclude_leaks:
     config.exclude_leaks = all(
       preflight.is_signed(sources.load_dataset(dataset, config.data_dir))
@@ -583,3 +591,38 @@ def _cheap(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
       if sources.find_prepared(dataset, pathlib.Path(config.data_dir))
     )
   return config
+
+
+def _is_stored(stage: stages.Stage, data_dir: str) -> bool:
+  """Returns whether a stage's training images lie there as it reads them."""
+  prepared = sources.find_prepared(stage.dataset, pathlib.Path(data_dir))
+  if prepared is None:
+    return False
+  records = sources.open_prepared(stage.dataset, prepared).train.records
+  name = f'{records.directory.name}+{packs.pack_name(stage.stored)}'
+  return any(
+    path.name == name and packs.open_pack(path, records.fingerprint)
+    for path in sources.list_packs(records.directory)
+  )
+
+
+def _describe_shortcuts(
+  config: config_dict.ConfigDict,
+  cheap: config_dict.ConfigDict,
+  plan: plan_lib.StagePlan,
+) -> list[str]:
+  """Returns in what a stage is planned otherwise than it will be trained."""
+  notes = []
+  name, storage = plan.stage.name, plan.stage.storage
+  asked = next(x for x in stages.create_stages(config) if x.name == name)
+  if asked.storage != storage and plan.input_seconds is not None:
+    notes.append(
+      f'input timed on originals; training reads {asked.storage}, which is '
+      'not stored yet'
+    )
+  if config.exclude_leaks and not cheap.exclude_leaks:
+    notes.append(
+      'leaks were not looked for yet: training images that a stage is '
+      'evaluated on are counted here and will be left out'
+    )
+  return notes

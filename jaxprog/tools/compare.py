@@ -31,6 +31,7 @@ from jaxprog.comparison import (
   page,
   runs,
   tables,
+  together,
 )
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
@@ -54,6 +55,8 @@ class Comparison:
   over: list[Planned] = dataclasses.field(default_factory=list)
   # Cells whose later stages were compiled before their first run.
   compiled: set[str] = dataclasses.field(default_factory=set)
+  # Directories of runs that were trained with those of other seeds.
+  together: set[pathlib.Path] = dataclasses.field(default_factory=set)
   # What was found about the learning rate of a cell, by its name.
   tuning: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -96,6 +99,8 @@ class Comparison:
     score = collect.read_record(planned, outcome, {})['final_top1']
     result = outcome['status'] if score is None else f'top-1 {score:.1%}'
     again = ', done before' if before else ''
+    if planned.workdir in self.together:
+      again = ''
     self.say(f'{number}: {what}: {result}{again}')
     return outcome
 
@@ -371,19 +376,42 @@ def _read_timing(planned: Planned) -> Timing:
 def _run_all(
   comparison: Comparison, timings: Mapping[str, Timing | None]
 ) -> list[tuple[Planned, runs.Outcome]]:
-  """Trains every cell with each seed; all cells before the next seed."""
+  """Trains every cell with each seed.
+
+  All cells come before the next seed, or all seeds of a cell together.
+  """
+  config, seeds = comparison.config, cells.seeds(comparison.config)
+  order = [(seed, cell) for seed in seeds for cell in comparison.cells]
+  if config.seeds_together:
+    order = [(seed, cell) for cell in comparison.cells for seed in seeds]
   done: list[tuple[Planned, runs.Outcome]] = []
-  for seed in cells.seeds(comparison.config):
-    reference: dict[str, Any] = {}
-    for cell in comparison.cells:
-      planned, outcome = _run_cell(
-        comparison, cell, seed, reference, timings.get(cell.name)
-      )
-      done.append((planned, outcome))
-      if cell == comparison.reference:
-        reference = collect.read_record(planned, outcome, {})
-      _write(comparison, done)
+  reference: dict[str, Any] = {}
+  for seed, cell in order:
+    if config.seeds_together and seed == seeds[0]:
+      _run_together(comparison, cell)
+    planned, outcome = _run_cell(
+      comparison, cell, seed, reference, timings.get(cell.name)
+    )
+    done.append((planned, outcome))
+    if cell == comparison.reference:
+      reference = collect.read_record(planned, outcome, {})
+    _write(comparison, done)
   return done
+
+
+def _run_together(comparison: Comparison, cell: Cell) -> None:
+  """Trains a cell with all seeds that it has not been trained with."""
+  seeds = cells.seeds(comparison.config)
+  planned = [_plan_run(comparison, cell, seed) for seed in seeds]
+  left = [x for x in planned if runs.read_outcome(x) is None]
+  if len(left) < 2:
+    return
+  named = ', '.join(str(x.seed) for x in left)
+  comparison.say(f'{cell.name}, seeds {named} together')
+  error = together.train(left, comparison.over)
+  if error:
+    comparison.say(f'{cell.name}: one by one, because of {error}')
+  comparison.together |= {x.workdir for x in left}
 
 
 def _run_cell(
@@ -402,8 +430,12 @@ def _run_cell(
     reason = _find_untimed(cell, reference, timing)
     if reason:
       return planned, {'status': 'failed', 'error': reason, 'shared': []}
-    num_epochs = _epochs_of_seconds(cell, planned, reference, timing or {})
-    planned = _plan_run(comparison, cell, seed, num_epochs)
+    try:
+      num_epochs = _epochs_of_seconds(cell, planned, reference, timing or {})
+      planned = _plan_run(comparison, cell, seed, num_epochs)
+    except errors.UserError as e:  # Seconds are measured: not known before.
+      reason = f'{e.what} {e.where}'
+      return planned, {'status': 'failed', 'error': reason, 'shared': []}
   return planned, comparison.run(planned, f'{cell.name}, seed {seed}')
 
 
@@ -535,15 +567,29 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
         f'Chosen at the border of the range: {", ".join(border)}; a better '
         'rate may lie beyond.'
       )
-  if any(cell['equal'] == 'seconds' for cell in result['cells']):
-    lines.append(
-      'Equal seconds are a measurement on this machine: epochs of the '
-      'reference with the same seed were timed, evaluation included.'
-    )
+  lines += _seconds_remarks(result['cells'][1:])  # Without the reference.
   lines.append(
     'FLOPs are those of training steps: forward, backward and update of the '
     "step as it is traced for the compiler; evaluation's are not counted."
   )
+  return lines
+
+
+def _seconds_remarks(described: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Returns where the seconds of an epoch came from, a sentence a kind."""
+  timed = {bool(x['control']) for x in described if x['equal'] == 'seconds'}
+  begin = 'Equal seconds are a measurement on this machine'
+  lines = []
+  if True in timed:
+    lines.append(
+      f'{begin}: the control has as long as the epochs of the reference with '
+      'the same seed took, evaluation included.'
+    )
+  if False in timed:
+    lines.append(
+      f'{begin}: a few epochs of each other cell were timed beforehand, '
+      'evaluation included, and set against the reference with the same seed.'
+    )
   return lines
 
 

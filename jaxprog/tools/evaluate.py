@@ -18,7 +18,7 @@ from ml_collections import config_dict
 from jaxprog import epochs, errors, files, stages
 from jaxprog.data import sources
 from jaxprog.reporting import diagnostics, scores
-from jaxprog.training import devices, loop, steps
+from jaxprog.training import devices, distributed, loop, preflight, steps
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import trained as trained_lib
 
@@ -59,6 +59,7 @@ def evaluate(
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
   )
+  preflight.check_workdir(pathlib.Path(workdir))
   console = rich.console.Console(
     stderr=True, quiet=jax.process_index() != 0, highlight=False
   )
@@ -97,6 +98,7 @@ def load_dataset(trained: trained_lib.Trained, dataset: str) -> sources.Dataset:
     stage = _with_dataset(trained.config, stage.name, dataset)
   data = setup_lib.load_datasets(trained.config, [stage])[stage.name]
   check_images(data)
+  distributed.check_alike(trained.config, {stage.name: data}, [stage.name])
   return data
 
 

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from jaxprog import errors, files
 from jaxprog.data import preprocess
 from jaxprog.reporting import contact_sheet
-from jaxprog.training import augment, devices
+from jaxprog.training import augment, devices, preflight
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import trained as trained_lib
 
@@ -96,6 +96,7 @@ def predict(
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
   )
+  preflight.check_workdir(pathlib.Path(workdir))
   console = rich.console.Console(stderr=True, highlight=False)
   predictions: list[Prediction] = []
   turned = 0
@@ -157,10 +158,11 @@ def find_images(input: str | pathlib.Path) -> Found:
       '--mode=predict',
       'Name an image or a folder of them: --input=photos.',
     )
-  root = pathlib.Path(input).expanduser()
-  if root.is_file():
+  # These raise nothing, whatever the name.
+  root = pathlib.Path(os.path.expanduser(input))
+  if os.path.isfile(root):
     return Found(root, [root], [])
-  if not root.is_dir():
+  if not os.path.isdir(root):
     raise errors.UserError(
       f'There is no image or folder {printable(str(input))!r}.',
       f'looked in {pathlib.Path.cwd()}',

@@ -7,6 +7,7 @@ a search was killed is resumed, not begun again.
 
 import csv
 import io
+import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -41,19 +42,30 @@ def tune(
   check(config)
   with signals.StopRequest(), lock.Lock(workdir):
     study = _open_study(config, workdir)
+    _check_same_search(config, study, workdir)
     _enqueue_unfinished(study)
     left = config.num_trials - _count_finished(study)
     if left > 0:
-      study.optimize(
-        lambda trial: _run_trial(config, workdir, trial),
-        n_trials=left,
-        timeout=60 * config.timeout_minutes or None,
-        catch=(),
-      )
+      try:
+        study.optimize(
+          lambda trial: _run_trial(config, workdir, trial),
+          n_trials=left,
+          timeout=60 * config.timeout_minutes or None,
+        )
+      except _LeaveRunning as e:
+        raise e.stopped from None
     found = _describe(study)
     _write(config, workdir, found)
   _show(config, workdir, found)
   return found
+
+
+class _LeaveRunning(BaseException):
+  """Passes Optuna, which takes any Exception for a trial that has failed."""
+
+  def __init__(self, stopped: errors.Stopped):
+    super().__init__(str(stopped))
+    self.stopped = stopped
 
 
 def check(config: config_dict.ConfigDict) -> None:
@@ -73,10 +85,15 @@ def check(config: config_dict.ConfigDict) -> None:
     )
   for entry in config.search:
     _check_entry(entry)
-  for ends in (0, -1):  # The ladder must be in order at both ends.
-    values = {x['field']: _ends(x)[ends] for x in config.search}
-    all_stages = stages.create_stages(_create_ladder(config, values))
-    stages.select(all_stages, config.only)
+  fields = [entry['field'] for entry in config.search]
+  for field in fields:
+    if fields.count(field) > 1:
+      raise errors.UserError(f'{field} is searched twice.', 'config.search')
+  firsts = {entry['field']: _ends(entry)[0] for entry in config.search}
+  for entry in config.search:  # Every choice, and both ends of a range.
+    for value in entry.get('choice', _ends(entry)):
+      ladder = _create_ladder(config, {**firsts, entry['field']: value})
+      stages.select(stages.create_stages(ladder), config.only)
 
 
 def _check_entry(entry: Mapping[str, Any]) -> None:
@@ -89,13 +106,17 @@ def _check_entry(entry: Mapping[str, Any]) -> None:
   low, high = _ends(entry)
   if kinds[0] != 'choice' and not (
     len(entry[kinds[0]]) == 2
-    and all(isinstance(x, int | float) for x in (low, high))
+    and all(
+      isinstance(x, int if kinds[0] == 'integer' else int | float)
+      for x in (low, high)
+    )
     and low < high
     and math.isfinite(high)
     and (low > 0 or kinds[0] != 'log')
   ):
     raise errors.UserError(
-      f'{kinds[0]} needs two numbers, the lower one first'
+      f'{kinds[0]} needs two {"whole " if kinds[0] == "integer" else ""}'
+      f'numbers, the lower one first'
       f'{" and above 0" if kinds[0] == "log" else ""}.',
       where,
     )
@@ -124,17 +145,36 @@ def _open_study(config: config_dict.ConfigDict, workdir: pathlib.Path) -> Any:
   import optuna  # Half a second, for this mode alone.
 
   optuna.logging.set_verbosity(optuna.logging.WARNING)
-  # A journal on disk would do; SQLite is what Optuna's dashboard opens.
-  return optuna.create_study(
+  study = optuna.create_study(
     study_name=_STUDY,
     storage=f'sqlite:///{(workdir / "tune.db").absolute()}',
     direction='maximize',
     load_if_exists=True,
-    sampler=optuna.samplers.TPESampler(seed=config.sampler_seed)
-    if config.sampler == 'tpe'
-    else optuna.samplers.RandomSampler(seed=config.sampler_seed),
     pruner=_create_pruner(config),
   )
+  # From the same seed, every start would draw the first trials again.
+  seed = config.sampler_seed + len(study.get_trials())
+  if config.sampler == 'tpe':
+    study.sampler = optuna.samplers.TPESampler(seed=seed)
+  else:
+    study.sampler = optuna.samplers.RandomSampler(seed=seed)
+  return study
+
+
+def _check_same_search(
+  config: config_dict.ConfigDict, study: Any, workdir: pathlib.Path
+) -> None:
+  """Raises UserError if what lies there is a search for something else."""
+  searched = json.dumps([[dict(x) for x in config.search], list(config.only)])
+  base = config_lib.config_hash(stages.complete(config.base))
+  before = study.user_attrs.get('search', [base, searched])
+  if list(before) != [base, searched]:
+    raise errors.UserError(
+      'The search here began with another ladder, or searched other fields.',
+      f'--workdir={workdir}',
+      'Use another --workdir, or the config that it began with.',
+    )
+  study.set_user_attr('search', [base, searched])
 
 
 def _create_pruner(config: config_dict.ConfigDict) -> Any:
@@ -154,13 +194,16 @@ def _create_pruner(config: config_dict.ConfigDict) -> Any:
 
 
 def _enqueue_unfinished(study: Any) -> None:
-  """Asks again for what a killed search was trying, in the same directory."""
+  """Asks again for trials that came to no end, in the same directories."""
   import optuna
 
-  running = study.get_trials(states=[optuna.trial.TrialState.RUNNING])
-  for trial in running:
-    directory = trial.user_attrs.get('directory')
-    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+  failed = optuna.trial.TrialState.FAIL
+  last = {t.user_attrs.get('directory', ''): t for t in study.get_trials()}
+  for directory, trial in last.items():
+    if trial.state == optuna.trial.TrialState.RUNNING:
+      study.tell(trial.number, state=failed)
+    elif trial.state != failed:
+      continue
     if directory and trial.params:
       study.enqueue_trial(trial.params, user_attrs={'directory': directory})
 
@@ -189,9 +232,16 @@ def _run_trial(
   chosen = stages.select(stages.create_stages(config_of_trial), config.only)
   last = chosen[-1].name
 
-  def on_epoch(stage, row):
-    if stage == last and history_lib.is_number(row['val_top1']):
+  reported = set()
+
+  def report(row):
+    if history_lib.is_number(row['val_top1']):
+      reported.add(row['epoch'])
       trial.report(row['val_top1'], row['epoch'])
+
+  def on_epoch(stage, row):
+    if stage == last:
+      report(row)
       if trial.should_prune():
         raise optuna.TrialPruned
 
@@ -205,12 +255,17 @@ def _run_trial(
       only=[stage.name for stage in chosen],
       on_epoch=on_epoch,
     )
+  except errors.Stopped as e:
+    raise _LeaveRunning(e) from None
   except RuntimeError as e:
     if 'not finite' not in str(e):
       raise
     trial.set_user_attr('error', str(e)[:500])
     return 0.0
   stage = history_lib.find_stage(history, last) or {}
+  for row in stage.get('epochs', ()):
+    if row['epoch'] not in reported:  # It was trained by an earlier start.
+      report(row)
   return (stage.get('best') or {'top1': 0.0})['top1']
 
 

@@ -562,6 +562,15 @@ def check_alike(
   _active.compare('run', described)
 
 
+def compare(name: str, described: Mapping[str, str]) -> None:
+  """Raises UserError in all processes unless `described` is the same in all.
+
+  `name` is another one at each comparison.
+  """
+  if _active is not None:
+    _active.compare(name, described)
+
+
 def check_workdir(workdir: pathlib.Path) -> None:
   """Raises UserError in all processes unless `workdir` is the same to all.
 

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jaxprog.data import loader
 from jaxprog.training import (
   augment,
   checkpoints,
+  distributed,
   operators,
   pretrained,
   transfer,
@@ -65,7 +66,8 @@ def hand_over(
     'fresh': list(result.fresh),
     'dropped': list(result.dropped),
   }
-  variables, head = _choose_head(setup, workdir, task, result, fresh)
+  heads = _list_heads(setup, workdir, task, source)
+  variables, head = _choose_head(task, result, fresh, heads)
   carried = [x for x in result.carried if x != 'head' or not head]
   variables = _shrink(task, variables, fresh, carried)
   variables, blocks = operators.reset_blocks(
@@ -105,6 +107,10 @@ def load_source(
 ) -> Source | None:
   """Returns the weights that `task` takes over, None if it starts afresh."""
   name = find_source(setup, workdir, task.stage)
+  # A shared file system may show a new marker to one host before another.
+  distributed.compare(
+    f'source/{task.stage.name}', {f'the start of {task.stage.name}': name or ''}
+  )
   if name is None:
     return None
   if task.stage.init_from:
@@ -159,10 +165,14 @@ def check(
     stage, where = task.stage, f'stage {task.stage.name!r}'
     if checkpoints.read_done(workdir, stage.name) is None:
       _check_blocks(task, where)
-      if before is not None and not stage.init_from:
-        _check_averages(stage, before, where)
-      elif find_source(setup, workdir, stage) is None:
+      _check_head(task, where)
+      starts_afresh = stage.transfer == 'none' or (
+        before is None and find_source(setup, workdir, stage) is None
+      )
+      if starts_afresh:
         _check_frozen(setup, stage, where)
+      elif before is not None and not stage.init_from:
+        _check_averages(stage, before, where)
     before = stage
   pretrained.check(tasks, workdir)
 
@@ -174,6 +184,16 @@ def _check_blocks(task: setup_lib.Task, where: str) -> None:
       f'reset_blocks is {task.stage.reset_blocks}; the network has '
       f'{len(blocks)} blocks.',
       where,
+    )
+
+
+def _check_head(task: setup_lib.Task, where: str) -> None:
+  head = task.state_shapes.params['head']
+  if task.stage.transfer_head == 'by_class' and set(head) != {'kernel', 'bias'}:
+    raise errors.UserError(
+      f'transfer_head is by_class, and the head holds {", ".join(head)}.',
+      where,
+      'It needs a dense layer: kernel and bias.',
     )
 
 
@@ -209,11 +229,10 @@ def _draw_fresh(task: setup_lib.Task) -> Variables:
 
 
 def _choose_head(
-  setup: setup_lib.Setup,
-  workdir: pathlib.Path,
   task: setup_lib.Task,
   result: transfer.Transfer,
   fresh: Variables,
+  heads: Sequence[operators.Head],
 ) -> tuple[Variables, dict[str, Any]]:
   """Returns the variables with the head asked for, and what became of it."""
   rows: dict[str, list[str]] = {}
@@ -222,7 +241,6 @@ def _choose_head(
     case 'zero':
       new = operators.zero_head(new)
     case 'by_class':
-      heads = _load_heads(setup, workdir, task)
       new, rows = operators.carry_head_rows(new, task.dataset.classes, heads)
     case _:
       return result.variables, {}
@@ -233,11 +251,25 @@ def _choose_head(
   }
 
 
-def _load_heads(
-  setup: setup_lib.Setup, workdir: pathlib.Path, task: setup_lib.Task
+def _list_heads(
+  setup: setup_lib.Setup,
+  workdir: pathlib.Path,
+  task: setup_lib.Task,
+  source: Source,
 ) -> list[operators.Head]:
+  """Returns what a head by class may take rows from, the nearest first.
+
+  Rows fit the backbone that they were trained on: with a file of weights only
+  its own head counts.
+  """
+  if task.stage.transfer_head != 'by_class':
+    return []
   heads = []
-  for name in _find_sources(setup, workdir, task.stage):
+  if head := source.variables['params'].get('head'):
+    heads.append(operators.Head(source.name, source.classes, head))
+  if task.stage.init_from:
+    return heads
+  for name in _find_sources(setup, workdir, task.stage)[1:]:
     variables, meta = checkpoints.load_weights(workdir, name, 'best')
     head = variables['params']['head']
     heads.append(operators.Head(name, meta['classes'], head))
@@ -304,8 +336,12 @@ def _mean_gradient(task: setup_lib.Task, variables: Variables) -> Variables:
     return jnp.mean(losses, where=batch['mask'])
 
   grad = jax.jit(jax.grad(loss))
-  grads = [grad(variables['params'], batch) for batch in _batches(task)]
-  return jax.tree.map(lambda *x: sum(x) / len(x), *grads)
+  total, count = None, 0
+  for batch in _batches(task):
+    grads = grad(variables['params'], batch)
+    total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+    count += 1
+  return jax.tree.map(lambda x: x / count, total)
 
 
 def _measure_statistics(task: setup_lib.Task, variables: Variables) -> Any:
@@ -322,8 +358,7 @@ def _measure_statistics(task: setup_lib.Task, variables: Variables) -> Any:
       lambda low, high: low / (1 - (high - low)), after, other
     )
 
-  measured = [measure(batch) for batch in _batches(task)]
-  return operators.average_statistics(measured)
+  return operators.average_statistics([measure(x) for x in _batches(task)])
 
 
 def _apply(
@@ -338,8 +373,11 @@ def _apply(
   return logits, changed['batch_stats']
 
 
-def _batches(task: setup_lib.Task) -> list[dict[str, jax.Array]]:
-  """Returns the stage's first training batches, on the devices."""
+def _batches(task: setup_lib.Task) -> Iterator[dict[str, jax.Array]]:
+  """Yields the stage's first training batches on the devices, in parts.
+
+  What fits in training only as micro-batches does so here.
+  """
   reader = loader.train_batches(
     task.dataset.train,
     task.stage,
@@ -351,6 +389,12 @@ def _batches(task: setup_lib.Task) -> list[dict[str, jax.Array]]:
     process_count=jax.process_count(),
   )
   count = min(task.stage.transfer_batches, task.steps.phases[0].per_epoch)
+  parts = task.stage.batch_size // (
+    task.stage.micro_batch_size or task.stage.batch_size
+  )
   with contextlib.closing(reader):
     placed = loader.prefetch_to_device(reader, task.shardings.batch)
-    return list(itertools.islice(placed, count))
+    for batch in itertools.islice(placed, count):
+      for part in range(parts):
+        # Every device keeps what it has: each parts-th example.
+        yield {name: x[part::parts] for name, x in batch.items()}

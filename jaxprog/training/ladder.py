@@ -203,10 +203,12 @@ def _train_stages(run: Run) -> None:
       left = _run_stage(run, index, task, left)
   except errors.Stopped as e:
     run.incidents.add('signal', str(e))
-    raise
-  finally:
-    if run.stop.signum is None:  # Plots take longer than a signal allows.
+    raise  # Plots take longer than a signal allows.
+  except Exception:
+    with contextlib.suppress(Exception):  # It would hide what ended the run.
       write_reports(run).result()
+    raise
+  write_reports(run).result()
 
 
 def _create_executor(

@@ -258,6 +258,7 @@ def _train_epoch(
   """Runs to the end of `epoch`; returns the state and where the time went."""
   first, end = int(state.step), task.steps.epoch_ends[epoch]
   batch_size = task.steps.phase(first).batch_size
+  _note_handover(task, first, out)
   began, restarts, pending = time.monotonic(), feed.restarts, None
   feed.begin_epoch()
   out.step_times.pause()
@@ -271,7 +272,6 @@ def _train_epoch(
     state, metrics = train_step(state, batch, task.step_rng)
     profile.end_step(step, metrics)
     note_bad_images(task, feed.bad, out)
-    _note_handover(task, step, out)
     if pending is not None:
       timing = _timing(began, (step - first) * batch_size, feed)
       report_step(task, *pending, timing, out)
@@ -309,7 +309,7 @@ def _timing(
 
 
 def _note_handover(task: setup.Task, step: int, out: Outputs) -> None:
-  """Notes how long nothing was trained before this stage's first step."""
+  """Notes how long it took until this stage's first batch was asked for."""
   if out.left is None:
     return
   seconds = time.monotonic() - out.left
@@ -367,8 +367,12 @@ def _end_epoch(
   def on_bad(bad):
     note_bad_images(task, bad, out)
 
-  scores = evaluate(task, state.variables, split, out.progress.evaluate, on_bad)
-  averaged = evaluate(task, state.ema, split) if state.ema else {}
+  def on_batch(done, total):
+    out.beat(f'evaluation batch {done} of {total} of {task.stage.name}')
+    out.progress.evaluate(done, total)
+
+  scores = evaluate(task, state.variables, split, on_batch, on_bad)
+  averaged = evaluate(task, state.ema, split, on_batch) if state.ema else {}
   timing = {**timing, 'eval_seconds': time.monotonic() - began}
   state = close_epoch(task, state, epoch, scores, averaged, timing, out)
   _stop_if_asked(out)
@@ -462,6 +466,7 @@ def save(task: setup.Task, state: state_lib.TrainState, out: Outputs) -> None:
   # A copy: it is written in the background, while the record grows.
   meta = {**out.meta, 'record': copy.deepcopy(out.record)}
   out.checkpoints.save_latest(state, meta)
+  out.beat(f'a save of {task.stage.name}')
   before, out.last_save = out.last_save, time.monotonic()
   if step := int(state.step):
     scalars = {

@@ -3,6 +3,7 @@
 Pure functions of pytrees; `handover` says in which order they are used.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,11 +95,9 @@ def reset_blocks(
 
 def list_blocks(params: Params) -> list[str]:
   """Returns the names of the residual blocks, the first one first."""
-
-  def position(name):
-    return tuple(map(int, name.removeprefix('block').split('_')))
-
-  return sorted((x for x in params if x.startswith('block')), key=position)
+  found = (re.fullmatch(r'block(\d+)_(\d+)', name) for name in params)
+  blocks = (x for x in found if x)
+  return [x[0] for x in sorted(blocks, key=lambda x: (int(x[1]), int(x[2])))]
 
 
 class Head(NamedTuple):

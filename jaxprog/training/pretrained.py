@@ -7,6 +7,7 @@ from anywhere runs nothing.
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ def load(
     UserError: if it is missing or damaged, no safetensors, or of another
       network.
   """
-  path = pathlib.Path(stage.init_from).expanduser()
+  path = pathlib.Path(os.path.expanduser(stage.init_from))
   where = f'stage {stage.name!r}: init_from={path}'
   with _open(path, where) as file:
     names = file.keys()
@@ -89,7 +90,7 @@ def check(tasks: Iterable[setup_lib.Task], workdir: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _open(path: pathlib.Path, where: str) -> Iterator[Any]:
-  if not path.is_file():
+  if not os.path.isfile(path):  # It raises nothing, whatever the name.
     raise errors.UserError(
       'There is no such file of weights.', where, 'Is the path right?'
     )

@@ -81,7 +81,14 @@ def load_trained(
     )
   all_stages = stages.create_stages(config)
   name = stage or last_done_stage(config, workdir)
-  chosen = stages.select(all_stages, only=(name,))[0]
+  by_name = {x.name: x for x in all_stages}
+  if name not in by_name:
+    raise errors.UserError(
+      f'This config has no stage {name!r}.',
+      f'--stage={name}',
+      errors.did_you_mean(name, by_name),
+    )
+  chosen = by_name[name]
   variables, meta = checkpoints.load_weights(workdir, name, weights)
   trained = Trained(
     config=config,
@@ -151,6 +158,6 @@ def _check_shapes(trained: Trained) -> None:
     raise errors.UserError(
       "The weights are not of the config's network.",
       f'stage {trained.stage.name!r}, {trained.weights}',
-      'For weights of a network of your own, call jaxprog.tools.evaluate or '
-      'predict with model=..., as train was.',
+      'For weights of a network of your own, call jaxprog.evaluate or '
+      'jaxprog.predict with model=..., as train was.',
     )
