@@ -19,6 +19,7 @@ import jax
 import rich.console
 
 import jaxprog
+from jaxprog.reporting import profile
 from jaxprog.reporting import progress as progress_lib
 from jaxprog.training import feed as feed_lib
 from jaxprog.training import loop, setup, signals
@@ -93,7 +94,8 @@ def time_loop(task: setup.Task, num_steps: int) -> tuple[float, float]:
     )
     feed = feed_lib.Feed(task, task.seed, 0)
     with contextlib.closing(feed):
-      _, timing = loop._train_epoch(task, state, feed, 0, out)
+      idle = profile.Profile(None, 0, num_steps)
+      _, timing = loop._train_epoch(task, state, feed, idle, 0, out)
   return timing['seconds'] / num_steps, timing['input_wait']
 
 

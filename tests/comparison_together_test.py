@@ -218,6 +218,7 @@ def interrupt_once_saved(workdir, step):
   threading.Thread(target=wait, daemon=True).start()
 
 
+@pytest.mark.slow
 def test_interrupted_seeds_go_on_also_where_one_has_lost_steps(
   data_dir, joint, tmp_path
 ):
@@ -246,6 +247,7 @@ def test_interrupted_seeds_go_on_also_where_one_has_lost_steps(
         assert row[name] == pytest.approx(wanted[name], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_seeds_that_diverge_do_so_each_by_itself(data_dir, tmp_path):
   config = create_config(data_dir, together=True)
   config.grid = ({'stages[-1].optimizer': ('sgd_momentum',)},)
@@ -291,6 +293,7 @@ def test_stages_that_one_seed_may_end_early_are_refused(data_dir, change):
   assert cells.create_cells(config)
 
 
+@pytest.mark.slow
 def test_a_step_of_all_is_each_ones_step(data_dir):
   tasks = []
   for seed in (0, 1):
@@ -328,14 +331,15 @@ def test_a_step_of_all_is_each_ones_step(data_dir):
     x.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  ('side', 'kernel', 'stride'),
-  [(16, 3, 1), (16, 1, 1), (16, 3, 2), (4, 3, 1)],
+  ('count', 'side', 'kernel', 'stride'),
+  [(12, 16, 3, 1), (72, 16, 1, 1), (40, 16, 3, 2), (160, 4, 3, 1)],
 )
-def test_convolutions_batch_as_each_by_itself(side, kernel, stride):
+def test_convolutions_batch_as_each_by_itself(count, side, kernel, stride):
   rng = np.random.default_rng(0)
   shapes = (
-    (2, 512 * 16 // side**2 + 32, side, side, 64),
+    (2, count, side, side, 64),
     (2, kernel, kernel, 64, 96),
   )
   x, w = (rng.normal(size=s).astype(np.float32) for s in shapes)

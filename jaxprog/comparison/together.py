@@ -383,6 +383,7 @@ def _train_epoch(programs: Programs, group: Sequence[_Lane]) -> None:
   for lane in group:
     lane.feed.begin_epoch()
     lane.out.step_times.pause()
+  _note_handovers(group, first)
   began = time.monotonic()
   states = programs.stack([lane.state for lane in group])
   rngs = programs.stack([lane.task.step_rng for lane in group])
@@ -392,7 +393,6 @@ def _train_epoch(programs: Programs, group: Sequence[_Lane]) -> None:
     # Step n is dispatched before the metrics of step n - 1 are read.
     train_step = programs.train_step(task.program(step), count)
     states, metrics = train_step(states, batches, rngs)
-    _note_handovers(group, step)
     if pending is not None:
       timing = _timing(began, (step - first) * batch_size, group)
       _report(group, *pending, timing)
@@ -437,7 +437,7 @@ def _timing(
 
 
 def _note_handovers(group: Sequence[_Lane], step: int) -> None:
-  """Notes each lane's part of the time before this stage's first step."""
+  """Notes each lane's part of the time until its first batch was asked for."""
   now = time.monotonic()
   for lane in group:
     if lane.out.left is None:
