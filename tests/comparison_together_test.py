@@ -104,6 +104,7 @@ def joint(data_dir, tmp_path_factory):
   return workdir, tool.compare(config, workdir)
 
 
+@pytest.mark.slow
 def test_each_seed_comes_to_what_it_comes_to_alone(alone, joint):
   for seed in (0, 1):
     expected = read_stages(alone[0], seed)
@@ -128,6 +129,7 @@ def test_each_seed_comes_to_what_it_comes_to_alone(alone, joint):
   assert abs(losses[0]['train_loss'] / losses[1]['train_loss'] - 1) > 1e-2
 
 
+@pytest.mark.slow
 def test_first_weights_are_those_of_the_seed_bit_for_bit(
   alone, joint, tmp_path
 ):
@@ -140,6 +142,7 @@ def test_first_weights_are_those_of_the_seed_bit_for_bit(
   assert weights[0] != weights[1]
 
 
+@pytest.mark.slow
 def test_what_is_written_has_the_same_form(alone, joint):
   written = []
   for workdir, result in (alone, joint):
@@ -161,6 +164,7 @@ def test_what_is_written_has_the_same_form(alone, joint):
   assert 'cells/adamw/seed-1/training_metrics.png' in files[1]
 
 
+@pytest.mark.slow
 def test_seeds_have_equal_parts_of_the_time(joint):
   workdir, _ = joint
   first, second = (read_stages(workdir, seed)[-1] for seed in (0, 1))
@@ -180,6 +184,7 @@ def test_seeds_have_equal_parts_of_the_time(joint):
   )
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_runs_nothing_again(data_dir, joint):
   workdir, result = joint
   before = {
@@ -193,6 +198,7 @@ def test_a_finished_comparison_runs_nothing_again(data_dir, joint):
   assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_saved_weights_are_evaluated_as_the_history_says(joint):
   workdir = seed_directory(joint[0], 1)
   config = jaxprog.load_config(str(workdir / 'config.json'))

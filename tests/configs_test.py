@@ -28,7 +28,7 @@ CONFIGS = [
   f'configs/{path.name}' + (argument and f':{argument}')
   for path in sorted(pathlib.Path('configs').resolve().glob('*.py'))
   if path.stem not in ('__init__', 'default')
-  and not path.stem.startswith('compare_')  # comparison_cells_test
+  and not path.stem.startswith(('compare_', 'tune_'))  # They hold ladders.
   for argument in ('', *ARGUMENTS.get(path.stem, ()))
 ]
 # Training images as published; digits: those not held out.

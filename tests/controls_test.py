@@ -40,6 +40,7 @@ def test_batches_grow_where_the_config_says(trained):
   assert steps == [29, 29 + 14, 29 + 28, 29 + 42]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_decides_as_uninterrupted(
   run_main, trained, config, tmp_path
 ):

@@ -176,7 +176,7 @@ def test_a_run_that_waits_for_its_input_says_so(run_main, folder):
   rng = np.random.default_rng(0)
   for path in (folder / 'raw').glob('train/*/*'):
     path.write_bytes(
-      encode(rng.integers(0, 256, (1400, 1600, 3), np.uint8), 'PNG')
+      encode(rng.integers(0, 256, (1000, 1200, 3), np.uint8), 'PNG')
     )
   result = run_main(
     f'--config={CONFIG}:{folder}',

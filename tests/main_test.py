@@ -98,7 +98,10 @@ def test_eval_of_another_stage(run_main, trained):
   assert result.stdout.strip() == f'{100 * final:.1f}'
 
 
-@pytest.mark.parametrize('signum', [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+  'signum',
+  [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_interrupted_equals_uninterrupted(
   run_main, trained, config, tmp_path, signum
 ):

@@ -211,6 +211,7 @@ def test_a_ladders_verdict_names_each_control(ladder):
   assert (workdir / 'ladder_comparison.png').exists()
 
 
+@pytest.mark.slow
 def test_rates_are_tuned_by_runs_that_are_counted_apart(data_dir, tmp_path):
   config = compare_config.get_config(data_dir)
   config.grid = ({'stages[-1].optimizer': ('adamw',)},)
@@ -235,6 +236,7 @@ def test_rates_are_tuned_by_runs_that_are_counted_apart(data_dir, tmp_path):
   assert not checkpoints.stage_directory(trial, 'ten').exists()
 
 
+@pytest.mark.slow
 def test_cells_that_must_not_take_longer_are_timed_first(data_dir, tmp_path):
   config = compare_config.get_config(data_dir)
   config.base.stages[0]['num_epochs'] = 1.0

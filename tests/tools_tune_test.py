@@ -87,7 +87,7 @@ def test_a_search_goes_on_where_it_was_stopped(run_main, data_dir, tmp_path):
   )
   kill = signal.SIGKILL
   assert stop_in_trial('0000', kill, arguments, workdir) == -kill
-  assert stop_in_trial('0001', signal.SIGTERM, arguments, workdir) == 143
+  assert stop_in_trial('0002', signal.SIGTERM, arguments, workdir) == 143
   finished = run_main(*arguments)
   assert finished.returncode == 0, finished.stderr + finished.stdout
   found = json.loads((workdir / 'tune.json').read_text())
@@ -139,6 +139,6 @@ def test_a_trial_that_is_worse_than_the_others_is_pruned(data_dir, tmp_path):
   assert set(by_rate) == {0.01, 1e-8}
   assert any(x['status'] == 'pruned' for x in found['trials'])
   assert tune.tune(config, tmp_path) == found
-  config.base.stages[0].batch_size = 24
+  config.base.stages[0]['batch_size'] = 24
   with pytest.raises(errors.UserError, match='began with another ladder'):
     tune.tune(config, tmp_path)

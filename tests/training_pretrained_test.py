@@ -271,6 +271,7 @@ def test_other_names_are_refused():
     stages.create_stages(config)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_file_and_resumes_without_it(
   run_main, data_dir, tmp_path, path, variables
 ):
