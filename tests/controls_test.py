@@ -110,6 +110,7 @@ def test_lr_find_of_a_later_stage_begins_with_what_is_handed_over(
   assert runs.read_history(trained) == before
 
 
+@pytest.mark.slow
 def test_check_shows_the_rates_before_anything_is_trained(
   run_main, config, tmp_path
 ):

@@ -80,6 +80,7 @@ def unique_commands():
   return [(page, command) for command, page in found.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('page', 'command'), unique_commands())
 def test_the_command_works(page, command, data_dir, root, monkeypatch):
   if any(mark in command for mark in ELSEWHERE):

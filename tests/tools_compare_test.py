@@ -143,6 +143,7 @@ def test_another_config_in_the_same_workdir_is_a_mistake(strategies):
   assert caught.value.where == "cell 'adamw', seed 0"
 
 
+@pytest.mark.slow
 def test_a_ladders_curve_counts_all_of_its_stages(ladder):
   _, workdir, result = ladder
   record = find(result, 'ladder')
@@ -164,6 +165,7 @@ def test_a_ladders_curve_counts_all_of_its_stages(ladder):
   assert end['seconds'] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_stage_that_cells_have_in_common_is_trained_once(ladder):
   _, workdir, result = ladder
   plain, reset = find(result, 'ladder'), find(result, 'reset')
@@ -177,6 +179,7 @@ def test_a_stage_that_cells_have_in_common_is_trained_once(ladder):
   assert histories[0][0] == histories[1][0]
 
 
+@pytest.mark.slow
 def test_controls_cost_what_the_ladder_does(ladder):
   _, _, result = ladder
   plain = find(result, 'ladder')['boundaries'][-1]
@@ -202,6 +205,7 @@ def test_controls_cost_what_the_ladder_does(ladder):
   )
 
 
+@pytest.mark.slow
 def test_a_ladders_verdict_names_each_control(ladder):
   _, workdir, result = ladder
   text = (workdir / 'comparison.txt').read_text()
@@ -322,6 +326,7 @@ def plan(config, workdir, cell, seed=0):
   return tool._plan_run(comparison, found, seed)
 
 
+@pytest.mark.slow
 def test_stages_are_shared_only_between_runs_that_train_them_alike(ladder):
   config, workdir, _ = ladder
   donor = plan(config, workdir, 'ladder')
