@@ -172,6 +172,7 @@ def test_a_run_does_not_go_on_with_other_images(run_main, folder):
   assert len(result.stderr.strip().split('\n')) == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_its_input_says_so(run_main, folder):
   rng = np.random.default_rng(0)
   for path in (folder / 'raw').glob('train/*/*'):

@@ -125,6 +125,7 @@ def test_interrupted_equals_uninterrupted(
     assert runs.bits(tmp_path, stage) == runs.bits(trained[0], stage)
 
 
+@pytest.mark.slow
 def test_eight_devices_train_like_one(run_main, trained, config, tmp_path):
   result = run_main(config, f'--workdir={tmp_path}', devices=8)
   assert result.returncode == 0, result.stderr
