@@ -127,5 +127,5 @@ def test_check_shows_the_rates_before_anything_is_trained(
   assert 'event=plan stage=ten' in result.stdout
   assert '  three  █' in result.stdout
   assert 'plateau' in result.stdout
-  written = [p.name for p in tmp_path.iterdir()]
-  assert written == ['learning_rates.png']
+  written = sorted(p.name for p in tmp_path.iterdir())
+  assert written == ['learning_rates.png', 'plan.json']

@@ -45,7 +45,7 @@ def adapt(command, data_dir, root):
   if '--mode=tune' in arguments:
     arguments.append('--config.num_trials=1')
   if '--mode=compare' in arguments:
-    arguments += ['--config.seeds=1', '--config.base.stages[0].num_epochs=0.3']
+    arguments += ['--config.seeds=2', '--config.base.stages[0].num_epochs=0.3']
   return arguments
 
 

@@ -272,7 +272,7 @@ def test_a_wrong_number_of_steps_is_the_users_mistake(data_dir, capsys):
   overrides = {'check_steps': '-1'}
   config = config_lib.load_config(f'{ROOT}/{CONFIG}:{data_dir}', overrides)
   assert check_lib.check(config) == 2
-  assert 'check_steps must be a whole number' in capsys.readouterr().out
+  assert 'check_steps is -1; it must be at least 0' in capsys.readouterr().out
 
 
 def test_what_goes_wrong_in_one_stage_is_a_note_of_it(
