@@ -162,7 +162,6 @@ def show_plan(
   Raises:
     UserError: for any mistake in the config, the devices or the data.
   """
-  _check_steps(config.check_steps)
   cheap = _cheap(config, only, skip)
   setup = setup_lib.create_setup(cheap, only=only, skip=skip)
   tasks = [setup_lib.create_task(setup, stage) for stage in setup.chosen]
@@ -190,14 +189,6 @@ def show_plan(
     plots.plot_learning_rates(rates, epochs, path / 'learning_rates.png')
     files.write_json(path / 'plan.json', _figures(config, plans, layers))
     _say(f'\n{path / "plan.json"}\n{path / "learning_rates.png"}', console)
-
-
-def _check_steps(steps: object) -> None:
-  if type(steps) is not int or steps < 0:
-    raise errors.UserError(
-      f'check_steps must be a whole number from 0 on, not {steps!r}.',
-      'config.check_steps',
-    )
 
 
 def _figures(
