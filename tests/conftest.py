@@ -17,6 +17,42 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 
+# What takes longest comes first, so that workers that each take the next file
+# end together.
+LONGEST = (
+  'main_test',
+  'input_test',
+  'controls_test',
+  'tools_check_test',
+  'faults_test',
+  'faults_checkpoints_test',
+  'tools_tune_test',
+  'tools_compare_test',
+  'training_checkpoints_test',
+  'training_distributed_test',
+  'data_loader_test',
+  'models_resnet_test',
+  'reporting_tensorboard_test',
+  'training_handover_test',
+  'tools_evaluate_test',
+  'tools_verify_test',
+  'tools_export_test',
+  'data_sources_test',
+  'configs_test',
+  'training_watchdog_test',
+)
+
+
+def pytest_configure(config):
+  """Keeps pytest-xdist from taking the files with the most tests first."""
+  config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+  places = {name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
   """A data_dir in which `digits` has been prepared once for all tests."""

@@ -61,22 +61,24 @@ def test_killed_and_resumed_decides_as_uninterrupted(
     assert found == runs.bits(trained, 'ten', weights)
 
 
-def test_averaged_weights_are_evaluated_beside_the_raw_ones(run_main, trained):
+def test_averaged_weights_are_evaluated_beside_the_raw_ones(trained):
   ten = runs.read_history(trained)['stages'][1]
   best = max(row['ema_top1'] for row in ten['epochs'])
   assert best > 0.1
-  result = run_main('--mode=eval', f'--workdir={trained}', '--weights=ema')
+  result = runs.call_main(
+    '--mode=eval', f'--workdir={trained}', '--weights=ema'
+  )
   assert result.returncode == 0, result.stderr
   assert result.stdout.strip() == f'{100 * best:.1f}'
-  result = run_main(
+  result = runs.call_main(
     '--mode=eval', f'--workdir={trained}', '--weights=ema', '--stage=three'
   )
   assert result.returncode == 2
   assert 'no ema weights' in result.stderr
 
 
-def test_a_frozen_backbone_needs_one(run_main, config, tmp_path):
-  result = run_main(config, f'--workdir={tmp_path}/run', '--only=ten')
+def test_a_frozen_backbone_needs_one(config, tmp_path):
+  result = runs.call_main(config, f'--workdir={tmp_path}/run', '--only=ten')
   assert result.returncode == 2
   assert 'freeze_epochs' in result.stderr
   assert not (tmp_path / 'run' / 'config.json').exists()
@@ -99,10 +101,10 @@ def test_lr_find_changes_nothing(run_main, trained, config, tmp_path):
 
 
 def test_lr_find_of_a_later_stage_begins_with_what_is_handed_over(
-  run_main, trained, config
+  trained, config
 ):
   before = runs.read_history(trained)
-  result = run_main(
+  result = runs.call_main(
     config, f'--workdir={trained}', '--mode=lr_find', '--only=ten'
   )
   assert result.returncode == 0, result.stderr

@@ -70,30 +70,34 @@ def flip(step):
 
 
 def test_a_damaged_step_is_quarantined_and_the_one_before_used(
-  run_main, config, expected, workdir
+  config, expected, workdir
 ):
   *_, before, newest = intact_steps(workdir)
   flip(newest)
-  verified = run_main('--mode=verify', '--checkpoints', f'--workdir={workdir}')
+  verified = runs.call_main(
+    '--mode=verify', '--checkpoints', f'--workdir={workdir}'
+  )
   assert verified.returncode == 1, verified.stderr
   assert f'{STAGE}/latest/{newest.name}: damaged' in verified.stdout
   assert newest.is_dir()
-  result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
+  result = runs.call_main(config, *ARGUMENTS, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   said = ' '.join(result.stdout.split())
   assert f'step {newest.name} is damaged, quarantined' in said
   assert f'resumed at step {before.name}' in said
   assert runs.bits(workdir, STAGE) == expected
-  verified = run_main('--mode=verify', '--checkpoints', f'--workdir={workdir}')
+  verified = runs.call_main(
+    '--mode=verify', '--checkpoints', f'--workdir={workdir}'
+  )
   assert verified.returncode == 0, verified.stdout
   assert 'intact' in verified.stdout
 
 
-def test_all_damaged_ends_the_run_again_and_again(run_main, config, workdir):
+def test_all_damaged_ends_the_run_again_and_again(config, workdir):
   for step in intact_steps(workdir):
     flip(step)
   for _ in range(2):
-    result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
+    result = runs.call_main(config, *ARGUMENTS, f'--workdir={workdir}')
     assert result.returncode == 1, result.stdout
     assert f"Stage '{STAGE}': all saved states are damaged" in result.stderr
     assert f'remove {workdir}/checkpoints/{STAGE}' in result.stderr

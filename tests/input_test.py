@@ -62,22 +62,22 @@ def test_a_holdout_selects_and_validation_is_looked_at_once(trained):
   assert 'holdout:20%' in report
 
 
-def test_eval_is_of_the_true_validation_images(run_main, trained):
+def test_eval_is_of_the_true_validation_images(trained):
   folder, _ = trained
-  result = run_main('--mode=eval', f'--workdir={folder}/run')
+  result = runs.call_main('--mode=eval', f'--workdir={folder}/run')
   assert result.returncode == 0, result.stderr
   top1 = only_stage(folder / 'run')['validation']['top1']
   assert result.stdout.strip() == f'{100 * top1:.1f}'
 
 
-def test_prepare_stores_what_training_reads(run_main, folder):
+def test_prepare_stores_what_training_reads(folder):
   config = f'--config={CONFIG}:{folder}'
-  result = run_main(config, '--mode=prepare')
+  result = runs.call_main(config, '--mode=prepare')
   assert result.returncode == 0, result.stderr
   assert '1.0.0+jpeg.18.90' in result.stdout
   (pack,) = (folder / 'data').rglob('images.bin')
   before = pack.stat().st_mtime_ns
-  result = run_main(config, '--mode=prepare')
+  result = runs.call_main(config, '--mode=prepare')
   assert pack.stat().st_mtime_ns == before
 
 
@@ -93,10 +93,10 @@ def break_images(folder, count):
 
 
 @pytest.mark.parametrize('storage', ['original', 'raw'])
-def test_bad_images_are_counted_and_named(run_main, folder, storage):
+def test_bad_images_are_counted_and_named(folder, storage):
   names = break_images(folder, 3)
   (folder / 'raw/val/n01/n01_val_0.JPEG').write_bytes(b'')
-  result = run_main(
+  result = runs.call_main(
     f'--config={CONFIG}:{folder}',
     f'--workdir={folder}/run',
     f'--config.stages[0].storage={storage}',
@@ -145,7 +145,7 @@ def test_leaks_are_kept_out_of_every_stage(run_main, folder):
   result = run_main(config, '--mode=audit')
   assert result.returncode == 1
   assert '2 training images leak' in result.stdout
-  result = run_main(
+  result = runs.call_main(
     config, '--config.exclude_leaks=True', f'--workdir={folder}/run'
   )
   assert result.returncode == 0, result.stderr
@@ -157,7 +157,7 @@ def test_leaks_are_kept_out_of_every_stage(run_main, folder):
   assert '2 training images were left out' in report
 
 
-def test_a_run_does_not_go_on_with_other_images(run_main, folder):
+def test_a_run_does_not_go_on_with_other_images(folder):
   arguments = f'--config={CONFIG}:{folder}', f'--workdir={folder}/run'
   process = runs.start_main(*arguments, '--config.checkpoint_every_steps=1')
   runs.wait_for_step(process, folder / 'run', 'all', 2)
@@ -165,8 +165,8 @@ def test_a_run_does_not_go_on_with_other_images(run_main, folder):
   process.communicate()
   write_image(folder / 'raw/train/n01/more.JPEG', 7)
   write_image(folder / 'raw/train/n01/and_more.JPEG', 8)
-  assert run_main(arguments[0], '--mode=prepare').returncode == 0
-  result = run_main(*arguments)
+  assert runs.call_main(arguments[0], '--mode=prepare').returncode == 0
+  result = runs.call_main(*arguments)
   assert result.returncode == 2
   assert 'training images; there are' in result.stderr
   assert len(result.stderr.strip().split('\n')) == 3

@@ -69,10 +69,10 @@ def test_tensorboard_has_the_figures_of_the_history(trained):
   assert {'eval/ten/top1', 'train/loss', 'perf/images_per_second'} <= tags
 
 
-def test_a_finished_run_is_not_trained_again(run_main, trained, config):
+def test_a_finished_run_is_not_trained_again(trained, config):
   workdir, _ = trained
   before = runs.read_history(workdir)
-  result = run_main(config, f'--workdir={workdir}')
+  result = runs.call_main(config, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   assert result.stdout.count('done before') == 3
   assert runs.read_history(workdir) == before
@@ -89,9 +89,9 @@ def test_eval_counts_every_image_once_on_any_devices(
   assert result.stdout.strip() == f'{100 * best:.1f}'
 
 
-def test_eval_of_another_stage(run_main, trained):
+def test_eval_of_another_stage(trained):
   workdir, _ = trained
-  result = run_main(
+  result = runs.call_main(
     '--mode=eval', f'--workdir={workdir}', '--stage=three', '--weights=final'
   )
   final = runs.read_history(workdir)['stages'][0]['epochs'][-1]['val_top1']
@@ -142,15 +142,11 @@ def test_eight_devices_train_like_one(run_main, trained, config, tmp_path):
       assert b['grad_norm'] == pytest.approx(a['grad_norm'], rel=5 * rel)
 
 
-def test_only_and_skip(run_main, config, tmp_path):
-  arguments = (
-    config,
-    f'--workdir={tmp_path}',
-    '--config.stages[0].num_epochs=1',
-  )
-  first = run_main(*arguments, '--only=three')
+def test_only_and_skip(config, tmp_path):
+  arguments = (config, f'--workdir={tmp_path}')
+  first = runs.call_main(*arguments, '--only=three')
   assert first.returncode == 0, first.stderr
-  second = run_main(*arguments, '--skip=three,ten')
+  second = runs.call_main(*arguments, '--skip=three,ten')
   assert second.returncode == 0, second.stderr
   stages = runs.read_history(tmp_path)['stages']
   assert [s['name'] for s in stages] == ['three', 'ten_again']
@@ -175,10 +171,8 @@ def test_only_and_skip(run_main, config, tmp_path):
     (['--mode=eval'], 'No stage'),
   ],
 )
-def test_mistakes_get_three_lines(
-  run_main, config, tmp_path, arguments, expected
-):
-  result = run_main(config, f'--workdir={tmp_path}/run', *arguments)
+def test_mistakes_get_three_lines(config, tmp_path, arguments, expected):
+  result = runs.call_main(config, f'--workdir={tmp_path}/run', *arguments)
   assert result.returncode == 2, result.stderr
   lines = result.stderr.strip().split('\n')
   assert len(lines) <= 3
@@ -189,8 +183,12 @@ def test_mistakes_get_three_lines(
 
 
 def test_no_config_and_no_workdir(run_main, config):
-  for arguments in ((), (config,), ('--config=configs/nothing.py',)):
-    result = run_main(*arguments)
+  for run, *arguments in (
+    (run_main, '--config=configs/nothing.py'),
+    (runs.call_main,),
+    (runs.call_main, config),
+  ):
+    result = run(*arguments)
     assert result.returncode == 2
     assert len(result.stderr.strip().split('\n')) <= 3
 
@@ -201,17 +199,17 @@ def test_a_batch_that_devices_cannot_share(run_main, config, tmp_path):
   assert 'batch_size 48 is not divisible by 5' in result.stderr
 
 
-def test_another_config_in_the_same_workdir(run_main, trained, config):
+def test_another_config_in_the_same_workdir(trained, config):
   workdir, _ = trained
   change = '--config.stages[1].batch_size=24'
-  result = run_main(config, f'--workdir={workdir}', change)
+  result = runs.call_main(config, f'--workdir={workdir}', change)
   assert result.returncode == 2
   assert 'ten.batch_size: 48 -> 24' in result.stderr
 
 
-def test_an_unwritable_workdir(run_main, config, tmp_path):
+def test_an_unwritable_workdir(config, tmp_path):
   (tmp_path / 'file').write_text('')
-  result = run_main(config, f'--workdir={tmp_path}/file/run')
+  result = runs.call_main(config, f'--workdir={tmp_path}/file/run')
   assert result.returncode == 2
   assert 'Cannot write to the workdir' in result.stderr
 

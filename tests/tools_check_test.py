@@ -143,28 +143,28 @@ def test_a_dataset_missing_in_the_last_stage_is_said_at_launch(
   assert sources.find_prepared('tiny_imagenet', tmp_path / 'data')
 
 
-def test_a_workdir_that_is_read_only(run_main, config, mount):
+def test_a_workdir_that_is_read_only(config, mount):
   workdir = mount('ro,size=8m')
-  result = run_main(config, f'--workdir={workdir}/run')
+  result = runs.call_main(config, f'--workdir={workdir}/run')
   assert_three_lines(
     result, 'Cannot write to the workdir: Read-only file system.'
   )
   assert 'event=' not in result.stdout
 
 
-def test_a_disk_that_is_too_small(run_main, config, mount):
+def test_a_disk_that_is_too_small(config, mount):
   workdir = mount('size=8m') / 'run'
-  result = run_main(config, f'--workdir={workdir}')
+  result = runs.call_main(config, f'--workdir={workdir}')
   assert_three_lines(result, 'needs 22 MB of disk; 8 MB are free', '--workdir')
   assert 'event=' not in result.stdout
   assert not (workdir / 'checkpoints').exists()
-  result = run_main(config, f'--workdir={workdir}', '--mode=check')
+  result = runs.call_main(config, f'--workdir={workdir}', '--mode=check')
   assert result.returncode == 2
   assert '✗ disk: 22 MB of results to be written, 8 MB free' in result.stdout
 
 
 def test_a_changed_config_is_shown_as_a_table_and_refused(
-  run_main, config, data_dir, tmp_path
+  config, data_dir, tmp_path
 ):
   arguments = (config, f'--workdir={tmp_path}', '--only=three')
   begin_run(tmp_path, data_dir)
@@ -177,7 +177,7 @@ def test_a_changed_config_is_shown_as_a_table_and_refused(
     '--config.stages[0].classes=1,3,7',
     '--config.num_workers=2',
   )
-  refused = run_main(*changed)
+  refused = runs.call_main(*changed)
   assert_three_lines(refused, 'began with another config')
   rows = [x.split() for x in refused.stdout.split('\n')]
   assert ['three.batch_size', '48', '24', 'changes'] in rows
@@ -204,8 +204,8 @@ def rows(text):
   return {line[:12].strip(): line[12:].split() for line in reversed(lines)}
 
 
-def test_the_plan_says_what_each_stage_costs(run_main, config, tmp_path):
-  result = run_main(config, '--mode=check', f'--workdir={tmp_path}')
+def test_the_plan_says_what_each_stage_costs(config, tmp_path):
+  result = runs.call_main(config, '--mode=check', f'--workdir={tmp_path}')
   assert result.returncode == 0, result.stdout + result.stderr
   found = rows(result.stdout)
   assert found['images'] == ['432', '1,437', '1,437']
@@ -235,10 +235,8 @@ def test_the_plan_says_what_each_stage_costs(run_main, config, tmp_path):
   assert flops[2] == pytest.approx(4 * flops[1], rel=0.1)
 
 
-def test_a_stage_that_does_not_fit_does_not_hide_the_others(
-  run_main, config, tmp_path
-):
-  result = run_main(
+def test_a_stage_that_does_not_fit_does_not_hide_the_others(config, tmp_path):
+  result = runs.call_main(
     config,
     '--mode=check',
     f'--workdir={tmp_path}',
@@ -256,8 +254,8 @@ def test_a_stage_that_does_not_fit_does_not_hide_the_others(
   assert small['step_measured']
 
 
-def test_without_steps_nothing_is_compiled(run_main, config):
-  result = run_main(
+def test_without_steps_nothing_is_compiled(config):
+  result = runs.call_main(
     config, '--mode=check', '--only=ten', '--config.check_steps=0'
   )
   assert result.returncode == 0, result.stdout + result.stderr

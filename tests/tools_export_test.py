@@ -43,7 +43,6 @@ def exported(run_main, data_dir, tmp_path_factory):
     f'--config=tests/tiny_config.py:{data_dir}',
     f'--workdir={workdir}',
     '--only=three',
-    '--config.stages[0].num_epochs=1',
   )
   assert result.returncode == 0, result.stderr
   result = run_main('--mode=export', f'--workdir={workdir}')

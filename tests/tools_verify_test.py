@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import pytest
+import runs
 from conftest import ROOT
 from data_archives_test import (
   files_below,
@@ -128,10 +129,10 @@ def test_damaged_images_are_listed(run_main, config, data, tmp_path):
   assert len(changed) == 5
 
 
-def test_many_problems_are_cut_short_in_print_alone(run_main, config, data):
+def test_many_problems_are_cut_short_in_print_alone(config, data):
   for i in range(12):
     (data / 'pets' / 'train' / 'n01' / f'empty_{i:02}.JPEG').touch()
-  result = run_main(config, '--mode=verify', '--only=pets')
+  result = runs.call_main(config, '--mode=verify', '--only=pets')
   assert result.returncode == 1
   assert 'error: empty (12)' in result.stdout
   assert result.stdout.count('empty_') == 10
@@ -140,10 +141,10 @@ def test_many_problems_are_cut_short_in_print_alone(run_main, config, data):
   assert len(saved['datasets'][0]['errors']) == 12
 
 
-def test_other_modes_are_images_too(run_main, config, data):
+def test_other_modes_are_images_too(config, data):
   for name, (image, _) in create().items():
     (data / 'pets' / 'train' / 'n01' / name).write_bytes(image)
-  result = run_main(config, '--mode=verify', '--only=pets')
+  result = runs.call_main(config, '--mode=verify', '--only=pets')
   assert result.returncode == 0, result.stdout
   train = json.loads((data / 'manifests' / 'verify.json').read_text())[
     'datasets'
@@ -179,8 +180,8 @@ def test_the_golden_means_are_what_the_script_writes():
   assert json.loads(GOLDEN.read_text()) == made
 
 
-def test_the_rest_is_verified_when_a_dataset_is_missing(run_main, config, data):
-  result = run_main(config, '--mode=verify')
+def test_the_rest_is_verified_when_a_dataset_is_missing(config, data):
+  result = runs.call_main(config, '--mode=verify')
   assert result.returncode == 1
   assert "'tiny_imagenet' is missing" in result.stdout
   assert '21 images, 1 errors' in result.stdout
@@ -202,31 +203,33 @@ def with_sum(path):
   ],
 )
 def test_an_archive_that_could_write_elsewhere_is_refused(
-  run_main, config, tmp_path, write, member, name
+  config, tmp_path, write, member, name
 ):
   path = write(tmp_path / 'archive', members=[member])
   before = set(files_below(tmp_path))
-  result = run_main(config, '--mode=prepare', '--only=pets', *with_sum(path))
+  result = runs.call_main(
+    config, '--mode=prepare', '--only=pets', *with_sum(path)
+  )
   assert_three_lines(result, name, path)
   assert set(files_below(tmp_path)) == before
   assert not os.path.exists('/tmp/jaxprog_escaped')
 
 
-def test_an_archive_is_used_with_the_right_sum_alone(
-  run_main, config, data, tmp_path
-):
+def test_an_archive_is_used_with_the_right_sum_alone(config, data, tmp_path):
   archive = tmp_path / 'pets.tar'
   subprocess.run(['tar', '-cf', archive, 'pets'], cwd=data, check=True)
   expected = files_below(data)
   shutil.rmtree(data)
   arguments = (config, '--mode=prepare', '--only=pets')
   right = hashlib.sha256(archive.read_bytes()).hexdigest()
-  result = run_main(*arguments, f'--input={archive}', f'--sha256={"0" * 64}')
+  result = runs.call_main(
+    *arguments, f'--input={archive}', f'--sha256={"0" * 64}'
+  )
   assert_three_lines(result, '0' * 64, right, archive)
-  result = run_main(*arguments, f'--input={archive}')
+  result = runs.call_main(*arguments, f'--input={archive}')
   assert_three_lines(result, right, '--sha256')
   assert not data.exists()
-  result = run_main(*arguments, f'--input={archive}', f'--sha256={right}')
+  result = runs.call_main(*arguments, f'--input={archive}', f'--sha256={right}')
   assert result.returncode == 0, result.stderr
   assert files_below(data / 'pets').keys() == {
     x.removeprefix('pets/') for x in expected
@@ -293,11 +296,11 @@ def put_label_out_of_range(root):
   ],
 )
 def test_wrong_classes_stop_a_run_before_its_first_step(
-  run_main, config, data, tmp_path, spoil, expected
+  config, data, tmp_path, spoil, expected
 ):
   options, folder = spoil(data / 'pets')
   run = f'--workdir={tmp_path}/run'
-  result = run_main(config, '--only=pets', run, *options)
+  result = runs.call_main(config, '--only=pets', run, *options)
   assert_three_lines(result, expected, folder)
   assert not (tmp_path / 'run' / 'checkpoints').exists()
   assert not (tmp_path / 'run' / 'training_history.json').exists()

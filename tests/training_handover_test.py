@@ -237,15 +237,11 @@ def test_what_cannot_be_handed_over_is_said_before_training(data_dir, tmp_path):
   assert not list(pathlib.Path(tmp_path).glob('*/checkpoints/*/latest'))
 
 
-def test_a_ladder_of_operators_through_the_command_line(
-  run_main, data_dir, tmp_path
-):
-  finished = run_main(
+def test_a_ladder_of_operators_through_the_command_line(data_dir, tmp_path):
+  finished = runs.call_main(
     f'--config=tests/tiny_config.py:{data_dir}',
     f'--workdir={tmp_path}',
     '--only=three,ten',
-    '--config.stages[0].num_epochs=0.3',
-    '--config.stages[1].num_epochs=1.0',
     '--config.stages[1].transfer=shrink_and_perturb',
     '--config.stages[1].transfer_head=by_class',
     '--config.stages[1].transfer_statistics=recalibrate',

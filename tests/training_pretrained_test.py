@@ -302,9 +302,9 @@ def test_a_run_starts_from_a_file_and_resumes_without_it(
 
 
 def test_a_file_that_is_not_there_is_missed_before_anything_is_trained(
-  run_main, data_dir, tmp_path, path
+  data_dir, tmp_path, path
 ):
-  result = run_main(
+  result = runs.call_main(
     f'--config=tests/tiny_config.py:{data_dir}',
     f'--workdir={tmp_path / "run"}',
     f'--config.stages[2].init_from={path}',
