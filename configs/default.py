@@ -26,6 +26,13 @@ def get_config() -> config_dict.ConfigDict:
   config.stem_kernel = 7
   # Blur before subsampling (Zhang 2019, arXiv:1904.11486): BlurPool.
   config.blur_pool = False
+  # Which images of a training batch BatchNorm normalises together: 'global',
+  # all of them; 'per_device', those of each device; 'groups:K', those of K
+  # neighbouring devices. Running statistics are the mean over the groups.
+  config.batch_norm = 'global'
+  # 'blocks': the backward pass computes each residual block again instead of
+  # keeping what it held: less memory, a third more FLOPs. 'none': it keeps all.
+  config.remat = 'none'
 
   # Images are normalised with these, in [0, 1], red, green, blue: ImageNet's.
   # One value for all stages, because the backbone has to get used to it.
@@ -39,9 +46,18 @@ def get_config() -> config_dict.ConfigDict:
   # there is.
   config.platform = 'any'
 
+  # A step's new state takes the memory of the old one; False keeps both, for
+  # looking at what a step changed.
+  config.donate_state = True
+
   # Where compiled steps are kept for the next start, readable by their owner
   # alone, because whoever can write there can run code; '': nowhere.
   config.compilation_cache_dir = '~/.cache/jaxprog/xla'
+
+  # XLA's flags: 'none'; 'overlap' sums gradients while others are computed;
+  # 'deterministic' gives the same bits in every run on GPUs. Flags that the
+  # environment sets win.
+  config.xla_flags = 'none'
 
   # Workers that decode images in each process; 0: one a core.
   config.num_workers = 0
@@ -76,6 +92,16 @@ def get_config() -> config_dict.ConfigDict:
   # --mode=check: steps of each stage that are timed, after one more; 0: none is
   # compiled.
   config.check_steps = 3
+
+  # --mode=plan: the part of a chip's published rates that a step reaches
+  # (assumed: a TPU v3's published 1,875-2,020 images/s of ResNet-50 are 0.67 to
+  # 0.72 of what its memory allows).
+  config.plan_utilization = 0.7
+  # What a chip costs an hour, in your currency; 0: unknown.
+  config.chip_hour_price = 0.0
+  # Training images a second that a core of the hosts makes ready; 0: as
+  # measured for the stage's storage (docs/data.md).
+  config.images_per_core = 0.0
 
   # --mode=lr_find: so many steps, each at a higher rate.
   config.lr_find_steps = 100
@@ -244,6 +270,9 @@ def stage_defaults() -> config_dict.ConfigDict:
   stage.momentum = 0.9
   # SGD, LARS, Muon.
   stage.nesterov = False
+  # Momentum, or Adam's first moment (AdamW, LAMB, Muon): 'float32', or
+  # 'bfloat16' for half the bytes. Second moments stay float32.
+  stage.optimizer_state_dtype = 'float32'
   # RMSprop: decay rate of the mean square; PyTorch's alpha.
   stage.rms_decay = 0.99
   # LARS: a layer's rate is this times its weights' norm over its gradient's.

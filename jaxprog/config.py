@@ -25,6 +25,7 @@ _FREE_FIELDS = (
   'checkpoint_every_steps',
   'compilation_cache_dir',
   'data_dir',
+  'donate_state',
   'log_every_steps',
   'lr_find_max',
   'lr_find_min',

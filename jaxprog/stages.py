@@ -54,7 +54,10 @@ WEIGHT_DECAY_KINDS = ('auto', 'coupled', 'decoupled')
 PLATEAU_METRICS = ('val_loss', 'val_top1')
 DTYPES = ('auto', 'bfloat16', 'float32')
 PLATFORMS = ('any', 'cpu', 'gpu', 'tpu')
+XLA_FLAGS = ('deterministic', 'none', 'overlap')
 WORKER_KINDS = ('auto', 'process', 'thread')
+REMATS = ('blocks', 'none')
+OPTIMIZER_STATE_DTYPES = ('bfloat16', 'float32')
 AUTO_AUGMENTS = ('none', 'rand_augment', 'trivial_augment')
 INTERPOLATIONS = ('bicubic', 'bilinear')
 TRANSFERS = ('dash', 'none', 'plain', 'shrink_and_perturb')
@@ -172,6 +175,7 @@ class Stage:
   eps: float
   momentum: float
   nesterov: bool
+  optimizer_state_dtype: str
   rms_decay: float
   trust_coefficient: float
   quantization_block: int
@@ -333,6 +337,25 @@ def check_devices(stages: Iterable[Stage], num_devices: int) -> None:
         )
 
 
+def count_norm_groups(batch_norm: str, num_devices: int) -> int:
+  """Returns into how many groups BatchNorm cuts a batch on `num_devices`."""
+  kind, _, size = batch_norm.partition(':')
+  return 1 if kind == 'global' else max(1, num_devices // int(size or 1))
+
+
+def check_batch_norm(config: config_dict.ConfigDict, num_devices: int) -> None:
+  """Raises UserError if groups of devices do not fill `num_devices`."""
+  kind, _, size = config.batch_norm.partition(':')
+  if kind == 'groups' and num_devices % int(size):
+    fitting = [k for k in range(1, num_devices + 1) if num_devices % k == 0]
+    nearest = min(fitting, key=lambda k: abs(k - int(size)))
+    raise errors.UserError(
+      f'Groups of {size} devices do not divide {num_devices} devices.',
+      'config.batch_norm',
+      f"Set it to 'groups:{nearest}', 'per_device' or 'global'.",
+    )
+
+
 def check_config(config: config_dict.ConfigDict) -> None:
   """Raises UserError for a mistake in the fields outside the stages."""
   where = 'config'
@@ -340,7 +363,13 @@ def check_config(config: config_dict.ConfigDict) -> None:
   _check_choice(config.dtype, DTYPES, 'dtype', where)
   _check_choice(config.platform, PLATFORMS, 'platform', where)
   _check_choice(config.worker_kind, WORKER_KINDS, 'worker_kind', where)
-  for field in ('blur_pool', 'exclude_leaks'):
+  _check_choice(config.xla_flags, XLA_FLAGS, 'xla_flags', where)
+  _check_choice(config.remat, REMATS, 'remat', where)
+  batch_norm = config.batch_norm
+  if not re.fullmatch(r'groups:[1-9]\d*', str(batch_norm)):
+    choices = ('global', 'per_device', 'groups:2')
+    _check_choice(batch_norm, choices, 'batch_norm', where)
+  for field in ('blur_pool', 'donate_state', 'exclude_leaks'):
     _check_type(config[field], False, field, where)
   _check_choice(config.stem_kernel, (3, 7), 'stem_kernel', where)
   for field, low in (('mean_rgb', -math.inf), ('std_rgb', 0)):
@@ -364,6 +393,9 @@ def check_config(config: config_dict.ConfigDict) -> None:
     ('log_every_steps', 1),
     ('profile_steps', 0),
     ('check_steps', 0),
+    ('plan_utilization', 0.01),
+    ('chip_hour_price', 0.0),
+    ('images_per_core', 0.0),
     ('lr_find_steps', 10),
     ('lr_find_min', 1e-30),
     ('lr_find_max', 1e-30),
@@ -414,6 +446,7 @@ def _create_stage(
 
 _CHOICES = {
   'optimizer': OPTIMIZERS,
+  'optimizer_state_dtype': OPTIMIZER_STATE_DTYPES,
   'schedule': SCHEDULES,
   'auto_augment': AUTO_AUGMENTS,
   'eval_interpolation': INTERPOLATIONS,
@@ -695,6 +728,21 @@ def _optimizer_mistakes(stage: Stage) -> Iterable[Mistake]:
     'nesterov',
     f'The optimizer {name!r} has no Nesterov momentum.',
     "Use 'sgd_momentum', or set nesterov to False.",
+  )
+  bfloat16 = stage.optimizer_state_dtype == 'bfloat16'
+  yield (
+    bfloat16 and name.endswith('_8bit'),
+    'optimizer_state_dtype',
+    f'{name} already keeps its state in 8 bits.',
+    f'Use {name.removesuffix("_8bit")!r}, or leave optimizer_state_dtype out.',
+  )
+  yield (
+    bfloat16
+    and not stage.momentum
+    and name in ('lars', 'rmsprop', 'sgd_momentum'),
+    'optimizer_state_dtype',
+    f'{name} without momentum has nothing to keep in bfloat16.',
+    'Leave optimizer_state_dtype out.',
   )
   yield (
     stage.scale_learning_rate

@@ -249,3 +249,15 @@ def test_other_platforms_get_one_plain_convolution():
     text = grad.trace(x, kernel).lower(lowering_platforms=('tpu',)).as_text()
     assert text.count('stablehlo.convolution') == 3
     assert 'dot_general' not in text
+
+
+@pytest.mark.parametrize('shape', [(3, 3, 5, 7), (1, 1, 64, 16), (32, 10)])
+@pytest.mark.parametrize('jit', [False, True])
+def test_kernels_drawn_as_vectors_are_flaxs_bit_for_bit(shape, jit):
+  draw, flax = conv.lecun_normal, nn.initializers.lecun_normal()
+  if jit:
+    draw = jax.jit(draw, static_argnums=1)
+    flax = jax.jit(flax, static_argnums=1)
+  for seed in range(3):
+    rng = jax.random.key(seed)
+    np.testing.assert_array_equal(draw(rng, shape), flax(rng, shape))

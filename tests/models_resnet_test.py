@@ -6,6 +6,7 @@ import pytest
 
 from jaxprog import stages
 from jaxprog.models import interchange, resnet
+from jaxprog.training import costs
 
 
 def create(name='resnet10', image_size=16, num_filters=4, **kwargs):
@@ -230,6 +231,56 @@ def test_every_weight_of_a_blurred_network_gets_a_gradient():
   for grad in jax.tree.leaves(gradients(params)):
     assert np.isfinite(grad).all()
     assert np.any(grad)
+
+
+def trace_gradients(model, variables, images):
+  """Returns the trace of gradients, statistics and loss of `model`."""
+
+  def loss(params, batch_stats):
+    logits, changed = model.apply(
+      {'params': params, 'batch_stats': batch_stats},
+      images,
+      train=True,
+      mutable=['batch_stats'],
+    )
+    return jnp.mean(logits**2), changed
+
+  grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  return grad.trace(variables['params'], variables['batch_stats'])
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_recomputed_blocks_compute_the_same(groups):
+  images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+  plain, recomputed = (
+    create(norm_groups=groups, remat_blocks=r) for r in (False, True)
+  )
+  assert init(plain, 16) == init(recomputed, 16)
+  variables = jax.tree.map(lambda x: x + 0.1, jitted_init(plain, images))
+  expected, found = (
+    trace_gradients(model, variables, images)
+    .lower()
+    .compile()(variables['params'], variables['batch_stats'])
+    for model in (plain, recomputed)
+  )
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+def test_recomputed_blocks_hold_less_and_compute_a_third_more():
+  images = jnp.zeros((16, 32, 32, 3))
+  plain, recomputed = (
+    trace_gradients(model, init(model, 32), images).jaxpr
+    for model in (
+      create('resnet18', 32, 8, remat_blocks=r) for r in (False, True)
+    )
+  )
+  bytes_of = costs.estimate_bytes
+  assert bytes_of(recomputed) < 0.6 * bytes_of(plain)
+  more = costs.count_flops(recomputed) / costs.count_flops(plain)
+  assert 1.3 < more < 1.34
 
 
 def _pytorch_blur(torch, channels):

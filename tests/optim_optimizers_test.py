@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny_config
 
-from jaxprog import stages
+from jaxprog import errors, stages
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers
 
@@ -220,6 +220,131 @@ def test_muon_equals_its_formula(nesterov, kind):
     weight_decay_kind=kind,
   )
   close(run(tx, params, grads), run_numpy(direction, params, grads))
+
+
+def sgd_direction(grad, _, memory, nesterov=False):
+  memory['m'] = 0.8 * memory.get('m', 0) + grad
+  return grad + 0.8 * memory['m'] if nesterov else memory['m']
+
+
+def rmsprop_direction(grad, step, memory):
+  memory['v'] = 0.99 * memory.get('v', 0) + 0.01 * grad**2
+  return sgd_direction(grad / (np.sqrt(memory['v']) + 1e-8), step, memory)
+
+
+def by_trust(is_kernel, param, update):
+  ratio = np.linalg.norm(param) / np.linalg.norm(update)
+  return update * ratio if is_kernel else update
+
+
+# (fields, the direction of a leaf, bytes a number of the state before, after)
+BFLOAT16 = {
+  'adamw': (
+    {},
+    lambda _, p, g, step, memory: adam_direction(g, step, memory),
+    (8, 6),
+  ),
+  'lamb': (
+    {},
+    lambda is_kernel, p, g, step, memory: by_trust(
+      is_kernel, p, adam_direction(g, step, memory)
+    ),
+    (8, 6),
+  ),
+  'lars': (
+    {'trust_coefficient': 1.0},
+    lambda is_kernel, p, g, step, memory: sgd_direction(
+      by_trust(is_kernel, p, g), step, memory
+    ),
+    (4, 2),
+  ),
+  'muon': (
+    {},
+    lambda _, p, g, step, memory: (
+      muon_direction(g, step, memory, nesterov=False)
+      if p.ndim == 4
+      else adam_direction(g, step, memory)
+    ),
+    None,
+  ),
+  'rmsprop': (
+    {},
+    lambda _, p, g, step, memory: rmsprop_direction(g, step, memory),
+    (8, 6),
+  ),
+  'sgd_momentum': (
+    {},
+    lambda _, p, g, step, memory: sgd_direction(g, step, memory),
+    (4, 2),
+  ),
+  'nesterov': (
+    {'optimizer': 'sgd_momentum', 'nesterov': True},
+    lambda _, p, g, step, memory: sgd_direction(g, step, memory, True),
+    (4, 2),
+  ),
+}
+
+
+def create_bfloat16(case, dtype='bfloat16'):
+  fields = {
+    'optimizer': case,
+    'momentum': 0.8,
+    'weight_decay': 0.0,
+    'optimizer_state_dtype': dtype,
+  }
+  return create_optimizer(**{**fields, **BFLOAT16[case][0]})
+
+
+@pytest.mark.parametrize('case', BFLOAT16)
+def test_a_bfloat16_state_is_rounded_once_after_each_step(case):
+  direction = BFLOAT16[case][1]
+
+  def rounded(is_kernel, param, grad, step, memory):
+    update = direction(is_kernel, param, grad, step, memory)
+    memory['m'] = np.float64(memory['m'].astype(jnp.bfloat16))
+    return update
+
+  params, grads = problem()
+  found = run(create_bfloat16(case), params, grads)
+  close(found, run_numpy(rounded, params, grads))
+  # It is another state than that of float32, or nothing was tested.
+  exact = run_numpy(direction, params, grads)
+  with pytest.raises(AssertionError):
+    close(found, exact)
+
+
+@pytest.mark.parametrize('case', BFLOAT16)
+def test_a_bfloat16_state_has_half_a_first_moment_and_float32_updates(case):
+  params, grads = problem()
+  params, grads = jax.tree.map(jnp.float32, (params, grads[0]))
+  size = sum(x.size for x in jax.tree.leaves(params))
+  found = []
+  for dtype in ('float32', 'bfloat16'):
+    tx = create_bfloat16(case, dtype)
+    updates, opt_state = tx.update(grads, tx.init(params), params)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {np.dtype('float32')}
+    found.append(sum(x.nbytes for x in jax.tree.leaves(opt_state) if x.ndim))
+    same = jax.tree.map(lambda x: x.dtype, (tx.init(params), opt_state))
+    assert same[0] == same[1]
+  assert found[0] - found[1] == 2 * size
+  if BFLOAT16[case][2]:
+    assert [x / size for x in found] == list(BFLOAT16[case][2])
+
+
+@pytest.mark.parametrize(
+  ('fields', 'expected'),
+  [
+    ({'optimizer': 'adamw_8bit'}, "Use 'adamw'"),
+    ({'optimizer': 'sgd_momentum_8bit'}, "Use 'sgd_momentum'"),
+    ({'optimizer': 'sgd_momentum', 'momentum': 0.0}, 'without momentum'),
+    ({'optimizer_state_dtype': 'bf16'}, 'Unknown optimizer_state_dtype'),
+  ],
+)
+def test_a_state_dtype_that_would_be_ignored_is_refused(fields, expected):
+  config = tiny_config.get_config()
+  config.stages[0].update({'optimizer_state_dtype': 'bfloat16', **fields})
+  with pytest.raises(errors.UserError, match=expected):
+    stages.create_stages(config)
 
 
 @pytest.mark.parametrize('shape', [(7, 7, 3, 16), (1, 1, 8, 64), (3, 3, 32, 8)])

@@ -46,10 +46,23 @@ def test_latest_comes_back_bit_for_bit(tmp_path):
   assert meta == META
 
 
-@pytest.mark.parametrize('name', stages.OPTIMIZERS)
-def test_every_optimizers_state_comes_back(name, tmp_path):
+@pytest.mark.parametrize(
+  ('name', 'dtype'),
+  [
+    *((name, 'float32') for name in stages.OPTIMIZERS),
+    ('adamw', 'bfloat16'),
+    ('muon', 'bfloat16'),
+    ('sgd_momentum', 'bfloat16'),
+  ],
+)
+def test_every_optimizers_state_comes_back(name, dtype, tmp_path):
   stage = stages.create_stages(tiny_config.get_config())[0]
-  stage = dataclasses.replace(stage, optimizer=name, quantization_min_size=16)
+  stage = dataclasses.replace(
+    stage,
+    optimizer=name,
+    quantization_min_size=16,
+    optimizer_state_dtype=dtype,
+  )
   tx = optimizers.create_optimizer(stage)
   saved = create_state(tx=tx)
   grads = jax.tree.map(jnp.ones_like, saved.params)

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,23 @@ from jaxprog.models import winograd
 # Convolutions of less work stay XLA's own on CPU too: ours take a step of the
 # quickstart from 2 to 8 s of compilation and save it no time.
 _LEAST_FLOP = 2e8
+
+
+def lecun_normal(
+  rng: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+  """Returns the kernel of nn.initializers.lecun_normal(), bit for bit.
+
+  It is drawn as a vector: the random bits of four dimensions take XLA's CPU
+  compiler 2 s a shape, and 0.3 s in one dimension.
+  """
+  size = math.prod(shape)
+  # The deviation of a standard normal cut off at -2 and 2.
+  scale = jnp.sqrt(jnp.array(shape[-1] / size, dtype)) / jnp.array(
+    0.87962566103423978, dtype
+  )
+  drawn = jax.random.truncated_normal(rng, -2, 2, (size,), dtype)
+  return (drawn * scale).reshape(shape)
 
 
 class Conv(nn.Module):
@@ -41,7 +60,7 @@ class Conv(nn.Module):
   use_bias: bool = False
   dtype: DTypeLike | None = None
   param_dtype: DTypeLike = jnp.float32
-  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  kernel_init: nn.initializers.Initializer = lecun_normal
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from jaxprog.models import conv
+from jaxprog.models import conv, norm
 
 ModuleDef = Callable[..., Any]
 
@@ -125,6 +125,8 @@ class ResNet(nn.Module):
   stem: Stem = Stem(stride=2, pool=True)
   stem_kernel: int = 7
   blur_pool: bool = False
+  norm_groups: int = 1
+  remat_blocks: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -132,8 +134,9 @@ class ResNet(nn.Module):
     """Returns f32 logits (N, num_classes) of images (N, H, W, 3)."""
     conv_def = functools.partial(conv.Conv, dtype=self.dtype)
     norm_def = functools.partial(
-      nn.BatchNorm,
+      norm.BatchNorm,
       use_running_average=not train,
+      groups=self.norm_groups,
       momentum=0.9,
       epsilon=1e-5,
       dtype=self.dtype,
@@ -145,9 +148,13 @@ class ResNet(nn.Module):
     x = nn.relu(norm_def(name='stem_norm')(x))
     if self.stem.pool:
       x = conv.max_pool(x, 3, 2, 1)
+    block = self.block
+    if self.remat_blocks:
+      keep = jax.checkpoint_policies.save_only_these_names(norm.STATISTICS)
+      block = nn.remat(block, policy=keep)
     for i, size in enumerate(self.block_sizes):
       for j in range(size):
-        x = self.block(
+        x = block(
           filters=self.num_filters * 2**i,
           stride=2 if i > 0 and j == 0 else 1,
           conv=conv_def,
@@ -157,7 +164,12 @@ class ResNet(nn.Module):
         )(x)
     # f32 from here: a bf16 softmax has three digits.
     x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
-    return nn.Dense(self.num_classes, dtype=jnp.float32, name='head')(x)
+    return nn.Dense(
+      self.num_classes,
+      dtype=jnp.float32,
+      kernel_init=conv.lecun_normal,
+      name='head',
+    )(x)
 
 
 resnet10 = functools.partial(ResNet, (1, 1, 1, 1), BasicBlock)
@@ -176,6 +188,8 @@ def create_model(
   num_filters: int = 64,
   stem_kernel: int = 7,
   blur_pool: bool = False,
+  norm_groups: int = 1,
+  remat_blocks: bool = False,
   dtype: Any = jnp.float32,
 ) -> ResNet:
   """Returns the network `name` with the stem that suits `image_size`.
@@ -183,7 +197,9 @@ def create_model(
   Parameters have the same shapes for every image size, so that weights fit
   across stages; only `head` depends on `num_classes`. With `blur_pool`,
   strided convolutions of the blocks see blurred images, as in ffcv-imagenet;
-  that has no parameters.
+  that has no parameters. So many `norm_groups` of a training batch are
+  normalised each by itself. With `remat_blocks`, the backward pass computes
+  again what each residual block held, from what went into it.
   """
   models = {
     'resnet10': resnet10,
@@ -199,5 +215,7 @@ def create_model(
     stem=choose_stem(image_size),
     stem_kernel=stem_kernel,
     blur_pool=blur_pool,
+    norm_groups=norm_groups,
+    remat_blocks=remat_blocks,
     dtype=dtype,
   )

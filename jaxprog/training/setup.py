@@ -18,7 +18,7 @@ from jaxprog import stages as stages_lib
 from jaxprog.data import leaks, sources
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers, schedules
-from jaxprog.training import devices, distributed
+from jaxprog.training import devices, distributed, xla_flags
 from jaxprog.training import state as state_lib
 from jaxprog.training import steps as steps_lib
 
@@ -137,14 +137,19 @@ def create_setup(
   """
   all_stages = stages_lib.create_stages(config)
   chosen = stages_lib.select(all_stages, only, skip)
+  if model is not None:
+    _check_own_network(config)
+  xla_flags.use(config.xla_flags)
   devices.keep_compiled(config.compilation_cache_dir)
   devices.check_platform(config.platform)
   if training:
     stages_lib.check_devices(chosen, jax.device_count())
+    stages_lib.check_batch_norm(config, jax.device_count())
   datasets = load_datasets(config, chosen)
   if training:
     datasets = prepare_training(config, all_stages, chosen, datasets)
   distributed.check_alike(config, datasets, [stage.name for stage in chosen])
+  shardings = devices.create_shardings(devices.create_mesh())
   return Setup(
     config=config,
     stages=all_stages,
@@ -154,8 +159,8 @@ def create_setup(
       stage.name: epochs.count_steps(stage, len(datasets[stage.name].train))
       for stage in chosen
     },
-    model_fn=model or create_model_fn(config),
-    shardings=devices.create_shardings(devices.create_mesh()),
+    model_fn=model or create_model_fn(config, shardings.batch.mesh.size),
+    shardings=shardings,
   )
 
 
@@ -245,8 +250,9 @@ def create_task(
   `learning_rate_fn` takes the place of the stage's own schedule.
   """
   dataset, stage_steps = setup.datasets[stage.name], setup.steps[stage.name]
+  (platform,) = {x.platform for x in setup.shardings.batch.mesh.devices.flat}
   dtype = devices.resolve_dtype(
-    setup.config.dtype, stage.mixed_precision, jax.default_backend()
+    setup.config.dtype, stage.mixed_precision, platform
   )
 
   def create_model(image_size):
@@ -310,7 +316,10 @@ def _jit_train_step(
   tx: optax.GradientTransformation,
   learning_rate_fn: optax.Schedule,
 ) -> Any:
-  """Returns the step of one program; it takes the old state's memory."""
+  """Returns the step of one program; it takes the old state's memory.
+
+  Without `donate_state` the old state stays beside the new one.
+  """
   replicated, divided = setup.shardings
   train_step = steps_lib.create_train_step(
     create_model(program.image_size),
@@ -326,7 +335,7 @@ def _jit_train_step(
     train_step,
     in_shardings=(replicated, divided, replicated),
     out_shardings=replicated,
-    donate_argnums=0,
+    donate_argnums=0 if setup.config.donate_state else (),
   )
 
 
@@ -397,8 +406,13 @@ def _program(
   )
 
 
-def _place_key(key: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-  """Returns `key` on all devices; device_put takes no key past a process."""
+def _place_key(key: jax.Array, sharding: jax.sharding.NamedSharding) -> Any:
+  """Returns `key` on all devices; device_put takes no key past a process.
+
+  Where they are only compiled for, it is a shape.
+  """
+  if sharding.mesh.devices.flat[0] not in jax.devices():
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
   data = jax.device_put(jax.random.key_data(key), sharding)
   return jax.random.wrap_key_data(data)
 
@@ -417,12 +431,31 @@ def _count_steps_before(setup: Setup, stage: stages_lib.Stage) -> int:
   return sum(setup.steps[name].total for name in before)
 
 
-def create_model_fn(config: config_dict.ConfigDict) -> ModelFn:
-  """Returns what makes the config's own network."""
+def create_model_fn(
+  config: config_dict.ConfigDict, num_devices: int = 1
+) -> ModelFn:
+  """Returns what makes the config's own network.
+
+  Its training batches are divided among `num_devices`, which only a batch_norm
+  other than 'global' asks for; evaluation does not.
+  """
   return functools.partial(
     resnet.create_model,
     config.model,
     num_filters=config.num_filters,
     stem_kernel=config.stem_kernel,
     blur_pool=config.blur_pool,
+    norm_groups=stages_lib.count_norm_groups(config.batch_norm, num_devices),
+    remat_blocks=config.remat == 'blocks',
   )
+
+
+def _check_own_network(config: config_dict.ConfigDict) -> None:
+  """Refuses what only the config's network does, for a user's own."""
+  for field, default in (('batch_norm', 'global'), ('remat', 'none')):
+    if config[field] != default:
+      raise errors.UserError(
+        f'{field} is for the networks of the config; yours came as model.',
+        f'config.{field}',
+        f'Do it in your module, and leave {field} at {default!r}.',
+      )

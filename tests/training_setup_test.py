@@ -1,0 +1,78 @@
+import jax
+import numpy as np
+import pytest
+import tiny_config
+
+from jaxprog import errors, stages
+from jaxprog.training import setup
+
+
+def create_task(data_dir, **fields):
+  """Returns the first of the tiny ladder's tasks."""
+  config = tiny_config.get_config(data_dir)
+  config.update(fields)
+  made = setup.create_setup(config, only=['three'])
+  return setup.create_task(made, made.chosen[0])
+
+
+def batch(task):
+  rng = np.random.default_rng(0)
+  shapes = task.batch_shapes(48, task.stage.image_size, training=True)
+  drawn = jax.tree.map(
+    lambda x: rng.integers(0, 3, x.shape).astype(x.dtype), shapes
+  )
+  return jax.device_put(drawn, task.shardings.batch)
+
+
+def take_steps(task, num_steps=2):
+  """Returns the first state, and the last one with its metrics."""
+  first = current = task.create_state(task.init(task.init_rng))
+  (step,) = task.train_steps.values()
+  metrics = None
+  for _ in range(num_steps):
+    current, metrics = step(current, batch(task), task.step_rng)
+  return first, (current, metrics)
+
+
+@pytest.fixture(scope='module')
+def donated(data_dir):
+  return take_steps(create_task(data_dir))
+
+
+def test_a_step_takes_the_memory_of_the_old_state(donated):
+  first, _ = donated
+  assert all(x.is_deleted() for x in jax.tree.leaves(first))
+
+
+def test_a_state_that_is_not_donated_can_still_be_read(donated, data_dir):
+  first, last = take_steps(create_task(data_dir, donate_state=False))
+  kernel = np.asarray(first.params['head']['kernel'])
+  assert first.step == 0
+  assert not np.array_equal(kernel, last[0].params['head']['kernel'])
+  jax.tree.map(np.testing.assert_array_equal, last, donated[1])
+
+
+def test_the_config_says_what_is_recomputed(data_dir):
+  assert create_task(data_dir, remat='blocks').model.remat_blocks
+  assert not create_task(data_dir).model.remat_blocks
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'expected'),
+  [
+    ('remat', 'block', "Did you mean 'blocks'"),
+    ('donate_state', 'no', 'must be True or False'),
+  ],
+)
+def test_memory_savers_are_checked(field, value, expected):
+  config = tiny_config.get_config()
+  with config.ignore_type():
+    config[field] = value
+  with pytest.raises(errors.UserError, match=expected):
+    stages.create_stages(config)
+
+
+def test_a_short_run_with_recomputed_blocks_loses_nothing(donated, data_dir):
+  _, (_, metrics) = take_steps(create_task(data_dir, remat='blocks'))
+  for name, value in donated[1][1].items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-3)

@@ -1,0 +1,63 @@
+"""Presets of XLA's flags: set once, beside a user's own."""
+
+import os
+
+import jax
+import pytest
+
+from configs import default
+from jaxprog import stages
+from jaxprog.training import xla_flags
+
+VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
+
+
+@pytest.fixture
+def environment(monkeypatch):
+  for variable in VARIABLES:
+    monkeypatch.setenv(variable, '')
+  return os.environ
+
+
+def test_each_platform_hears_of_its_own_flags(environment):
+  xla_flags.use('overlap')
+  assert (
+    '--xla_gpu_enable_latency_hiding_scheduler=true'
+    in (environment['XLA_FLAGS'])
+  )
+  assert 'tpu' not in environment['XLA_FLAGS']
+  assert '--xla_enable_async_all_reduce=true' in environment['LIBTPU_INIT_ARGS']
+
+
+def test_twice_is_once(environment):
+  xla_flags.use('deterministic')
+  before = environment['XLA_FLAGS']
+  xla_flags.use('deterministic')
+  assert (
+    environment['XLA_FLAGS'] == before == '--xla_gpu_deterministic_ops=true'
+  )
+
+
+def test_a_users_own_flag_wins(environment):
+  environment['XLA_FLAGS'] = '--xla_gpu_deterministic_ops=false --other=1'
+  xla_flags.use('deterministic')
+  assert environment['XLA_FLAGS'] == (
+    '--xla_gpu_deterministic_ops=false --other=1'
+  )
+
+
+def test_without_a_preset_nothing_is_set(environment):
+  xla_flags.use('none')
+  assert not any(environment[x] for x in VARIABLES)
+
+
+@pytest.mark.parametrize('preset', xla_flags.PRESETS)
+def test_xla_knows_every_flag_of_its_own(preset):
+  lowered = jax.jit(lambda x: x + 1).lower(1.0)
+  options = xla_flags.compiler_options(preset, 'gpu')
+  assert lowered.compile(compiler_options=options)(1.0) == 2.0
+
+
+def test_the_config_offers_every_preset():
+  assert set(stages.XLA_FLAGS) == set(xla_flags.PRESETS)
+  assert default.get_config().xla_flags in xla_flags.PRESETS
