@@ -35,6 +35,7 @@ MODES = (
   'lr_find',
   'compare',
   'tune',
+  'plan',
 )
 
 FLAGS = flags.FlagValues()
@@ -85,6 +86,12 @@ flags.DEFINE_bool(
   'download',
   False,
   'prepare: fetch Imagenette and Tiny ImageNet.',
+  flag_values=FLAGS,
+)
+flags.DEFINE_string(
+  'topology',
+  '',
+  'plan: the hardware, such as v5e:4x4, v5p:2x2x2 or h100:8.',
   flag_values=FLAGS,
 )
 flags.DEFINE_string(
@@ -208,6 +215,9 @@ def call(config: Any) -> int:
         print(f'{100 * scores["top1"]:.1f}')
     case 'predict':
       jaxprog.predict(config, require_workdir(), FLAGS.input, **saved)
+    case 'plan':
+      topology = {'topology': FLAGS.topology}
+      jaxprog.plan(config, FLAGS.workdir or None, **topology, **stages)
     case 'export':
       jaxprog.export(config, require_workdir(), **saved)
   return 0

@@ -26,6 +26,7 @@ __all__ = [
   'load_config',
   'load_datasets',
   'lr_find',
+  'plan',
   'plot_history',
   'predict',
   'prepare',
@@ -155,6 +156,20 @@ def check(
   from jaxprog.tools import check as tool
 
   return tool.check(config, workdir, only=only, skip=skip)
+
+
+def plan(
+  config: 'config_dict.ConfigDict',
+  workdir: str | pathlib.Path | None = None,
+  *,
+  topology: str,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+) -> dict[str, Any]:
+  """Returns what stages take on hardware elsewhere; see jaxprog.tools.plan."""
+  from jaxprog.tools import plan as tool
+
+  return tool.plan(config, workdir, topology=topology, only=only, skip=skip)
 
 
 def compare(

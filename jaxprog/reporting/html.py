@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 
-from jaxprog.reporting import classes, overview, sections, style
+from jaxprog.reporting import classes, overview, planned, sections, style
 from jaxprog.reporting.markup import Html, join, tag
 from jaxprog.reporting.rundir import Run
 
-# Id, title and content of each section, in order.
+# Id, title and content of each section, in order; without content there is
+# none.
 SECTIONS: tuple[tuple[str, str, Callable[[Run], Html]], ...] = (
   ('overview', 'Overview', overview.overview),
   ('scorecard', 'Scorecard', sections.scorecard),
   ('curves', 'Curves', sections.curves),
   ('hand-over', 'Hand-over', sections.hand_over),
   ('time', 'Time', sections.time),
+  ('plan', 'Planned elsewhere', planned.planned),
   (
     'classes',
     'Classes and mistakes',
@@ -39,7 +41,11 @@ def page(run: Run) -> str:
       ),
       class_='top',
     ),
-    [(name, title, content(run)) for name, title, content in SECTIONS],
+    [
+      (name, title, content)
+      for name, title, create in SECTIONS
+      if (content := create(run))
+    ],
     'One run with one seed: n = 1. Made from training_history.json, '
     'config.json, environment.json and incidents.jsonl of the workdir; '
     '--mode=report makes it again.',

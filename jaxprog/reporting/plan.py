@@ -165,7 +165,7 @@ def plan_tables(
   rows = [(name, cell) for name, cell in _ROWS if any(map(cell, plans))]
   for start in range(0, len(plans), number):
     part = plans[start : start + number]
-    table = _create_table('stage', *(plan.stage.name for plan in part))
+    table = create_table('stage', *(plan.stage.name for plan in part))
     table.columns[0].width = _LABEL_WIDTH
     for column in table.columns[1:]:
       column.width = stage_width
@@ -205,7 +205,7 @@ def model_table(layers: Sequence[Mapping[str, Any]]) -> rich.table.Table:
     layers: name, modules, parameters, output (a shape) and flops of each.
   """
   titles = ('layers', 'output', 'parameters', 'share', 'FLOPs', 'share')
-  table = _create_table(*titles)
+  table = create_table(*titles)
   parameters = sum(x['parameters'] for x in layers)
   flops = sum(x['flops'] for x in layers)
 
@@ -241,7 +241,7 @@ def is_comparable(plan: StagePlan) -> bool | None:
 def expectation_table(plans: Sequence[StagePlan]) -> rich.table.Table:
   """Returns what the scorecard will hold each stage against."""
   titles = 'stage', 'top-1', 'minutes', 'planned', 'comparable'
-  table = _create_table(*titles, left=(0, 4))
+  table = create_table(*titles, left=(0, 4))
   for plan in plans:
     expected = report.EXPECTATIONS.get(plan.stage.dataset)
     if expected is None:
@@ -270,8 +270,11 @@ def _describe_comparison(plan: StagePlan, expected: report.Expectation) -> str:
   )
 
 
-def _create_table(*titles: str, left: Sequence[int] = (0,)) -> rich.table.Table:
-  """Returns an empty table without lines, which any pipe can carry."""
+def create_table(*titles: str, left: Sequence[int] = (0,)) -> rich.table.Table:
+  """Returns an empty table without lines, which any pipe can carry.
+
+  Columns named in `left` are left-aligned.
+  """
   table = rich.table.Table(
     box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style='bold'
   )

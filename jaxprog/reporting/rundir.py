@@ -20,6 +20,8 @@ class Run(NamedTuple):
   config: dict[str, Any] | None = None
   environment: dict[str, Any] | None = None
   incidents: Sequence[dict[str, Any]] = ()
+  # What --mode=plan has left, None if it was never asked.
+  hardware_plan: dict[str, Any] | None = None
 
   @property
   def stages(self) -> list[dict[str, Any]]:
@@ -51,6 +53,7 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
     config=_read_object(workdir / 'config.json'),
     environment=_read_object(workdir / 'environment.json'),
     incidents=incidents_lib.read(workdir / 'incidents.jsonl'),
+    hardware_plan=_read_object(workdir / 'hardware_plan.json'),
   )
 
 

@@ -6,6 +6,7 @@ was compiled for other hardware answers as well.
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -30,6 +31,13 @@ class Memory(NamedTuple):
   def total(self) -> int:
     """All of it, each byte once."""
     return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+class Collective(NamedTuple):
+  """An exchange between devices, and the bytes that each of them puts in."""
+
+  kind: str
+  num_bytes: int
 
 
 class Layers(NamedTuple):
@@ -93,6 +101,54 @@ def read_memory(compiled: jax.stages.Compiled) -> Memory | None:
     aliased=found.alias_size_in_bytes,
     temporaries=found.temp_size_in_bytes,
   )
+
+
+def read_traffic(compiled: jax.stages.Compiled) -> float | None:
+  """Returns the bytes that a device's step reads and writes in its memory.
+
+  None where the compiler says nothing of them. Loops count once.
+  """
+  found: Any = compiled.cost_analysis()
+  if isinstance(found, list):
+    found = found[0] if found else None
+  return (found or {}).get('bytes accessed')
+
+
+_COLLECTIVES = (
+  'all-gather',
+  'all-reduce',
+  'all-to-all',
+  'collective-permute',
+  'reduce-scatter',
+)
+_BITS = {'bf16': 16, 'pred': 8}
+
+
+def read_collectives(program: str) -> list[Collective]:
+  """Returns the exchanges of a compiled program, given as HLO's text.
+
+  An exchange of many arrays is one. Loops count once. What is counted of one
+  that begins and ends apart is its beginning.
+  """
+  names = '|'.join(_COLLECTIVES)
+  found = re.finditer(
+    rf'^\s*(?:ROOT )?%?\S+ = (.*?) ({names})(-start)?\(', program, re.M
+  )
+  collectives = []
+  for shapes, kind, starts in (x.groups() for x in found):
+    size = sum(
+      map(_array_bytes, re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shapes))
+    )
+    if starts and kind != 'all-reduce':
+      size //= 2  # Both the operand and the result are named.
+    collectives.append(Collective(kind, size))
+  return collectives
+
+
+def _array_bytes(array: tuple[str, str]) -> int:
+  dtype, sides = array
+  bits = _BITS.get(dtype) or int(re.sub(r'\D', '', dtype) or 8)
+  return math.prod(int(x) for x in sides.split(',') if x) * bits // 8
 
 
 def count_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> float:

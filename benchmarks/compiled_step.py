@@ -1,0 +1,173 @@
+"""Compiles the training step for TPUs, ours beside plain Flax.
+
+No TPU is needed, only its compiler: pip install --editable '.[tpu]'.
+Both are the same network, batch and bf16; 'plain' is what a JAX user writes:
+nn.Conv, nn.BatchNorm, optax's SGD with momentum, images that come normalised.
+Ours is the step that training itself compiles, from uint8 images on, with
+mirroring, masks, metrics and the guard against steps that are not finite.
+
+Prints per image and chip what the compiler counts: bytes read and written in
+HBM, FLOPs; and per step temporaries, exchanges between chips and their bytes.
+
+  python benchmarks/compiled_step.py --batch_norm=global,per_device
+"""
+
+import argparse
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+import jaxprog
+from jaxprog.models import conv, norm, resnet
+from jaxprog.tools import plan
+from jaxprog.training import costs, devices, hardware
+from jaxprog.training import setup as setup_lib
+
+
+def main() -> None:
+  """Prints a row for each program."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--model', default='resnet50')
+  parser.add_argument('--image_size', type=int, default=224)
+  parser.add_argument('--batch_size', type=int, default=256, help='a chip')
+  parser.add_argument('--topology', default='v5e:2x2')
+  parser.add_argument('--batch_norm', default='global', help='a,b')
+  parser.add_argument('--remat', default='none', help='a,b')
+  parser.add_argument('--no_plain', action='store_true')
+  parser.add_argument('--hlo', help='where to write the compiled programs')
+  args = parser.parse_args()
+  jax.config.update('jax_platforms', 'cpu')
+  topology = hardware.parse_topology(args.topology)
+  if not args.no_plain:
+    describe('plain Flax', lower_plain(args, topology), args)
+  for batch_norm in args.batch_norm.split(','):
+    for remat in args.remat.split(','):
+      lowered = lower_ours(args, topology, batch_norm, remat)
+      describe(f'jaxprog {batch_norm} {remat}', lowered, args)
+
+
+def lower_ours(args, topology, batch_norm, remat):
+  """Returns the step that training compiles, lowered."""
+  config = jaxprog.load_config('configs/progressive.py')
+  config.model, config.batch_norm, config.remat = args.model, batch_norm, remat
+  *_, stage = config.stages
+  stage['image_size'] = args.image_size
+  stage['batch_size'] = args.batch_size * topology.num_chips
+  setup = plan.create_setup(config, topology, (stage['name'],), ())
+  task = setup_lib.create_task(setup, *setup.chosen)
+  (program,) = task.train_steps
+  return costs.trace_train_step(task, program).lower()
+
+
+def lower_plain(args, topology):
+  """Returns the plain step, lowered."""
+  with (
+    mock.patch.object(conv, 'Conv', plain_conv),
+    mock.patch.object(conv, 'max_pool', plain_max_pool),
+    mock.patch.object(norm, 'BatchNorm', nn.BatchNorm),
+  ):
+    return trace_plain(args, topology).lower()
+
+
+def plain_conv(features, kernel_size, strides=1, **kwargs) -> nn.Conv:
+  """Returns Flax's own convolution with the padding that ours has."""
+  half = kernel_size // 2
+  return nn.Conv(
+    features,
+    (kernel_size, kernel_size),
+    strides,
+    padding=((half, half), (half, half)),
+    use_bias=False,
+    **kwargs,
+  )
+
+
+def plain_max_pool(x, size, stride, padding):
+  """Returns Flax's own pooling."""
+  pads = ((padding, padding),) * 2
+  return nn.max_pool(x, (size, size), (stride, stride), pads)
+
+
+def kernels_alone(params):
+  """Returns which of the parameters decay."""
+  return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def trace_plain(args, topology):
+  """Returns the trace of a step as a JAX user writes it."""
+  model = resnet.create_model(
+    args.model,
+    num_classes=1000,
+    image_size=args.image_size,
+    dtype=jnp.bfloat16,
+  )
+  tx = optax.chain(
+    optax.add_decayed_weights(1e-4, kernels_alone),
+    optax.sgd(0.1, 0.9),
+  )
+  replicated, divided = devices.create_shardings(hardware.create_mesh(topology))
+  side, total = args.image_size, args.batch_size * topology.num_chips
+  images = jax.ShapeDtypeStruct(
+    (total, side, side, 3), jnp.bfloat16, sharding=divided
+  )
+  labels = jax.ShapeDtypeStruct((total,), jnp.int32, sharding=divided)
+
+  def init(rng):
+    variables = model.init(rng, jnp.zeros((1, side, side, 3)), train=False)
+    return variables, tx.init(variables['params'])
+
+  def loss_fn(params, batch_stats, images, labels):
+    logits, changed = model.apply(
+      {'params': params, 'batch_stats': batch_stats},
+      images,
+      train=True,
+      mutable=['batch_stats'],
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), changed['batch_stats']
+
+  def step(state, images, labels):
+    variables, opt_state = state
+    grads, batch_stats = jax.grad(loss_fn, has_aux=True)(
+      variables['params'], variables['batch_stats'], images, labels
+    )
+    updates, opt_state = tx.update(grads, opt_state, variables['params'])
+    params = optax.apply_updates(variables['params'], updates)
+    return {'params': params, 'batch_stats': batch_stats}, opt_state
+
+  state = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+    jax.eval_shape(init, jax.random.key(0)),
+  )
+  jitted = jax.jit(step, out_shardings=replicated, donate_argnums=0)
+  return jitted.trace(state, images, labels)
+
+
+def describe(name: str, lowered, args) -> None:
+  """Compiles a program and prints what the compiler says of it."""
+  begin = time.perf_counter()
+  compiled = lowered.compile()
+  seconds = time.perf_counter() - begin
+  text = compiled.as_text()
+  if args.hlo:
+    with open(f'{args.hlo}/{name.replace(" ", "_")}.hlo', 'w') as file:
+      file.write(text)
+  memory = costs.read_memory(compiled)
+  sums = costs.read_collectives(text)
+  traffic = costs.read_traffic(compiled) / args.batch_size
+  flops = compiled.cost_analysis()['flops'] / args.batch_size
+  print(
+    f'{name:26} {traffic / 1e6:7.1f} MB/image {flops / 1e9:6.2f} GFLOP/image '
+    f'{memory.temporaries / 1e9:6.2f} GB temporary '
+    f'{len(sums):4} exchanges {sum(x.num_bytes for x in sums) / 1e6:7.1f} MB '
+    f'({seconds:.0f} s to compile)',
+    flush=True,
+  )
+
+
+if __name__ == '__main__':
+  main()
