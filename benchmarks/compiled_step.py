@@ -68,7 +68,7 @@ def lower_plain(args, topology):
   with (
     mock.patch.object(conv, 'Conv', plain_conv),
     mock.patch.object(conv, 'max_pool', plain_max_pool),
-    mock.patch.object(norm, 'BatchNorm', nn.BatchNorm),
+    mock.patch.object(norm, 'BatchNorm', plain_norm),
   ):
     return trace_plain(args, topology).lower()
 
@@ -86,10 +86,25 @@ def plain_conv(features, kernel_size, strides=1, **kwargs) -> nn.Conv:
   )
 
 
-def plain_max_pool(x, size, stride, padding):
+def plain_norm(groups: int, **kwargs) -> 'PlainNorm':
+  """Returns Flax's own normalisation of the whole batch."""
+  del groups
+  return PlainNorm(**kwargs)
+
+
+class PlainNorm(nn.BatchNorm):
+  """Pools after it has normalised."""
+
+  def __call__(self, x, pool=None):
+    """Returns what `pool` leaves of normalised images."""
+    x = super().__call__(x)
+    return x if pool is None else pool(nn.relu(x))
+
+
+def plain_max_pool(x, window, stride, padding):
   """Returns Flax's own pooling."""
   pads = ((padding, padding),) * 2
-  return nn.max_pool(x, (size, size), (stride, stride), pads)
+  return nn.max_pool(x, (window, window), (stride, stride), pads)
 
 
 def kernels_alone(params):

@@ -182,6 +182,23 @@ def test_ladders_start_where_their_earlier_stages_end(arm_runs):
   assert starts['last stage alone, equal FLOPs (n = 3)'] == 1000
 
 
+def test_seeds_that_share_no_costs_are_drawn_one_by_one():
+  # Seed 1 begins its last stage after seed 0 has ended, counted in seconds.
+  runs = comparison_fixture.create_cell('alone', [0.3, 0.32])
+  for seed, start in enumerate((0.0, 90_000.0)):
+    curve = comparison_fixture.create_curve([0.2, 0.25, 0.3], start)
+    for i, point in enumerate(curve):
+      point['images'] = point['flops'] = 1000.0 * (i + 1)
+    runs.append(create_run('ladder', seed, curve=curve))
+  figure = figures.draw_ladder(runs)
+  images, _, seconds = figure.axes
+  assert len(images.get_lines()) == 2
+  assert len(seconds.get_lines()) == 3
+  assert seconds.get_xlim()[1] > 900
+  assert 'single seeds' in ' '.join(text for text, _ in texts_of(figure))
+  check_texts(figure)
+
+
 def test_arms_look_different(arm_runs):
   images = figures.draw_ladder(arm_runs).axes[0]
   lines = [line for line in images.lines if 'n = ' in line.get_label()]

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.sharding import AxisType
 
 from jaxprog import epochs, errors, stages
-from jaxprog.models import norm, resnet
+from jaxprog.models import conv, norm, resnet
 from jaxprog.optim import optimizers
 from jaxprog.training import checkpoints, devices, setup, state, steps
 
@@ -113,6 +113,39 @@ def test_groups_are_what_flax_makes_of_each_part(groups, dtype):
       found,
       expected,
     )
+
+
+@pytest.mark.parametrize('running', [False, True])
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_pooling_before_normalising_is_pooling_after(dtype, groups, running):
+  pool = functools.partial(conv.max_pool, window=3, stride=2, padding=1)
+  module = norm.BatchNorm(
+    use_running_average=running, groups=groups, momentum=0.9, dtype=dtype
+  )
+  x = jax.random.normal(jax.random.key(0), (4, 9, 9, 6)).astype(dtype)
+  variables = random_variables(module, x)
+  # Half of the channels turn the smallest into the largest.
+  signs = jnp.array([1.0, -1, 1, -1, -1, 1])
+  variables['params']['scale'] *= signs
+  weights = jax.random.normal(jax.random.key(1), (4, 5, 5, 6))
+
+  def run(variables, x, before):
+    y, changed = module.apply(
+      variables, x, pool if before else None, mutable=['batch_stats']
+    )
+    y = nn.relu(y if before else pool(nn.relu(y)))
+    return jnp.sum(weights * y), (y, changed['batch_stats'])
+
+  run = jax.jit(jax.grad(run, (0, 1), has_aux=True), static_argnums=2)
+  (early, late) = (run(variables, x, before) for before in (True, False))
+  # A compiler joins other operations in each.
+  rtol = 1e-6 if dtype == jnp.float32 else 2**-7
+  close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6)
+  jax.tree.map(close, early[1], late[1])
+  if dtype == jnp.float32:  # Rounding to bf16 makes equals of some.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, early[0], late[0])
 
 
 def test_constant_images_have_no_negative_variance():

@@ -299,10 +299,10 @@ def _draw_curves(
 ) -> None:
   """Draws each cell's mean and interval; the accuracies stay those possible."""
   for cell, runs in cells.items():
-    curve = statistics.mean_curve(runs, axis)
+    curve, style = statistics.mean_curve(runs, axis), styles[cell]
     if curve is None:
+      _draw_single(axes, runs, axis, style)
       continue
-    style = styles[cell]
     axes.plot(
       curve.grid,
       100 * curve.mean,
@@ -325,6 +325,25 @@ def _draw_curves(
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
   if axis == 'images':
     axes.xaxis.set_major_formatter(lambda x, _: tables.format_count(x))
+
+
+def _draw_single(
+  axes: Axes, runs: Sequence[Run], axis: Axis, style: Mapping[str, Any]
+) -> None:
+  """Draws each seed by itself: no costs are common to all of them."""
+  finished = statistics.done(runs)
+  for run in finished:
+    x, y = statistics.points(run, axis)
+    axes.plot(x, 100 * y, linewidth=0.8, alpha=0.7, **style)
+  if finished:
+    axes.annotate(
+      'thin: single seeds, which\nhave no costs in common',
+      (0.98, 0.03),
+      xycoords='axes fraction',
+      ha='right',
+      color=SOFT,
+      fontsize=_SMALL,
+    )
 
 
 def _limit_accuracy(axes: Axes, target: float | None = None) -> None:

@@ -80,7 +80,7 @@ class Programs:
         jax.vmap(train_step),
         in_shardings=(replicated, self._batches, replicated),
         out_shardings=replicated,
-        donate_argnums=0,
+        donate_argnums=(0,) if task.config.donate_state else (),
       )
       for program, train_step in task.train_steps.items()
     }

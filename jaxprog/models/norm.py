@@ -30,28 +30,41 @@ class BatchNorm(nn.Module):
   bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
   @nn.compact
-  def __call__(self, x):
-    """Returns (N, ..., C), normalised; `groups` must divide N."""
+  def __call__(self, x, pool=None):
+    """Returns (N, ..., C), normalised; `groups` must divide N.
+
+    With `pool`, which takes the largest of windows, returns
+    pool(normalised x): a scale and an offset leave the largest the largest, and
+    a scale below 0 makes it the smallest, so that such channels are negated
+    first. Only what the pool leaves is normalised: a quarter of the stem's
+    pixels, which saves a ResNet-50's step 2% of its traffic and 4% of its
+    temporaries on TPU v5e (benchmarks/compiled_step.py).
+    """
     features = x.shape[-1:]
+    scale = self.param('scale', self.scale_init, features)
+    bias = self.param('bias', self.bias_init, features)
+    sign = 1
+    if pool is not None:
+      sign = jnp.where(lax.stop_gradient(scale) < 0, -1, 1)
+      x = x * sign.astype(x.dtype)
     ra_mean = self.variable('batch_stats', 'mean', jnp.zeros, features)
     ra_var = self.variable('batch_stats', 'var', jnp.ones, features)
-    y = x
+    groups = 1 if self.use_running_average else self.groups
     if self.use_running_average:
-      mean, var = ra_mean.value, ra_var.value
+      mean, var = sign * ra_mean.value, ra_var.value
     else:
-      if self.groups > 1:
-        y = x.reshape(self.groups, -1, *x.shape[1:])
-      mean, var = _measure(y, self.groups)
+      mean, var = _measure(_cut(x, groups), groups)
       if not self.is_initializing():
-        self._follow(ra_mean, mean)
+        self._follow(ra_mean, sign * mean)
         self._follow(ra_var, var)
+    x = x if pool is None else pool(x)
+    y = _cut(x, groups)
     axes = tuple(range(mean.ndim - 1, y.ndim - 1))
     mean, var = jnp.expand_dims(mean, axes), jnp.expand_dims(var, axes)
     last = (*(1 for _ in y.shape[1:]), *features)
     y = y - mean
-    scale = self.param('scale', self.scale_init, features)
-    y = y * (lax.rsqrt(var + self.epsilon) * scale.reshape(last))
-    y = y + self.param('bias', self.bias_init, features).reshape(last)
+    y = y * (lax.rsqrt(var + self.epsilon) * (sign * scale).reshape(last))
+    y = y + bias.reshape(last)
     return y.reshape(x.shape).astype(self.dtype or x.dtype)
 
   def _follow(self, average: nn.Variable, new: jax.Array) -> None:
@@ -59,6 +72,11 @@ class BatchNorm(nn.Module):
       new = jnp.mean(new, axis=0)
     old = average.value
     average.value = self.momentum * old + (1 - self.momentum) * new
+
+
+def _cut(x: jax.Array, groups: int) -> jax.Array:
+  """Returns (groups, N / groups, ...), or `x` if there is one group."""
+  return x if groups == 1 else x.reshape(groups, -1, *x.shape[1:])
 
 
 def _measure(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:

@@ -145,9 +145,11 @@ class ResNet(nn.Module):
     x = conv_def(
       self.num_filters, self.stem_kernel, self.stem.stride, name='stem_conv'
     )(x)
-    x = nn.relu(norm_def(name='stem_norm')(x))
+    pool = None
     if self.stem.pool:
-      x = conv.max_pool(x, 3, 2, 1)
+      pool = functools.partial(conv.max_pool, window=3, stride=2, padding=1)
+    # ReLU last: it leaves the largest the largest, too.
+    x = nn.relu(norm_def(name='stem_norm')(x, pool))
     block = self.block
     if self.remat_blocks:
       keep = jax.checkpoint_policies.save_only_these_names(norm.STATISTICS)

@@ -108,6 +108,7 @@ def create_setup(
   all_stages = stages_lib.create_stages(config)
   chosen = stages_lib.select(all_stages, only, skip)
   stages_lib.check_devices(chosen, topology.num_chips)
+  stages_lib.check_batch_norm(config, topology.num_chips)
   datasets = {stage.name: _count_dataset(config, stage) for stage in chosen}
   mesh = hardware.create_mesh(topology)
   return setup_lib.Setup(

@@ -85,7 +85,7 @@ def inspect(
   found += _gather(_check_versions())
   found += _gather(_check_devices(config.platform))
   found += _gather(_check_cache(config.compilation_cache_dir))
-  found += _gather(_check_batches(chosen))
+  found += _gather(_check_batches(config, chosen))
   looked = [_look(config.data_dir, stage) for stage in chosen]
   found += [finding for _, finding in looked]
   data = {stage.name: x for stage, (x, _) in zip(chosen, looked, strict=True)}
@@ -384,10 +384,16 @@ def _check_cache(directory: str) -> Iterator[Finding]:
     yield Finding(True, what)
 
 
-def _check_batches(chosen: Sequence[stages_lib.Stage]) -> Iterator[Finding]:
+def _check_batches(
+  config: config_dict.ConfigDict, chosen: Sequence[stages_lib.Stage]
+) -> Iterator[Finding]:
   if not chosen or not _has_devices():
     return
   count, wrong = jax.device_count(), 0
+  try:
+    stages_lib.check_batch_norm(config, count)
+  except errors.UserError as e:
+    yield _crossed(e)
   for stage in chosen:
     try:
       stages_lib.check_devices([stage], count)
