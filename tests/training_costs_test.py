@@ -187,3 +187,37 @@ def test_the_estimate_is_the_most_that_lives_at_once():
   # Backwards each cosine waits for its turn.
   gradient = jax.make_jaxpr(jax.grad(chain))(x)
   assert costs.estimate_bytes(gradient) >= 6 * 4000
+
+
+# A program as XLA writes it: one fusion, one exchange that begins and ends
+# apart, one library call with room to work in.
+HLO = """
+%fused (p: f32[8,4]) -> f32[8] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %inside = f32[8]{0} reduce(%p, %p), dimensions={1}
+}
+
+ENTRY %main (a: f32[8,4], b: bf16[4]) -> (f32[8]) {
+  %a = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %b = bf16[4]{0} parameter(1)
+  %view = f32[32]{0} bitcast(%a)
+  %sum.1 = f32[8]{0} fusion(%view, %b), kind=kLoop, calls=%fused
+  %call = (f32[8]{0}, u8[1000]{0}) custom-call(%sum.1), target="conv"
+  %part = f32[8]{0} get-tuple-element(%call), index=0
+  %start = (f32[8]{0}, f32[]) all-reduce-start(%part, %part), channel_id=1
+  %done = (f32[8]{0}, f32[]) all-reduce-done(%start)
+  ROOT %out = (f32[8]{0}) tuple(%part)
+}
+"""
+
+
+def test_traffic_is_what_operations_between_fusions_read_and_write():
+  fusion = 8 * 4 * 4 + 4 * 2 + 8 * 4
+  call = 8 * 4 + 8 * 4
+  exchange = 8 * 4 + 8 * 4 + (8 * 4 + 4)
+  assert costs.estimate_traffic(HLO) == fusion + call + exchange
+
+
+def test_exchanges_are_counted_where_they_begin():
+  (found,) = costs.read_collectives(HLO)
+  assert found == costs.Collective('all-reduce', 8 * 4 + 4)

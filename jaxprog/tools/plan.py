@@ -211,8 +211,12 @@ def _compile_all(
 def _compiler_options(
   task: setup_lib.Task, topology: hardware.Topology
 ) -> dict[str, bool | int]:
-  platform = 'tpu' if topology.chip.platform == 'tpu' else 'gpu'
-  return xla_flags.compiler_options(task.config.xla_flags, platform)
+  preset = task.config.xla_flags
+  if topology.chip.platform == 'tpu':
+    return xla_flags.compiler_options(preset, 'tpu')
+  # Kernels are chosen by rule: trying them out would take the GPU.
+  untried: dict[str, bool | int] = {'xla_gpu_autotune_level': 0}
+  return {**xla_flags.compiler_options(preset, 'gpu'), **untried}
 
 
 def _compile(
@@ -224,7 +228,7 @@ def _compile(
   if memory is None:
     raise RuntimeError('the compiler says nothing of the memory it needs')
   compiled = Compiled(
-    traffic_bytes=costs.read_traffic(program) or 0.0,
+    traffic_bytes=costs.read_traffic(program),
     memory=memory,
     collectives=tuple(costs.read_collectives(program.as_text())),
     seconds=time.perf_counter() - begin,

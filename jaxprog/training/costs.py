@@ -103,15 +103,44 @@ def read_memory(compiled: jax.stages.Compiled) -> Memory | None:
   )
 
 
-def read_traffic(compiled: jax.stages.Compiled) -> float | None:
+def read_traffic(compiled: jax.stages.Compiled) -> float:
   """Returns the bytes that a device's step reads and writes in its memory.
 
-  None where the compiler says nothing of them. Loops count once.
+  As the compiler counts them; where it does not (on GPUs), those of the
+  operands and results of all operations between fusions. Loops count once.
   """
   found: Any = compiled.cost_analysis()
   if isinstance(found, list):
     found = found[0] if found else None
-  return (found or {}).get('bytes accessed')
+  counted = (found or {}).get('bytes accessed')
+  return counted or float(estimate_traffic(compiled.as_text() or ''))
+
+
+# Operations that move nothing.
+_VIEWS = {'bitcast', 'constant', 'get-tuple-element', 'parameter', 'tuple'}
+
+
+def estimate_traffic(program: str) -> int:
+  """Returns the bytes that the operations of HLO's text read and write.
+
+  Those of its entry alone: what happens within a fusion stays on the chip.
+  Of an operation that begins and ends apart, the beginning counts. Room that a
+  library's kernels work in (results in bytes, u8) does not.
+  """
+  entry = program[program.find('\nENTRY ') :]
+  found = re.finditer(
+    r'^\s*(?:ROOT )?(%\S+) = (.*?) ([\w-]+)\((.*?)\)(?:, |$)', entry, re.M
+  )
+  shapes: dict[str, int] = {}
+  total = 0
+  for name, shape, operation, operands in (x.groups() for x in found):
+    if operation == 'custom-call':
+      shape = re.sub(r'\bu8\[[^\]]*\]', '', shape)
+    shapes[name] = _shape_bytes(shape)
+    if operation not in _VIEWS and not operation.endswith('-done'):
+      read = re.findall(r'%[\w.-]+', operands)
+      total += shapes[name] + sum(shapes.get(x, 0) for x in read)
+  return total
 
 
 _COLLECTIVES = (
@@ -136,13 +165,17 @@ def read_collectives(program: str) -> list[Collective]:
   )
   collectives = []
   for shapes, kind, starts in (x.groups() for x in found):
-    size = sum(
-      map(_array_bytes, re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shapes))
-    )
+    size = _shape_bytes(shapes)
     if starts and kind != 'all-reduce':
       size //= 2  # Both the operand and the result are named.
     collectives.append(Collective(kind, size))
   return collectives
+
+
+def _shape_bytes(shape: str) -> int:
+  """Returns the bytes of an array or of a tuple of them, as HLO writes it."""
+  arrays = re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape)
+  return sum(map(_array_bytes, arrays))
 
 
 def _array_bytes(array: tuple[str, str]) -> int:
