@@ -43,7 +43,7 @@ class BatchNorm(nn.Module):
     features = x.shape[-1:]
     scale = self.param('scale', self.scale_init, features)
     bias = self.param('bias', self.bias_init, features)
-    sign = 1
+    sign: Any = 1
     if pool is not None:
       sign = jnp.where(lax.stop_gradient(scale) < 0, -1, 1)
       x = x * sign.astype(x.dtype)
