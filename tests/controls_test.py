@@ -84,6 +84,7 @@ def test_a_frozen_backbone_needs_one(config, tmp_path):
   assert not (tmp_path / 'run' / 'config.json').exists()
 
 
+@pytest.mark.slow
 def test_lr_find_changes_nothing(run_main, trained, config, tmp_path):
   result = run_main(config, f'--workdir={tmp_path}', '--mode=lr_find')
   assert result.returncode == 0, result.stderr

@@ -123,6 +123,8 @@ def test_killed_where_stages_meet_and_files_are_written(survives, trial):
     kills.after_stage('ten'),
     kills.in_report(),
   )
+  if not TRIALS:
+    moments = moments[2:4]
   assert survives(*moments) == len(moments)
 
 

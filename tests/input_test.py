@@ -157,6 +157,7 @@ def test_leaks_are_kept_out_of_every_stage(run_main, folder):
   assert '2 training images were left out' in report
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_images(folder):
   arguments = f'--config={CONFIG}:{folder}', f'--workdir={folder}/run'
   process = runs.start_main(*arguments, '--config.checkpoint_every_steps=1')
@@ -207,6 +208,7 @@ def worker_processes(pid):
   ]
 
 
+@pytest.mark.slow
 def test_killed_workers_do_not_change_a_run(trained, folder):
   process = runs.start_main(
     f'--config={CONFIG}:{folder}',

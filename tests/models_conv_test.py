@@ -225,6 +225,7 @@ print('fine')
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_batch_stays_where_it_is():
   flags = '--xla_force_host_platform_device_count=8'
   result = subprocess.run(

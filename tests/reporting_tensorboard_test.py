@@ -25,6 +25,9 @@ from jaxprog.reporting import profile as profile_lib
 from jaxprog.training import preview
 from tests import tiny_config
 
+# Its server and TensorFlow take a minute to start.
+pytestmark = pytest.mark.slow
+
 SCALARS = {
   'train/loss',
   'train/top1',

@@ -77,6 +77,7 @@ def stop_in_trial(trial, signum, arguments, workdir):
   return process.returncode
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was_stopped(run_main, data_dir, tmp_path):
   workdir = tmp_path / 'tune'
   arguments = (

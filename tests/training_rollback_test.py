@@ -92,6 +92,7 @@ def test_it_is_taken_back_twice_and_then_names_the_batch(folder):
   assert all(x['step'] <= 3 for x in rollbacks)
 
 
+@pytest.mark.slow
 def test_a_rate_that_blows_up_ends_the_run_with_its_reason(
   run_main, data_dir, tmp_path
 ):

@@ -202,6 +202,7 @@ def is_running(pid):
   return stat.rpartition(')')[2].split()[0] not in 'ZX'
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='It looks into /proc.')
 def test_data_workers_that_hang_end_a_run(data_dir, tmp_path):
   process = runs.start_main(

@@ -167,7 +167,10 @@ def _describe(topology: Topology) -> Any:
   if topology.chip.platform == 'tpu':
     for name, value in _WITHOUT_A_TPU.items():
       os.environ.setdefault(name, value)
-    options = {}
+    options: dict[str, Any] = {}
+    if topology.num_chips < topology.chip.chips_per_host:
+      sides = (*topology.sides, 1, 1)[:3]
+      options['chips_per_host_bounds'] = sides
     if topology.name.startswith('v4:'):
       options['chip_config_name'] = 'megacore'  # A chip is one device.
     return topologies.get_topology_desc(topology.name, 'tpu', **options)
