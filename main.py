@@ -216,6 +216,11 @@ def call(config: Any) -> int:
     case 'predict':
       jaxprog.predict(config, require_workdir(), FLAGS.input, **saved)
     case 'plan':
+      if 'JAX_PLATFORMS' not in os.environ:
+        import jax
+
+        # Or JAX would look for the hardware that it is to compile for.
+        jax.config.update('jax_platforms', 'cpu')
       topology = {'topology': FLAGS.topology}
       jaxprog.plan(config, FLAGS.workdir or None, **topology, **stages)
     case 'export':

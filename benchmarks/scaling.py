@@ -12,6 +12,8 @@ import argparse
 import json
 import pathlib
 
+import jax
+
 import jaxprog
 from jaxprog.reporting import hardware_plan
 from jaxprog.training import hardware
@@ -26,6 +28,7 @@ def main() -> None:
   parser.add_argument('--batch_norm', default='global')
   parser.add_argument('--json', help='where to write the figures')
   args = parser.parse_args()
+  jax.config.update('jax_platforms', 'cpu')
   plans = {}
   for sides in args.chips.split(','):
     topology = hardware.parse_topology(f'{args.chip}:{sides}')

@@ -403,6 +403,9 @@ def check_config(config: config_dict.ConfigDict) -> None:
     value = _check_type(config[field], minimum, field, where)
     if not minimum <= value < math.inf:
       raise _out_of_range(field, value, f'at least {minimum:g}', where)
+  if config.plan_utilization > 1:
+    value = config.plan_utilization
+    raise _out_of_range('plan_utilization', value, 'at most 1', where)
   if config.lr_find_min >= config.lr_find_max:
     raise errors.UserError(
       f'lr_find_min {config.lr_find_min:g} is not below lr_find_max '

@@ -5,6 +5,7 @@ compiler says of it and what the chips' makers say of them give memory, time
 and cost. Nothing runs. What was compiled once is answered from a cache.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,13 +14,14 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple, cast
 
 import jax
 import rich.console
 import rich.text
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import config_dict
 
 from jaxprog import epochs, files
@@ -58,20 +60,20 @@ def plan(
   """Returns what each stage of `config` takes on `topology` ('v5e:4x4').
 
   Prints it as tables; saves it as WORKDIR/hardware_plan.json where there is a
-  `workdir`. Datasets that are not here count as published.
+  `workdir`. Datasets that are not here count as published. The compiler for
+  TPUs is told that there are none here: a process that is to train on one
+  afterwards should not plan.
 
   Raises:
     UserError: for a mistake in the config or the topology, for a dataset that
       neither is here nor has known counts, or if the compiler is missing.
   """
   asked = hardware.parse_topology(topology)
-  # Else JAX would look for the hardware that it is about to compile for.
-  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  jax.config.update('jax_platforms', os.environ['JAX_PLATFORMS'])
   console = rich.console.Console()
   setup = create_setup(config, asked, only, skip)
   tasks = [setup_lib.create_task(setup, stage) for stage in setup.chosen]
-  compiled = _compile_all(tasks, asked, console)
+  with _without_jaxs_cache():
+    compiled = _compile_all(tasks, asked, console)
   plans = [_plan_stage(task, asked, compiled) for task in tasks]
   _show(plans, asked, config, console)
   figures = {
@@ -92,6 +94,19 @@ def plan(
     files.write_json(path, figures)
     console.print(f'\n{path}', highlight=False, soft_wrap=True)
   return figures
+
+
+@contextlib.contextmanager
+def _without_jaxs_cache() -> Iterator[None]:
+  """Keeps JAX from storing programs that only other hardware can load."""
+  kept = jax.config.values['jax_enable_compilation_cache']
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # It asks the config once.
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_compilation_cache', kept)
+    compilation_cache.reset_cache()
 
 
 def create_setup(
