@@ -42,11 +42,6 @@ def compare_defaults() -> config_dict.ConfigDict:
   # Runs of each cell. Seeds count from base.seed; a seed is the same order of
   # examples in every cell, so runs pair.
   config.seeds = 3
-  # Train all seeds of a cell at once, as one compiled step: for small networks
-  # on a large device; on CPU it gains nothing. Takes the memory of all of them.
-  # Not with what seconds or one seed's accuracy decide: budget 'seconds',
-  # controls, target_top1 and early_stopping_patience of a stage.
-  config.seeds_together = False
   # What is equal in every cell: 'epochs', 'images', 'flops' or 'seconds' of the
   # whole ladder. The last stage's num_epochs follow from it, and what counts
   # epochs with them. 'own': nothing, cells are as long as they say themselves.

@@ -100,9 +100,7 @@ def check_cell(config: config_dict.ConfigDict, cell: Cell) -> None:
   """Raises UserError for what is wrong in a cell's ladder, naming the cell."""
   ladder = create_ladder(config, cell, config.base.seed)
   try:
-    chosen = stages.select(stages.create_stages(ladder), cell.only)
-    if config.seeds_together:
-      _check_ends(chosen)
+    trained_stages(ladder, cell)
   except errors.UserError as e:
     where = f'cell {cell.name!r}: {e.where}'
     raise errors.UserError(e.what, where, e.suggestion) from None
@@ -309,31 +307,12 @@ def _check_fields(config: config_dict.ConfigDict) -> None:
       'config.budget',
       errors.did_you_mean(str(config.budget), (*BUDGETS, OWN)),
     )
-  for field in ('controls', 'seeds_together'):
-    if not isinstance(config[field], bool):
-      raise errors.UserError(
-        f'{field} must be True or False, not {config[field]!r}.',
-        f'config.{field}',
-      )
-  if config.seeds_together and (config.controls or config.budget == 'seconds'):
+  if not isinstance(config.controls, bool):
     raise errors.UserError(
-      'Seeds that are trained together have no seconds of their own.',
-      'config.seeds_together',
-      "Set it to False, or controls to False and budget to 'flops'.",
+      f'controls must be True or False, not {config.controls!r}.',
+      'config.controls',
     )
   _check_numbers(config)
-
-
-def _check_ends(chosen: Sequence[stages.Stage]) -> None:
-  """Raises UserError for a stage that may end earlier with one seed."""
-  for stage in chosen:
-    for field in ('target_top1', 'early_stopping_patience'):
-      if getattr(stage, field):
-        raise errors.UserError(
-          f'With {field}, seeds end at different steps.',
-          f'stage {stage.name!r}',
-          f'Set {field} to 0, or config.seeds_together to False.',
-        )
 
 
 def _check_base(config: config_dict.ConfigDict) -> None:

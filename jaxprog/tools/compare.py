@@ -31,7 +31,6 @@ from jaxprog.comparison import (
   page,
   runs,
   tables,
-  together,
 )
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
@@ -55,8 +54,6 @@ class Comparison:
   over: list[Planned] = dataclasses.field(default_factory=list)
   # Cells whose later stages were compiled before their first run.
   compiled: set[str] = dataclasses.field(default_factory=set)
-  # Directories of runs that were trained with those of other seeds.
-  together: set[pathlib.Path] = dataclasses.field(default_factory=set)
   # What was found about the learning rate of a cell, by its name.
   tuning: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -99,8 +96,6 @@ class Comparison:
     score = collect.read_record(planned, outcome, {})['final_top1']
     result = outcome['status'] if score is None else f'top-1 {score:.1%}'
     again = ', done before' if before else ''
-    if planned.workdir in self.together:
-      again = ''
     self.say(f'{number}: {what}: {result}{again}')
     return outcome
 
@@ -376,19 +371,12 @@ def _read_timing(planned: Planned) -> Timing:
 def _run_all(
   comparison: Comparison, timings: Mapping[str, Timing | None]
 ) -> list[tuple[Planned, runs.Outcome]]:
-  """Trains every cell with each seed.
-
-  All cells come before the next seed, or all seeds of a cell together.
-  """
-  config, seeds = comparison.config, cells.seeds(comparison.config)
+  """Trains every cell with each seed; all cells come before the next seed."""
+  seeds = cells.seeds(comparison.config)
   order = [(seed, cell) for seed in seeds for cell in comparison.cells]
-  if config.seeds_together:
-    order = [(seed, cell) for cell in comparison.cells for seed in seeds]
   done: list[tuple[Planned, runs.Outcome]] = []
   reference: dict[str, Any] = {}
   for seed, cell in order:
-    if config.seeds_together and seed == seeds[0]:
-      _run_together(comparison, cell)
     planned, outcome = _run_cell(
       comparison, cell, seed, reference, timings.get(cell.name)
     )
@@ -397,21 +385,6 @@ def _run_all(
       reference = collect.read_record(planned, outcome, {})
     _write(comparison, done)
   return done
-
-
-def _run_together(comparison: Comparison, cell: Cell) -> None:
-  """Trains a cell with all seeds that it has not been trained with."""
-  seeds = cells.seeds(comparison.config)
-  planned = [_plan_run(comparison, cell, seed) for seed in seeds]
-  left = [x for x in planned if runs.read_outcome(x) is None]
-  if len(left) < 2:
-    return
-  named = ', '.join(str(x.seed) for x in left)
-  comparison.say(f'{cell.name}, seeds {named} together')
-  error = together.train(left, comparison.over)
-  if error:
-    comparison.say(f'{cell.name}: one by one, because of {error}')
-  comparison.together |= {x.workdir for x in left}
 
 
 def _run_cell(
