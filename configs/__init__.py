@@ -1,1 +1,1 @@
-"""Configs of jaxprog: default.py names every field, the others override."""
+"""Configs of jaxprog: default.py has every field, the others override."""

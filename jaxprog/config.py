@@ -1,13 +1,13 @@
 """Reads a config file, applies overrides, compares two configs."""
 
-import ast
 import hashlib
 import importlib.util
 import itertools
 import json
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import rich.box
@@ -16,30 +16,10 @@ import rich.text
 from ml_collections import config_dict
 
 from configs import default
-from jaxprog import errors, stages
+from jaxprog import errors, fields, stages
 
 # What may change between two starts of one run without changing its result.
-_FREE_FIELDS = (
-  'check_steps',
-  'checkpoint_every_minutes',
-  'checkpoint_every_steps',
-  'compilation_cache_dir',
-  'data_dir',
-  'donate_state',
-  'log_every_steps',
-  'lr_find_max',
-  'lr_find_min',
-  'lr_find_steps',
-  'max_bad_images',
-  'max_skipped_steps',
-  'num_workers',
-  'platform',
-  'profile_steps',
-  'stage_defaults',
-  'tensorboard',
-  'watchdog_minutes',
-  'worker_kind',
-)
+_FREE = {'stage_defaults', *fields.names(fields.CONFIG, 'free')}
 # Stands for the value of a field that one of two configs does not have.
 _ABSENT = object()
 
@@ -62,11 +42,10 @@ def load_config(
   else:
     path, _, argument = spec.partition(':')
     config = _run_config_file(pathlib.Path(path), argument)
+  stages.check_shape(config.get('base', config))
   pending = dict(overrides or {})
   # Defaults first: stages that do not say otherwise take them over.
-  for field in [
-    f for f in pending if not f.startswith(('stages[', 'base.stages['))
-  ]:
+  for field in [f for f in pending if not re.match(r'(base\.)?stages[.[]', f)]:
     _override(config, field, pending.pop(field))
   config = _complete(config)
   for field, text in pending.items():
@@ -85,15 +64,44 @@ def _complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
 def set_field(
   config: config_dict.ConfigDict, field: str, value: Any, where: str
 ) -> None:
-  """Sets the field at a path, such as 'stages[-1].optimizer', to `value`.
+  """Sets what a path names, such as 'stages[-1].optimizer', to `value`.
 
   Raises:
     UserError: naming `where`, if the path names nothing, or a group.
   """
-  target, last = _find(config, field, where)
-  if isinstance(_descend(target, last, where), config_dict.ConfigDict | list):
-    raise errors.UserError('This names a group, not one field.', where)
-  _set(target, last, value)
+  for path in locate(config, field, where):
+    target, last = _find(config, path, where)
+    _set(target, last, value)
+
+
+def locate(
+  config: config_dict.ConfigDict, field: str, where: str
+) -> tuple[str, ...]:
+  """Returns the paths that a path names, with each stage by its index.
+
+  'stages[*].flip' names a field of all stages, 'stages.four.flip' one of the
+  stage with that name, 'stages[-1].flip' one of the last.
+
+  Raises:
+    UserError: naming `where`, if there is no such stage.
+  """
+  match = re.fullmatch(
+    r'(base\.)?stages(?:\[(\*|-?\d+)\]|\.(.+))\.(\w+)', field
+  )
+  if match is None:
+    return (field,)
+  base, index, name, last = match.groups()
+  ladder = config.base.stages if base else config.stages
+  every = range(len(ladder))
+  if name is not None:
+    known = [stage.get('name') for stage in ladder]
+    if name not in known:
+      raise fields.unknown(name, known, 'stage', where)
+    every = every[known.index(name) :][:1]
+  elif index != '*':
+    _descend(ladder, f'[{index}]', where)
+    every = every[int(index) :][:1]
+  return tuple(f'{base or ""}stages[{i}].{last}' for i in every)
 
 
 def to_json(config: config_dict.ConfigDict) -> dict[str, Any]:
@@ -103,7 +111,9 @@ def to_json(config: config_dict.ConfigDict) -> dict[str, Any]:
 
 def config_hash(config: config_dict.ConfigDict) -> str:
   """Returns 16 hex digits that change whenever the result might."""
-  plain = {k: v for k, v in to_json(config).items() if k not in _FREE_FIELDS}
+  plain = {k: v for k, v in to_json(config).items() if k not in _FREE}
+  for field in fields.names(fields.CONFIG, 'hashed'):
+    plain[field] = fields.CONFIG[field].default
   text = json.dumps(plain, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -138,12 +148,12 @@ def changes(
   old: Mapping[str, Any], new: Mapping[str, Any], started: tuple[str, ...]
 ) -> list[Change]:
   """Returns every difference, those that would change a run's meaning first."""
-  found = _changes('', old, new, _FREE_FIELDS)
+  found = _changes('', old, new, _FREE)
   old_stages = {s['name']: s for s in old['stages']}
   new_stages = {s['name']: s for s in new['stages']}
   for name in new_stages:
     if name in old_stages:
-      free = ('description',) if name in started else None
+      free = fields.names(fields.STAGE, 'free') if name in started else None
       found += _changes(f'{name}.', old_stages[name], new_stages[name], free)
   names = ', '.join(old_stages), ', '.join(new_stages)
   if names[0] != names[1]:
@@ -220,11 +230,11 @@ def _plain(value: Any) -> Any:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
-    fields = json.loads(path.read_text())
-    if 'base' not in fields:
-      return _restore_ladder(fields)
-    base = _restore_ladder(fields.pop('base'))
-    return {**_with_tuples(fields), 'base': base}
+    values = json.loads(path.read_text())
+    if 'base' not in values:
+      return _restore_ladder(values)
+    base = _restore_ladder(values.pop('base'))
+    return {**_with_tuples(values), 'base': base}
   except FileNotFoundError:
     raise errors.UserError(
       f'There is no config file {str(path)!r}.', f'--config={path}'
@@ -239,11 +249,11 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     raise errors.UserError(f'{path} is not a config.') from None
 
 
-def _restore_ladder(fields: dict[str, Any]) -> dict[str, Any]:
+def _restore_ladder(values: dict[str, Any]) -> dict[str, Any]:
   """Returns a saved ladder; fields younger than the file have defaults."""
   known = default.get_config().to_dict()
-  stage_list = [_with_tuples(stage) for stage in fields.pop('stages')]
-  saved = _with_tuples(fields)
+  stage_list = [_with_tuples(stage) for stage in values.pop('stages')]
+  saved = _with_tuples(values)
   of_stages = {**known['stage_defaults'], **saved.pop('stage_defaults', {})}
   return {**known, **saved, 'stage_defaults': of_stages, 'stages': stage_list}
 
@@ -292,11 +302,45 @@ def _run_config_file(
 
 
 def _override(config: config_dict.ConfigDict, field: str, text: str) -> None:
-  """Sets one field of `config`, given by its path, from text."""
+  """Sets what a path names in `config`, from text."""
   where = f'--config.{field}={text}'
-  target, last = _find(config, field, where)
-  old = _descend(target, last, where)
-  _set(target, last, _parse(text, old, last, where))
+  for path in locate(config, field, where):
+    target, last = _find(config, path, where)
+    value = _declaration(path, target[last]).parse(text, where)
+    _set(target, last, value)
+    if path.endswith(f'stage_defaults.{last}'):
+      ladder = config.base if path.startswith('base.') else config
+      _check_effect(ladder.stages, last, value, where)
+
+
+def _declaration(path: str, value: Any) -> fields.Field:
+  """Returns what a path names; a comparison's own are as their `value`."""
+  parent, _, last = path.removeprefix('base.').rpartition('.')
+  declared = fields.STAGE if parent.startswith('stage') else fields.CONFIG
+  return declared.get(last) or fields.Field(last, type(value), value)
+
+
+def _check_effect(
+  ladder: Sequence[Any], field: str, value: Any, where: str
+) -> None:
+  """Says which stages do not take a default over, because they have their own.
+
+  Raises:
+    UserError: if none does.
+  """
+  others = [str(s.get('name')) for s in ladder if s.get(field, value) != value]
+  if others and all(field in stage for stage in ladder):
+    path = where.partition('=')[0]
+    raise errors.UserError(
+      f'No stage takes it over: each says its own {field}.',
+      where,
+      f'Set {path.replace("stage_defaults", "stages[*]")}, or [0] for the '
+      'first one.',
+    )
+  if others:
+    print(
+      f'{where}: {", ".join(others)} keep their own {field}.', file=sys.stderr
+    )
 
 
 def _find(
@@ -307,15 +351,17 @@ def _find(
   target: Any = config
   for part in parents:
     target = _descend(target, part, where)
+  found = _descend(target, last, where)
+  if isinstance(found, config_dict.ConfigDict | list):
+    raise errors.UserError('This names a group, not one field.', where)
+  if isinstance(target, tuple):
+    raise errors.UserError('This names a part of a value.', where)
   return target, last
 
 
 def _set(target: Any, last: str, value: Any) -> None:
-  if last.startswith('['):
-    target[int(last[1:-1])] = value
-  else:
-    with target.ignore_type():
-      target[last] = value
+  with target.ignore_type():
+    target[last] = value
 
 
 def _descend(target: Any, part: str, where: str) -> Any:
@@ -337,24 +383,3 @@ def _descend(target: Any, part: str, where: str) -> Any:
       f'Unknown field {part!r}.', where, errors.did_you_mean(part, target)
     )
   return target[part]
-
-
-def _parse(text: str, old: Any, field: str, where: str) -> Any:
-  """Returns `text` as a value of the type of `old`, the value it replaces."""
-  if isinstance(old, str):
-    return text.strip('\'"')
-  if isinstance(old, config_dict.ConfigDict | list):
-    raise errors.UserError('This names a group, not one field.', where)
-  try:
-    value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
-  except (ValueError, SyntaxError):
-    if isinstance(old, tuple):
-      return tuple(x.strip() for x in text.split(',') if x.strip())
-    value = text
-  if isinstance(old, tuple) and not isinstance(value, list | tuple):
-    value = (value,)
-  if field == 'classes':
-    value = tuple(str(x) for x in value)
-  if isinstance(old, float) and type(value) is int:
-    value = float(value)
-  return value

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
-from jaxprog import errors
+from jaxprog import errors, fields
 
 DATASETS = (
   'digits',
@@ -21,78 +21,12 @@ DATASETS = (
   'imagenette',
   'tiny_imagenet',
 )
-MODELS = (
-  'resnet10',
-  'resnet18',
-  'resnet34',
-  'resnet50',
-  'resnet101',
-  'resnet152',
-)
-OPTIMIZERS = (
-  'adamw',
-  'adamw_8bit',
-  'lamb',
-  'lars',
-  'muon',
-  'rmsprop',
-  'sgd_momentum',
-  'sgd_momentum_8bit',
-)
-SCHEDULES = (
-  'constant',
-  'cosine',
-  'cosine_warmup',
-  'exponential_warmup',
-  'linear',
-  'one_cycle',
-  'plateau',
-  'polynomial',
-  'step',
-)
-WEIGHT_DECAY_KINDS = ('auto', 'coupled', 'decoupled')
-PLATEAU_METRICS = ('val_loss', 'val_top1')
-DTYPES = ('auto', 'bfloat16', 'float32')
-PLATFORMS = ('any', 'cpu', 'gpu', 'tpu')
-XLA_FLAGS = ('deterministic', 'none', 'overlap')
-WORKER_KINDS = ('auto', 'process', 'thread')
-REMATS = ('blocks', 'none')
-OPTIMIZER_STATE_DTYPES = ('bfloat16', 'float32')
-AUTO_AUGMENTS = ('none', 'rand_augment', 'trivial_augment')
-INTERPOLATIONS = ('bicubic', 'bilinear')
-TRANSFERS = ('dash', 'none', 'plain', 'shrink_and_perturb')
-TRANSFER_WEIGHTS = ('best', 'ema', 'final')
-TRANSFER_HEADS = ('auto', 'by_class', 'fresh', 'zero')
-TRANSFER_STATISTICS = ('carry', 'recalibrate', 'reset')
 # Files of weights that run code when they are read.
 _PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth', '.tar')
 HOW_TO_CONVERT = (
   'If you trust its author: safetensors.torch.save_file(torch.load(FILE, '
   "weights_only=True), 'weights.safetensors')"
 )
-# What may change within a stage.
-PHASE_FIELDS = (
-  'batch_size',
-  'brightness',
-  'contrast',
-  'cutmix_alpha',
-  'erasing_probability',
-  'hue',
-  'image_size',
-  'label_smoothing',
-  'min_crop_area',
-  'mixup_alpha',
-  'rand_augment_magnitude',
-  'saturation',
-)
-
-
-class PhaseStart(NamedTuple):
-  """What changes within a stage, from the beginning of an epoch."""
-
-  from_epoch: int
-  # (field, its new value), of PHASE_FIELDS.
-  changes: tuple[tuple[str, Any], ...]
 
 
 class Storage(NamedTuple):
@@ -105,95 +39,8 @@ class Storage(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-  """One rung of the ladder, validated; fields as in configs/default.py."""
-
-  name: str
-  description: str
-  dataset: str
-  num_classes: int
-  classes: tuple[str, ...]
-  init_from: str
-  transfer: str
-  shrink: float
-  perturb: float
-  dash_least: float
-  reset_blocks: int
-  transfer_batches: int
-  transfer_weights: str
-  transfer_head: str
-  transfer_statistics: str
-  storage: str
-  image_size: int
-  min_crop_area: float
-  max_crop_aspect: float
-  flip: bool
-  alternating_flip: bool
-  brightness: float
-  contrast: float
-  saturation: float
-  hue: float
-  auto_augment: str
-  rand_augment_layers: int
-  rand_augment_magnitude: int
-  erasing_probability: float
-  erasing_min_area: float
-  erasing_max_area: float
-  mixup_alpha: float
-  cutmix_alpha: float
-  eval_split: str
-  eval_image_size: int
-  eval_crop: float
-  eval_interpolation: str
-  num_epochs: float
-  batch_size: int
-  micro_batch_size: int
-  phases: tuple[PhaseStart, ...]
-  learning_rate: float
-  scale_learning_rate: bool
-  base_batch_size: int
-  optimizer: str
-  schedule: str
-  warmup_epochs: float
-  warmup_steps: int
-  warmup_fraction: float
-  div_factor: float
-  final_div_factor: float
-  power: float
-  end_factor: float
-  restart_epochs: float
-  restart_factor: float
-  milestones: tuple[float, ...]
-  step_factor: float
-  plateau_metric: str
-  plateau_factor: float
-  plateau_patience: int
-  plateau_min_delta: float
-  plateau_cooldown: int
-  b1: float
-  b2: float
-  eps: float
-  momentum: float
-  nesterov: bool
-  optimizer_state_dtype: str
-  rms_decay: float
-  trust_coefficient: float
-  quantization_block: int
-  quantization_min_size: int
-  weight_decay: float
-  weight_decay_kind: str
-  gradient_clipping: float
-  adaptive_clipping: float
-  ema_decay: float
-  freeze_epochs: float
-  head_rate_factor: float
-  backbone_rate_factor: float
-  layer_decay: float
-  target_top1: float
-  early_stopping_patience: int
-  early_stopping_min_delta: float
-  label_smoothing: float
-  mixed_precision: bool
+class Stage(fields.StageFields):
+  """One rung of the ladder, validated."""
 
   @property
   def parts(self) -> tuple[tuple[int, 'Stage'], ...]:
@@ -255,23 +102,22 @@ def parse_storage(text: str) -> Storage:
 
 
 def complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """Returns a copy whose stages have every field of `stage_defaults`.
+  """Returns a copy whose stages have every field, ints widened to floats.
 
-  Unknown fields stay, for `create_stages` to name.
+  Unknown fields and wrong types stay, for `create_stages` to name.
   """
   config = config_dict.ConfigDict(config)
-  defaults = config.stage_defaults.to_dict()
+  defaults = {**fields.defaults(fields.STAGE), **config.stage_defaults}
 
-  def complete_stage(stage):
-    if not isinstance(stage, Mapping | config_dict.ConfigDict):
-      return stage
-    fields = {**defaults, **dict(stage)}
-    for field, default in defaults.items():
-      if isinstance(default, float) and type(fields[field]) is int:
-        fields[field] = float(fields[field])
-    return config_dict.ConfigDict(fields)
+  def widen(values, declared):
+    known = {
+      k: declared[k].widen(v) for k, v in values.items() if k in declared
+    }
+    return config_dict.ConfigDict({**values, **known})
 
-  config.stages = [complete_stage(stage) for stage in config.stages]
+  stages = [widen({**defaults, **x}, fields.STAGE) for x in config.stages]
+  config = widen(config, fields.CONFIG)
+  config.stages = stages
   return config
 
 
@@ -286,7 +132,7 @@ def create_stages(config: config_dict.ConfigDict) -> tuple[Stage, ...]:
   if not config.stages:
     raise errors.UserError('The config has no stages.', 'config.stages')
   stages = tuple(
-    _create_stage(stage, config.stage_defaults, f'config.stages[{i}]')
+    _create_stage(stage, f'config.stages[{i}]')
     for i, stage in enumerate(complete(config).stages)
   )
   names = [stage.name for stage in stages]
@@ -356,56 +202,35 @@ def check_batch_norm(config: config_dict.ConfigDict, num_devices: int) -> None:
     )
 
 
-def check_config(config: config_dict.ConfigDict) -> None:
-  """Raises UserError for a mistake in the fields outside the stages."""
-  where = 'config'
-  _check_choice(config.model, MODELS, 'model', where)
-  _check_choice(config.dtype, DTYPES, 'dtype', where)
-  _check_choice(config.platform, PLATFORMS, 'platform', where)
-  _check_choice(config.worker_kind, WORKER_KINDS, 'worker_kind', where)
-  _check_choice(config.xla_flags, XLA_FLAGS, 'xla_flags', where)
-  _check_choice(config.remat, REMATS, 'remat', where)
-  batch_norm = config.batch_norm
-  if not re.fullmatch(r'groups:[1-9]\d*', str(batch_norm)):
-    choices = ('global', 'per_device', 'groups:2')
-    _check_choice(batch_norm, choices, 'batch_norm', where)
-  for field in ('blur_pool', 'donate_state', 'exclude_leaks'):
-    _check_type(config[field], False, field, where)
-  _check_choice(config.stem_kernel, (3, 7), 'stem_kernel', where)
-  for field, low in (('mean_rgb', -math.inf), ('std_rgb', 0)):
-    value = config[field]
-    if len(value) != 3 or not all(low < x < math.inf for x in value):
+def check_shape(config: config_dict.ConfigDict) -> None:
+  """Raises UserError for what is not even a config with stages."""
+  for group in ('stages', 'stage_defaults'):
+    if group not in config:
       raise errors.UserError(
-        f'{field} must be three numbers above {low:g}, not {value!r}.',
-        f'{where}.{field}',
+        f'The config has no {group}.',
+        'config',
+        'Begin with configs.default.get_config().',
       )
   if not isinstance(config.stages, list | tuple):
     raise errors.UserError('stages must be a list of dicts.', 'config.stages')
-  for field, minimum in (
-    ('seed', 0),
-    ('num_filters', 1),
-    ('num_workers', 0),
-    ('max_bad_images', 0),
-    ('max_skipped_steps', 0),
-    ('watchdog_minutes', 0.0),
-    ('checkpoint_every_steps', 0),
-    ('checkpoint_every_minutes', 0.0),
-    ('log_every_steps', 1),
-    ('profile_steps', 0),
-    ('check_steps', 0),
-    ('plan_utilization', 0.01),
-    ('chip_hour_price', 0.0),
-    ('images_per_core', 0.0),
-    ('lr_find_steps', 10),
-    ('lr_find_min', 1e-30),
-    ('lr_find_max', 1e-30),
-  ):
-    value = _check_type(config[field], minimum, field, where)
-    if not minimum <= value < math.inf:
-      raise _out_of_range(field, value, f'at least {minimum:g}', where)
-  if config.plan_utilization > 1:
-    value = config.plan_utilization
-    raise _out_of_range('plan_utilization', value, 'at most 1', where)
+  for i, stage in enumerate(config.stages):
+    if not isinstance(stage, Mapping | config_dict.ConfigDict):
+      raise errors.UserError(
+        f'A stage must be a dict, not {type(stage).__name__}.',
+        f'config.stages[{i}]',
+      )
+
+
+def check_config(config: config_dict.ConfigDict) -> None:
+  """Raises UserError for a mistake in the fields outside the stages."""
+  where = 'config'
+  check_shape(config)
+  own = {k: config[k] for k in config if k not in ('stage_defaults', 'stages')}
+  _check_fields(own, fields.CONFIG, where)
+  _check_fields(config.stage_defaults, fields.STAGE, f'{where}.stage_defaults')
+  if not re.fullmatch(r'groups:[1-9]\d*', config.batch_norm):
+    choices = ('global', 'per_device', 'groups:2')
+    _check_choice(config.batch_norm, choices, 'batch_norm', where)
   if config.lr_find_min >= config.lr_find_max:
     raise errors.UserError(
       f'lr_find_min {config.lr_find_min:g} is not below lr_find_max '
@@ -414,50 +239,21 @@ def check_config(config: config_dict.ConfigDict) -> None:
     )
 
 
-def _create_stage(
-  fields: Any, defaults: config_dict.ConfigDict, where: str
-) -> Stage:
-  if not isinstance(fields, config_dict.ConfigDict):
-    raise errors.UserError(
-      f'A stage must be a dict, not {type(fields).__name__}.', where
-    )
-  name = fields.name
+def _check_fields(
+  values: Any, declared: fields.Declared, where: str
+) -> dict[str, Any]:
+  """Returns the fields with their own types."""
+  fields.check_names(values, declared, where)
+  return {name: declared[name].check(values[name], where) for name in values}
+
+
+def _create_stage(stage: config_dict.ConfigDict, where: str) -> Stage:
+  name = stage.name
   where = f'{where} ({name!r})' if isinstance(name, str) and name else where
-  for field in fields:
-    if field not in defaults:
-      raise errors.UserError(
-        f'Unknown field {field!r} of a stage.',
-        where,
-        errors.did_you_mean(field, defaults),
-      )
-  values = {
-    field: _check_type(fields[field], default, field, where)
-    for field, default in defaults.items()
-    if field not in ('milestones', 'phases')
-  }
-  stage = Stage(
-    **values,
-    milestones=_check_milestones(fields.milestones, where),
-    phases=_check_phases(fields.phases, defaults, where),
-  )
-  _check_names(stage, where)
-  for _, part in stage.parts:
-    _check_ranges(part, where)
-  _check_combinations(stage, where)
-  return stage
-
-
-_CHOICES = {
-  'optimizer': OPTIMIZERS,
-  'optimizer_state_dtype': OPTIMIZER_STATE_DTYPES,
-  'schedule': SCHEDULES,
-  'auto_augment': AUTO_AUGMENTS,
-  'eval_interpolation': INTERPOLATIONS,
-  'transfer': TRANSFERS,
-  'transfer_weights': TRANSFER_WEIGHTS,
-  'transfer_head': TRANSFER_HEADS,
-  'transfer_statistics': TRANSFER_STATISTICS,
-}
+  created = Stage(**_check_fields(stage, fields.STAGE, where))
+  _check_names(created, where)
+  _check_combinations(created, where)
+  return created
 
 
 def _check_names(stage: Stage, where: str) -> None:
@@ -476,15 +272,6 @@ def _check_names(stage: Stage, where: str) -> None:
         f'{stage.dataset!r} only shows how a dataset is named.', where
       )
   _check_init_from(stage, where)
-  plain = stage.optimizer.removesuffix('_8bit')
-  if plain in OPTIMIZERS and stage.optimizer not in OPTIMIZERS:
-    raise errors.UserError(
-      f'{plain} has no 8-bit state here.',
-      f'{where}.optimizer',
-      "Use 'adamw_8bit' or 'sgd_momentum_8bit'.",
-    )
-  for field, allowed in _CHOICES.items():
-    _check_choice(getattr(stage, field), allowed, field, where)
   try:
     parse_storage(stage.storage)
   except ValueError:
@@ -526,131 +313,19 @@ def _check_init_from(stage: Stage, where: str) -> None:
   )
 
 
-# (field, lower bound, upper bound, whether the lower bound itself is allowed)
-_RANGES = (
-  ('num_classes', 0, math.inf, True),
-  ('shrink', 0, 1, True),
-  ('perturb', 0, math.inf, True),
-  ('dash_least', 0, 1, True),
-  ('reset_blocks', 0, math.inf, True),
-  ('transfer_batches', 1, math.inf, True),
-  ('image_size', 8, math.inf, True),
-  ('min_crop_area', 0, 1, False),
-  ('max_crop_aspect', 1, math.inf, True),
-  ('brightness', 0, math.inf, True),
-  ('contrast', 0, math.inf, True),
-  ('saturation', 0, math.inf, True),
-  ('hue', 0, 0.5, True),
-  ('rand_augment_layers', 1, math.inf, True),
-  ('rand_augment_magnitude', 0, 30, True),
-  ('erasing_probability', 0, 1, True),
-  ('erasing_min_area', 0, 1, False),
-  ('erasing_max_area', 0, 1, False),
-  ('mixup_alpha', 0, math.inf, True),
-  ('cutmix_alpha', 0, math.inf, True),
-  ('eval_image_size', 0, math.inf, True),
-  ('eval_crop', 0, 1, False),
-  ('num_epochs', 0, math.inf, False),
-  ('batch_size', 1, math.inf, True),
-  ('micro_batch_size', 0, math.inf, True),
-  ('learning_rate', 0, math.inf, False),
-  ('base_batch_size', 1, math.inf, True),
-  ('warmup_epochs', 0, math.inf, True),
-  ('warmup_steps', 0, math.inf, True),
-  ('warmup_fraction', 0, 1, False),
-  ('div_factor', 1, math.inf, True),
-  ('final_div_factor', 1, math.inf, True),
-  ('power', 0, math.inf, False),
-  ('end_factor', 0, 1, True),
-  ('restart_epochs', 0, math.inf, True),
-  ('restart_factor', 1, math.inf, True),
-  ('step_factor', 0, 1, False),
-  ('plateau_factor', 0, 1, False),
-  ('plateau_patience', 0, math.inf, True),
-  ('plateau_min_delta', 0, math.inf, True),
-  ('plateau_cooldown', 0, math.inf, True),
-  ('b1', 0, 1, True),
-  ('b2', 0, 1, True),
-  ('eps', 0, math.inf, False),
-  ('momentum', 0, 1, True),
-  ('rms_decay', 0, 1, True),
-  ('trust_coefficient', 0, math.inf, False),
-  ('quantization_block', 8, math.inf, True),
-  ('quantization_min_size', 0, math.inf, True),
-  ('weight_decay', 0, math.inf, True),
-  ('gradient_clipping', 0, math.inf, True),
-  ('adaptive_clipping', 0, math.inf, True),
-  ('ema_decay', 0, 1, True),
-  ('freeze_epochs', 0, math.inf, True),
-  ('head_rate_factor', 0, math.inf, True),
-  ('backbone_rate_factor', 0, math.inf, True),
-  ('layer_decay', 0, 1, False),
-  ('target_top1', 0, 1, True),
-  ('early_stopping_patience', 0, math.inf, True),
-  ('early_stopping_min_delta', 0, math.inf, True),
-  ('label_smoothing', 0, 1, True),
-)
-
-
-def _check_ranges(stage: Stage, where: str) -> None:
-  for field, low, high, closed in _RANGES:
-    value = getattr(stage, field)
-    if value < low or value > high or (value == low and not closed):
-      bounds = f'{"at least" if closed else "above"} {low:g}'
-      if high < math.inf:
-        bounds += f' and at most {high:g}'
-      raise _out_of_range(field, value, bounds, where)
-
-
-def _check_milestones(milestones: Any, where: str) -> tuple[float, ...]:
-  if not isinstance(milestones, list | tuple):
-    raise errors.UserError(
-      f'milestones must be epochs, not {milestones!r}.', f'{where}.milestones'
-    )
-  return tuple(_check_type(x, 0.0, 'milestones', where) for x in milestones)
-
-
-def _check_phases(
-  phases: Any, defaults: config_dict.ConfigDict, where: str
-) -> tuple[PhaseStart, ...]:
-  where = f'{where}.phases'
-  if not isinstance(phases, list | tuple):
-    raise errors.UserError(f'phases must be dicts, not {phases!r}.', where)
-  found: list[PhaseStart] = []
-  for phase in phases:
-    if (
-      not isinstance(phase, Mapping | config_dict.ConfigDict)
-      or 'from_epoch' not in phase
-      or len(phase) < 2
-    ):
-      raise errors.UserError(
-        f'A phase is not {phase!r}.',
-        where,
-        "Write {'from_epoch': 10, 'batch_size': 256}.",
-      )
-    from_epoch = _check_type(phase['from_epoch'], 1, 'from_epoch', where)
-    if from_epoch <= (found[-1].from_epoch if found else 0):
-      raise errors.UserError(
-        f'Phases must follow one another from epoch 1 on, not {phase!r}.',
-        where,
-      )
-    changes = []
-    for field in phase:
-      if field == 'from_epoch':
-        continue
-      _check_choice(field, PHASE_FIELDS, 'field of a phase', where)
-      value = _check_type(phase[field], defaults[field], field, where)
-      changes.append((field, value))
-    found.append(PhaseStart(from_epoch, tuple(sorted(changes))))
-  return tuple(found)
-
-
 def _check_combinations(stage: Stage, where: str) -> None:
   """Refuses what would be ignored or could not work, by name."""
   mistakes = (
     *_schedule_mistakes(stage),
     *_optimizer_mistakes(stage),
     *_image_mistakes(stage),
+    (
+      stage.transfer == 'shrink_and_perturb'
+      and not (stage.shrink or stage.perturb),
+      'shrink',
+      'shrink and perturb are both 0: all weights would be 0.',
+      "Set perturb above 0, or transfer to 'none'.",
+    ),
   )
   for wrong, field, what, suggestion in mistakes:
     if wrong:
@@ -700,12 +375,6 @@ def _schedule_mistakes(stage: Stage) -> Iterable[Mistake]:
     f'milestones must rise from above 0: {stage.milestones}.',
     '',
   )
-  yield (
-    stage.plateau_metric not in PLATEAU_METRICS,
-    'plateau_metric',
-    f'Unknown plateau_metric {stage.plateau_metric!r}.',
-    errors.did_you_mean(stage.plateau_metric, PLATEAU_METRICS),
-  )
   evaluations = math.ceil(stage.num_epochs)
   yield (
     name == 'plateau' and evaluations <= stage.plateau_patience + 1,
@@ -731,6 +400,12 @@ def _optimizer_mistakes(stage: Stage) -> Iterable[Mistake]:
     'nesterov',
     f'The optimizer {name!r} has no Nesterov momentum.',
     "Use 'sgd_momentum', or set nesterov to False.",
+  )
+  yield (
+    stage.nesterov and not stage.momentum,
+    'nesterov',
+    'Nesterov momentum needs a momentum, which is 0.',
+    'Set momentum to 0.9 or so, or nesterov to False.',
   )
   bfloat16 = stage.optimizer_state_dtype == 'bfloat16'
   yield (
@@ -761,16 +436,10 @@ def _optimizer_mistakes(stage: Stage) -> Iterable[Mistake]:
     'Set one of them to 0.',
   )
   yield (
-    stage.weight_decay_kind not in WEIGHT_DECAY_KINDS,
-    'weight_decay_kind',
-    f'Unknown weight_decay_kind {stage.weight_decay_kind!r}.',
-    errors.did_you_mean(stage.weight_decay_kind, WEIGHT_DECAY_KINDS),
-  )
-  yield (
-    stage.ema_decay == 1,
-    'ema_decay',
-    'An average with ema_decay 1 never moves.',
-    'Set ema_decay to 0.999 or so.',
+    not (stage.head_rate_factor or stage.backbone_rate_factor),
+    'backbone_rate_factor',
+    'head_rate_factor and backbone_rate_factor are both 0: nothing moves.',
+    'Set one of them above 0.',
   )
   micro = stage.micro_batch_size
   yield (
@@ -809,47 +478,8 @@ def _image_mistakes(stage: Stage) -> Iterable[Mistake]:
   )
 
 
-def _check_type(value: Any, default: Any, field: str, where: str) -> Any:
-  """Returns `value` as the type of `default`; ints may stand for floats."""
-  if isinstance(default, tuple):
-    if isinstance(value, list | tuple) and all(
-      isinstance(x, str) for x in value
-    ):
-      return tuple(value)
-    wanted = 'a tuple of strings'
-  elif isinstance(default, bool):
-    if isinstance(value, bool):
-      return value
-    wanted = 'True or False'
-  elif isinstance(default, float):
-    if isinstance(value, int | float) and not isinstance(value, bool):
-      if not math.isfinite(value):
-        raise _out_of_range(field, value, 'a finite number', where)
-      return float(value)
-    wanted = 'a number'
-  else:
-    if isinstance(value, type(default)) and not isinstance(value, bool):
-      return value
-    wanted = {int: 'a whole number', str: 'a string'}[type(default)]
-  raise errors.UserError(
-    f'{field} must be {wanted}, not {value!r}.', f'{where}.{field}'
-  )
-
-
 def _check_choice(
-  value: Any, choices: Sequence[Any], field: str, where: str
+  value: str, choices: Sequence[str], field: str, where: str
 ) -> None:
   if value not in choices:
-    raise errors.UserError(
-      f'Unknown {field} {value!r}.',
-      f'{where}.{field}',
-      errors.did_you_mean(str(value), map(str, choices)),
-    )
-
-
-def _out_of_range(
-  field: str, value: float, bounds: str, where: str
-) -> errors.UserError:
-  return errors.UserError(
-    f'{field} is {value:g}; it must be {bounds}.', f'{where}.{field}'
-  )
+    raise fields.unknown(value, choices, field, f'{where}.{field}')

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import tiny_config
 
-from jaxprog import epochs, errors, stages
+from jaxprog import epochs, errors, fields, stages
 
 
 def count(num_images, **fields):
@@ -26,8 +26,8 @@ def test_batches_that_grow_within_a_stage():
     48 * 12,
     num_epochs=4.5,
     phases=(
-      stages.PhaseStart(1, (('batch_size', 96),)),
-      stages.PhaseStart(3, (('batch_size', 192),)),
+      fields.PhaseStart(1, (('batch_size', 96),)),
+      fields.PhaseStart(3, (('batch_size', 192),)),
     ),
     milestones=(2.5, 3.5),
     freeze_epochs=1.5,

@@ -4,7 +4,7 @@ import numpy as np
 import parity
 import pytest
 
-from jaxprog import stages
+from jaxprog import fields
 from jaxprog.models import interchange, resnet
 from jaxprog.training import costs
 
@@ -44,7 +44,7 @@ def test_parameter_counts_are_the_published_ones(name, expected):
 
 
 def test_every_named_model_can_be_created():
-  for name in stages.MODELS:
+  for name in fields.CONFIG['model'].choices:
     assert 'head' in init(create(name), 16)['params']
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny_config
 
-from jaxprog import errors, stages
+from jaxprog import errors, fields, stages
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers
 
@@ -413,7 +413,7 @@ def test_8bit_shares_scales_within_blocks(name):
   assert [x.size for x in scales] == [16] * moments
 
 
-@pytest.mark.parametrize('name', stages.OPTIMIZERS)
+@pytest.mark.parametrize('name', fields.STAGE['optimizer'].choices)
 def test_every_optimizer_descends_in_float32(name):
   # More momentum or a larger rate would overshoot.
   tx = create_optimizer(
@@ -437,7 +437,7 @@ def test_every_optimizer_descends_in_float32(name):
   assert losses[-1] < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize('name', stages.OPTIMIZERS)
+@pytest.mark.parametrize('name', fields.STAGE['optimizer'].choices)
 def test_decoupled_decay_spares_vectors(name):
   params, _ = problem()
   zero = jax.tree.map(np.zeros_like, params)
@@ -449,7 +449,7 @@ def test_decoupled_decay_spares_vectors(name):
   close(found, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize('name', stages.OPTIMIZERS)
+@pytest.mark.parametrize('name', fields.STAGE['optimizer'].choices)
 def test_auto_decay_is_pytorchs(name):
   params, grads = problem()
   kind = 'coupled'

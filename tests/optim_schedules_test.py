@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_config
 
-from jaxprog import epochs, stages
+from jaxprog import epochs, fields, stages
 from jaxprog.optim import schedules
 
 PEAK = 0.3
@@ -282,7 +282,7 @@ def test_equals_pytorch(schedule, fields, peer, arguments, warmup):
   close(found[warmup:], expected, rtol=2e-6)
 
 
-@pytest.mark.parametrize('schedule', stages.SCHEDULES)
+@pytest.mark.parametrize('schedule', fields.STAGE['schedule'].choices)
 def test_takes_ints_traced_and_not(schedule):
   stage = create_stage(schedule, end_factor=0.1)
   milestones = (5, 7) if schedule == 'step' else ()

@@ -7,7 +7,7 @@ import rich.console
 from conftest import ROOT
 
 from jaxprog import config as config_lib
-from jaxprog import stages
+from jaxprog import fields, stages
 from jaxprog.reporting import plan as plan_lib
 
 
@@ -130,7 +130,7 @@ def test_augmentation_is_said_in_words(ladder):
     hue=0.1,
     erasing_probability=0.25,
     mixup_alpha=0.2,
-    phases=(stages.PhaseStart(10, (('image_size', 160),)),),
+    phases=(fields.PhaseStart(10, (('image_size', 160),)),),
   )
   assert plan_lib.describe_augmentation(stage) == (
     'crop 35%-100%, mirror, hue 0.1, RandAugment 2 x 9, erase 25%, mixup 0.2, '

@@ -1,9 +1,6 @@
-import dataclasses
-
 import pytest
 import tiny_config
 
-from configs import default
 from jaxprog import errors, stages
 
 
@@ -27,11 +24,6 @@ def message(**changes):
   lines = str(caught.value).split('\n')
   assert len(lines) <= 3
   return str(caught.value)
-
-
-def test_stage_has_the_fields_of_the_defaults():
-  fields = {field.name for field in dataclasses.fields(stages.Stage)}
-  assert fields == set(default.stage_defaults())
 
 
 def test_plain_dicts_are_completed_from_the_defaults():
@@ -64,7 +56,7 @@ def test_ints_become_floats_and_lists_become_tuples():
     ({'batch_size': True}, 'whole number'),
     ({'flip': 1}, 'True or False'),
     ({'classes': '123'}, 'tuple of strings'),
-    ({'label_smoothing': 1.5}, 'at most 1'),
+    ({'label_smoothing': 1.5}, 'below 1'),
     ({'name': 'a/b'}, 'directory'),
     ({'name': 'ten'}, "Two stages are named 'ten'"),
     ({'schedule': 'exponential_warmup'}, 'end_factor'),
@@ -73,16 +65,16 @@ def test_ints_become_floats_and_lists_become_tuples():
     ({'schedule': 'step'}, 'need each other'),
     ({'milestones': (1, 2)}, 'need each other'),
     ({'schedule': 'step', 'milestones': (2, 1)}, 'must rise'),
-    ({'schedule': 'step', 'milestones': 30}, 'must be epochs'),
+    ({'schedule': 'step', 'milestones': 30}, 'must be a tuple of numbers'),
     ({'schedule': 'linear', 'restart_epochs': 1.0}, 'no warm restarts'),
     ({'schedule': 'plateau', 'plateau_patience': 2}, 'has 2'),
     ({**PLATEAU, 'plateau_metric': 'val_los'}, "mean 'val_loss'"),
-    ({'optimizer': 'rmsprop_8bit'}, 'rmsprop has no 8-bit state'),
+    ({'optimizer': 'rmsprop_8bit'}, "mean 'rmsprop'"),
     ({'optimizer': 'adamw', 'nesterov': True}, 'no Nesterov'),
     ({'optimizer': 'adamw', 'scale_learning_rate': True}, 'about SGD'),
     ({'gradient_clipping': 1.0, 'adaptive_clipping': 0.1}, 'both set'),
     ({'weight_decay_kind': 'couple'}, "mean 'coupled'"),
-    ({'ema_decay': 1.0}, 'never moves'),
+    ({'ema_decay': 1.0}, 'below 1'),
     ({'micro_batch_size': 7}, 'does not divide'),
     ({'phases': ({'from_epoch': 1},)}, 'A phase is not'),
     ({'phases': (phase(2, 96), phase(1, 192))}, 'follow one another'),

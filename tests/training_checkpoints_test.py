@@ -13,7 +13,7 @@ import optax
 import pytest
 import tiny_config
 
-from jaxprog import errors, stages
+from jaxprog import errors, fields, stages
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers
 from jaxprog.training import checkpoints, integrity, state
@@ -49,7 +49,7 @@ def test_latest_comes_back_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
   ('name', 'dtype'),
   [
-    *((name, 'float32') for name in stages.OPTIMIZERS),
+    *((name, 'float32') for name in fields.STAGE['optimizer'].choices),
     ('adamw', 'bfloat16'),
     ('muon', 'bfloat16'),
     ('sgd_momentum', 'bfloat16'),

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs import default
-from jaxprog import stages
+from jaxprog import fields
 from jaxprog.training import xla_flags
 
 VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
@@ -59,5 +59,5 @@ def test_xla_knows_every_flag_of_its_own(preset):
 
 
 def test_the_config_offers_every_preset():
-  assert set(stages.XLA_FLAGS) == set(xla_flags.PRESETS)
+  assert set(fields.CONFIG['xla_flags'].choices) == set(xla_flags.PRESETS)
   assert default.get_config().xla_flags in xla_flags.PRESETS

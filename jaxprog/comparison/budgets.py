@@ -13,27 +13,13 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import epochs as epochs_lib
-from jaxprog import errors
+from jaxprog import errors, fields
 from jaxprog import stages as stages_lib
 from jaxprog.training import costs
 from jaxprog.training import setup as setup_lib
 
-# Fields of a stage that are counted in its epochs, besides num_epochs.
-_IN_EPOCHS = ('warmup_epochs', 'restart_epochs', 'freeze_epochs')
-# Fields that change neither what a step computes nor how many images there
-# are; cells that differ in them alone are traced once.
-_FREE_FIELDS = (
-  'description',
-  'end_factor',
-  'learning_rate',
-  'milestones',
-  'name',
-  'num_epochs',
-  'power',
-  'restart_epochs',
-  'schedule',
-  'warmup_epochs',
-)
+# Fields of a stage that are counted in its epochs.
+_IN_EPOCHS = [x.name for x in fields.STAGE.values() if x.unit == 'epochs']
 
 # FLOPs of one step, by the index of its phase and whether only the head trains.
 StepFlops = Mapping[tuple[int, bool], float]
@@ -159,11 +145,12 @@ def set_length(
   factor = num_epochs / stage.num_epochs
   if factor == 1:
     return ladder
-  stage.num_epochs = num_epochs
   for field in _IN_EPOCHS:
-    stage[field] *= factor
+    value = stage[field]
+    many = isinstance(value, tuple)
+    stage[field] = tuple(factor * x for x in value) if many else factor * value
+  stage.num_epochs = num_epochs
   stage.warmup_steps = round(stage.warmup_steps * factor)
-  stage.milestones = tuple(factor * x for x in stage.milestones)
   stage.phases = _move_phases(stage.phases, factor)
   return ladder
 
@@ -198,7 +185,7 @@ def _key(ladder: config_dict.ConfigDict, stage: stages_lib.Stage) -> str:
   plain = config_lib.to_json(ladder)
   own = next(s for s in plain['stages'] if s['name'] == stage.name)
   others = plain['stages'] if ladder.exclude_leaks else []
-  for field in _FREE_FIELDS:
+  for field in fields.names(fields.STAGE, 'scheduled'):
     own.pop(field)
   own['phases'] = [
     {k: v for k, v in x.items() if k != 'from_epoch'} for x in own['phases']

@@ -88,8 +88,9 @@ def create_ladder(
   ladder = stages.complete(config.base)
   for field, value in cell.overrides.items():
     where = f'cell {cell.name!r}: {field}={value!r}'
-    if config.budget != OWN or not field.endswith('.num_epochs'):
-      _check_field(field, len(ladder.stages), where)
+    for path in config_lib.locate(ladder, field, where):
+      if config.budget != OWN or not path.endswith('.num_epochs'):
+        _check_field(path, len(ladder.stages), where)
     config_lib.set_field(ladder, field, value, where)
   ladder = stages.complete(ladder)
   ladder.seed = seed
@@ -131,12 +132,18 @@ def _grid_cells(config: config_dict.ConfigDict) -> Iterator[Cell]:
   titles = [_title(axis) for axis in axes]
   for entries in itertools.product(*axes) if axes else ():
     overrides: dict[str, Any] = {}
+    paths: set[str] = set()
     for _, changed in entries:
-      twice = overrides.keys() & changed.keys()
-      if twice:
+      found = {
+        path
+        for field in changed
+        for path in config_lib.locate(config.base, field, 'config.grid')
+      }
+      if paths & found:
         raise errors.UserError(
-          f'Two axes of the grid change {min(twice)!r}.', 'config.grid'
+          f'Two axes of the grid change {min(paths & found)!r}.', 'config.grid'
         )
+      paths |= found
       overrides |= changed
     names = [name for name, _ in entries]
     labels = dict(zip(titles, names, strict=True))
@@ -264,7 +271,7 @@ def _check_field(field: str, num_stages: int, where: str) -> None:
       where,
       'Set config.seeds, or config.base.seed.',
     )
-  last = re.fullmatch(rf'stages\[(?:-1|{num_stages - 1})\]\.(\w+)', field)
+  last = re.fullmatch(rf'stages\[{num_stages - 1}\]\.(\w+)', field)
   if last and last[1] in _DERIVED:
     raise errors.UserError(
       f'A cell cannot set {last[1]} of the last stage.',

@@ -85,13 +85,19 @@ def check(config: config_dict.ConfigDict) -> None:
     )
   for entry in config.search:
     _check_entry(entry)
-  fields = [entry['field'] for entry in config.search]
-  for field in fields:
-    if fields.count(field) > 1:
-      raise errors.UserError(f'{field} is searched twice.', 'config.search')
-  firsts = {entry['field']: _ends(entry)[0] for entry in config.search}
-  for entry in config.search:  # Every choice, and both ends of a range.
-    for value in entry.get('choice', _ends(entry)):
+  found = [
+    path
+    for entry in config.search
+    for path in config_lib.locate(
+      config.base, entry['field'], f'config.search: {entry["field"]}'
+    )
+  ]
+  for path in found:
+    if found.count(path) > 1:
+      raise errors.UserError(f'{path} is searched twice.', 'config.search')
+  firsts = {entry['field']: _extremes(entry)[0] for entry in config.search}
+  for entry in config.search:
+    for value in _extremes(entry):
       ladder = _create_ladder(config, {**firsts, entry['field']: value})
       stages.select(stages.create_stages(ladder), config.only)
 
@@ -129,6 +135,13 @@ def _ends(entry: Mapping[str, Any]) -> tuple[Any, Any]:
       f'{values!r} is no list of values.', f'config.search: {dict(entry)}'
     )
   return values[0], values[-1]
+
+
+def _extremes(entry: Mapping[str, Any]) -> Sequence[Any]:
+  """Returns every choice, or both ends of a range as what is drawn from it."""
+  if 'choice' in entry:
+    return entry['choice']
+  return _ends(entry) if 'integer' in entry else [*map(float, _ends(entry))]
 
 
 def _create_ladder(

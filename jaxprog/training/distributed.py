@@ -36,7 +36,7 @@ from ml_collections import config_dict
 
 import jaxprog
 from jaxprog import config as config_lib
-from jaxprog import errors, stages
+from jaxprog import errors, fields, stages
 from jaxprog.data import jpeg, sources
 from jaxprog.training import signals
 
@@ -59,14 +59,7 @@ _VISIBLE_SECONDS = 20.0
 _FOREVER_MS = 7 * 24 * 3_600_000
 _PREFIX = 'jaxprog'
 # Fields in which hosts may differ: where data lies and what reads it.
-_LOCAL_FIELDS = (
-  'compilation_cache_dir',
-  'data_dir',
-  'num_workers',
-  'stage_defaults',
-  'watchdog_minutes',
-  'worker_kind',
-)
+_LOCAL = {'stage_defaults', *fields.names(fields.CONFIG, 'local')}
 SLURM = ('JOB_ID', 'STEP_NODELIST', 'NTASKS', 'PROCID', 'LOCALID')
 _METADATA = (
   'http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints'
@@ -584,7 +577,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
 def _describe_config(config: config_dict.ConfigDict) -> dict[str, str]:
   """Returns each field that must be the same, 'STAGE.FIELD' for a stage's."""
   plain = config_lib.to_json(stages.complete(config))
-  fields = {k: v for k, v in plain.items() if k not in _LOCAL_FIELDS}
+  fields = {k: v for k, v in plain.items() if k not in _LOCAL}
   described: dict[str, str] = {}
   for stage in fields.pop('stages'):
     described |= {f'{stage["name"]}.{k}': repr(v) for k, v in stage.items()}

@@ -13,7 +13,7 @@ import optax
 from flax import linen as nn
 from ml_collections import config_dict
 
-from jaxprog import epochs, errors
+from jaxprog import epochs, errors, fields
 from jaxprog import stages as stages_lib
 from jaxprog.data import leaks, sources
 from jaxprog.models import resnet
@@ -52,16 +52,7 @@ class Program(NamedTuple):
 
 
 # What a phase may change in the compiled step, besides shapes.
-_TRACED = (
-  'brightness',
-  'contrast',
-  'cutmix_alpha',
-  'erasing_probability',
-  'hue',
-  'label_smoothing',
-  'mixup_alpha',
-  'saturation',
-)
+_TRACED = fields.names(fields.STAGE, 'traced')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,735 @@
+"""Every field of a config: its type, default, range and unit, and its purpose.
+
+All that asks about fields asks here: the defaults of configs/default.py, the
+checks, overrides on the command line, docs/fields.md (`python -m
+jaxprog.fields > docs/fields.md`). Nothing is imported that takes time, so that
+a typo costs a second.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import math
+import re
+import struct
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from ml_collections import config_dict
+
+from jaxprog import errors
+
+T = TypeVar('T')
+Declared = Mapping[str, 'Field']
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """What is known of a field.
+
+  Attributes:
+    name: as users write it.
+    kind: its type.
+    default: what it is where nobody says otherwise.
+    unit: what it counts.
+    within: where its numbers lie, such as '(0, 1]' or '0 or [8, inf)'.
+    choices: all that it can be; (): anything of its type.
+    free: whether it may change between two starts of one run: on the same
+      hardware the same bits come out.
+    local: whether the hosts of one run may differ in it.
+    phase: whether a phase may change it within a stage.
+    traced: whether the compiled step holds its value, which no shape shows.
+    scheduled: whether it decides when and at what rate steps are taken, and
+      not what one of them computes.
+    hashed: whether its default is in the config's hash, though it is free: it
+      was not always.
+  """
+
+  name: str
+  kind: Any
+  default: Any
+  unit: str = ''
+  within: str = '[0, inf)'
+  choices: tuple[Any, ...] = ()
+  free: bool = False
+  local: bool = False
+  phase: bool = False
+  traced: bool = False
+  scheduled: bool = False
+  hashed: bool = False
+
+  def check(self, value: Any, where: str) -> Any:
+    """Returns `value` as the field's type: ints widened, lists as tuples.
+
+    Raises:
+      UserError: naming `where`, if it is of another type, out of range or no
+        choice.
+    """
+    where = f'{where}.{self.name}'
+    if self.kind == tuple[PhaseStart, ...]:
+      return _check_phases(value, where)
+    value = self.widen(value)
+    if not _fits(value, self.kind):
+      raise self._wrong_type(value, where)
+    if self.choices and value not in self.choices:
+      raise unknown(value, self.choices, self.name, where)
+    numbers = value if isinstance(value, tuple) else (value,)
+    for x in filter(_is_number, numbers):
+      if not math.isfinite(_on_devices(x)):
+        raise self._out_of_range(x, 'a finite number', where)
+      if not _lies_within(x, self.within):
+        raise self._out_of_range(x, describe_range(self.within), where)
+    return value
+
+  def parse(self, text: str, where: str) -> Any:
+    """Returns what `text` on the command line says, as the field's type.
+
+    Raises:
+      UserError: naming `where`, if it says nothing of this type.
+    """
+    try:
+      return _parse(text.strip(), self.kind)
+    except (TypeError, ValueError):
+      raise self._wrong_type(text, where) from None
+
+  def widen(self, value: Any) -> Any:
+    """Returns `value` with ints where floats are meant, lists as tuples."""
+    if isinstance(value, list):
+      value = tuple(value)
+    if isinstance(value, tuple) and float in typing.get_args(self.kind):
+      return tuple(map(_widen, value))
+    return _widen(value) if self.kind is float else value
+
+  def _wrong_type(self, value: Any, where: str) -> errors.UserError:
+    wanted = _WANTED[self.kind]
+    return errors.UserError(
+      f'{self.name} must be {wanted}, not {value!r}.', where
+    )
+
+  def _out_of_range(
+    self, value: float, bounds: str, where: str
+  ) -> errors.UserError:
+    near = _on_devices(value)
+    shown = f'{value}' if near == value else f'{value} ({near:g} in float32)'
+    return errors.UserError(
+      f'{self.name} is {shown}; it must be {bounds}.', where
+    )
+
+
+class PhaseStart(NamedTuple):
+  """What changes within a stage, from the beginning of an epoch."""
+
+  from_epoch: int
+  # (field, its new value), of fields with `phase`.
+  changes: tuple[tuple[str, Any], ...]
+
+
+def field(default: T, **facts: Any) -> T:
+  """Declares a field; `facts` as in `Field`."""
+  declared: Any = dataclasses.field(default=default, metadata=facts)
+  return declared
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFields:
+  """The fields of a config outside its stages."""
+
+  # Where raw datasets lie, as their sources ship them; prepared ones go to
+  # data_dir/prepared.
+  data_dir: str = field('data', free=True, local=True)
+  # Decides initial weights, the order of examples and every augmentation.
+  seed: int = 0
+
+  # The network.
+  model: str = field(
+    'resnet50',
+    choices=(
+      'resnet10',
+      'resnet18',
+      'resnet34',
+      'resnet50',
+      'resnet101',
+      'resnet152',
+    ),
+  )
+  # Channels of the first block group; the published networks have 64.
+  num_filters: int = field(64, within='[1, inf)')
+  # Side of the first convolution, in pixels: 7 as published, 3 for small
+  # images. It is the same in all stages, or weights would not fit.
+  stem_kernel: int = field(7, unit='pixels', choices=(3, 7))
+  # Blur before subsampling (Zhang 2019, arXiv:1904.11486): BlurPool.
+  blur_pool: bool = False
+  # Which images of a training batch BatchNorm normalises together: 'global',
+  # all of them; 'per_device', those of each device; 'groups:K', those of K
+  # neighbouring devices. Running statistics are the mean over the groups.
+  batch_norm: str = 'global'
+  # 'blocks': the backward pass computes each residual block again instead of
+  # keeping what it held: less memory, a third more FLOPs. 'none': it keeps all.
+  remat: str = field('none', choices=('blocks', 'none'))
+
+  # Images are normalised with these, in [0, 1], red, green, blue: ImageNet's.
+  # One value for all stages, because the backbone has to get used to it.
+  mean_rgb: tuple[float, float, float] = field(
+    (0.485, 0.456, 0.406), within='[0, 1]'
+  )
+  std_rgb: tuple[float, float, float] = field(
+    (0.229, 0.224, 0.225), within='(0, 1]'
+  )
+
+  # 'bfloat16', 'float32', or 'auto': bfloat16 on TPU and GPU, float32 on CPU,
+  # where bfloat16 is emulated. Stages without mixed_precision use float32.
+  dtype: str = field('auto', choices=('auto', 'bfloat16', 'float32'))
+  # 'tpu', 'gpu' or 'cpu' refuse to run on anything else; 'any' takes what there
+  # is.
+  platform: str = field('any', choices=('any', 'cpu', 'gpu', 'tpu'), free=True)
+
+  # A step's new state takes the memory of the old one; False keeps both, for
+  # looking at what a step changed.
+  donate_state: bool = field(True, free=True)
+
+  # Where compiled steps are kept for the next start, readable by their owner
+  # alone, because whoever can write there can run code; '': nowhere.
+  compilation_cache_dir: str = field(
+    '~/.cache/jaxprog/xla', free=True, local=True
+  )
+
+  # XLA's flags: 'none'; 'overlap' sums gradients while others are computed;
+  # 'deterministic' gives the same bits in every run on GPUs. Flags that the
+  # environment sets win.
+  xla_flags: str = field('none', choices=('deterministic', 'none', 'overlap'))
+
+  # Workers that decode images in each process; 0: one a core.
+  num_workers: int = field(0, free=True, local=True)
+  # 'thread', 'process', or 'auto': threads up to 16 workers (2 of raw images),
+  # then processes, because Python runs in one thread at a time.
+  worker_kind: str = field(
+    'auto', choices=('auto', 'process', 'thread'), free=True, local=True
+  )
+  # Train on no image that some stage evaluates on, nor on any of ILSVRC's
+  # validation images.
+  exclude_leaks: bool = False
+  # Images that cannot be decoded are left out of the loss and named; more than
+  # so many in one stage end the run.
+  max_bad_images: int = field(10, unit='images', free=True)
+  # Besides the end of every epoch, save every so many steps (0: never) and
+  # every so many minutes (0: never).
+  checkpoint_every_steps: int = field(0, unit='steps', free=True)
+  checkpoint_every_minutes: float = field(10.0, unit='minutes', free=True)
+  # So many steps in a row whose loss or gradient is not finite (they change
+  # nothing) take the stage back to its last checkpoint, with another order of
+  # examples; at most twice, then the run ends. 0: they never do.
+  max_skipped_steps: int = field(10, unit='steps', free=True)
+  # Without a step, an evaluated batch or a save for so long, a run prints what
+  # all its threads are doing and ends; 0: never.
+  watchdog_minutes: float = field(30.0, unit='minutes', free=True, local=True)
+  # Write WORKDIR/tensorboard; without, TensorFlow is not even imported.
+  tensorboard: bool = field(True, free=True)
+  # Steps between two points of a training curve in TensorBoard.
+  log_every_steps: int = field(20, unit='steps', within='[1, inf)', free=True)
+  # Steps of each stage, after the first 10, that jax.profiler traces for
+  # TensorBoard's profile page.
+  profile_steps: int = field(0, unit='steps', free=True)
+
+  # --mode=check: steps of each stage that are timed, after one more; 0: none is
+  # compiled.
+  check_steps: int = field(3, unit='steps', free=True, local=True)
+
+  # --mode=plan: the part of a chip's published rates that a step reaches
+  # (assumed: a TPU v3's published 1,875-2,020 images/s of ResNet-50 are 0.67 to
+  # 0.72 of what its memory allows).
+  plan_utilization: float = field(
+    0.7, within='[0.01, 1]', free=True, local=True, hashed=True
+  )
+  # --mode=plan: what a chip costs an hour, in your currency; 0: unknown.
+  chip_hour_price: float = field(0.0, free=True, local=True, hashed=True)
+  # --mode=plan: training images a second that a core of the hosts makes ready;
+  # 0: as measured for the stage's storage (docs/data.md).
+  images_per_core: float = field(
+    0.0, unit='images/s', free=True, local=True, hashed=True
+  )
+
+  # --mode=lr_find: so many steps, each at a higher rate.
+  lr_find_steps: int = field(
+    100, unit='steps', within='[10, inf)', free=True, local=True
+  )
+  lr_find_min: float = field(1e-6, within='[1e-30, inf)', free=True, local=True)
+  lr_find_max: float = field(10.0, within='(0, inf)', free=True, local=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageFields:
+  """The fields of one stage."""
+
+  # Names a directory of the run: letters, digits, '_', '-' and '.'.
+  name: str = field('', scheduled=True)
+  # One sentence for the report.
+  description: str = field('', free=True, scheduled=True)
+
+  # digits, imagenette, tiny_imagenet, imagenet_mini, imagenet2012, tfds:NAME or
+  # folder:PATH.
+  dataset: str = ''
+  # Checked against the dataset; 0: whatever it has.
+  num_classes: int = 0
+  # Use only these classes, by WordNet id or name; (): all of them.
+  classes: tuple[str, ...] = ()
+
+  # Weights to start from in place of those of the stage before (''): a
+  # .safetensors file of config.model under torchvision's or timm's names.
+  init_from: str = ''
+
+  # What happens to the weights of the stage before: 'plain', they are carried
+  # as they are; 'shrink_and_perturb' (arXiv:1910.08475); 'dash'
+  # (arXiv:2410.23495); 'none', the stage starts afresh.
+  transfer: str = field(
+    'plain', choices=('dash', 'none', 'plain', 'shrink_and_perturb')
+  )
+  # shrink_and_perturb: carried weights are multiplied with shrink, and perturb
+  # times a fresh initialisation is added.
+  shrink: float = field(0.5, within='[0, 1]')
+  perturb: float = 0.2
+  # dash: the smallest factor.
+  dash_least: float = field(0.3, within='(0, 1]')
+  # Residual blocks at the end of the network that start afresh.
+  reset_blocks: int = 0
+  # Which weights: 'best', 'final' or 'ema'.
+  transfer_weights: str = field('best', choices=('best', 'ema', 'final'))
+  # 'auto': the head is kept where the classes are the same, else fresh; or
+  # 'fresh', 'zero'; 'by_class': the row of each class comes from the nearest
+  # earlier stage that knew it.
+  transfer_head: str = field(
+    'auto', choices=('auto', 'by_class', 'fresh', 'zero')
+  )
+  # BatchNorm's statistics: 'carry', 'reset', or 'recalibrate' on training
+  # images.
+  transfer_statistics: str = field(
+    'carry', choices=('carry', 'recalibrate', 'reset')
+  )
+  # Training batches that dash and recalibrate look at.
+  transfer_batches: int = field(10, unit='batches', within='[1, inf)')
+
+  # How training images are kept: 'original', as they came; 'jpeg:N' with the
+  # shorter side at most N pixels, quality 90 ('jpeg:N:QUALITY'); 'raw' or
+  # 'raw:N', decoded, three bytes a pixel.
+  storage: str = 'original'
+
+  # Side of the square the network sees, in pixels.
+  image_size: int = field(224, unit='pixels', within='[8, inf)', phase=True)
+  # Random resized crop: smallest part of the image's area and largest
+  # width-to-height ratio (its inverse is the smallest).
+  min_crop_area: float = field(0.08, within='(0, 1]', phase=True)
+  max_crop_aspect: float = field(4 / 3, within='[1, inf)')
+  # Mirror half of the training images, left to right.
+  flip: bool = True
+  # Mirror an image every other epoch instead of by chance.
+  alternating_flip: bool = False
+  # Random colours: each factor is uniform in [1 - x, 1 + x], the shift of the
+  # hue in [-x, x] turns; in random order, as torchvision's ColorJitter.
+  brightness: float = field(0.0, phase=True, traced=True)
+  contrast: float = field(0.0, phase=True, traced=True)
+  saturation: float = field(0.0, phase=True, traced=True)
+  hue: float = field(0.0, within='[0, 0.5]', phase=True, traced=True)
+  # 'none', 'rand_augment' (arXiv:1909.13719) or 'trivial_augment'
+  # (arXiv:2103.10158).
+  auto_augment: str = field(
+    'none', choices=('none', 'rand_augment', 'trivial_augment')
+  )
+  # rand_augment: operations one after the other, and their strength.
+  rand_augment_layers: int = field(2, within='[1, inf)')
+  rand_augment_magnitude: int = field(9, within='[0, 30]', phase=True)
+  # Chance to fill a random rectangle with noise, and its part of the area
+  # (Zhong et al. 2017, arXiv:1708.04896).
+  erasing_probability: float = field(
+    0.0, within='[0, 1]', phase=True, traced=True
+  )
+  erasing_min_area: float = field(0.02, within='(0, 1)')
+  erasing_max_area: float = field(1 / 3, within='(0, 1)')
+  # Beta distribution that mixes two images or pastes a rectangle of one into
+  # the other, 0: not; where both are set, each step takes one of them
+  # (arXiv:1710.09412, arXiv:1905.04899).
+  mixup_alpha: float = field(0.0, phase=True, traced=True)
+  cutmix_alpha: float = field(0.0, phase=True, traced=True)
+
+  # What decides which weights are best: 'validation', or 'holdout:2%' of the
+  # training images; then the validation images are looked at once, at the end.
+  eval_split: str = 'validation'
+  # Side of evaluation images; 0: the largest the stage trains on.
+  eval_image_size: int = field(0, unit='pixels', within='0 or [8, inf)')
+  # Evaluation resizes the shorter side to eval_image_size / eval_crop and takes
+  # the centre.
+  eval_crop: float = field(0.875, within='(0, 1]')
+  # 'bilinear' or 'bicubic'.
+  eval_interpolation: str = field('bilinear', choices=('bicubic', 'bilinear'))
+
+  # Passes over the training images; fractions are allowed.
+  num_epochs: float = field(
+    1.0, unit='epochs', within='(0, inf)', scheduled=True
+  )
+  # Images in one step, over all devices of all processes.
+  batch_size: int = field(128, unit='images', within='[1, inf)', phase=True)
+
+  # Images whose gradients are computed at once, on all devices; those of a
+  # whole batch are averaged before the update. 0: the whole batch.
+  micro_batch_size: int = field(0, unit='images')
+  # What changes within the stage, such as ({'from_epoch': 10, 'image_size':
+  # 192, 'mixup_alpha': 0.2},), in order of from_epoch (whole, from 1 on,
+  # counted from 0): batch_size, image_size, or how images are augmented.
+  phases: tuple[PhaseStart, ...] = ()
+
+  # Peak of the schedule, per step.
+  learning_rate: float = field(0.001, within='(0, inf)', scheduled=True)
+  # SGD, LARS: multiply learning_rate by batch_size / base_batch_size.
+  scale_learning_rate: bool = False
+  base_batch_size: int = field(256, unit='images', within='[1, inf)')
+  # What makes an update of a gradient.
+  optimizer: str = field(
+    'adamw',
+    choices=(
+      'adamw',
+      'adamw_8bit',
+      'lamb',
+      'lars',
+      'muon',
+      'rmsprop',
+      'sgd_momentum',
+      'sgd_momentum_8bit',
+    ),
+  )
+  # How the learning rate goes.
+  schedule: str = field(
+    'cosine_warmup',
+    choices=(
+      'constant',
+      'cosine',
+      'cosine_warmup',
+      'exponential_warmup',
+      'linear',
+      'one_cycle',
+      'plateau',
+      'polynomial',
+      'step',
+    ),
+    scheduled=True,
+  )
+  # Linear rise from 0 to the peak, in epochs or else in optimizer steps;
+  # one_cycle has warmup_fraction.
+  warmup_epochs: float = field(0.0, unit='epochs', scheduled=True)
+  warmup_steps: int = field(0, unit='steps', scheduled=True)
+  # one_cycle: the part of the steps that rises, the peak over the first rate,
+  # and the first rate over the last.
+  warmup_fraction: float = field(0.3, within='(0, 1)', scheduled=True)
+  div_factor: float = field(25.0, within='[1, inf)', scheduled=True)
+  final_div_factor: float = field(1e4, within='[1, inf)', scheduled=True)
+  # polynomial: the exponent.
+  power: float = field(2.0, within='(0, inf)', scheduled=True)
+  # Last rate as a part of the peak, or the least one: cosine, polynomial,
+  # exponential_warmup, linear, plateau.
+  end_factor: float = field(0.0, within='[0, 1]', scheduled=True)
+  # cosine, cosine_warmup: epochs from the peak to the first warm restart (0:
+  # none), and each period over the one before.
+  restart_epochs: float = field(0.0, unit='epochs', scheduled=True)
+  restart_factor: float = field(1.0, within='[1, inf)', scheduled=True)
+  # step: epochs at which the rate is multiplied by step_factor.
+  milestones: tuple[float, ...] = field(
+    (), unit='epochs', within='(0, inf)', scheduled=True
+  )
+  step_factor: float = field(0.1, within='(0, 1)', scheduled=True)
+  # plateau: the rate is multiplied by plateau_factor when val_loss or val_top1
+  # has not improved by plateau_min_delta for more than plateau_patience
+  # evaluations; then plateau_cooldown evaluations do not count.
+  plateau_metric: str = field(
+    'val_loss', choices=('val_loss', 'val_top1'), scheduled=True
+  )
+  plateau_factor: float = field(0.1, within='(0, 1)', scheduled=True)
+  plateau_patience: int = field(3, unit='evaluations', scheduled=True)
+  plateau_min_delta: float = field(0.0, scheduled=True)
+  plateau_cooldown: int = field(0, unit='evaluations', scheduled=True)
+
+  # AdamW, LAMB: decay rates of both moments, and what keeps the division finite
+  # (RMSprop too). Muon uses them for all but kernels.
+  b1: float = field(0.9, within='[0, 1)')
+  b2: float = field(0.999, within='[0, 1)')
+  eps: float = field(1e-8, within='(0, inf)')
+  # SGD, LARS, Muon, RMSprop.
+  momentum: float = field(0.9, within='[0, 1)')
+  # SGD, LARS, Muon.
+  nesterov: bool = False
+  # Momentum, or Adam's first moment (AdamW, LAMB, Muon): 'float32', or
+  # 'bfloat16' for half the bytes. Second moments stay float32.
+  optimizer_state_dtype: str = field('float32', choices=('bfloat16', 'float32'))
+  # RMSprop: decay rate of the mean square; PyTorch's alpha.
+  rms_decay: float = field(0.99, within='[0, 1)')
+  # LARS: a layer's rate is this times its weights' norm over its gradient's.
+  trust_coefficient: float = field(0.001, within='(0, inf)')
+  # 8-bit: numbers that share a scale, and the size of the smallest array that
+  # is quantised.
+  quantization_block: int = field(256, unit='numbers', within='[8, 65536]')
+  quantization_min_size: int = field(4096, unit='numbers')
+  # On kernels only. 'decoupled': each step takes learning_rate * weight_decay
+  # of a kernel. 'coupled': it is part of the gradient. 'auto': decoupled for
+  # AdamW, LAMB and Muon, coupled for SGD, LARS and RMSprop, as in PyTorch.
+  weight_decay: float = 1e-4
+  weight_decay_kind: str = field(
+    'auto', choices=('auto', 'coupled', 'decoupled')
+  )
+  # Largest global norm of a step's gradient; 0: no limit.
+  gradient_clipping: float = 0.0
+  # Or largest norm of a unit's gradient over that of its weights (Brock et al.
+  # 2021, arXiv:2102.06171); 0: no limit.
+  adaptive_clipping: float = 0.0
+  # Keep an exponential moving average of the weights, evaluated beside them;
+  # how much of it stays each step, 0: none.
+  ema_decay: float = field(0.0, within='[0, 1)')
+
+  # Train only the head in the first epochs.
+  freeze_epochs: float = field(0.0, unit='epochs')
+  # Rates of the head and of the backbone over the schedule's.
+  head_rate_factor: float = 1.0
+  backbone_rate_factor: float = 1.0
+  # Rate of each block of layers over that of the one after it.
+  layer_decay: float = field(1.0, within='(0, 1]')
+
+  # Stop the stage once val_top1 is this high; 0: never.
+  target_top1: float = field(0.0, within='[0, 1]', scheduled=True)
+  # Stop when val_top1 has not improved by early_stopping_min_delta for so many
+  # evaluations; 0: never.
+  early_stopping_patience: int = field(0, unit='evaluations', scheduled=True)
+  early_stopping_min_delta: float = field(0.0, scheduled=True)
+
+  # Part of the target spread evenly over all classes, in training only.
+  label_smoothing: float = field(0.0, within='[0, 1)', phase=True, traced=True)
+  # Compute in config.dtype; False: float32 throughout.
+  mixed_precision: bool = True
+
+
+def _collect(cls: type) -> Declared:
+  return {
+    x.name: Field(x.name, x.type, x.default, **x.metadata)
+    for x in dataclasses.fields(cls)
+  }
+
+
+CONFIG = _collect(ConfigFields)
+STAGE = _collect(StageFields)
+
+
+def names(declared: Declared, fact: str) -> tuple[str, ...]:
+  """Returns the fields of which `fact`, such as 'free', is true."""
+  return tuple(name for name, x in declared.items() if getattr(x, fact))
+
+
+def defaults(declared: Declared) -> config_dict.ConfigDict:
+  """Returns every field with its default."""
+  return config_dict.ConfigDict({k: x.default for k, x in declared.items()})
+
+
+def check_names(found: Iterable[str], declared: Declared, where: str) -> None:
+  """Raises UserError for a name that is no field."""
+  for name in found:
+    if name not in declared:
+      raise errors.UserError(
+        f'Unknown field {name!r}.', where, errors.did_you_mean(name, declared)
+      )
+
+
+def unknown(
+  value: Any, choices: Sequence[Any], name: str, where: str
+) -> errors.UserError:
+  """Returns the error that names what is nearest to `value`."""
+  return errors.UserError(
+    f'Unknown {name} {value!r}.',
+    where,
+    errors.did_you_mean(str(value), map(str, choices)),
+  )
+
+
+_WANTED = {
+  bool: 'True or False',
+  int: 'a whole number',
+  float: 'a number',
+  str: 'a string',
+  tuple: 'a tuple',
+  tuple[str, ...]: 'a tuple of strings',
+  tuple[float, ...]: 'a tuple of numbers',
+  tuple[float, float, float]: 'three numbers',
+  tuple[PhaseStart, ...]: 'a tuple of dicts',
+}
+_WORDS = {
+  **dict.fromkeys(('true', 'yes', 'on', '1'), True),
+  **dict.fromkeys(('false', 'no', 'off', '0'), False),
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+  """Returns whether `value` is of a type; booleans are no numbers."""
+  if kind in (int, float):
+    return isinstance(value, kind) and _is_number(value)
+  if kind in (bool, str):
+    return isinstance(value, kind)
+  first, *others = typing.get_args(kind)
+  return (
+    isinstance(value, tuple)
+    and (others == [...] or len(value) == 1 + len(others))
+    and all(_fits(x, first) for x in value)
+  )
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _widen(value: Any) -> Any:
+  if type(value) is not int:
+    return value
+  try:
+    return float(value)
+  except OverflowError:
+    return math.inf
+
+
+def _parse(text: str, kind: Any) -> Any:
+  """Returns `text` as a type; raises ValueError if it is none of it."""
+  if kind is bool:
+    if text.lower() not in _WORDS:
+      raise ValueError(text)
+    return _WORDS[text.lower()]
+  if kind is str:
+    return text.strip('\'"')
+  if kind in (int, float):
+    return kind(text)
+  item = next(iter(typing.get_args(kind)), None)
+  parts: Any = tuple(x.strip() for x in text.split(',') if x.strip())
+  if item not in (str, float) or text.startswith(('(', '[')):
+    with contextlib.suppress(ValueError, SyntaxError):
+      parts = ast.literal_eval(text)
+  parts = tuple(parts) if isinstance(parts, list | tuple) else (parts,)
+  return tuple(map(item, parts)) if item in (str, float) else parts
+
+
+def _on_devices(value: float) -> float:
+  """Returns a number as float32: the least of them are 0, the largest inf."""
+  if not isinstance(value, float):
+    return value
+  try:
+    (near,) = struct.unpack('f', struct.pack('f', value))
+  except OverflowError:
+    return math.copysign(math.inf, value)
+  return 0.0 if abs(near) < 2**-126 else near
+
+
+def _read_range(within: str) -> tuple[bool, bool, float, float, bool]:
+  """Returns (0 is in it besides, low is, low, high, high is)."""
+  zero, text = within.startswith('0 or '), within.removeprefix('0 or ')
+  low, high = map(float, text[1:-1].split(', '))
+  return zero, text[0] == '[', low, high, text[-1] == ']'
+
+
+def _lies_within(value: float, within: str) -> bool:
+  """Returns whether a number lies in a range, in float32 too."""
+  zero, low_in, low, high, high_in = _read_range(within)
+  near = _on_devices(value)
+  return (zero and value == 0) or (
+    (value >= low if low_in else near > low)
+    and (value <= high if high_in or high == math.inf else near < high)
+  )
+
+
+def describe_range(within: str) -> str:
+  """Returns '[0, 1)' in words: 'at least 0 and below 1'."""
+  zero, low_in, low, high, high_in = _read_range(within)
+  text = f'{"0 or " * zero}{"at least" if low_in else "above"} {low:g}'
+  if high < math.inf:
+    text += f' and {"at most" if high_in else "below"} {high:g}'
+  return text
+
+
+def _check_phases(phases: Any, where: str) -> tuple[PhaseStart, ...]:
+  if not isinstance(phases, list | tuple):
+    raise errors.UserError(f'phases must be dicts, not {phases!r}.', where)
+  found: list[PhaseStart] = []
+  first = Field('from_epoch', int, 1, within='[1, inf)')
+  for phase in phases:
+    if (
+      not isinstance(phase, Mapping | config_dict.ConfigDict)
+      or 'from_epoch' not in phase
+      or len(phase) < 2
+    ):
+      raise errors.UserError(
+        f'A phase is not {phase!r}.',
+        where,
+        "Write {'from_epoch': 10, 'batch_size': 256}.",
+      )
+    from_epoch = first.check(phase['from_epoch'], where)
+    if found and from_epoch <= found[-1].from_epoch:
+      raise errors.UserError(
+        f'Phases must follow one another from epoch 1 on, not {phase!r}.',
+        where,
+      )
+    changed = [name for name in phase if name != 'from_epoch']
+    for name in changed:
+      if name not in names(STAGE, 'phase'):
+        raise unknown(name, names(STAGE, 'phase'), 'field of a phase', where)
+    changes = ((x, STAGE[x].check(phase[x], where)) for x in sorted(changed))
+    found.append(PhaseStart(from_epoch, tuple(changes)))
+  return tuple(found)
+
+
+def to_markdown() -> str:
+  """Returns docs/fields.md."""
+  tables = (
+    ('Of the run', ConfigFields, CONFIG),
+    ('Of a stage', StageFields, STAGE),
+  )
+  lines = [_INTRODUCTION]
+  for title, cls, declared in tables:
+    comments = _read_comments(cls)
+    lines += [
+      f'\n## {title}',
+      '| field | default | values | may change | |',
+      '|---|---|---|---|---|',
+      *(_describe(x, comments.get(x.name, '')) for x in declared.values()),
+    ]
+  return '\n'.join(lines) + '\n'
+
+
+_INTRODUCTION = """# Every field
+
+Made from [jaxprog/fields.py](../jaxprog/fields.py), where each is declared. A
+config sets `config.FIELD`; a stage is a dict, and what it leaves out comes from
+`config.stage_defaults`. What a cell leaves empty is told with the field above.
+Numbers are at least 0 where nothing else is said.
+
+*resume*: a run that has begun may go on with another value. *hosts*: the hosts
+of one run may differ in it. *phases*: it may change within a stage."""
+
+
+def _read_comments(cls: type) -> dict[str, str]:
+  """Returns what the source says above each field that has a comment."""
+  found, comment = {}, ''
+  for line in inspect.getsource(cls).splitlines():
+    declared = re.match(r'  (\w+): ', line)
+    if line.startswith('  # '):
+      comment += line[3:]
+    elif declared:
+      found[declared[1]] = comment.strip()
+      comment = ''
+  return found
+
+
+def _describe(x: Field, comment: str) -> str:
+  """Returns the row of a field."""
+  facts = {'resume': x.free, 'hosts': x.local, 'phases': x.phase}
+  may = ', '.join(fact for fact, true in facts.items() if true)
+  default = f'{x.default:g}' if x.kind is float else repr(x.default)
+  values = ', '.join(f'`{choice}`' for choice in x.choices)
+  if not values:
+    values = _WANTED[x.kind].removeprefix('a ')
+    if x.within != Field.within:
+      values += f' in {x.within}'
+  values += f', {x.unit}' * bool(x.unit)
+  return f'| `{x.name}` | `{default}` | {values} | {may} | {comment} |'
+
+
+if __name__ == '__main__':
+  print(to_markdown(), end='')
