@@ -81,7 +81,7 @@ def time_loop(task: setup.Task, num_steps: int) -> tuple[float, float]:
   with progress_lib.Progress(1, console=console) as progress:
     progress.start_stage(0, 'benchmark', [num_steps])
     out = loop.Outputs(
-      record={},
+      record={'first_step': 0},
       meta={},
       checkpoints=mock.Mock(),
       progress=progress,

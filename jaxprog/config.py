@@ -61,6 +61,14 @@ def _complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   return config
 
 
+def restore(fields: dict[str, Any]) -> config_dict.ConfigDict:
+  """Returns the config of which `to_json` made `fields`, complete.
+
+  Fields that are younger than these have their defaults.
+  """
+  return stages.complete(config_dict.ConfigDict(_restore_ladder({**fields})))
+
+
 def set_field(
   config: config_dict.ConfigDict, field: str, value: Any, where: str
 ) -> None:

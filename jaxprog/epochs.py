@@ -92,6 +92,19 @@ def count_steps(stage: Stage, num_train_images: int) -> Steps:
   return steps
 
 
+def translate(step: int, old: Steps, new: Steps) -> int:
+  """Returns the step of `new` from which a stage at `step` of `old` goes on.
+
+  It is the same place in the same epoch, whose order of images is the same. Of
+  an epoch under way no image is left out, and at least one step is left.
+  """
+  epoch = old.epoch(step)
+  images = (step - old.epoch_start(epoch)) * old.phase(step).batch_size
+  first = new.epoch_start(epoch)
+  phase = new.phase(first)
+  return first + min(images // phase.batch_size, phase.per_epoch - 1)
+
+
 def _count_phases(stage: Stage, num_train_images: int) -> tuple[Phase, ...]:
   phases: list[Phase] = []
   for first_epoch, part in stage.parts:

@@ -100,6 +100,7 @@ def _read_costs(
       default = handovers.get(cost.name, 0.0)
       handover = stage.get('handover_seconds', default)
     spent['seconds'] += handover
+    first_step = stage.get('first_step', first_step)
     curve = _read_curve(stage, cost, first_step, spent)
     if curve:
       spent = {k: v for k, v in curve[-1].items() if k != 'top1'}

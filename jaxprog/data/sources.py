@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -38,6 +39,10 @@ FROM_TFDS = {
   'imagenet2012': 'imagenet2012',
   'imagenette': 'imagenette/full-size-v2',
 }
+# By which an image is set aside; a stage that has begun keeps its own.
+HOLDOUT_RULE = 2
+# Such a name is the image's own, in whatever dataset it lies.
+_IMAGENET_NAME = re.compile(r'n\d{8}_\d+\.JPEG|ILSVRC2012_.*', re.ASCII)
 # The evaluation split of a tfds dataset is the first of these that it has.
 TFDS_EVAL_SPLITS = ('validation', 'test')
 
@@ -138,6 +143,7 @@ class Dataset:
   eval: Split
   # Part of the training images that decides which weights are best.
   holdout: Split | None = None
+  holdout_rule: int = 0
   # Training images left out because they leak, by reason.
   excluded: Mapping[str, int] = dataclasses.field(default_factory=dict)
   # The same on every machine that has the same images.
@@ -629,22 +635,35 @@ def _read_names(
   return names
 
 
-def hold_out(dataset: Dataset, part: float, where: str) -> Dataset:
+def hold_out(
+  dataset: Dataset, part: float, where: str, rule: int = HOLDOUT_RULE
+) -> Dataset:
   """Returns `dataset` with `part` of its training images set aside.
 
-  A file's name decides, so that a stage never selects on an image that an
-  earlier one has trained on: the datasets of the ladder share their names.
+  Class and name decide, so that an image stays on its side when others come
+  and go, and so that a stage never selects on an image that an earlier one has
+  trained on: of ImageNet's files, which the datasets of the ladder share, the
+  name alone does. By rule 1 it did for all, however often classes repeat it.
+  Where there should be one and none is below, the lowest is taken: others that
+  come may send it back to training, never the other way.
 
   Raises:
     UserError: if nothing would be left on one side.
   """
-  limit = int(part * 2**64)
-  chosen = np.array(
-    [
-      int.from_bytes(hashlib.sha256(x.encode()).digest()[:8]) < limit
-      for x in dataset.train.records.names()
-    ]
+  records = dataset.train.records
+  keys = [
+    name
+    if rule == 1 or _IMAGENET_NAME.fullmatch(name)
+    else f'{records.classes[label]}/{name}'
+    for name, label in zip(records.names(), records.labels, strict=True)
+  ]
+  places = np.array(
+    [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) for key in keys],
+    np.uint64,
   )
+  chosen = places < np.uint64(int(part * 2**64))
+  if rule > 1 and not chosen.any() and round(part * len(places)):
+    chosen[np.argmin(places)] = True
   if chosen.all() or not chosen.any():
     raise errors.UserError(
       f'A hold-out of {part:.1%} takes {chosen.sum()} of the '
@@ -655,6 +674,7 @@ def hold_out(dataset: Dataset, part: float, where: str) -> Dataset:
     dataset,
     train=dataset.train.select(~chosen),
     holdout=dataset.train.select(chosen),
+    holdout_rule=rule,
   )
 
 

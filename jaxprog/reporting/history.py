@@ -62,6 +62,35 @@ def find_stage(history: History, name: str) -> Stage | None:
   return next((s for s in history['stages'] if s['name'] == name), None)
 
 
+def next_step(history: History, name: str) -> int:
+  """Returns the global steps of all stages but `name`, those yet to come too.
+
+  A stage says in 'last_step' where it ends, or will.
+  """
+  ends = [
+    stage.get('last_step', max([0, *_global_steps(stage)]))
+    for stage in history['stages']
+    if stage['name'] != name
+  ]
+  return max(ends, default=0)
+
+
+def _global_steps(stage: Stage) -> list[int]:
+  return [row['global_step'] for row in stage['epochs']]
+
+
+def holdout_rules(history: History) -> dict[str, int]:
+  """Returns stage -> the rule by which its hold-out was chosen, where it was.
+
+  The first rule had no number.
+  """
+  return {
+    stage['name']: (stage.get('holdout') or {'rule': 1})['rule']
+    for stage in history['stages']
+    if str(stage.get('eval_split')).startswith('holdout')
+  }
+
+
 def begin_stage(history: History, **fields: Any) -> Stage:
   """Returns a running stage without rows, in place of one of the same name.
 

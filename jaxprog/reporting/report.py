@@ -19,6 +19,12 @@ WIDTH = 80
 # is named overfitting.
 OVERFITTING_GAP = 0.10
 
+# What a changed config leaves nothing of, by its name in a state.
+_RENEWED = {
+  'opt_state': 'the optimizer began anew',
+  'ema': 'averaging began anew',
+}
+
 
 class Expectation(NamedTuple):
   """What the mission expects of a stage, and the size it speaks of."""
@@ -459,6 +465,7 @@ def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
     notes.append(
       f'{name}: interrupted and resumed {times}, at global step {where}.'
     )
+  notes += [f'{name}: {x}.' for x in describe_changes(stage)]
   if note := _overfitting_note(stage):
     notes.append(note)
   if average := history_lib.best_epoch(stage['epochs'], 'ema_top1'):
@@ -475,6 +482,19 @@ def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
   if bad := [r['epoch'] for r in stage['epochs'] if _is_broken(r)]:
     notes.append(f'{name}: the loss was not finite in epochs {_ranges(bad)}.')
   return notes
+
+
+def describe_changes(stage: Mapping[str, Any]) -> list[str]:
+  """Returns each change of config that a stage went on with, for a sentence."""
+  return [
+    f'after {x["epoch"]:.3g} epochs it went on with '
+    + ', '.join(
+      f'{field} {_shorten(str(now), 40)} (before: {_shorten(str(was), 40)})'
+      for field, (was, now) in x['fields'].items()
+    )
+    + ''.join(f'; {_RENEWED[part]}' for part in x['renewed'])
+    for x in stage.get('config_changes') or ()
+  ]
 
 
 def _input_notes(stage: Mapping[str, Any]) -> list[str]:

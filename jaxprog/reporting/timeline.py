@@ -38,6 +38,8 @@ class Span:
 
   def first_step(self) -> int:
     """Returns the global step before the stage's first one."""
+    if (first := self.stage.get('first_step')) is not None:
+      return first
     row = self.stage['epochs'][0]
     per_epoch = self.stage['steps_per_epoch']
     # A stage shorter than one epoch has one row of fewer steps.

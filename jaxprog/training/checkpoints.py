@@ -2,17 +2,19 @@
 
 WORKDIR/checkpoints/STAGE/ holds latest/ (everything, to resume), best/ and
 final/ (the weights, loadable alone) and done.json, the marker of a finished
-stage, written only after its last save has committed. What is found damaged
-when it is needed to resume moves to quarantine/; see integrity.
+stage, written only after its last save has committed. Each 'latest' has the
+weights that it speaks of beside it, and a resume drops what is newer. What is
+found damaged when it is needed to resume moves to quarantine/; see integrity.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent import futures
 from typing import Any
 
@@ -27,6 +29,8 @@ from jaxprog.training import state as state_lib
 
 Meta = dict[str, Any]
 
+# Weights that training chooses as it goes; a 'latest' says which they are.
+_CHOSEN = ('best', 'ema')
 
 # on_incident(kind, message, **fields): the message is for people.
 OnIncident = Callable[..., object]
@@ -40,9 +44,10 @@ class Checkpoints:
   """The checkpoints of one stage; must be closed.
 
   Saves run in the background: orbax commits by a rename, then the files are
-  hashed, then the steps that this one replaces go. They finish in the order
-  in which they began, so that the weights that a 'latest' speaks of are whole
-  before it is. What fails there is raised by the next call, as a SaveError.
+  hashed, then the steps that nothing needs any more go. They finish in the
+  order in which they began, so that the weights that a 'latest' speaks of are
+  whole before it is. What fails there is raised by the next call, as a
+  SaveError.
   """
 
   def __init__(
@@ -55,9 +60,16 @@ class Checkpoints:
     self._worker = futures.ThreadPoolExecutor(1, 'checkpoints')
     _on_first_process(functools.partial(_sweep, directory))
 
-  def save_latest(self, state: state_lib.TrainState, meta: Meta) -> None:
-    """Saves all of `state`, with what `restore_latest` needs beside it."""
-    self._save('latest', int(state.step), state, meta)
+  def save_latest(
+    self, state: state_lib.TrainState, meta: Meta, step: int | None = None
+  ) -> None:
+    """Saves all of `state`, with what `restore_latest` needs beside it.
+
+    `step` numbers it among all saves of the stage; it is the state's own by
+    default.
+    """
+    step = int(state.step) if step is None else step
+    self._save('latest', step, state, meta)
 
   def save_weights(
     self, name: str, step: int, variables: dict[str, Any], meta: Meta
@@ -66,15 +78,17 @@ class Checkpoints:
     self._save(name, step, variables, meta)
 
   def restore_latest(
-    self, like: state_lib.TrainState
+    self, like: state_lib.TrainState, renewable: Collection[str] = ()
   ) -> tuple[state_lib.TrainState, Meta] | None:
     """Returns the latest intact state, placed as `like` is, None if it is new.
 
-    Damaged steps are moved to quarantine/ on the way.
+    Damaged steps are moved to quarantine/ on the way. Weights of later steps
+    go: training decides anew which are the best. Fields of the state that are
+    `renewable` are None where they do not fit.
 
     Raises:
       DamagedError: if there were states, and all are damaged.
-      UserError: if a leaf is missing or has another shape or dtype; orbax
+      UserError: if another leaf is missing or has another shape or dtype; orbax
         itself would convert or drop it silently.
     """
     self.wait()
@@ -87,23 +101,33 @@ class Checkpoints:
       return None
     manager = self._manager('latest')
     manager.reload()
-    _check_matches(_read_metadata(manager, steps[-1]), like, manager.directory)
-    several = jax.process_count() > 1
+    found = _read_metadata(manager, steps[-1])
+    directory = self._directory / 'latest'
+    unfit = check_matches(found, like, directory, renewable)
+    # What does not fit is read in the shape that it has, and left.
+    item = dataclasses.replace(like, **{x: found[x] for x in unfit})
+    in_numpy = bool(unfit) or jax.process_count() > 1
     restore_args = (
-      _as_numpy(like)
-      if several
+      _as_numpy(item)
+      if in_numpy
       else ocp.checkpoint_utils.construct_restore_args(like)
     )
     restored = manager.restore(
       steps[-1],
       args=ocp.args.Composite(
-        tree=ocp.args.PyTreeRestore(item=like, restore_args=restore_args),
+        tree=ocp.args.PyTreeRestore(item=item, restore_args=restore_args),
         meta=ocp.args.JsonRestore(),
       ),
     )
     state = restored.tree
-    if several:
-      state = jax.tree.map(_place_like, state, like)
+    if in_numpy:
+      fitting = (
+        dataclasses.replace(x, **dict.fromkeys(unfit)) for x in (state, like)
+      )
+      state = jax.tree.map(_place_like, *fitting)
+    _on_first_process(
+      functools.partial(_forget_after, self._directory, steps[-1])
+    )
     return state, restored.meta
 
   def check(self) -> None:
@@ -123,8 +147,14 @@ class Checkpoints:
   def mark_done(self, meta: Meta) -> None:
     """Declares the stage finished, once every save has committed."""
     self.wait()
-    path = self._directory / 'done.json'
-    _on_first_process(lambda: files.write_json(path, integrity.sign(meta)))
+
+    def finish():
+      path = self._directory / 'done.json'
+      files.write_json(path, integrity.sign(meta))
+      for name in _CHOSEN:
+        _keep_newest(self._directory / name)
+
+    _on_first_process(finish)
 
   def close(self) -> None:
     """Waits for saves under way and releases their threads."""
@@ -190,16 +220,42 @@ def _sweep(stage: pathlib.Path) -> None:
 
 
 def _finish(manager: ocp.CheckpointManager, step: int) -> None:
-  """Waits for a save, hashes it and removes what it replaces."""
+  """Waits for a save, hashes it and removes what nothing needs any more."""
   directory = pathlib.Path(manager.directory)
   try:
     manager.wait_until_finished()
     integrity.finish(directory, step)
-    keep = 2 if directory.name == 'latest' else 1
-    for old in integrity.list_steps(directory)[:-keep]:
-      integrity.remove(directory, old)
+    if directory.name == 'final':
+      _keep_newest(directory)
+    if directory.name == 'latest':
+      _keep_newest(directory, 2)
+      oldest = integrity.list_steps(directory)[0]
+      for name in _CHOSEN:
+        _keep_newest(directory.parent / name, until=oldest)
   except Exception as e:
     raise _save_error(directory, step, e) from e
+
+
+def _keep_newest(
+  directory: pathlib.Path, count: int = 1, until: int | None = None
+) -> None:
+  """Removes all but `count` of the steps up to `until`, of all by default.
+
+  With the step of a 'latest' that leaves the weights that it speaks of, and
+  whatever came after it.
+  """
+  steps = integrity.list_steps(directory)
+  known = [x for x in steps if until is None or x <= until]
+  for old in known[:-count]:
+    integrity.remove(directory, old)
+
+
+def _forget_after(stage: pathlib.Path, step: int) -> None:
+  """Removes weights of steps after `step`, which will be trained again."""
+  for name in (*_CHOSEN, 'final'):
+    for newer in integrity.list_steps(stage / name):
+      if newer > step:
+        integrity.remove(stage / name, newer)
 
 
 def _save_error(
@@ -478,16 +534,50 @@ def _read_metadata(manager: ocp.CheckpointManager, step: int) -> Any:
   return manager.item_metadata(step).tree.tree
 
 
-def _check_matches(saved: Any, like: Any, directory: Any) -> None:
+def read_latest(
+  workdir: pathlib.Path, stage: str
+) -> tuple[int, Any, Meta] | None:
+  """Returns the number of the newest state, its shapes and its meta, if any."""
+  directory = stage_directory(workdir, stage) / 'latest'
+  steps = [
+    step
+    for step in integrity.list_steps(directory)
+    if not integrity.is_unfinished(directory, step)
+  ]
+  if not steps:
+    return None
+  with _create_manager(directory, create=False) as manager:
+    meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    restored = manager.restore(steps[-1], args=meta)
+    return steps[-1], _read_metadata(manager, steps[-1]), restored.meta
+
+
+def check_matches(
+  saved: Any,
+  like: Any,
+  directory: pathlib.Path,
+  renewable: Collection[str] = (),
+) -> list[str]:
+  """Returns the `renewable` fields of a saved state that do not fit `like`.
+
+  Raises:
+    UserError: if another one does not.
+  """
   found, wanted = _leaves(saved), _leaves(like)
-  for path in sorted({*found, *wanted}):
-    if found.get(path) != wanted.get(path):
+  unfit = [
+    path
+    for path in sorted({*found, *wanted})
+    if found.get(path) != wanted.get(path)
+  ]
+  for path in unfit:
+    if path.split('/')[0] not in renewable:
       raise errors.UserError(
         f'The checkpoint does not fit this config: {path} is '
         f'{found.get(path)} there and {wanted.get(path)} here.',
         str(directory),
         'Use another --workdir, or the config that the run began with.',
       )
+  return sorted({path.split('/')[0] for path in unfit})
 
 
 def _leaves(tree: Any) -> dict[str, str]:

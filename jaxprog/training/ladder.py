@@ -35,6 +35,7 @@ from jaxprog.training import (
   lock,
   loop,
   preflight,
+  resume,
   signals,
   watchdog,
 )
@@ -121,7 +122,13 @@ def train(
     if jax.process_index() == 0:
       stack.enter_context(owner)
     distributed.check_workdir(workdir)
-    setup = setup_lib.create_setup(config, only=only, skip=skip, model=model)
+    setup = setup_lib.create_setup(
+      config,
+      only=only,
+      skip=skip,
+      model=model,
+      holdout_rules=history_lib.holdout_rules(_read_history(config, workdir)),
+    )
     run = open_run(
       setup,
       workdir,
@@ -165,8 +172,12 @@ def open_run(
   handover.check(setup, tasks, workdir)
   for line in preflight.quick(tasks, workdir):
     progress.message(line)
-  history = _load_history(config, workdir, allow_config_change, incidents)
-  _write_inputs(config, workdir)
+  history, changes = _load_history(config, workdir, allow_config_change)
+  resume.check(tasks, workdir)
+  if changes:
+    incidents.add('config_change', '; '.join(changes))
+  plain = _as_trained(config, workdir)
+  _write_inputs(plain, workdir)
   run = Run(
     setup=setup,
     tasks=tasks,
@@ -187,7 +198,6 @@ def open_run(
       _create_executor('reporter', stack), workdir, incidents.entries
     ),
   )
-  plain = config_lib.to_json(stages.complete(config))
   run.writer.write_hparams(tensorboard.flatten_config(plain))
   return run
 
@@ -332,7 +342,7 @@ def open_stage(
   """Returns the state that a stage goes on from, and where it reports to."""
   name = task.stage.name
   run.dog.beat(f'the start of {name}')
-  state, record = _resume(run, task, saved) or _begin(run, task)
+  state, record, is_saved = _resume(run, task, saved) or _begin(run, task)
   run.save_history()
   run.save_stages(running=name)
   run.progress.start_stage(
@@ -357,7 +367,7 @@ def open_stage(
     save_history=run.save_history,
     on_epoch=run.on_epoch,
   )
-  if not record.get('resumed_at_steps'):
+  if not is_saved:
     # What a rollback goes back to, and a start after an early kill.
     loop.save(task, state, out)
   return state, out
@@ -374,14 +384,16 @@ def finish_stage(
   status = 'stopped_early' if 'stopped' in record else 'done'
   history_lib.finish_stage(record, status)
   meta = {**out.meta, 'epoch': record['epochs'][-1]}
+  step = int(state.step)
+  record['last_step'] = out.first_step + step
   run.owner.check()
-  saved.save_weights('final', int(state.step), state.variables, meta)
+  saved.save_weights('final', out.taken(step), state.variables, meta)
   saved.wait()
   run.dog.beat(f'the last save of {task.stage.name}')
   record |= examine(run, task)
   found = record['diagnostics']
   out.writer.write_images(
-    task.first_step + int(state.step),
+    record['last_step'],
     functools.partial(figures.draw_mistakes, task.stage.name, found),
   )
   saved.mark_done({**out.meta, 'record': record})
@@ -427,50 +439,97 @@ def examine(run: Run, task: setup_lib.Task) -> dict[str, Any]:
 
 def _resume(
   run: Run, task: setup_lib.Task, saved: checkpoints.Checkpoints
-) -> tuple[state_lib.TrainState, dict[str, Any]] | None:
-  """Returns the interrupted stage's state and record, None if it is new."""
-  restored = saved.restore_latest(task.state_shapes)
+) -> tuple[state_lib.TrainState, dict[str, Any], bool] | None:
+  """Returns the interrupted stage's state and record, None if it is new.
+
+  And whether that is what was saved: a changed config changes it.
+  """
+  restored = resume.restore(task, saved)
   if restored is None:
     return None
-  state, meta = restored
-  if tuple(meta['classes']) != task.dataset.classes:
-    raise errors.UserError(
-      'The classes of the dataset are not those of the checkpoint.',
-      f'stage {task.stage.name!r}',
-      'Use another --workdir, or the data that the run began with.',
-    )
-  record = meta['record']
-  if record['num_train_images'] != len(task.dataset.train):
-    raise errors.UserError(
-      f'The run began with {record["num_train_images"]:,} training images; '
-      f'there are {len(task.dataset.train):,} now.',
-      f'stage {task.stage.name!r}',
-      'Use another --workdir, or the data that the run began with.',
-    )
-  step = task.first_step + int(state.step)
-  record['resumed_at_steps'] = [*record.get('resumed_at_steps', []), step]
+  state, record, change = restored
+  name, step = task.stage.name, int(state.step)
+  offset = record.get('step_offset', record['first_step'])
+  if change is not None:
+    offset += change.was - change.now
+    _note_change(run, task, record, change, offset + step)
+  # Other stages may have been trained since, and TensorBoard drops what it has
+  # of later steps.
+  offset = max(offset, history_lib.next_step(run.history, name) - step)
+  is_saved = change is None and offset == record.get(
+    'step_offset', record['first_step']
+  )
+  record |= {'step_offset': offset, 'last_step': offset + task.steps.total}
+  record['resumed_at_steps'] = [
+    *record.get('resumed_at_steps', []),
+    offset + step,
+  ]
+  taken = offset + step - record['first_step']
   run.incidents.add(
-    'resume',
-    f'{task.stage.name}: resumed at step {int(state.step)}',
-    stage=task.stage.name,
-    step=int(state.step),
+    'resume', f'{name}: resumed at step {taken}', stage=name, step=taken
   )
   _put_record(run.history, record)
-  return state, record
+  return state, record, is_saved
+
+
+def _note_change(
+  run: Run,
+  task: setup_lib.Task,
+  record: dict[str, Any],
+  change: resume.Change,
+  global_step: int,
+) -> None:
+  """Says what a stage goes on with, and lets its record tell that."""
+  rates = _join_rates(task, record, run.rates.get(task.stage.name, []), change)
+  noted = {
+    'epoch': change.epoch,
+    'global_step': global_step,
+    'fields': change.fields,
+    'renewed': change.renewed,
+  }
+  record |= _describe_stage(task)
+  record['learning_rates'] = rates
+  record['config_changes'] = [*record.get('config_changes', []), noted]
+  for line in report.describe_changes(record)[-1:]:
+    run.progress.message(f'{task.stage.name}: {line}')
+
+
+def _join_rates(
+  task: setup_lib.Task,
+  record: Mapping[str, Any],
+  new: Sequence[float],
+  change: resume.Change,
+) -> list[float]:
+  """Returns the rates that a stage has had, and those that it will have.
+
+  None where either are not known beforehand.
+  """
+  old = record.get('learning_rates') or []
+  if not old or not new:
+    return []
+  at = np.linspace(0, task.stage.num_epochs, len(new))
+  had = np.interp(at, np.linspace(0, record['num_epochs'], len(old)), old)
+  return np.where(at < change.epoch, had, new).tolist()
 
 
 def _begin(
   run: Run, task: setup_lib.Task
-) -> tuple[state_lib.TrainState, dict[str, Any]]:
-  """Returns the state that a stage starts from, and its new record."""
+) -> tuple[state_lib.TrainState, dict[str, Any], bool]:
+  """Returns the state that a stage starts from, its new record, and False."""
   variables, origin = handover.hand_over(run.setup, run.workdir, task)
   fields = _describe_stage(task)
   rates = run.rates.get(task.stage.name, [])
+  first_step = history_lib.next_step(run.history, task.stage.name)
   record = history_lib.begin_stage(
-    run.history, **fields, transfer=origin, learning_rates=rates
+    run.history,
+    **fields,
+    transfer=origin,
+    learning_rates=rates,
+    first_step=first_step,
+    last_step=first_step + task.steps.total,
   )
   variables = jax.device_put(variables, task.shardings.replicated)
-  return task.create_state(variables), record
+  return task.create_state(variables), record, False
 
 
 def _put_record(history: dict[str, Any], record: dict[str, Any]) -> None:
@@ -501,6 +560,7 @@ def _describe_stage(task: setup_lib.Task) -> dict[str, Any]:
     'num_train_images': len(task.dataset.train),
     'num_eval_images': len(task.dataset.selection),
     'eval_split': stage.eval_split,
+    'holdout': _describe_holdout(task),
     'eval_image_size': stage.eval_size,
     'data_version': task.dataset.version,
     'decoder': jpeg.version(),
@@ -509,6 +569,18 @@ def _describe_stage(task: setup_lib.Task) -> dict[str, Any]:
     'num_params': state_lib.count_params(task.state_shapes.params),
     'dtype': task.dtype.name,
     'stem': stem._asdict() if stem is not None else None,
+  }
+
+
+def _describe_holdout(task: setup_lib.Task) -> dict[str, Any] | None:
+  """Returns what was set aside for selection, and by which rule."""
+  dataset = task.dataset
+  if dataset.holdout is None:
+    return None
+  return {
+    'rule': dataset.holdout_rule,
+    'part': task.stage.holdout,
+    'images': len(dataset.holdout),
   }
 
 
@@ -526,6 +598,8 @@ def _describe_weights(run: Run, task: setup_lib.Task) -> dict[str, Any]:
     'image_size': task.stage.image_size,
     'mean_rgb': list(config.mean_rgb),
     'std_rgb': list(config.std_rgb),
+    # All that they were trained with, as complete as config.json.
+    'config': config_lib.to_json(stages.complete(config)),
   }
 
 
@@ -598,34 +672,36 @@ def sample_learning_rate(task: setup_lib.Task) -> list[float]:
   return jax.vmap(task.learning_rate_fn)(at).tolist()
 
 
+def _read_history(
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> dict[str, Any]:
+  """Returns the history of `workdir`, a new one where there is none."""
+  path = workdir / 'training_history.json'
+  if not path.exists():
+    return history_lib.new_history(config_lib.config_hash(config))
+  return history_lib.load_history(path)
+
+
 def _load_history(
   config: config_dict.ConfigDict,
   workdir: pathlib.Path,
   allow_config_change: bool,
-  incidents: incidents_lib.Incidents,
-) -> dict[str, Any]:
-  """Returns the history of `workdir`, a new one where there is none.
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns the history of `workdir`, and what the config changes.
 
   Shows how the config differs from the one that the run began with.
 
   Raises:
     UserError: if the run there began with another config.
   """
-  path = workdir / 'training_history.json'
-  if not path.exists():
-    return history_lib.new_history(config_lib.config_hash(config))
-  history = history_lib.load_history(path)
-  before = workdir / 'config.json'
-  if before.exists():
-    configs = (
-      config_lib.to_json(config_lib.load_config(str(before))),
-      config_lib.to_json(stages.complete(config)),
-      tuple(stage['name'] for stage in history['stages']),
-    )
-    table = config_lib.difference_table(*configs)
+  history = _read_history(config, workdir)
+  saved = preflight.saved_configs(config, workdir)
+  changes: list[str] = []
+  if saved is not None:
+    table = config_lib.difference_table(*saved)
     if table.row_count and jax.process_index() == 0:
       rich.console.Console().print(table)
-    changes = config_lib.differences(*configs)
+    changes = config_lib.differences(*saved)
     if changes and not allow_config_change:
       more = ' ...' if len(changes) > 3 else ''
       raise errors.UserError(
@@ -633,15 +709,24 @@ def _load_history(
         '; '.join(changes[:3]) + more,
         'Use another --workdir, or --allow_config_change to go on anyway.',
       )
-    if changes:
-      incidents.add('config_change', '; '.join(changes))
   history['config_hash'] = config_lib.config_hash(config)
-  return history
+  return history, changes
 
 
-def _write_inputs(
+def _as_trained(
   config: config_dict.ConfigDict, workdir: pathlib.Path
-) -> None:
+) -> dict[str, Any]:
+  """Returns `config` complete, for JSON; stages that are done as they were."""
+  plain = config_lib.to_json(stages.complete(config))
+  for i, stage in enumerate(plain['stages']):
+    done = checkpoints.read_done(workdir, stage['name']) or {}
+    for was in done.get('config', {}).get('stages', ()):
+      if was['name'] == stage['name']:
+        plain['stages'][i] = {**stage, **was}
+  return plain
+
+
+def _write_inputs(plain: dict[str, Any], workdir: pathlib.Path) -> None:
   """Writes what runs and on what, before anything is compiled."""
   if jax.process_index() != 0:
     return
@@ -649,7 +734,6 @@ def _write_inputs(
     for pattern in ('.*.tmp', 'checkpoints/*/.*.tmp'):  # Of killed writes.
       for path in workdir.glob(pattern):
         path.unlink(missing_ok=True)
-    plain = config_lib.to_json(stages.complete(config))
     files.write_json(workdir / 'config.json', plain)
     files.write_json(workdir / 'environment.json', environment.environment())
   except OSError as e:

@@ -57,6 +57,22 @@ class Outputs:
   skipped: int = 0
   last_save: float = dataclasses.field(default_factory=time.monotonic)
 
+  @property
+  def first_step(self) -> int:
+    """The global step at which the stage's own step 0 lies.
+
+    TensorBoard's x axis goes on over all stages of the workdir, and where the
+    stage's own steps are counted anew because their size has changed.
+    """
+    return self.record.get('step_offset', self.record['first_step'])
+
+  def taken(self, step: int) -> int:
+    """Returns how many steps the stage has taken at its own `step`.
+
+    It numbers checkpoints and incidents, and never falls as `step` may.
+    """
+    return self.first_step + step - self.record['first_step']
+
 
 # A stage is taken back so often before the run ends.
 _MAX_ROLLBACKS = 2
@@ -93,7 +109,7 @@ def _train_from(
 ) -> state_lib.TrainState:
   """Returns `state` after the rest of the stage, if nothing goes wrong."""
   start = int(state.step)
-  out.writer.forget_after(task.first_step + start)
+  out.writer.forget_after(out.first_step + start)
   out.step_times = step_times_lib.StepTimes(out.record.get('step_seconds', ()))
   seed = data_seed(task, out.record)
   with (
@@ -147,7 +163,7 @@ def _roll_back(
   out.record.update(meta['record'])
   out.record['rollbacks'] = [
     *rollbacks,
-    {'at': step + 1, 'to': int(state.step)},
+    {'at': out.taken(step + 1), 'to': out.taken(int(state.step))},
   ]
   out.skipped = 0
   _note(task, step + 1, 'rollback', text, out)
@@ -293,7 +309,7 @@ def _train_epoch(
 def write_preview(task: setup.Task, batch: steps.Batch, out: Outputs) -> None:
   """Writes what the first step of a stage sees to TensorBoard."""
   draw = functools.partial(preview.draw_augmented, task, batch, 0)
-  out.writer.write_images(task.first_step + 1, draw)
+  out.writer.write_images(out.first_step + 1, draw)
 
 
 def _timing(
@@ -316,7 +332,7 @@ def _note_handover(task: setup.Task, step: int, out: Outputs) -> None:
   out.left = None
   out.record['handover_seconds'] = seconds
   scalars = {'perf/handover_seconds': seconds}
-  out.writer.write_scalars(task.first_step + step + 1, scalars)
+  out.writer.write_scalars(out.first_step + step + 1, scalars)
 
 
 def _note(
@@ -325,7 +341,7 @@ def _note(
   """Says what went wrong, and notes it in the run's log."""
   text = f'{task.stage.name}: {text}'
   out.progress.message(text)
-  out.incident(kind, text, stage=task.stage.name, step=step)
+  out.incident(kind, text, stage=task.stage.name, step=out.taken(step))
 
 
 def note_bad_images(
@@ -399,7 +415,7 @@ def close_epoch(
   row = history_lib.add_epoch(
     out.record,
     epoch=epoch + 1,
-    global_step=task.first_step + step,
+    global_step=out.first_step + step,
     train_loss=_mean(sums['loss'], sums['count']),
     train_top1=_mean(sums['top1'], sums['count']),
     val_loss=scores['loss'],
@@ -435,7 +451,7 @@ def _save_weights(
   out: Outputs,
 ) -> None:
   """Saves the weights and the averaged ones, each if it is the best so far."""
-  began, step = time.monotonic(), int(state.step)
+  began, step = time.monotonic(), out.taken(int(state.step))
   average = history_lib.best_epoch(out.record['epochs'], 'ema_top1')
   is_best_average = average is not None and average['epoch'] == row['epoch']
   meta = {**out.meta, 'epoch': row}
@@ -465,7 +481,7 @@ def save(task: setup.Task, state: state_lib.TrainState, out: Outputs) -> None:
   began = time.monotonic()
   # A copy: it is written in the background, while the record grows.
   meta = {**out.meta, 'record': copy.deepcopy(out.record)}
-  out.checkpoints.save_latest(state, meta)
+  out.checkpoints.save_latest(state, meta, out.taken(int(state.step)))
   out.beat(f'a save of {task.stage.name}')
   before, out.last_save = out.last_save, time.monotonic()
   if step := int(state.step):
@@ -474,7 +490,7 @@ def save(task: setup.Task, state: state_lib.TrainState, out: Outputs) -> None:
       'ckpt/save_seconds': out.last_save - began,
       'ckpt/interval_seconds': out.last_save - before,
     }
-    out.writer.write_scalars(task.first_step + step, scalars)
+    out.writer.write_scalars(out.first_step + step, scalars)
 
 
 def _answer_requests(
@@ -530,7 +546,7 @@ def report_step(
     scalars['perf/memory_bytes'] = used.bytes
     if (seconds := out.step_times.take_mean()) is not None:
       scalars['perf/step_seconds'] = seconds
-    out.writer.write_scalars(task.first_step + step + 1, scalars)
+    out.writer.write_scalars(out.first_step + step + 1, scalars)
 
 
 def _count_skipped(
@@ -542,7 +558,8 @@ def _count_skipped(
   text = (
     f'{task.stage.name}: step {step + 1} was not finite and changed nothing'
   )
-  out.incident('skipped_step', text, stage=task.stage.name, step=step + 1)
+  taken = out.taken(step + 1)
+  out.incident('skipped_step', text, stage=task.stage.name, step=taken)
   if out.skipped == task.config.max_skipped_steps:
     raise NotFiniteError(step)
 

@@ -58,7 +58,8 @@ class Size(NamedTuple):
   stage: str
   state: int
   variables: int
-  # How many of the variables stay: best, final, ema.
+  # How many of the variables there are at most: final, and best and averages
+  # twice, because two states speak of them.
   copies: int
 
 
@@ -209,8 +210,9 @@ def check_workdir(workdir: pathlib.Path) -> None:
 def bytes_to_write(workdir: pathlib.Path | None, sizes: Iterable[Size]) -> int:
   """Returns how much the stages still write, at most, in bytes.
 
-  All that they save stays: two states, and the best, final and averaged
-  weights. What replaces an old checkpoint is there beside it for a while.
+  All that they save stays until they are done: two states, the weights that
+  either speaks of, and the final ones. What replaces an old checkpoint is there
+  beside it for a while.
   """
   total = replaced = 0
   for size in sizes:
@@ -218,7 +220,7 @@ def bytes_to_write(workdir: pathlib.Path | None, sizes: Iterable[Size]) -> int:
       continue
     there = _folder_bytes(workdir, size.stage) if workdir else 0
     total += max(0, 2 * size.state + size.copies * size.variables - there)
-    beside = size.state + (size.copies - 1) * size.variables
+    beside = size.state + size.copies // 2 * size.variables
     replaced = max(replaced, beside)
   if not replaced:
     return 0
@@ -679,7 +681,7 @@ def _estimate_sizes(
 
 
 def _size(stage: stages_lib.Stage, state: Any, variables: Any) -> Size:
-  copies = 3 if stage.ema_decay else 2
+  copies = 5 if stage.ema_decay else 3
   return Size(stage.name, _count_bytes(state), _count_bytes(variables), copies)
 
 

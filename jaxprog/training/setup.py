@@ -83,8 +83,6 @@ class Task:
   seed: int
   init_rng: jax.Array
   step_rng: jax.Array
-  # Steps of the stages before this one: TensorBoard's x axis goes on.
-  first_step: int
 
   @property
   def num_workers(self) -> int:
@@ -117,11 +115,12 @@ def create_setup(
   skip: Sequence[str] = (),
   model: ModelFn | None = None,
   training: bool = True,
+  holdout_rules: Mapping[str, int] | None = None,
 ) -> Setup:
   """Returns the chosen stages with their data, found and checked.
 
   Without `training`, batches need not divide among the devices: evaluation
-  pads them.
+  pads them. Stages that have begun go on with their `holdout_rules`, by name.
 
   Raises:
     UserError: for any mistake in the config, the devices or the data.
@@ -138,7 +137,9 @@ def create_setup(
     stages_lib.check_batch_norm(config, jax.device_count())
   datasets = load_datasets(config, chosen)
   if training:
-    datasets = prepare_training(config, all_stages, chosen, datasets)
+    datasets = prepare_training(
+      config, all_stages, chosen, datasets, holdout_rules or {}
+    )
   distributed.check_alike(config, datasets, [stage.name for stage in chosen])
   shardings = devices.create_shardings(devices.create_mesh())
   return Setup(
@@ -186,6 +187,7 @@ def prepare_training(
   all_stages: Sequence[stages_lib.Stage],
   chosen: Sequence[stages_lib.Stage],
   datasets: Mapping[str, sources.Dataset],
+  holdout_rules: Mapping[str, int],
 ) -> dict[str, sources.Dataset]:
   """Returns `datasets` without leaks, with hold-outs, stored as asked for.
 
@@ -199,7 +201,8 @@ def prepare_training(
     dataset = ready[stage.name]
     if stage.holdout:
       where = f'stage {stage.name!r}'
-      dataset = sources.hold_out(dataset, stage.holdout, where)
+      rule = holdout_rules.get(stage.name, sources.HOLDOUT_RULE)
+      dataset = sources.hold_out(dataset, stage.holdout, where, rule)
     ready[stage.name] = sources.store(dataset, stage.stored)
   return {stage.name: ready[stage.name] for stage in chosen}
 
@@ -295,7 +298,6 @@ def create_task(
     seed=seed,
     init_rng=_place_key(init_rng, replicated),
     step_rng=_place_key(step_rng, replicated),
-    first_step=_count_steps_before(setup, stage),
   )
 
 
@@ -413,13 +415,6 @@ def _place(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
   )
-
-
-def _count_steps_before(setup: Setup, stage: stages_lib.Stage) -> int:
-  """Returns how many steps the chosen stages before `stage` take."""
-  names = [s.name for s in setup.chosen]
-  before = names[: names.index(stage.name)]
-  return sum(setup.steps[name].total for name in before)
 
 
 def create_model_fn(

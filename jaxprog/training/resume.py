@@ -1,0 +1,231 @@
+"""How an interrupted stage goes on, its config as it was or changed since.
+
+What a stage was trained with is saved beside its states. Where the config asks
+for something else now, the stage goes on at the same place in the same epoch:
+its own step is what it would be had the stage begun so, which is what the
+schedule follows, and all else is kept.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+from jaxprog import config as config_lib
+from jaxprog import epochs, errors, stages
+from jaxprog.training import checkpoints, decisions
+from jaxprog.training import setup as setup_lib
+from jaxprog.training import state as state_lib
+
+# With another one the weights, or what chose the best of them, mean nothing.
+_FIXED = ('blur_pool', 'eval_split', 'model', 'num_filters', 'stem_kernel')
+# Fields of a state that may begin anew.
+_RENEWABLE = ('ema', 'opt_state')
+# What a record tells of a stage that was saved without its config.
+_RECORDED = (
+  'batch_size',
+  'eval_split',
+  'image_size',
+  'num_epochs',
+  'optimizer',
+  'schedule',
+)
+
+
+class Change(NamedTuple):
+  """Where a stage goes on with another config."""
+
+  # What it was trained for, in epochs, and its own step before and from now on.
+  epoch: float
+  was: int
+  now: int
+  # Field -> its value before and from now on.
+  fields: dict[str, list[Any]]
+  # Fields of the state that do not fit any more, and begin anew.
+  renewed: list[str]
+
+
+class _Place(NamedTuple):
+  """Where a stage was left, by the config that it was trained with."""
+
+  stage: stages.Stage
+  steps: epochs.Steps
+  step: int
+  # The last one that was evaluated, counted from 1; 0: none was.
+  epoch: int
+
+
+def check(tasks: Iterable[setup_lib.Task], workdir: pathlib.Path) -> None:
+  """Raises UserError for a stage under way that cannot go on as its task is.
+
+  Nothing is changed: the workdir still tells what it was trained with.
+  """
+  for task in tasks:
+    name = task.stage.name
+    if checkpoints.read_done(workdir, name) is not None:
+      continue
+    if found := checkpoints.read_latest(workdir, name):
+      number, saved, meta = found
+      _check_data(task, meta)
+      config, record = _config_of(task, meta), meta['record']
+      _check_fields(task, config)
+      directory = checkpoints.stage_directory(workdir, name)
+      checkpoints.check_matches(saved, task.state_shapes, directory, _RENEWABLE)
+      first = record.get('first_step', 0)
+      step = number + first - record.get('step_offset', first)
+      _find_step(task, _find_place(task, config, record, step))
+
+
+def restore(
+  task: setup_lib.Task, saved: checkpoints.Checkpoints
+) -> tuple[state_lib.TrainState, dict[str, Any], Change | None] | None:
+  """Returns state, record and what has changed; None if the stage is new."""
+  restored = saved.restore_latest(task.state_shapes, _RENEWABLE)
+  if restored is None:
+    return None
+  state, meta = restored
+  config, record = _config_of(task, meta), meta['record']
+  place = _find_place(task, config, record, int(state.step))
+  record.setdefault('first_step', _guess_first_step(place, record))
+  fields = _differences(task, config)
+  if not fields:
+    return state, record, None
+  now = _find_step(task, place)
+  if place.step <= place.steps.frozen and now > task.steps.frozen:
+    # As where a stage unfreezes: moments know nothing of the backbone.
+    state = dataclasses.replace(state, opt_state=None)
+  renewed = [x for x in _RENEWABLE if getattr(state, x) is None]
+  if renewed:
+    fresh = task.create_state(state.variables)
+    new = {x: getattr(fresh, x) for x in renewed}
+    state = dataclasses.replace(state, **new)
+  scale = decisions.rate_scale(task.stage, record['epochs'])
+  step, rate_scale = jax.device_put(
+    (np.int32(now), np.float32(scale)), task.shardings.replicated
+  )
+  state = dataclasses.replace(state, step=step, rate_scale=rate_scale)
+  change = Change(_count_epochs(place), place.step, now, fields, renewed)
+  return state, record, change
+
+
+def _check_data(task: setup_lib.Task, meta: checkpoints.Meta) -> None:
+  where = f'stage {task.stage.name!r}'
+  if tuple(meta['classes']) != task.dataset.classes:
+    raise errors.UserError(
+      'The classes of the dataset are not those of the checkpoint.',
+      where,
+      'Use another --workdir, or the data that the run began with.',
+    )
+  found = meta['record']['num_train_images']
+  if found != len(task.dataset.train):
+    raise errors.UserError(
+      f'The run began with {found:,} training images; '
+      f'there are {len(task.dataset.train):,} now.',
+      where,
+      'Use another --workdir, or the data that the run began with.',
+    )
+
+
+def _check_fields(task: setup_lib.Task, config: config_dict.ConfigDict) -> None:
+  for field, (was, now) in _differences(task, config).items():
+    if field in _FIXED:
+      raise errors.UserError(
+        f'A stage under way cannot go on with another {field}.',
+        f'stage {task.stage.name!r}: {field}: {was!r} -> {now!r}',
+        'Use another --workdir, or the value that the stage began with.',
+      )
+
+
+def _config_of(
+  task: setup_lib.Task, meta: checkpoints.Meta
+) -> config_dict.ConfigDict:
+  """Returns the config that a state was trained with, as far as it is known."""
+  if 'config' in meta:
+    return config_lib.restore(meta['config'])
+  record = meta['record']
+  known = {field: record[field] for field in _RECORDED if field in record}
+  if 'phases' in record:
+    known['phases'] = tuple(
+      {'from_epoch': epoch, **changes} for epoch, changes in record['phases']
+    )
+  config = stages.complete(task.config)
+  for fields in config.stages:
+    if fields.name == task.stage.name:
+      fields.update(known)
+  return config
+
+
+def _differences(
+  task: setup_lib.Task, config: config_dict.ConfigDict
+) -> dict[str, list[Any]]:
+  """Returns the fields that decide the stage's result and have changed."""
+  name = task.stage.name
+  old, new = (
+    config_lib.to_json(x) for x in (config, stages.complete(task.config))
+  )
+  return {
+    x.field.removeprefix(f'{name}.'): [x.was, x.now]
+    for x in config_lib.changes(old, new, (name,))
+    if not x.allowed
+  }
+
+
+def _find_place(
+  task: setup_lib.Task,
+  config: config_dict.ConfigDict,
+  record: dict[str, Any],
+  step: int,
+) -> _Place:
+  config = config_dict.ConfigDict(config)
+  config.stages = [x for x in config.stages if x.name == task.stage.name]
+  (stage,) = stages.create_stages(config)
+  steps = epochs.count_steps(stage, record['num_train_images'])
+  rows = record['epochs']
+  return _Place(stage, steps, step, rows[-1]['epoch'] if rows else 0)
+
+
+def _find_step(task: setup_lib.Task, place: _Place) -> int:
+  """Returns the stage's own step from which it goes on.
+
+  Raises:
+    UserError: if it has been trained for longer than it is to be.
+  """
+  stage, steps = task.stage, task.steps
+  if steps == place.steps:
+    return place.step
+  if place.step >= place.steps.total and stage.num_epochs == (
+    place.stage.num_epochs
+  ):
+    return steps.total
+  if place.epoch > place.steps.epoch(place.step):
+    # The stage was to end within an epoch, and has: it is not opened again.
+    step = steps.epoch_start(place.epoch)
+  else:
+    step = epochs.translate(place.step, place.steps, steps)
+  if step > steps.total:
+    raise errors.UserError(
+      f'num_epochs is {stage.num_epochs:g}; {_count_epochs(place):.3g} epochs '
+      'are trained already.',
+      f'stage {stage.name!r}',
+      f'The stage can end at epoch {-(-step // steps.phases[-1].per_epoch)}.',
+    )
+  return step
+
+
+def _count_epochs(place: _Place) -> float:
+  """Returns for how many epochs a stage has been trained."""
+  epoch, steps = place.steps.epoch(place.step), place.steps
+  done = place.step - steps.epoch_start(epoch)
+  return epoch + done / steps.phase(place.step).per_epoch
+
+
+def _guess_first_step(place: _Place, record: dict[str, Any]) -> int:
+  """Returns the global step before a stage, which once was not recorded."""
+  if not place.epoch:
+    return 0
+  row = record['epochs'][-1]
+  return row['global_step'] - place.steps.epoch_ends[place.epoch - 1]
