@@ -1,6 +1,9 @@
+import dataclasses
 import io
 import pathlib
 import pickle
+import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -170,6 +173,68 @@ def test_a_holdout_follows_the_names(tmp_path):
   assert set(again) == {x for x in names if not x.startswith('n01')}
   with pytest.raises(errors.UserError, match='takes 0 of the 15'):
     sources.hold_out(dataset, 1e-9, "stage 'a'")
+
+
+@pytest.fixture(scope='module')
+def numbered(tmp_path_factory):
+  """500 images in 20 classes that each number theirs from 000."""
+  root = tmp_path_factory.mktemp('numbered')
+  data = encode(photo(8, 8, 0), 'PNG')
+  for i in range(500):
+    path = root / f'raw/train/c{i % 20:02}/{i // 20:03}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+  path = root / 'raw/val/c00/000.png'
+  path.parent.mkdir(parents=True)
+  path.write_bytes(data)
+  for i in range(1, 20):
+    shutil.copytree(path.parent, root / f'raw/val/c{i:02}')
+  return sources.load_dataset(f'folder:{root}/raw', root / 'data')
+
+
+def taken(split):
+  records = split.records
+  return {records.describe(i) for i in range(len(records))}
+
+
+@pytest.mark.parametrize('percent', [1, 2, 5, 10, 50])
+def test_a_holdout_takes_about_its_part(numbered, percent):
+  held = sources.hold_out(numbered, percent / 100, "stage 'a'")
+  expected = 5 * percent
+  spread = (expected * (1 - percent / 100)) ** 0.5
+  assert abs(len(held.holdout) - expected) < 3 * spread
+  assert not taken(held.holdout) & taken(held.train)
+  # An image stays where it is when others come and go.
+  fewer = dataclasses.replace(
+    numbered, train=numbered.train.select(numbered.train.labels % 3 > 0)
+  )
+  some = sources.hold_out(fewer, percent / 100, "stage 'a'")
+  assert taken(some.holdout) == taken(held.holdout) & taken(fewer.train)
+
+
+def test_of_a_few_images_a_holdout_takes_one(numbered):
+  few = numbered.train.select(np.arange(500) < 20)
+  few = dataclasses.replace(numbered, train=few)
+  assert len(sources.hold_out(few, 0.03, "stage 'a'").holdout) == 1
+  with pytest.raises(errors.UserError, match='takes 0 of the 20'):
+    sources.hold_out(few, 0.02, "stage 'a'")
+
+
+@pytest.mark.parametrize(
+  ('name', 'alike'),
+  [
+    ('n02105855_2933.JPEG', True),
+    ('ILSVRC2012_val_00000293.JPEG', True),
+    ('000.png', False),
+  ],
+)
+def test_imagenets_files_have_one_side_in_all_classes(numbered, name, alike):
+  with mock.patch.object(sources.Records, 'names', lambda x: [name] * len(x)):
+    try:
+      held = len(sources.hold_out(numbered, 0.5, "stage 'a'").holdout)
+    except errors.UserError:
+      held = 0
+  assert (held == 0) == alike
 
 
 def test_a_flipped_bit_in_a_pack_is_noticed(tmp_path):

@@ -79,3 +79,29 @@ def test_parts_longer_than_the_whole(fields, expected):
   with pytest.raises(errors.UserError, match=expected) as caught:
     count(480, **fields)
   assert len(str(caught.value).split('\n')) == 3
+
+
+@pytest.mark.parametrize(
+  ('step', 'batch_size', 'expected'),
+  [
+    (12, 50, 6),  # The end of an epoch stays one.
+    (8, 50, 4),  # 50 images of the second epoch are done.
+    (9, 50, 4),  # 75 are, of which 25 come again.
+    (9, 10, 22),
+    (11, 75, 3),
+    (11, 150, 1),  # Of an epoch under way one step is always left.
+    (0, 10, 0),
+  ],
+)
+def test_a_stage_goes_on_in_the_same_epoch(step, batch_size, expected):
+  old = count(150, batch_size=25, num_epochs=4)
+  new = count(150, batch_size=batch_size, num_epochs=4)
+  assert epochs.translate(step, old, new) == expected
+
+
+def test_with_growing_batches_it_goes_on_in_the_same_phase():
+  phases = (stages.PhaseStart(2, (('batch_size', 50),)),)
+  old = count(150, batch_size=25, num_epochs=4, phases=phases)
+  new = count(150, batch_size=75, num_epochs=4)
+  assert [epochs.translate(x, old, new) for x in (6, 12, 14)] == [2, 4, 5]
+  assert [epochs.translate(x, new, old) for x in (2, 4, 5)] == [6, 12, 13]

@@ -4,13 +4,15 @@ import os
 import pathlib
 import pickle
 import shutil
+import signal
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import runs
 
-from jaxprog.training import integrity
+from jaxprog.training import checkpoints, integrity
 
 STAGE = 'three'
 ARGUMENTS = (
@@ -26,12 +28,17 @@ def config(data_dir):
 
 
 @pytest.fixture(scope='module')
-def expected(run_main, config, tmp_path_factory):
-  """The final weights of an uninterrupted run."""
+def uninterrupted(run_main, config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('expected')
   result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
-  return runs.bits(workdir, STAGE)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def expected(uninterrupted):
+  """The final weights of an uninterrupted run."""
+  return runs.bits(uninterrupted, STAGE)
 
 
 @pytest.fixture(scope='module')
@@ -103,6 +110,52 @@ def test_all_damaged_ends_the_run_again_and_again(config, workdir):
     assert f'remove {workdir}/checkpoints/{STAGE}' in result.stderr
     assert not intact_steps(workdir)
   assert not (workdir / 'checkpoints' / STAGE / 'done.json').exists()
+
+
+# Ends where better weights are whole, and the state that knows of them is not.
+KILLED_BETWEEN = """
+import os, signal, sys
+import main
+from jaxprog.training import checkpoints
+
+save_latest = checkpoints.Checkpoints.save_latest
+
+def save_or_die(self, state, meta, *rest):
+  record = meta['record']
+  if len(record['epochs']) > 1 and record['best']['epoch'] == len(
+    record['epochs']
+  ):
+    self._await_own()
+    os.kill(os.getpid(), signal.SIGKILL)
+  save_latest(self, state, meta, *rest)
+
+checkpoints.Checkpoints.save_latest = save_or_die
+main.main(['main.py', *sys.argv[1:]])
+"""
+
+
+def test_a_kill_between_best_and_latest_loses_neither(
+  config, uninterrupted, tmp_path
+):
+  arguments = config, *ARGUMENTS, f'--workdir={tmp_path}'
+  code = [sys.executable, '-c', KILLED_BETWEEN, *arguments]
+  killed = subprocess.run(code, cwd=runs.ROOT, capture_output=True, text=True)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  _, _, meta = checkpoints.read_latest(tmp_path, STAGE)
+  spoken_of = meta['record']['epochs'][meta['record']['best']['epoch'] - 1]
+  best = tmp_path / 'checkpoints' / STAGE / 'best'
+  older, newer = integrity.list_steps(best)
+  assert older == spoken_of['global_step'] < newer
+  result = runs.call_main(*arguments)
+  assert result.returncode == 0, result.stderr
+  for weights in ('best', 'final'):
+    wanted = runs.bits(uninterrupted, STAGE, weights)
+    assert runs.bits(tmp_path, STAGE, weights) == wanted
+  found, wanted = (
+    runs.without_times(runs.read_history(x)) for x in (tmp_path, uninterrupted)
+  )
+  assert found == wanted
+  assert len(integrity.list_steps(best)) == 1
 
 
 class Payload:

@@ -1,5 +1,7 @@
 """What users do: the command line, in a process of its own."""
 
+import json
+import shutil
 import signal
 
 import pytest
@@ -205,6 +207,16 @@ def test_another_config_in_the_same_workdir(trained, config):
   result = runs.call_main(config, f'--workdir={workdir}', change)
   assert result.returncode == 2
   assert 'ten.batch_size: 48 -> 24' in result.stderr
+
+
+def test_what_is_done_stays_as_it_was_in_config_json(trained, config, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  before = json.loads((workdir / 'config.json').read_text())
+  changes = '--config.stages[1].batch_size=24', '--allow_config_change'
+  result = runs.call_main(config, f'--workdir={workdir}', *changes)
+  assert result.returncode == 0, result.stderr
+  after = json.loads((workdir / 'config.json').read_text())
+  assert after['stages'] == before['stages']
 
 
 def test_an_unwritable_workdir(config, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import networks
 import numpy as np
 import parity
 import pytest
+import runs
 import safetensors
 import safetensors.numpy
 import tiny_config
@@ -123,6 +125,59 @@ def test_the_card_has_the_accuracy_and_the_number_of_images(exported, weights):
   assert f'{record["num_train_images"]:,} images of `digits`' in text
   assert 'minus (0.485, 0.456, 0.406), over (0.229, 0.224, 0.225)' in text
   assert '`three.labels.txt`' in text
+
+
+def test_another_config_does_not_change_what_the_run_was(
+  exported, data_dir, tmp_path
+):
+  workdir = shutil.copytree(exported[0], tmp_path / 'run')
+  export = workdir / 'export'
+  header, card = read_header(export), (export / 'three.md').read_text()
+  assert 'epochs: 2; batches of 48, 8 px; adamw' in card
+  other = (
+    f'--config=tests/tiny_config.py:{data_dir}',
+    f'--workdir={workdir}',
+    '--config.stages[0].num_epochs=90',
+    '--config.stages[0].optimizer=sgd_momentum',
+    '--config.stages[0].schedule=constant',
+    '--config.stages[0].learning_rate=9',
+    '--config.stages[0].batch_size=24',
+    '--config.stages[0].dataset=imagenet2012',
+    '--config.stages[0].eval_split=holdout:2%',
+  )
+  result = runs.call_main('--mode=export', *other)
+  assert result.returncode == 0, result.stderr
+  assert (export / 'three.md').read_text() == card
+  assert read_header(export) == header
+  result = runs.call_main('--mode=eval', *other)
+  assert result.returncode == 0, result.stderr
+  scored = json.loads((workdir / 'eval' / 'three-best.json').read_text())
+  assert scored['dataset'] == 'digits'
+  assert scored['config_hash'] == header['config_hash']
+  assert scored['top1'] == json.loads(header['top1'])
+  result = runs.call_main('--mode=export', *other, '--config.num_filters=8')
+  assert result.returncode == 2
+  assert 'trained with num_filters 4 (config: 8)' in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 3
+
+
+def test_a_score_of_other_images_is_not_passed_off(exported, tmp_path):
+  workdir = shutil.copytree(exported[0], tmp_path / 'run')
+  result = runs.call_main(
+    '--mode=export',
+    f'--workdir={workdir}',
+    '--config.stages[0].eval_image_size=16',
+  )
+  assert result.returncode == 0, result.stderr
+  header = read_header(workdir / 'export')
+  assert (header['image_size'], header['top1']) == ('16', 'null')
+  card = (workdir / 'export' / 'three.md').read_text()
+  assert 'one centre crop of 8 px each' in card
+
+
+def read_header(folder):
+  with safetensors.safe_open(folder / 'three.safetensors', 'numpy') as file:
+    return file.metadata()
 
 
 def test_a_process_with_jax_alone_serves_the_same_logits(

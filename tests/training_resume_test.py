@@ -1,6 +1,8 @@
 """A stage under way goes on in the same epoch, whatever its config is now."""
 
+import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,14 +10,16 @@ import runs
 from tensorboard.backend.event_processing import plugin_event_accumulator
 
 import jaxprog
-from jaxprog.training import checkpoints, ladder
+from jaxprog.data import sources
+from jaxprog.training import ladder
+from jaxprog.training import setup as setup_lib
 
 FOUR = '--config.stages[0].num_epochs=4'
 BATCH = '--config.stages[0].batch_size'
 
 
-class Enough(Exception):
-  pass
+class Enough(Exception):  # noqa: N818
+  """Ends a run where a test wants it to."""
 
 
 def stop_after(epochs):
@@ -33,7 +37,6 @@ def arguments(data_dir):
     f'--config=tests/tiny_config.py:{data_dir}',
     '--only=three',
     FOUR,
-    '--config.tensorboard=True',
     '--config.log_every_steps=1',
   )
 
@@ -46,21 +49,25 @@ def with_batch(arguments, batch_size):
 def left(arguments, tmp_path_factory):
   """Two of four epochs of six steps, and then an end."""
   workdir = tmp_path_factory.mktemp('left')
-  start(arguments, 72, workdir, epochs=2)
+  start(with_batch(arguments, 72), workdir, epochs=2)
   return workdir
 
 
-def start(arguments, batch_size, workdir, epochs):
+def start(arguments, workdir, epochs):
   """Trains until `epochs` are over."""
-  given = [x.partition('=') for x in with_batch(arguments, batch_size)]
+  config = load_config(arguments)
+  with pytest.raises(Enough):
+    ladder.train(config, workdir, only=['three'], on_epoch=stop_after(epochs))
+
+
+def load_config(arguments):
+  given = [x.partition('=') for x in arguments]
   overrides = {
     name.removeprefix('--config.'): value
     for name, _, value in given
     if name.startswith('--config.')
   }
-  config = jaxprog.load_config(given[0][2], overrides)
-  with pytest.raises(Enough):
-    ladder.train(config, workdir, only=['three'], on_epoch=stop_after(epochs))
+  return jaxprog.load_config(given[0][2], overrides)
 
 
 @pytest.fixture
@@ -68,13 +75,16 @@ def workdir(left, tmp_path):
   return shutil.copytree(left, tmp_path / 'run')
 
 
-def go_on(arguments, workdir, *changes):
+def go_on(arguments, workdir, *changes, batch_size=72):
   result = runs.call_main(
-    *arguments, f'--workdir={workdir}', '--allow_config_change', *changes
+    *with_batch(arguments, batch_size),
+    f'--workdir={workdir}',
+    '--allow_config_change',
+    *changes,
   )
   assert result.returncode == 0, result.stderr
   (stage,) = runs.read_history(workdir)['stages']
-  return stage, result
+  return stage
 
 
 @pytest.mark.parametrize(('batch_size', 'per_epoch'), [(144, 3), (36, 12)])
@@ -82,7 +92,7 @@ def test_another_batch_goes_on_in_the_same_epoch(
   arguments, workdir, batch_size, per_epoch
 ):
   (before,) = runs.read_history(workdir)['stages']
-  stage, _ = go_on(arguments, workdir, f'{BATCH}={batch_size}')
+  stage = go_on(arguments, workdir, batch_size=batch_size)
   assert [row['epoch'] for row in stage['epochs']] == [1, 2, 3, 4]
   assert stage['epochs'][:2] == before['epochs']
   steps = [row['global_step'] for row in stage['epochs']]
@@ -102,26 +112,127 @@ def test_another_batch_goes_on_in_the_same_epoch(
   assert change['epoch'] == 2
   assert change['fields'] == {'batch_size': [72, batch_size]}
   assert change['renewed'] == []
-  assert read_losses(workdir) == list(range(1, steps[-1] + 1))
   report = (workdir / 'training_report.txt').read_text()
   said = f'after 2 epochs it went on with batch_size {batch_size} (before: 72)'
   assert said in ' '.join(report.split())
 
 
 def create_task(arguments, batch_size):
-  from jaxprog.training import setup
+  config = load_config(with_batch(arguments, batch_size))
+  made = setup_lib.create_setup(config, only=['three'])
+  return setup_lib.create_task(made, made.chosen[0])
 
-  config = jaxprog.load_config(
-    arguments[0].partition('=')[2],
-    {'stages[0].num_epochs': '4', 'stages[0].batch_size': str(batch_size)},
+
+def test_rates_schedule_and_length_go_on_in_the_same_epoch(arguments, workdir):
+  stage = go_on(
+    arguments,
+    workdir,
+    '--config.stages[0].num_epochs=3',
+    '--config.stages[0].schedule=constant',
+    '--config.stages[0].learning_rate=0.004',
+    '--config.stages[0].optimizer=sgd_momentum',
+    '--config.stages[0].ema_decay=0.5',
   )
-  made = setup.create_setup(config, only=['three'])
-  return setup.create_task(made, made.chosen[0])
+  rows = stage['epochs']
+  assert [row['global_step'] for row in rows] == [6, 12, 18]
+  assert [row['learning_rate'] == pytest.approx(0.004) for row in rows] == [
+    False,
+    False,
+    True,
+  ]
+  # The rates that it had are still there, and then come those of now.
+  rates = stage['learning_rates']
+  assert max(rates[:130]) > 0.009
+  np.testing.assert_allclose(rates[134:], 0.004, rtol=1e-4)
+  assert (stage['num_epochs'], stage['schedule']) == (3, 'constant')
+  (change,) = stage['config_changes']
+  assert change['fields']['num_epochs'] == [4, 3]
+  assert change['fields']['optimizer'] == ['adamw', 'sgd_momentum']
+  assert change['renewed'] == ['ema', 'opt_state']
+  assert 'ema_top1' in rows[2]
+  report = ' '.join((workdir / 'training_report.txt').read_text().split())
+  assert 'the optimizer began anew' in report
 
 
-def read_losses(workdir):
-  """Returns the global steps of which TensorBoard shows a loss."""
+@pytest.mark.parametrize(
+  ('field', 'value', 'expected'),
+  [
+    ('model', 'resnet18', 'another model'),
+    ('num_filters', 8, 'another num_filters'),
+    ('stages[0].classes', "('1','3')", 'classes of the dataset'),
+    ('stages[0].eval_split', 'holdout:20%', 'another eval_split'),
+    ('stages[0].num_epochs', 1, '2 epochs are trained already'),
+  ],
+)
+def test_what_cannot_go_on_is_named_and_nothing_is_lost(
+  arguments, left, field, value, expected
+):
+  before = {
+    path: path.read_bytes() for path in left.glob('*.json*') if path.is_file()
+  }
+  result = runs.call_main(
+    *with_batch(arguments, 72),
+    f'--workdir={left}',
+    '--allow_config_change',
+    f'--config.{field}={value}',
+  )
+  assert result.returncode == 2, result.stderr
+  assert len(result.stderr.strip().splitlines()) <= 3
+  assert expected in result.stderr
+  after = {
+    path: path.read_bytes() for path in left.glob('*.json*') if path.is_file()
+  }
+  assert after == before
+
+
+def test_stages_of_separate_calls_do_not_erase_each_other(
+  arguments, left, tmp_path
+):
+  """Not even where one goes on that was left before the other began."""
+  workdir = shutil.copytree(left, tmp_path / 'run')
+  shown = (
+    *with_batch(arguments, 72),
+    f'--workdir={workdir}',
+    '--config.tensorboard=True',
+    '--config.stages[2].image_size=8',
+    '--allow_config_change',
+  )
+  for name in ('ten_again', 'three'):
+    result = runs.call_main(*shown, f'--only={name}')
+    assert result.returncode == 0, result.stderr
+  three, again = runs.read_history(workdir)['stages']
+  # Where the first one was to end the second one begins: 29 steps.
+  assert (again['first_step'], again['last_step']) == (24, 53)
+  rows = [row['global_step'] for row in three['epochs']]
+  assert rows == [6, 12, 59, 65]
+  assert three['resumed_at_steps'] == [53]
   events = plugin_event_accumulator.EventAccumulator(
     str(workdir / 'tensorboard')
   ).Reload()
-  return [x.step for x in events.Tensors('train/loss')]
+  steps = [x.step for x in events.Tensors('train/loss')]
+  assert steps == list(range(25, 66))
+  pictures = [x.step for x in events.Tensors('images/ten_again/augmented')]
+  assert pictures == [25]
+
+
+def test_a_stage_keeps_the_hold_out_that_it_began_with(arguments, tmp_path):
+  """Of a version that hashed names alone, and did not say so."""
+  arguments = (
+    *with_batch(arguments, 72),
+    '--config.stages[0].eval_split=holdout:20%',
+    '--config.stages[0].num_epochs=2',
+  )
+  with mock.patch.object(sources, 'HOLDOUT_RULE', 1):
+    start(arguments, tmp_path, epochs=1)
+  path = tmp_path / 'training_history.json'
+  history = runs.read_history(tmp_path)
+  del history['stages'][0]['holdout']
+  path.write_text(json.dumps(history))
+  result = runs.call_main(*arguments, f'--workdir={tmp_path}')
+  assert result.returncode == 0, result.stderr
+  (stage,) = runs.read_history(tmp_path)['stages']
+  assert stage['holdout'] == {
+    'rule': 1,
+    'part': 0.2,
+    'images': stage['num_eval_images'],
+  }

@@ -15,6 +15,7 @@ import rich.console
 import rich.progress
 from ml_collections import config_dict
 
+from jaxprog import config as config_lib
 from jaxprog import epochs, errors, files, stages
 from jaxprog.data import sources
 from jaxprog.reporting import diagnostics, scores
@@ -36,15 +37,16 @@ def evaluate(
 ) -> dict[str, Any]:
   """Returns how saved weights do on every image of an evaluation split, once.
 
-  Keys: stage, weights, epoch, dataset, count, loss, top1 and top5 (accuracies
-  in [0, 1]), nll (nats), ece, per_class (class, name, images, right and top1
-  of each class), confusions (class, predicted and count, the most frequent one
-  first) and bad_images (why each could not be decoded; they count as wrong).
+  Keys: stage, weights, epoch, config_hash (of the run), dataset, image_size,
+  eval_crop, interpolation, count, loss, top1 and top5 (accuracies in [0, 1]),
+  nll (nats), ece, per_class (class, name, images, right and top1 of each
+  class), confusions (class, predicted and count, the most frequent one first)
+  and bad_images (why each could not be decoded; they count as wrong).
   All of it is shown on stderr and written to
   WORKDIR/eval/STAGE-WEIGHTS[-DATASET].csv and .json.
 
   Args:
-    config: the run's own.
+    config: where the data is and how to evaluate; the rest is the run's own.
     workdir: of the run.
     stage: whose weights; '': the last one that `workdir` has finished.
     weights: best, final or ema.
@@ -77,7 +79,11 @@ def evaluate(
     'stage': trained.stage.name,
     'weights': weights,
     'epoch': trained.epoch,
+    'config_hash': config_lib.config_hash(trained.run_config),
     'dataset': data.name,
+    'image_size': trained.stage.eval_size,
+    'eval_crop': trained.stage.eval_crop,
+    'interpolation': trained.stage.eval_interpolation,
     **_score(trained, known, data.classes, console),
   }
   paths = write(pathlib.Path(workdir), found, dataset)

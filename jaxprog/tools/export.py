@@ -22,6 +22,7 @@ import jaxprog
 from jaxprog import config as config_lib
 from jaxprog import files
 from jaxprog.models import conv, interchange, resnet
+from jaxprog.reporting import report
 from jaxprog.training import augment, checkpoints
 from jaxprog.training import state as state_lib
 from jaxprog.training import trained as trained_lib
@@ -233,11 +234,11 @@ def describe(
     'mean': config.mean_rgb,
     'std': config.std_rgb,
     'jaxprog': jaxprog.__version__,
-    'config_hash': config_lib.config_hash(config),
+    'config_hash': config_lib.config_hash(trained.run_config),
     'stage': stage.name,
     'weights': trained.weights,
     'epoch': trained.epoch,
-    'top1': score(trained, record).top1,
+    'top1': score(trained, record).top1 if is_seen_alike(trained) else None,
   }
   # 'pt': arrays are as PyTorch has them.
   text = {
@@ -259,7 +260,17 @@ def score(trained: trained_lib.Trained, record: Mapping[str, Any]) -> Score:
     row[f'{kind}_top1'],
     row[f'{kind}_top5'],
     record.get('num_eval_images'),
-    trained.stage.eval_split,
+    trained.trained_stage.eval_split,
+  )
+
+
+def is_seen_alike(trained: trained_lib.Trained) -> bool:
+  """Returns whether images are used as those that gave the score were."""
+  used, scored = trained.stage, trained.trained_stage
+  return (used.eval_size, used.eval_crop, used.eval_interpolation) == (
+    scored.eval_size,
+    scored.eval_crop,
+    scored.eval_interpolation,
   )
 
 
@@ -293,13 +304,13 @@ def card(trained: trained_lib.Trained, record: Mapping[str, Any]) -> str:
       '## Licence\nNone is chosen. What the licence of the images allows '
       'limits what the weights may be used for: decide before you share them.',
       f'Written by jaxprog {jaxprog.__version__}, config '
-      f'{config_lib.config_hash(config)}.\n',
+      f'{config_lib.config_hash(trained.run_config)}.\n',
     ]
   )
 
 
 def _describe_score(trained: trained_lib.Trained, found: Score) -> str:
-  stage = trained.stage
+  stage = trained.trained_stage
   number = '' if found.num_images is None else f'{found.num_images:,} '
   images = 'validation' if found.split == 'validation' else 'held-out training'
   text = (
@@ -314,17 +325,20 @@ def _describe_score(trained: trained_lib.Trained, found: Score) -> str:
 def _describe_training(
   trained: trained_lib.Trained, record: Mapping[str, Any]
 ) -> str:
-  stage = trained.stage
+  stage = trained.trained_stage
   images = f'{record["num_train_images"]:,} images of ' if record else ''
   origin = record.get('transfer', {}).get('from')
   # The name of a stage, or of a file: its folder is nobody's business.
   start = f'`{pathlib.Path(origin).name}`' if origin else 'fresh weights'
   epochs = f'epochs: {stage.num_epochs:g}' if record else 'not finished'
+  if record.get('status') == 'stopped_early':
+    epochs += f', stopped after {len(record["epochs"])}'
   return (
     f'{images}`{stage.dataset}`, from {start}; {epochs}; batches of '
     f'{stage.batch_size}, {stage.image_size} px; {stage.optimizer}, '
     f'{stage.schedule}, peak rate {stage.peak_learning_rate:g}, weight decay '
     f'{stage.weight_decay:g}.'
+    + ''.join(f' Then {x}.' for x in report.describe_changes(record))
   )
 
 

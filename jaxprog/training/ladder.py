@@ -678,7 +678,7 @@ def _read_history(
   """Returns the history of `workdir`, a new one where there is none."""
   path = workdir / 'training_history.json'
   if not path.exists():
-    return history_lib.new_history(config_lib.config_hash(config))
+    return history_lib.new_history(_hash(config))
   return history_lib.load_history(path)
 
 
@@ -709,8 +709,12 @@ def _load_history(
         '; '.join(changes[:3]) + more,
         'Use another --workdir, or --allow_config_change to go on anyway.',
       )
-  history['config_hash'] = config_lib.config_hash(config)
+  history['config_hash'] = _hash(config)
   return history, changes
+
+
+def _hash(config: config_dict.ConfigDict) -> str:
+  return config_lib.config_hash(stages.complete(config))
 
 
 def _as_trained(

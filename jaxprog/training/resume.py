@@ -70,9 +70,9 @@ def check(tasks: Iterable[setup_lib.Task], workdir: pathlib.Path) -> None:
       continue
     if found := checkpoints.read_latest(workdir, name):
       number, saved, meta = found
-      _check_data(task, meta)
       config, record = _config_of(task, meta), meta['record']
       _check_fields(task, config)
+      _check_data(task, meta)
       directory = checkpoints.stage_directory(workdir, name)
       checkpoints.check_matches(saved, task.state_shapes, directory, _RENEWABLE)
       first = record.get('first_step', 0)

@@ -1,7 +1,9 @@
 """Saved weights, with the stage and the network that they belong to."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 import pathlib
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import config_dict
 
+from jaxprog import config as config_lib
 from jaxprog import errors, stages
 from jaxprog.training import checkpoints, devices, setup
 from jaxprog.training import state as state_lib
@@ -18,11 +21,23 @@ WEIGHTS = ('best', 'final', 'ema')
 # What decides what the network computes, and its weights' shapes do not show.
 _OF_NETWORK = ('model', 'num_filters', 'stem_kernel', 'blur_pool')
 _OF_PIXELS = ('mean_rgb', 'std_rgb')
+# Of a stage, what another config may say: how its weights are used.
+_OF_USE = (
+  'batch_size',
+  'eval_crop',
+  'eval_image_size',
+  'eval_interpolation',
+  'mixed_precision',
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """Weights of a stage, and what the config says of how to use them."""
+  """Weights of a stage, how to use them, and what they were trained with.
+
+  `config` says where the data is and how to compute; of `stage` it says what
+  evaluation does. All else is the run's own, as its workdir tells it.
+  """
 
   config: config_dict.ConfigDict
   stage: stages.Stage
@@ -31,6 +46,18 @@ class Trained:
   variables: dict[str, Any]
   meta: checkpoints.Meta
   model_fn: setup.ModelFn
+
+  @functools.cached_property
+  def run_config(self) -> config_dict.ConfigDict:
+    """The config that the weights were trained with."""
+    if 'config' not in self.meta:
+      return self.config
+    return config_lib.restore(self.meta['config'])
+
+  @functools.cached_property
+  def trained_stage(self) -> stages.Stage:
+    """The stage as it was trained."""
+    return _find_stage(self.run_config, self.stage.name) or self.stage
 
   @property
   def classes(self) -> tuple[str, ...]:
@@ -90,6 +117,7 @@ def load_trained(
     )
   chosen = by_name[name]
   variables, meta = checkpoints.load_weights(workdir, name, weights)
+  meta = {**_read_config(workdir), **meta}
   trained = Trained(
     config=config,
     stage=chosen,
@@ -99,10 +127,28 @@ def load_trained(
     model_fn=model or setup.create_model_fn(config),
   )
   _check_meta(trained, () if model else _OF_NETWORK)
+  used = {field: getattr(chosen, field) for field in _OF_USE}
+  stage_of_run = dataclasses.replace(trained.trained_stage, **used)
+  trained = dataclasses.replace(trained, stage=stage_of_run)
   devices.keep_compiled(config.compilation_cache_dir)
   devices.check_platform(config.platform)
   _check_shapes(trained)
   return trained
+
+
+def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the run's config for weights that were saved without theirs."""
+  with contextlib.suppress(OSError, ValueError):
+    return {'config': json.loads((workdir / 'config.json').read_bytes())}
+  return {}
+
+
+def _find_stage(
+  config: config_dict.ConfigDict, name: str
+) -> stages.Stage | None:
+  config = config_dict.ConfigDict(config)
+  config.stages = [x for x in config.stages if x.name == name]
+  return stages.create_stages(config)[0] if config.stages else None
 
 
 def last_done_stage(
