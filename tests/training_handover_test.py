@@ -113,6 +113,18 @@ def test_dash_shrinks_kernels_between_its_bounds(begin):
   assert origin['operator'] == 'dash(0.3, 10 batches)'
 
 
+def test_a_batch_that_shows_nothing_has_no_part_in_the_gradient(
+  begin, monkeypatch
+):
+  *_, variables, _, task = begin()
+  first, *_ = handover._batches(task)
+  hidden = {**first, 'mask': np.zeros(len(first['mask']), bool)}
+  monkeypatch.setattr(handover, '_batches', lambda _: iter([first, hidden]))
+  gradient = handover._mean_gradient(task, variables)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+  assert np.any(gradient['head']['kernel'])
+
+
 def test_the_last_block_starts_afresh(begin):
   source, fresh, first, origin, _ = begin(reset_blocks=1)
   for collection in ('params', 'batch_stats'):

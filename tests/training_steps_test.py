@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny_config
 from flax import linen as nn
 
@@ -208,6 +209,30 @@ def test_micro_batches_add_up_to_the_batch():
   np.testing.assert_allclose(
     parts.params['head']['kernel'], whole.params['head']['kernel'], rtol=1e-5
   )
+
+
+@pytest.mark.parametrize('mixup_alpha', [0.0, 1.0])
+def test_micro_batches_share_the_count_of_the_batch(mixup_alpha):
+  fields = {
+    'label_smoothing': 0.2,
+    'gradient_clipping': 0.1,
+    'mixup_alpha': mixup_alpha,
+  }
+  _, current, step, _ = create(**fields)
+  _, _, step_in_parts, _ = create(micro_batch_size=2, **fields)
+  # Parts are every fourth example: of [1, 5] the second shows nothing.
+  for hidden in ([1], [1, 6, 7], [1, 5], range(8)):
+    data = batch(8)
+    data['mask'][hidden] = False
+    whole, expected = step(current, data, jax.random.key(1))
+    parts, metrics = step_in_parts(current, data, jax.random.key(1))
+    for found, wanted in (
+      (metrics, expected),
+      (parts.metrics, whole.metrics),
+      (parts.params['head'], whole.params['head']),
+    ):
+      for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], 2e-6, 1e-7)
 
 
 def test_batch_norm_sees_each_micro_batch_by_itself():

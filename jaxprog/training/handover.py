@@ -324,6 +324,8 @@ def _fit_statistics(task: setup_lib.Task, variables: Variables) -> Variables:
 def _mean_gradient(task: setup_lib.Task, variables: Variables) -> Variables:
   """Returns the mean gradient over `transfer_batches` training batches.
 
+  Each image that the loss may see counts once, whatever its batch hides.
+
   The reference takes a moving average over a whole pass instead, with 0.3 for
   the newest batch: some ten batches decide it.
   """
@@ -333,15 +335,14 @@ def _mean_gradient(task: setup_lib.Task, variables: Variables) -> Variables:
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits, batch['label']
     )
-    return jnp.mean(losses, where=batch['mask'])
+    return jnp.sum(losses, where=batch['mask']), jnp.sum(batch['mask'])
 
-  grad = jax.jit(jax.grad(loss))
-  total, count = None, 0
+  grad = jax.jit(jax.grad(loss, has_aux=True))
+  total: Any = jax.tree.map(jnp.zeros_like, variables['params']), 0
   for batch in _batches(task):
-    grads = grad(variables['params'], batch)
-    total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-    count += 1
-  return jax.tree.map(lambda x: x / count, total)
+    total = jax.tree.map(jnp.add, total, grad(variables['params'], batch))
+  grads, count = total
+  return jax.tree.map(lambda x: x / jnp.maximum(count, 1), grads)
 
 
 def _measure_statistics(task: setup_lib.Task, variables: Variables) -> Any:

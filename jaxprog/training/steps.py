@@ -162,11 +162,11 @@ def _create_grads_fn(
   What comes back is grads, batch_stats, loss and top1, the last two being
   means over what `weights` (N,), 0 or 1, let them see; top1 asks for the class
   that `targets` (N, classes) names most. With a micro_batch_size they are
-  means over the micro-batches, one after the other: those of the whole batch,
-  but that BatchNorm sees each by itself.
+  sums over the micro-batches, one after the other, each divided by what the
+  whole batch shows: its means, but that BatchNorm sees each by itself.
   """
 
-  def loss_fn(trained, fixed, batch_stats, images, targets, weights):
+  def loss_fn(trained, fixed, batch_stats, count, images, targets, weights):
     variables = {'params': {**fixed, **trained}, 'batch_stats': batch_stats}
     if frozen:
       logits: Any = model.apply(variables, images, train=False)
@@ -178,45 +178,45 @@ def _create_grads_fn(
     correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
     targets = optax.smooth_labels(targets, stage.label_smoothing)
     losses = optax.softmax_cross_entropy(logits, targets)
-    count = jnp.maximum(jnp.sum(weights), 1)
     loss = jnp.sum(jnp.where(weights > 0, losses, 0)) / count
     top1 = jnp.sum(weights * correct) / count
     return loss, (batch_stats, loss, top1)
 
-  def grads_of_part(state, batch_stats, *examples):
+  def grads_of_part(state, batch_stats, count, *examples):
     trained, fixed = state.params, {}
     if frozen:
       trained, fixed = {'head': state.params['head']}, state.params
     grads, aux = jax.grad(loss_fn, has_aux=True)(
-      trained, fixed, batch_stats, *examples
+      trained, fixed, batch_stats, count, *examples
     )
     if frozen:
       zeros = jax.tree.map(jnp.zeros_like, state.params)
       grads = {**zeros, **grads}
     return grads, *aux
 
-  def grads_of(state, *examples):
-    batch_size = len(examples[0])
+  def grads_of(state, images, targets, weights):
+    examples, batch_size = (images, targets, weights), len(images)
+    count = jnp.maximum(jnp.sum(weights), 1)
     micro = stage.micro_batch_size or batch_size
     parts = batch_size // micro
     if parts == 1:
-      return grads_of_part(state, state.batch_stats, *examples)
+      return grads_of_part(state, state.batch_stats, count, *examples)
 
     def split(x):
       # Every parts-th example: each device keeps the examples it has.
       return jnp.moveaxis(x.reshape(micro, parts, *x.shape[1:]), 1, 0)
 
     def add_part(sums, part):
-      grads, batch_stats, loss, top1 = grads_of_part(state, sums[1], *part)
+      grads, batch_stats, loss, top1 = grads_of_part(
+        state, sums[1], count, *part
+      )
       total = jax.tree.map(jnp.add, (sums[0], *sums[2:]), (grads, loss, top1))
       return (total[0], batch_stats, *total[1:]), None
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     start = zeros, state.batch_stats, jnp.zeros(()), jnp.zeros(())
     sums, _ = jax.lax.scan(add_part, start, tuple(map(split, examples)))
-    grads, batch_stats, loss, top1 = sums
-    mean = jax.tree.map(lambda x: x / parts, (grads, loss, top1))
-    return mean[0], batch_stats, *mean[1:]
+    return sums
 
   return grads_of
 
