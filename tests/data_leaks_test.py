@@ -318,6 +318,7 @@ def test_the_nearest_of_several_is_named_whatever_the_blocks(monkeypatch):
   expected = [9, 8, 7, 6, 2, 1, 0, 4]
   for block, pairs in ((2048, 4096), (1, 1), (2, 1), (3, 2)):
     monkeypatch.setattr(leaks, '_BLOCK', block)
+    monkeypatch.setattr(leaks, '_IMAGES', block)
     monkeypatch.setattr(leaks, '_PAIRS', pairs)
     found = leaks.match_looks(train, evaluation)
     np.testing.assert_array_equal(found, expected)
@@ -360,6 +361,39 @@ def test_matches_are_those_of_all_pairs_compared_one_by_one():
     for i in range(40)
   ]
   assert 3 < sum(x >= 0 for x in expected) < 20
+  np.testing.assert_array_equal(leaks.match_looks(train, evaluation), expected)
+
+
+def test_no_pair_is_lost_by_looking_at_few():
+  rng = np.random.default_rng(1)
+
+  def create(count):
+    made = np.zeros(count, signatures.SIGNATURE)
+    for i in range(count):
+      small = rng.normal(128, 60, (2, 4, 4, 3)).clip(0, 255)
+      made['thumbnails'][i] = np.kron(small, np.ones((1, 4, 4, 1)))
+    made['comparable'] = rng.random(count) < 0.9
+    return made
+
+  evaluation, train = create(120), create(400)
+  # Copies on either side of the limit, some of two images at once.
+  for i, j in enumerate(rng.integers(0, 120, 300)):
+    shift = rng.choice([-9, -8, -5, 0, 5, 8, 9], p=[0.1, *[0.16] * 5, 0.1])
+    noise = rng.integers(-3, 4, (2, 16, 16, 3)) * rng.integers(0, 2)
+    copied = evaluation['thumbnails'][j].astype(int) + shift + noise
+    train['thumbnails'][i] = copied.clip(0, 255)
+  evaluation[1::9] = evaluation[::9][: len(evaluation[1::9])]
+  i, j = (x.ravel() for x in np.indices((400, 120)))
+  levels = np.full((2, 400, 120), np.inf)
+  for view in (0, 1):
+    a, b = (leaks._coarse(x, view)[0] for x in (train, evaluation))
+    near = ((a @ b.T) >= 1 - leaks.MAX_COARSE_DISTANCE)[i, j]
+    pairs = (train['thumbnails'][i, view], evaluation['thumbnails'][j, view])
+    found = np.where(near, leaks._compare(*pairs), np.inf)
+    levels[view] = found.reshape(400, 120)
+  nearest = levels.min(0)
+  expected = np.where(nearest.min(1) < np.inf, nearest.argmin(1), -1)
+  assert 100 < (expected >= 0).sum() < 300
   np.testing.assert_array_equal(leaks.match_looks(train, evaluation), expected)
 
 

@@ -174,10 +174,33 @@ def test_a_changed_dataset_has_new_signatures(tmp_path):
   assert len(list(records.directory.glob('signatures-train-*.npy'))) == 1
 
 
+def test_what_a_kill_leaves_is_not_computed_again(records, monkeypatch):
+  expected = np.array(signatures.read_signatures(records))
+  (file,) = records.directory.glob('signatures-train-*.npy')
+  file.unlink()
+  monkeypatch.setattr(signatures, '_PART', 4)
+
+  def stop(done, total):
+    if done == 8:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    signatures.read_signatures(records, num_workers=1, progress=stop)
+  assert not file.exists()
+  kept = {int(x.stem): x for x in records.directory.glob('incomplete.*/*.npz')}
+  assert len(kept) >= 2
+  kept.pop(0).write_bytes(b'PK')  # Not whole.
+  calls = count_calls(monkeypatch)
+  np.testing.assert_array_equal(signatures.read_signatures(records), expected)
+  assert len(calls) == 15 - sum(min(4, 15 - start) for start in kept)
+  assert not list(records.directory.glob('incomplete.*'))
+
+
 def test_prepared_data_may_be_read_only(records, monkeypatch):
-  def refuse(path, data):
+  def refuse(path, *args):
     raise PermissionError(path)
 
   monkeypatch.setattr(files, 'write_bytes', refuse)
+  monkeypatch.setattr(np.lib.format, 'open_memmap', refuse)
   assert len(signatures.read_signatures(records)) == 15
   assert 'signatures' not in ''.join(os.listdir(records.directory))

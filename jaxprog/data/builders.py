@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 
 from jaxprog import errors
+from jaxprog.data import index
 
 # The splits' names in every prepared dataset that comes from here.
 TRAIN, EVAL = 'train', 'validation'
@@ -89,6 +90,8 @@ class Images(tfds.core.GeneratorBasedBuilder):
     super().__init__(
       data_dir=os.fspath(data_dir), file_format='array_record', **kwargs
     )
+    # What was written, record by record.
+    self.index = index.Writer(self.info.file_format)
 
   def _info(self) -> tfds.core.DatasetInfo:
     raw = self._raw
@@ -113,6 +116,9 @@ class Images(tfds.core.GeneratorBasedBuilder):
     self, dl_manager: tfds.download.DownloadManager
   ) -> dict[str, Any]:
     return {split: self._generate_examples(split) for split in (TRAIN, EVAL)}
+
+  def _example_writer(self) -> index.Writer:
+    return self.index
 
   def _log_download_bytes(self) -> None:
     """Says nothing: `progress` does."""

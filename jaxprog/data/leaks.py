@@ -7,19 +7,19 @@ stage trains on.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxprog import files
-from jaxprog.data import signatures, sources
+from jaxprog.data import parts, signatures, sources
 
 # The strongest first.
 REASONS = ('name', 'content', 'perceptual')
@@ -45,9 +45,12 @@ MAX_COARSE_DISTANCE = 0.03
 # Standard deviation, in grey levels, below which a coarse thumbnail is noise;
 # the flattest of 17,500 photographs has 3.5.
 MIN_CONTRAST = 2.0
-# Images on either side of one matrix product, and pairs compared at once.
+# Training images that are looked at together, evaluation images of one matrix
+# product, and pairs compared at once.
+_IMAGES = 32768
 _BLOCK = 2048
 _PAIRS = 4096
+_NOTHING = np.empty((0, 3 * COARSE_SIDE**2), np.float32)
 
 # What is being read, images done, images in all.
 Progress = Callable[[str, int, int], None]
@@ -194,47 +197,96 @@ def match_looks(train: np.ndarray, evaluation: np.ndarray) -> np.ndarray:
   """Returns the position of the evaluation image most alike, int64 (n,).
 
   -1 where there is none that differs by at most MAX_DISTANCE and
-  MAX_GREY_LEVELS. Takes SIGNATURE arrays, and little memory beside them.
+  MAX_GREY_LEVELS; of several that are as near, the first. Takes SIGNATURE
+  arrays, and little memory beside them.
   """
   # Both views of square images are the same.
   views = (0,) if _are_square(train) and _are_square(evaluation) else (0, 1)
-  coarse = {
-    view: np.concatenate(
-      [np.empty((0, 3 * COARSE_SIDE**2), np.float32)]
-      + [_coarse(block, view) for block in _blocks(evaluation)]
-    )
-    for view in views
-  }
-  with futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-    found = pool.map(
-      lambda block: _match_block(block, evaluation, coarse), _blocks(train)
-    )
-    return np.concatenate([np.empty(0, np.int64), *found])
+  places = {view: _Places(evaluation, view) for view in views}
+  found = parts.in_order(
+    lambda block: _match_block(block, evaluation, places),
+    _blocks(train),
+    num_workers=min(os.cpu_count() or 1, 16),
+  )
+  return np.concatenate([np.empty(0, np.int64), *found])
 
 
 def _match_block(
-  block: np.ndarray, evaluation: np.ndarray, coarse: Mapping[int, np.ndarray]
+  block: np.ndarray, evaluation: np.ndarray, places: Mapping[int, '_Places']
 ) -> np.ndarray:
   """Returns `match_looks` of a few training images."""
   best = np.full(len(block), -1)
   levels = np.full(len(block), np.inf, np.float32)
-  for view, descriptions in coarse.items():
-    for i, j in _candidates(_coarse(block, view), descriptions):
+  for view, among in places.items():
+    for i, j in among.near(block):
       difference = _compare(
         block['thumbnails'][i, view], evaluation['thumbnails'][j, view]
       )
-      better = difference < levels[i]
       # Where an image comes twice, the last is kept: the nearest.
-      order = np.argsort(-difference[better], kind='stable')
-      i, j = i[better][order], j[better][order]
-      levels[i] = difference[better][order]
-      best[i] = j
+      order = np.lexsort((-j, -difference))
+      i, j, difference = i[order], j[order], difference[order]
+      better = (difference < levels[i]) | (
+        (difference == levels[i]) & np.isfinite(difference) & (j < best[i])
+      )
+      i, j = i[better], j[better]
+      levels[i], best[i] = difference[better], j
   return best
 
 
+class _Places:
+  """Images by brightness, left to right, top to bottom, all in grey levels.
+
+  Thumbnails that differ by MAX_GREY_LEVELS in the mean do so at most by as
+  much in the mean brightness, and in that of one half less that of the other.
+  So a copy is in a cell of that size near its original's, and of ImageNet's
+  64,000 million pairs a hundredth is looked at.
+  """
+
+  def __init__(self, table: np.ndarray, view: int):
+    self._view = view
+    blocks = [_coarse(block, view) for block in _blocks(table)]
+    described = np.concatenate([_NOTHING, *(x for x, _ in blocks)])
+    cells = np.concatenate([np.empty((0, 3), int), *(x for _, x in blocks)])
+    indices = np.flatnonzero(described.any(axis=1))
+    self._cells = _group(cells, indices)
+    self._described = described
+
+  def near(self, block: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields indices of pairs, in `block` and here, that may be copies."""
+    described, cells = _coarse(block, self._view)
+    found = _group(cells, np.flatnonzero(described.any(axis=1)))
+    for cell, rows in found.items():
+      columns = np.concatenate(
+        [np.empty(0, int)]
+        + [
+          self._cells[x]
+          for x in itertools.product(*((c - 1, c, c + 1) for c in cell))
+          if x in self._cells
+        ]
+      )
+      for start in range(0, len(columns), _BLOCK):
+        among = columns[start : start + _BLOCK]
+        cosine = described[rows] @ self._described[among].T
+        i, j = np.nonzero(cosine >= 1 - MAX_COARSE_DISTANCE)
+        for k in range(0, len(i), _PAIRS):
+          yield rows[i[k : k + _PAIRS]], among[j[k : k + _PAIRS]]
+
+
+def _group(
+  cells: np.ndarray, indices: np.ndarray
+) -> dict[tuple[int, ...], np.ndarray]:
+  """Returns cell -> those of `indices` whose `cells`, (n, 3), are that one."""
+  if not len(indices):
+    return {}
+  order = indices[np.lexsort(cells[indices].T)]
+  starts = np.flatnonzero(np.diff(cells[order], axis=0).any(axis=1)) + 1
+  groups = np.split(order, starts)
+  return {tuple(cells[x[0]].tolist()): x for x in groups}
+
+
 def _blocks(table: np.ndarray) -> Iterator[np.ndarray]:
-  for start in range(0, len(table), _BLOCK):
-    yield table[start : start + _BLOCK]
+  for start in range(0, len(table), _IMAGES):
+    yield table[start : start + _IMAGES]
 
 
 def _are_square(table: np.ndarray) -> bool:
@@ -242,18 +294,6 @@ def _are_square(table: np.ndarray) -> bool:
     np.array_equal(x['thumbnails'][:, 0], x['thumbnails'][:, 1])
     for x in _blocks(table)
   )
-
-
-def _candidates(
-  a: np.ndarray, b: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields the indices of pairs of coarse descriptions that are near."""
-  for start in range(0, len(b), _BLOCK):
-    near = a @ b[start : start + _BLOCK].T >= 1 - MAX_COARSE_DISTANCE
-    # Three times as fast as nonzero() of the two axes.
-    i, j = divmod(np.flatnonzero(near), near.shape[1])
-    for k in range(0, len(i), _PAIRS):
-      yield i[k : k + _PAIRS], start + j[k : k + _PAIRS]
 
 
 def _compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -264,17 +304,28 @@ def _compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   return np.where(same, levels, np.float32(np.inf))
 
 
-def _coarse(table: np.ndarray, view: int) -> np.ndarray:
-  """Returns the descriptions by which pairs are found; 0: of nothing."""
+def _coarse(table: np.ndarray, view: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns descriptions by which pairs are found, and cells, int (n, 3).
+
+  The description of what says nothing is 0.
+  """
   size = signatures.SIDE // COARSE_SIDE
-  pooled = (
+  sums = (
     table['thumbnails'][:, view]
     .reshape(-1, COARSE_SIDE, size, COARSE_SIDE, size, 3)
-    .mean((2, 4), dtype=np.float32)
+    .sum((2, 4), dtype=np.int32)
   )
-  described, contrast = _describe(pooled)
+  described, contrast = _describe(sums.astype(np.float32) / size**2)
   described[(contrast < MIN_CONTRAST) | ~table['comparable']] = 0
-  return described
+  grey = sums.sum(3)
+  half = COARSE_SIDE // 2
+  halves = [
+    grey.sum((1, 2)),
+    grey[:, :, :half].sum((1, 2)) - grey[:, :, half:].sum((1, 2)),
+    grey[:, :half].sum((1, 2)) - grey[:, half:].sum((1, 2)),
+  ]
+  cell = int(MAX_GREY_LEVELS * 3 * signatures.SIDE**2)
+  return described, np.stack(halves, axis=1) // cell
 
 
 def _describe(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

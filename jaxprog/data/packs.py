@@ -4,7 +4,6 @@ A pack holds the images of a split by position: `images.bin`, where each begins
 in it (`offsets.npy`) and how large it is (`sizes.npy`).
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -13,14 +12,13 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent import futures
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from jaxprog import errors, files
-from jaxprog.data import jpeg, preprocess
+from jaxprog.data import jpeg, parts, preprocess
 from jaxprog.stages import Storage
 
 # Of which the size of a pack is guessed before it is written.
@@ -125,7 +123,7 @@ def write_pack(
   sizes = np.zeros((count, 2), np.int32)
   digest = hashlib.sha256()
   with open(temporary / 'images.bin', 'wb') as file:
-    for i, (size, data) in enumerate(_in_order(convert, count)):
+    for i, (size, data) in enumerate(parts.in_order(convert, range(count))):
       file.write(data)
       digest.update(data)
       sizes[i], offsets[i + 1] = size, offsets[i] + len(data)
@@ -170,21 +168,6 @@ def _convert(
   file = io.BytesIO()
   image.save(file, 'JPEG', quality=storage.quality)
   return image.size, file.getvalue()
-
-
-def _in_order(
-  convert: Callable[[int], tuple[tuple[int, int], bytes]], count: int
-) -> Iterator[tuple[tuple[int, int], bytes]]:
-  """Yields what `convert` makes of 0, 1, …; a bounded number ahead."""
-  num_workers = os.cpu_count() or 1
-  pending: collections.deque[futures.Future] = collections.deque()
-  with futures.ThreadPoolExecutor(num_workers, 'jaxprog-pack') as pool:
-    for position in range(count):
-      pending.append(pool.submit(convert, position))
-      if len(pending) >= 4 * num_workers:
-        yield pending.popleft().result()
-    while pending:
-      yield pending.popleft().result()
 
 
 def _check_room(

@@ -8,17 +8,15 @@ its middle, because small copies of datasets are made either way.
 import contextlib
 import dataclasses
 import hashlib
-import io
 import math
 import os
 import pathlib
-from concurrent import futures
+import shutil
 
 import numpy as np
 from PIL import Image
 
-from jaxprog import files
-from jaxprog.data import preprocess, sources
+from jaxprog.data import parts, preprocess, sources
 
 # Side of a thumbnail, in pixels: a quarter of the smallest copies, so that
 # their filters and their JPEG blocks hardly show.
@@ -45,7 +43,8 @@ SIGNATURE = np.dtype(
     ('comparable', np.bool_),
   ]
 )
-_CHUNK = 128
+# Images of one part of the work: 3 MB of signatures.
+_PART = 2048
 
 
 def read_signatures(
@@ -58,9 +57,9 @@ def read_signatures(
 
   (n,), to be indexed with `records.positions`; perhaps mapped from the file
   beside the prepared dataset in which they are kept. They are computed by
-  threads, as many as cores unless `num_workers` says how many. A damaged image
-  is not readable and has only a digest. `progress` is called with the images
-  done and in all.
+  threads, as many as cores unless `num_workers` says how many; what a kill
+  leaves is not computed again. A damaged image is not readable and has only a
+  digest. `progress` is called with the images done and in all.
   """
   count = len(records.source)
   file = _cache_file(records)
@@ -69,8 +68,7 @@ def read_signatures(
     whole = dataclasses.replace(
       records, positions=np.arange(count), labels=np.zeros(count, np.int32)
     )
-    table = _compute(whole, num_workers or os.cpu_count() or 1, progress)
-    _save(file, table)
+    table = _compute(whole, file, num_workers, progress)
   return table
 
 
@@ -130,26 +128,70 @@ def _shrink(pixels: Image.Image, box: preprocess.Box) -> np.ndarray:
 
 def _compute(
   records: sources.Records,
+  file: pathlib.Path,
   num_workers: int,
   progress: sources.Progress | None,
 ) -> np.ndarray:
-  count = len(records)
-  table = np.empty(count, SIGNATURE)
+  """Returns the SIGNATURE of all `records`, which are then kept in `file`.
 
-  def fill(start: int) -> int:
-    stop = min(start + _CHUNK, count)
-    for i in range(start, stop):
-      table[i] = sign(records.original(i))
-    return stop
+  ImageNet's are 2 GB, of which a few parts at a time are in memory.
+  """
 
-  pool = futures.ThreadPoolExecutor(num_workers)
-  try:
-    for done in pool.map(fill, range(0, count, _CHUNK)):
-      if progress:
-        progress(done, count)
-  finally:  # Ctrl-C need not wait for a million images.
-    pool.shutdown(cancel_futures=True)
+  def read(part: range) -> parts.Arrays:
+    table = np.empty(len(part), SIGNATURE)
+    for i, index in enumerate(part):
+      table[i] = sign(records.original(index))
+    return {'signatures': table}
+
+  folder = file.with_name(f'incomplete.{file.stem}')
+  whole = file.with_name(f'{folder.name}.{os.getpid()}.npy')
+  table = _allocate(whole, len(records))
+  start = 0
+  for part in parts.read_parts(
+    folder,
+    len(records),
+    _PART,
+    read,
+    num_workers=num_workers,
+    progress=progress,
+  ):
+    found = part['signatures']
+    table[start : start + len(found)] = found
+    start += len(found)
+  if isinstance(table, np.memmap):
+    table.flush()
+    with contextlib.suppress(OSError):  # Another process was as fast.
+      whole.rename(file)
+    _remove_others(file)
   return table
+
+
+def _allocate(file: pathlib.Path, count: int) -> np.ndarray:
+  """Returns room for signatures, in memory where the disk has none."""
+  with contextlib.suppress(OSError):  # Prepared data may be read-only.
+    table = np.lib.format.open_memmap(file, 'w+', SIGNATURE, (count,))
+    try:
+      # Without this, a full disk kills the process at the first write.
+      with open(file, 'rb+') as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError:
+      file.unlink()
+      raise
+    return table
+  return np.empty(count, SIGNATURE)
+
+
+def _remove_others(file: pathlib.Path) -> None:
+  """Removes what led to `file`, and those of the images as they were before."""
+  prefix = file.name.rpartition('-')[0]
+  for old in file.parent.glob(f'{prefix}-*.npy'):
+    if old != file:
+      old.unlink()
+  for old in file.parent.glob(f'incomplete.{prefix}-*'):
+    if old.is_dir():
+      shutil.rmtree(old, ignore_errors=True)
+    else:
+      old.unlink(missing_ok=True)
 
 
 def _cache_file(records: sources.Records) -> pathlib.Path:
@@ -170,22 +212,8 @@ def _cache_file(records: sources.Records) -> pathlib.Path:
 
 def _load(file: pathlib.Path, count: int) -> np.ndarray | None:
   try:
-    # ImageNet's are 2 GB.
     table = np.load(file, mmap_mode='r', allow_pickle=False)
   except (OSError, ValueError, EOFError):
     return None  # Not there yet, or not whole.
   fits = table.shape == (count,) and table.dtype == SIGNATURE
   return table if fits else None
-
-
-def _save(file: pathlib.Path, table: np.ndarray) -> None:
-  if not file.parent.is_dir():
-    return
-  buffer = io.BytesIO()
-  np.save(buffer, table, allow_pickle=False)
-  with contextlib.suppress(OSError):  # Prepared data may be read-only.
-    files.write_bytes(file, buffer.getvalue())
-    prefix = file.name.rpartition('-')[0]
-    for old in file.parent.glob(f'{prefix}-*.npy'):
-      if old != file:
-        old.unlink()

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -18,10 +17,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
-from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxprog import errors, files
-from jaxprog.data import builders, packs, preprocess
+from jaxprog.data import builders, index, packs, preprocess, shards
 from jaxprog.stages import Storage
 
 Progress = Callable[[int, int], None]
@@ -57,7 +55,7 @@ class Records:
   name: str
   # Where the prepared dataset lies.
   directory: pathlib.Path
-  source: Sequence[bytes]
+  source: shards.Shards
   # Position in `source`, label and wnid of each record.
   positions: np.ndarray
   labels: np.ndarray
@@ -73,7 +71,7 @@ class Records:
   def __getitem__(self, index: int) -> dict[str, Any]:
     """Returns image (encoded bytes), label, file_name and wnid."""
     position = int(self.positions[index])
-    feature = parse_record(self.source[position])
+    feature = shards.parse_record(self.source[position])
     names = feature['file_name'].bytes_list.value
     label = self.labels[index]
     return {
@@ -92,7 +90,9 @@ class Records:
   def original(self, index: int) -> bytes:
     """Returns the encoded image as it came."""
     position = int(self.positions[index])
-    return parse_record(self.source[position])['image'].bytes_list.value[0]
+    return shards.parse_record(self.source[position])['image'].bytes_list.value[
+      0
+    ]
 
   def describe(self, index: int) -> str:
     """Returns wnid/file name."""
@@ -101,7 +101,7 @@ class Records:
 
   def names(self) -> list[str]:
     """Returns the file name of every record; kept beside them."""
-    names = _read_names(self.source, self.directory, self.name)
+    names = index.read_names(self.source, self.directory, self.name)
     return [names[position] for position in self.positions]
 
   def select(self, chosen: np.ndarray) -> 'Records':
@@ -191,7 +191,7 @@ def load_dataset(
   prepared = find_prepared(dataset, data_dir)
   if prepared is None:
     raise _missing(dataset, data_dir)
-  loaded = open_prepared(dataset, prepared)
+  loaded = open_prepared(dataset, prepared, progress)
   if classes:
     loaded = _select_classes(loaded, classes, where)
   if num_classes and num_classes != loaded.num_classes:
@@ -244,7 +244,8 @@ def prepare(
   """Makes DATA_DIR/prepared/… of a dataset, unless it is there and current.
 
   Local folders come before tfds, which may download. `progress` is called
-  with the images done and in all, for local ones. What is interrupted leaves
+  with the images done and in all, for local ones, and with the records whose
+  labels were read, for others. What is interrupted leaves
   nothing that looks finished, and a second process waits for the first.
 
   Raises:
@@ -258,6 +259,7 @@ def prepare(
     prepared = find_prepared(dataset, data_dir)
     if prepared is not None:
       if raw is None or _fingerprint(prepared) == raw.fingerprint:
+        open_prepared(dataset, prepared, progress)  # Indexes the labels.
         return
       _remove(pathlib.Path(prepared.data_dir))
     if raw is None:
@@ -266,7 +268,9 @@ def prepare(
       builder = _create_local_builder(dataset, data_dir, raw, progress)
     _remove_leftovers(pathlib.Path(builder.data_dir).parent)
     _download_and_prepare(dataset, builder, data_dir)
-    open_prepared(dataset, builder)  # Indexes the labels.
+    if isinstance(builder, builders.Images):
+      builder.index.save(pathlib.Path(builder.data_dir))
+    open_prepared(dataset, builder, progress)  # Indexes the labels.
     _write_folder_times(builder, times)
 
 
@@ -413,7 +417,10 @@ def _download_and_prepare(
   if not local and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
     _check_network(dataset, builder, data_dir)
   try:
-    builder.download_and_prepare(download_dir=data_dir / 'downloads')
+    builder.download_and_prepare(
+      download_dir=data_dir / 'downloads',
+      download_config=shards.DownloadConfig(),
+    )
   except AssertionError as e:
     if 'manual_dir' not in str(e) and 'Manual directory' not in str(e):
       raise
@@ -494,13 +501,23 @@ def _remove_leftovers(folder: pathlib.Path) -> None:
     shutil.rmtree(leftover)
 
 
-def open_prepared(name: str, builder: tfds.core.DatasetBuilder) -> Dataset:
-  """Returns a prepared dataset with all its classes."""
+def open_prepared(
+  name: str,
+  builder: tfds.core.DatasetBuilder,
+  progress: Progress | None = None,
+) -> Dataset:
+  """Returns a prepared dataset with all its classes.
+
+  The first time, labels that nobody has noted are read from the records;
+  `progress` is told of that.
+  """
   names, eval_name = _check_features(name, builder)
   classes = tuple(sorted(names))
-  rank = np.array([classes.index(x) for x in names], np.int32)
+  position = {x: i for i, x in enumerate(classes)}
+  rank = np.array([position[x] for x in names], np.int32)
   train, evaluation = (
-    _open_split(builder, split, rank, classes) for split in ('train', eval_name)
+    _open_split(builder, split, rank, classes, progress)
+    for split in ('train', eval_name)
   )
   fingerprint = _digest(
     builder.info.full_name,
@@ -561,20 +578,12 @@ def _open_split(
   split: str,
   rank: np.ndarray,
   classes: tuple[str, ...],
+  progress: Progress | None,
 ) -> Split:
-  try:
-    # Undecoded and unparsed: tfds' own parser takes 60 us more a record.
-    source = builder.as_data_source(
-      split,
-      deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-    )
-  except NotImplementedError as e:
-    raise errors.UserError(
-      'The prepared dataset is not in ArrayRecord files.',
-      str(builder.data_dir),
-      'Remove it and run --mode=prepare.',
-    ) from e
-  labels = _read_labels(source, pathlib.Path(builder.data_dir), split)
+  source = shards.open_shards(builder, split)
+  labels = index.read_labels(
+    source, pathlib.Path(builder.data_dir), split, progress
+  )
   if labels.min(initial=0) < 0 or labels.max(initial=0) >= len(rank):
     raise errors.UserError(
       f'The {split} split has labels outside 0..{len(rank) - 1}.',
@@ -590,49 +599,6 @@ def _open_split(
       classes=classes,
     )
   )
-
-
-def _read_labels(
-  source: Sequence[bytes], path: pathlib.Path, split: str
-) -> np.ndarray:
-  """Returns every record's label as prepared; kept beside the records."""
-  file = path / f'labels-{split}.npy'
-  try:
-    labels = np.load(file, allow_pickle=False)
-    if labels.shape == (len(source),) and labels.dtype == np.int32:
-      return labels
-  except (OSError, ValueError, EOFError):
-    pass  # Not there yet, or not whole.
-  labels = np.fromiter(
-    (parse_record(x)['label'].int64_list.value[0] for x in source),
-    np.int32,
-    len(source),
-  )
-  buffer = io.BytesIO()
-  np.save(buffer, labels)
-  with contextlib.suppress(OSError):  # Prepared data may be read-only.
-    files.write_bytes(file, buffer.getvalue())
-  return labels
-
-
-def _read_names(
-  source: Sequence[bytes], path: pathlib.Path, split: str
-) -> list[str]:
-  """Returns every record's file name; tfds' own datasets have numbers."""
-  file = path / f'names-{split}.txt'
-  try:
-    names = file.read_text('utf-8').split('\n')
-    if len(names) == len(source):
-      return names
-  except (OSError, ValueError):
-    pass  # Not there yet, or not whole.
-  names = []
-  for position, record in enumerate(source):
-    found = parse_record(record)['file_name'].bytes_list.value
-    names.append(found[0].decode() if found else f'{split}-{position}')
-  with contextlib.suppress(OSError):  # Prepared data may be read-only.
-    files.write_bytes(file, '\n'.join(names).encode())
-  return names
 
 
 def hold_out(
@@ -716,24 +682,20 @@ def list_packs(directory: pathlib.Path) -> list[pathlib.Path]:
   return sorted((directory.parent / 'packed').glob(f'{directory.name}+*'))
 
 
-def parse_record(record: bytes) -> Any:
-  """Returns the features of a serialized tf.train.Example."""
-  return tf_example_pb2.Example.FromString(record).features.feature
-
-
 def _select_classes(
   dataset: Dataset, classes: Sequence[str], where: str
 ) -> Dataset:
   """Returns `dataset` with these classes only, labelled 0, 1, … in order."""
+  position = {x: i for i, x in enumerate(dataset.classes)}
   for name in classes:
-    if name not in dataset.classes:
+    if name not in position:
       raise errors.UserError(
         f'{dataset.name!r} has no class {name!r}.',
         f'{where}.classes' if where else '',
         errors.did_you_mean(name, dataset.classes),
       )
   kept = tuple(sorted(set(classes)))
-  old = np.array([dataset.classes.index(x) for x in kept])
+  old = np.array([position[x] for x in kept])
   new_label = np.full(dataset.num_classes, -1, np.int32)
   new_label[old] = np.arange(len(kept))
 

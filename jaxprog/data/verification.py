@@ -18,7 +18,7 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 from jaxprog import errors, files
-from jaxprog.data import builders, packs, preprocess, sources
+from jaxprog.data import builders, packs, preprocess, shards, sources
 
 
 class Known(NamedTuple):
@@ -181,7 +181,7 @@ def _read_record(
   records: sources.Records, names: Sequence[str], index: int
 ) -> tuple[str, set[str], bytes]:
   position = int(records.positions[index])
-  feature = sources.parse_record(records.source[position])
+  feature = shards.parse_record(records.source[position])
   wnids = {x.decode() for x in feature['wnid'].bytes_list.value}
   wnids.add(names[feature['label'].int64_list.value[0]])
   file_names = feature['file_name'].bytes_list.value

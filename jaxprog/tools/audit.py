@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import rich.box
 import rich.console
-import rich.progress
 import rich.table
 from ml_collections import config_dict
 
 from jaxprog import files, stages
 from jaxprog.data import leaks, sources
+from jaxprog.reporting import bars
+from jaxprog.training import setup
 
 NUM_EXAMPLES = 10
 
@@ -63,13 +64,7 @@ def load_present(
   if len(absent) == len(chosen):
     absent = {}  # Loading the first one says where it should be.
   datasets = {
-    stage.name: sources.load_dataset(
-      stage.dataset,
-      data_dir,
-      classes=stage.classes,
-      num_classes=stage.num_classes,
-      where=f'stage {stage.name!r}',
-    )
+    stage.name: setup.load_dataset(data_dir, stage)
     for stage in chosen
     if stage.name not in absent
   }
@@ -90,25 +85,7 @@ def find_leaks(
   console: rich.console.Console,
 ) -> leaks.Holdout:
   """Returns what `leaks.holdout` finds; shows how far it is."""
-  columns = (
-    rich.progress.TextColumn('{task.description}'),
-    rich.progress.BarColumn(),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TimeRemainingColumn(),
-  )
-  with rich.progress.Progress(
-    *columns,
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
-  ) as bar:
-    tasks: dict[str, rich.progress.TaskID] = {}
-
-    def show(what: str, done: int, total: int) -> None:
-      if what not in tasks:
-        tasks[what] = bar.add_task(what, total=total)
-      bar.update(tasks[what], completed=done)
-
+  with bars.progress_bars(console) as show:
     return leaks.holdout(datasets, absent=absent, progress=show)
 
 

@@ -1,15 +1,14 @@
 """Prepares the datasets of a config, so that training can begin at once."""
 
-import contextlib
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import rich.console
-import rich.progress
 from ml_collections import config_dict
 
 from jaxprog import errors, stages
 from jaxprog.data import archives, sources
+from jaxprog.reporting import bars
 from jaxprog.tools import audit
 
 
@@ -46,7 +45,7 @@ def prepare(
     for dataset in datasets:
       _download(dataset, data_dir, console)
   for dataset in datasets:
-    with progress_bar(console, dataset) as show:
+    with bars.progress_bar(console, dataset) as show:
       sources.prepare(dataset, data_dir, progress=show)
     console.print(f'{dataset}: prepared in {data_dir}/prepared')
   for stage in chosen:
@@ -66,37 +65,11 @@ def _store(
   if stage.stored.kind == 'original':
     return
   dataset = sources.load_dataset(stage.dataset, data_dir)
-  with progress_bar(console, f'{stage.dataset}, {stage.storage}') as show:
+  with bars.progress_bar(console, f'{stage.dataset}, {stage.storage}') as show:
     dataset = sources.store(dataset, stage.stored, progress=show)
   console.print(
     f'{stage.dataset}: stored as {dataset.version}', highlight=False
   )
-
-
-@contextlib.contextmanager
-def progress_bar(
-  console: rich.console.Console, title: str, *, count: bool = True
-) -> Iterator[Callable[[int, int], None]]:
-  """Yields a function that shows how much is done, and of how much.
-
-  Nothing is shown where the output is no terminal. `count` shows both numbers
-  rather than their ratio.
-  """
-  columns = (
-    rich.progress.TextColumn('{task.description}'),
-    rich.progress.BarColumn(),
-    rich.progress.MofNCompleteColumn()
-    if count
-    else rich.progress.TaskProgressColumn(),
-    rich.progress.TimeRemainingColumn(),
-  )
-  with rich.progress.Progress(
-    *columns, console=console, disable=not console.is_terminal
-  ) as bar:
-    task = bar.add_task(title, visible=False)
-    yield lambda done, total: bar.update(
-      task, completed=done, total=total, visible=True
-    )
 
 
 def _unpack(
@@ -114,7 +87,7 @@ def _unpack(
       archive,
       "Compare it with its publisher's, then give it as --sha256.",
     )
-  with progress_bar(console, f'unpack {archive}', count=False) as show:
+  with bars.progress_bar(console, f'unpack {archive}', count=False) as show:
     found = archives.extract(
       archive,
       data_dir,
@@ -154,6 +127,6 @@ def _download(
   ):
     return
   path = data_dir / 'downloads' / pathlib.PurePath(archive.url).name
-  with progress_bar(console, f'fetch {dataset}', count=False) as show:
+  with bars.progress_bar(console, f'fetch {dataset}', count=False) as show:
     archives.download(archive.url, path, archive.sha256, show)
   _unpack(str(path), archive.sha256, data_dir, (dataset,), console)

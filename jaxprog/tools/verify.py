@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from jaxprog import files, stages
 from jaxprog.data import verification
-from jaxprog.tools import prepare
+from jaxprog.reporting import bars
 
 # Problems of one kind that are printed; the JSON has all.
 SHOWN = 10
@@ -39,7 +39,7 @@ def verify(
   console = rich.console.Console()
   reports = []
   for dataset, num_classes in _num_classes(chosen).items():
-    with prepare.progress_bar(console, dataset) as show:
+    with bars.progress_bar(console, dataset) as show:
       report = verification.verify_dataset(
         dataset,
         config.data_dir,

@@ -413,13 +413,7 @@ def _look(data_dir: str, stage: stages_lib.Stage) -> tuple[_Data, Finding]:
   try:
     if sources.check_dataset(stage.dataset, data_dir) == 'raw':
       return _look_at_raw(data_dir, stage, where)
-    dataset = sources.load_dataset(
-      stage.dataset,
-      data_dir,
-      classes=stage.classes,
-      num_classes=stage.num_classes,
-      where=where,
-    )
+    dataset = setup_lib.load_dataset(data_dir, stage)
   except errors.UserError as e:
     fix = _mend(stage.dataset, e.suggestion)
     named = e.where.removeprefix(where).removeprefix(', ')

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import rich.console
 from flax import linen as nn
 from ml_collections import config_dict
 
@@ -18,6 +19,7 @@ from jaxprog import stages as stages_lib
 from jaxprog.data import leaks, sources
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers, schedules
+from jaxprog.reporting import bars
 from jaxprog.training import devices, distributed, xla_flags
 from jaxprog.training import state as state_lib
 from jaxprog.training import steps as steps_lib
@@ -170,16 +172,23 @@ def load_datasets(
     except errors.UserError as e:
       where = f'stage {stage.name!r}: {e.where}'
       raise errors.UserError(e.what, where, e.suggestion) from None
-  return {
-    stage.name: sources.load_dataset(
+  return {stage.name: load_dataset(config.data_dir, stage) for stage in chosen}
+
+
+def load_dataset(
+  data_dir: str | os.PathLike[str], stage: stages_lib.Stage
+) -> sources.Dataset:
+  """Returns the dataset of a stage; shows how far what takes long is."""
+  console = rich.console.Console(stderr=True)
+  with bars.progress_bar(console, stage.dataset) as show:
+    return sources.load_dataset(
       stage.dataset,
-      config.data_dir,
+      data_dir,
       classes=stage.classes,
       num_classes=stage.num_classes,
       where=f'stage {stage.name!r}',
+      progress=show,
     )
-    for stage in chosen
-  }
 
 
 def prepare_training(
@@ -223,7 +232,8 @@ def _exclude_leaks(
         known |= load_datasets(config, [stage])
       except errors.UserError:
         absent[stage.name] = stage.dataset
-  found = leaks.holdout(known, absent=absent)
+  with bars.progress_bars(rich.console.Console(stderr=True)) as show:
+    found = leaks.holdout(known, absent=absent, progress=show)
   return {
     name: dataclasses.replace(
       dataset,

@@ -1,0 +1,136 @@
+"""The label and the file name of every record, kept beside the records.
+
+They are noted while records are written; those of records that came otherwise
+are read from them, once.
+"""
+
+import array
+import contextlib
+import io
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from tensorflow_datasets.core import file_adapters, naming
+from tensorflow_datasets.core import writer as tfds_writer
+
+from jaxprog import files
+from jaxprog.data import parts, shards
+
+# Records of one part of the reading: of ImageNet 0.5 GB.
+_PART = 4096
+
+
+class Writer(tfds_writer.ExampleWriter):
+  """Writes shards as tfds does, and notes what is in them, in order."""
+
+  def __init__(self, file_format: file_adapters.FileFormat):
+    super().__init__(file_format)
+    self._labels: dict[str, array.array[int]] = {}
+    self._names: dict[str, list[bytes]] = {}
+
+  def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
+    """Writes the examples of one shard; those of a split come in order."""
+    split = naming.FilenameInfo.from_str(os.path.basename(path)).split
+    assert split is not None
+    labels = self._labels.setdefault(split, array.array('i'))
+    names = self._names.setdefault(split, [])
+
+    def note() -> Iterator[tuple[Any, bytes]]:
+      for key, record in examples:
+        label, name = _read(record, split, len(labels))
+        labels.append(label)
+        names.append(name)
+        yield key, record
+
+    return super().write(path, note())
+
+  def save(self, directory: pathlib.Path) -> None:
+    """Writes the index of all that was written to `directory`."""
+    for split, labels in self._labels.items():
+      _save(directory, split, np.array(labels, np.int32), self._names[split])
+
+
+def read_labels(
+  source: shards.Shards,
+  directory: pathlib.Path,
+  split: str,
+  progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+  """Returns every record's label as prepared, int32 (n,)."""
+  try:
+    labels = np.load(_labels_file(directory, split), allow_pickle=False)
+    if labels.shape == (len(source),) and labels.dtype == np.int32:
+      return labels
+  except (OSError, ValueError, EOFError):
+    pass  # Not there yet, or not whole.
+  return _read_all(source, directory, split, progress)[0]
+
+
+def read_names(
+  source: shards.Shards, directory: pathlib.Path, split: str
+) -> list[str]:
+  """Returns every record's file name; some of tfds' own have numbers."""
+  try:
+    names = _names_file(directory, split).read_bytes().split(b'\n')
+    if len(names) == len(source):
+      return [x.decode() for x in names]
+  except (OSError, ValueError):
+    pass  # Not there yet, or not whole.
+  return [x.decode() for x in _read_all(source, directory, split)[1]]
+
+
+def _read_all(
+  source: shards.Shards,
+  directory: pathlib.Path,
+  split: str,
+  progress: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, list[bytes]]:
+  """Returns labels and file names as all records say; keeps both."""
+
+  def read(part: range) -> parts.Arrays:
+    found = [_read(source[i], split, i) for i in part]
+    labels, names = zip(*found, strict=True)
+    text = np.frombuffer(b'\0'.join(names), np.uint8)
+    return {'labels': np.array(labels, np.int32), 'names': text}
+
+  folder = directory / f'incomplete.index-{split}'
+  found = list(
+    parts.read_parts(folder, len(source), _PART, read, progress=progress)
+  )
+  labels = np.concatenate(
+    [x['labels'] for x in found] or [np.empty(0, np.int32)]
+  )
+  names = [y for x in found for y in x['names'].tobytes().split(b'\0')]
+  _save(directory, split, labels, names)
+  shutil.rmtree(folder, ignore_errors=True)
+  return labels, names
+
+
+def _read(record: bytes, split: str, position: int) -> tuple[int, bytes]:
+  """Returns a record's label, and its file name or what stands for it."""
+  feature = shards.parse_record(record)
+  names = feature['file_name'].bytes_list.value
+  name = names[0] if names else f'{split}-{position}'.encode()
+  return feature['label'].int64_list.value[0], name
+
+
+def _save(
+  directory: pathlib.Path, split: str, labels: np.ndarray, names: list[bytes]
+) -> None:
+  buffer = io.BytesIO()
+  np.save(buffer, labels)
+  with contextlib.suppress(OSError):  # Prepared data may be read-only.
+    files.write_bytes(_labels_file(directory, split), buffer.getvalue())
+    files.write_bytes(_names_file(directory, split), b'\n'.join(names))
+
+
+def _labels_file(directory: pathlib.Path, split: str) -> pathlib.Path:
+  return directory / f'labels-{split}.npy'
+
+
+def _names_file(directory: pathlib.Path, split: str) -> pathlib.Path:
+  return directory / f'names-{split}.txt'

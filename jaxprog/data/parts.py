@@ -1,0 +1,83 @@
+"""Long work on many records, of which a kill takes only what is under way."""
+
+import collections
+import contextlib
+import io
+import os
+import pathlib
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from typing import TypeVar
+
+import numpy as np
+
+from jaxprog import files
+
+_T = TypeVar('_T')
+_S = TypeVar('_S')
+
+# What is made of the records of one part.
+Arrays = dict[str, np.ndarray]
+
+
+def in_order(
+  function: Callable[[_S], _T], items: Iterable[_S], num_workers: int = 0
+) -> Iterator[_T]:
+  """Yields what `function` makes of each item; a bounded number ahead.
+
+  It is called from as many threads as cores unless `num_workers` says how
+  many. Who stops early need not wait for what was not begun.
+  """
+  num_workers = num_workers or os.cpu_count() or 1
+  pending: collections.deque[futures.Future[_T]] = collections.deque()
+  pool = futures.ThreadPoolExecutor(num_workers, 'jaxprog-parts')
+  try:
+    for item in items:
+      pending.append(pool.submit(function, item))
+      if len(pending) >= 4 * num_workers:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def read_parts(
+  folder: pathlib.Path,
+  count: int,
+  size: int,
+  read: Callable[[range], Arrays],
+  *,
+  num_workers: int = 0,
+  progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Arrays]:
+  """Yields what `read` makes of range(count), in parts of `size`, in order.
+
+  Each part is kept in `folder`, where that can be written to, and found there
+  after a kill; the caller removes it once the whole is kept. `progress` is
+  called with the records done and in all.
+  """
+
+  def find(part: range) -> Arrays:
+    file = folder / f'{part.start}.npz'
+    try:
+      with np.load(file, allow_pickle=False) as found:
+        return dict(found)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+      pass  # Not there yet, or not whole: it has a sum.
+    arrays = read(part)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with contextlib.suppress(OSError):  # Prepared data may be read-only.
+      files.write_bytes(file, buffer.getvalue())
+    return arrays
+
+  whole = range(count)
+  parts = [whole[i : i + size] for i in range(0, count, size)]
+  for part, arrays in zip(
+    parts, in_order(find, parts, num_workers), strict=True
+  ):
+    yield arrays
+    if progress:
+      progress(part.stop, count)

@@ -1,0 +1,131 @@
+"""The files that records lie in: how large, and how many may be open."""
+
+import pathlib
+import resource
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils import shard_utils
+from tensorflow_datasets.proto import tf_example_pb2
+
+from jaxprog import errors
+
+# Of one file. Reading by index keeps each of them open, and tfds would make
+# 1,024 of ImageNet's 138 GB: all that a login shell may open.
+MAX_BYTES = 4 << 30
+# Files that a run has open beside its records: 60 in training a ladder on CPUs,
+# 3 more for each worker process.
+_OTHERS = 192
+
+# Directory, split and time of preparation -> what reads it in this process.
+_Key = tuple[str, str, int]
+_shared: weakref.WeakValueDictionary[_Key, 'Shards'] = (
+  weakref.WeakValueDictionary()
+)
+_lock = threading.Lock()
+
+
+class _Config(shard_utils.ShardConfig):
+  """As few files as MAX_BYTES allows."""
+
+  @classmethod
+  def calculate_number_shards(
+    cls, total_size: int, num_examples: int, uses_precise_sharding: bool = True
+  ) -> int:
+    """Returns in how many files a split of `total_size` bytes is written."""
+    del uses_precise_sharding
+    return min(-(-total_size // MAX_BYTES), num_examples)
+
+
+class DownloadConfig(tfds.download.DownloadConfig):
+  """How tfds is to prepare a dataset."""
+
+  def get_shard_config(self) -> shard_utils.ShardConfig:
+    """Returns ours: tfds itself heeds only num_shards, not sizes."""
+    return _Config()
+
+
+class Shards:
+  """The records of one split by position; can be pickled.
+
+  All who read a split in this process share one. A file is opened when it is
+  first read and stays open for as long as somebody has the Shards; reading is
+  thread-safe.
+  """
+
+  def __init__(self, key: _Key, source: Sequence[bytes], num_files: int):
+    self._key, self._source, self.num_files = key, source, num_files
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, position: int) -> bytes:
+    return self._source[position]
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return _share, (self._key, self._source, self.num_files)
+
+
+def open_shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:
+  """Returns the records of a split of a prepared dataset.
+
+  Raises:
+    UserError: if they cannot be read by position, or this process may not
+      open as many files.
+  """
+  try:
+    # Undecoded and unparsed: tfds' own parser takes 60 us more a record.
+    source = builder.as_data_source(
+      split,
+      deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+    )
+  except NotImplementedError as e:
+    raise errors.UserError(
+      'The prepared dataset is not in ArrayRecord files.',
+      str(builder.data_dir),
+      'Remove it and run --mode=prepare.',
+    ) from e
+  directory = pathlib.Path(builder.data_dir)
+  prepared = (directory / 'dataset_info.json').stat().st_mtime_ns
+  key = str(directory), split, prepared
+  return _share(key, source, builder.info.splits[split].num_shards)
+
+
+def _share(key: _Key, source: Sequence[bytes], num_files: int) -> Shards:
+  """Returns what reads a split in this process, with room for its files."""
+  with _lock:
+    shards = _shared.get(key)
+    if shards is None:
+      shards = Shards(key, source, num_files)
+      open_files = num_files + sum(x.num_files for x in _shared.values())
+      _allow(_OTHERS + open_files, shards, key[0])
+      _shared[key] = shards
+    return shards
+
+
+def _allow(needed: int, shards: Shards, directory: str) -> None:
+  """Raises the soft limit of open files to at least `needed`.
+
+  Each process that reads does so, however it was started.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  unlimited = resource.RLIM_INFINITY
+  if soft == unlimited or soft >= needed:
+    return
+  if hard != unlimited and hard < needed:
+    raise errors.UserError(
+      f'{needed:,} files must be open at once, {shards.num_files:,} of them '
+      f'for these records; the hard limit is {hard:,}.',
+      directory,
+      'Raise it (see ulimit -Hn, LimitNOFILE, docker --ulimit), or move them '
+      'away and prepare the dataset anew: that writes few files.',
+    )
+  resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def parse_record(record: bytes) -> Any:
+  """Returns the features of a serialized tf.train.Example."""
+  return tf_example_pb2.Example.FromString(record).features.feature

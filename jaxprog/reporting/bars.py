@@ -1,0 +1,52 @@
+"""Bars for what takes long before a run begins."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import rich.console
+import rich.progress
+
+
+@contextlib.contextmanager
+def progress_bars(
+  console: rich.console.Console, *, count: bool = True
+) -> Iterator[Callable[[str, int, int], None]]:
+  """Yields a function that shows of what how much is done, and of how much.
+
+  Nothing is shown before it is called, or where the output is no terminal.
+  `count` shows both numbers rather than their ratio.
+  """
+  columns = (
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn()
+    if count
+    else rich.progress.TaskProgressColumn(),
+    rich.progress.TimeRemainingColumn(),
+  )
+  bar = rich.progress.Progress(
+    *columns, console=console, disable=not console.is_terminal
+  )
+  tasks: dict[str, rich.progress.TaskID] = {}
+
+  def show(what: str, done: int, total: int) -> None:
+    if not tasks:
+      bar.start()
+    if what not in tasks:
+      tasks[what] = bar.add_task(what, total=total)
+    bar.update(tasks[what], completed=done, total=total)
+
+  try:
+    yield show
+  finally:
+    bar.stop()
+
+
+@contextlib.contextmanager
+def progress_bar(
+  console: rich.console.Console, title: str, *, count: bool = True
+) -> Iterator[Callable[[int, int], None]]:
+  """Yields the same for one thing, `title`."""
+  with progress_bars(console, count=count) as show:
+    yield functools.partial(show, title)
