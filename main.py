@@ -67,6 +67,13 @@ flags.DEFINE_bool(
   flag_values=FLAGS,
 )
 flags.DEFINE_bool(
+  'dry_run',
+  False,
+  'train: two steps, a short evaluation, a save and the hand-over of each '
+  'stage, beside WORKDIR; nothing of it is kept.',
+  flag_values=FLAGS,
+)
+flags.DEFINE_bool(
   'checkpoints',
   False,
   'verify: the checkpoints of WORKDIR instead of datasets.',
@@ -164,6 +171,12 @@ def run(overrides: dict[str, str]) -> int:
   if FLAGS.mode == 'report':
     jaxprog.write_report(require_workdir().split(','))
     return 0
+  if FLAGS.dry_run and FLAGS.mode != 'train':
+    raise errors.UserError(
+      f'--mode={FLAGS.mode} has no dry run.',
+      '--dry_run',
+      'Leave it out, or train with it.',
+    )
   config = jaxprog.load_config(FLAGS.config or saved_config(), overrides)
   if FLAGS.mode not in ('compare', 'tune') and 'base' in config:
     mode = 'tune' if 'search' in config else 'compare'
@@ -192,6 +205,8 @@ def call(config: Any) -> int:
       return jaxprog.audit(config, FLAGS.workdir or None, **stages)
     case 'check':
       return jaxprog.check(config, FLAGS.workdir or None, **stages)
+    case 'train' if FLAGS.dry_run:
+      jaxprog.dry_run(config, require_workdir(), **stages)
     case 'train':
       allow = FLAGS.allow_config_change
       jaxprog.train(
@@ -241,7 +256,7 @@ def processes() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
   from jaxprog.training import distributed
 
-  names = ('mode', 'only', 'skip', 'stage', 'weights', 'input')
+  names = ('mode', 'only', 'skip', 'stage', 'weights', 'input', 'dry_run')
   values = [f'--{name}={FLAGS[name].value}' for name in names]
   command = ' '.join([*values, f'--allow={FLAGS.allow_config_change}'])
   return distributed.processes(

@@ -10,6 +10,7 @@ smooth as photographs, and a function of the file's name. All is kept in
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -64,7 +65,7 @@ def list_files(dataset: str) -> Iterator[tuple[str, list[str], str]]:
 def divide(count: int, parts: int) -> list[range]:
   """Returns range(count) in parts of nearly the same size."""
   ends = [count * i // parts for i in range(parts + 1)]
-  return [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+  return [range(a, b) for a, b in itertools.pairwise(ends)]
 
 
 def draw(name: str) -> bytes:

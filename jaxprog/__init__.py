@@ -21,6 +21,7 @@ __all__ = [
   'audit',
   'check',
   'compare',
+  'dry_run',
   'evaluate',
   'export',
   'load_config',
@@ -136,6 +137,20 @@ def train(
     model=model,
     allow_config_change=allow_config_change,
   )
+
+
+def dry_run(
+  config: 'config_dict.ConfigDict',
+  workdir: str | pathlib.Path,
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+  model: Callable[..., Any] | None = None,
+) -> dict[str, float]:
+  """Returns the seconds of each stage; see jaxprog.tools.dry_run.dry_run."""
+  from jaxprog.tools import dry_run as tool
+
+  return tool.dry_run(config, workdir, only=only, skip=skip, model=model)
 
 
 def train_stage(

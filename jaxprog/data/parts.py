@@ -68,7 +68,7 @@ def read_parts(
       pass  # Not there yet, or not whole: it has a sum.
     arrays = read(part)
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     with contextlib.suppress(OSError):  # Prepared data may be read-only.
       files.write_bytes(file, buffer.getvalue())
     return arrays

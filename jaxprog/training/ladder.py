@@ -98,6 +98,7 @@ def train(
   model: setup_lib.ModelFn | None = None,
   allow_config_change: bool = False,
   on_epoch: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
+  shorten: Callable[[setup_lib.Task], setup_lib.Task] = lambda task: task,
 ) -> dict[str, Any]:
   """Trains the stages of `config` and returns the run's history.
 
@@ -105,7 +106,7 @@ def train(
   on at its exact step. `model` is called with num_classes, image_size and
   dtype in place of the config's own network; its classifier must be a module
   named head. `on_epoch(name, row)` is called after each epoch has been saved;
-  what it raises ends the run.
+  what it raises ends the run. A dry run may `shorten` what each stage does.
 
   Raises:
     UserError: for mistakes in the config, the data or the workdir, before
@@ -137,6 +138,7 @@ def train(
       stack,
       allow_config_change=allow_config_change,
       on_epoch=on_epoch,
+      shorten=shorten,
     )
     _train_stages(run)
     run.progress.message(report.summary_table(run.history))
@@ -153,6 +155,7 @@ def open_run(
   quiet: bool = False,
   allow_config_change: bool = False,
   on_epoch: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
+  shorten: Callable[[setup_lib.Task], setup_lib.Task] = lambda task: task,
 ) -> Run:
   """Returns a run of `setup`, all checked; `stack` closes what it has opened.
 
@@ -168,7 +171,9 @@ def open_run(
     progress.message(message)
 
   checkpoints.verify_all(workdir, on_incident)
-  tasks = tuple(setup_lib.create_task(setup, stage) for stage in setup.chosen)
+  tasks = tuple(
+    shorten(setup_lib.create_task(setup, stage)) for stage in setup.chosen
+  )
   handover.check(setup, tasks, workdir)
   for line in preflight.quick(tasks, workdir):
     progress.message(line)

@@ -1,0 +1,137 @@
+"""Goes through a whole ladder in little time, before it is paid for."""
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+from ml_collections import config_dict
+
+from jaxprog.data import sources
+from jaxprog.training import checkpoints, distributed, ladder, lock
+from jaxprog.training import setup as setup_lib
+
+NUM_STEPS = 2
+# Batches of an evaluation: the last one is padded.
+_EVAL_BATCHES = 1.5
+
+
+def dry_run(
+  config: config_dict.ConfigDict,
+  workdir: str | pathlib.Path,
+  *,
+  only: Sequence[str] = (),
+  skip: Sequence[str] = (),
+  model: setup_lib.ModelFn | None = None,
+) -> dict[str, float]:
+  """Returns the seconds that each stage took which was tried, and says them.
+
+  Each chosen stage trains NUM_STEPS steps of its own, evaluates some images,
+  saves, and hands its weights over, in a folder beside `workdir` that is then
+  removed; nothing is written to `workdir`. Stages that are done there are not
+  tried again. Data is prepared as for the run itself.
+
+  Raises:
+    UserError: for what would end the run.
+  """
+  workdir = pathlib.Path(workdir)
+  folder = workdir.absolute().with_name(f'.{workdir.name}.dry_run')
+  made = [x for x in folder.parents if not x.exists()]
+  seconds: dict[str, float] = {}
+  began = left = time.monotonic()
+
+  def on_epoch(name: str, row: Mapping[str, Any]) -> None:
+    nonlocal left
+    del row
+    now = time.monotonic()
+    seconds[name] = seconds.get(name, 0.0) + now - left
+    left = now
+
+  if jax.process_index() == 0:
+    _begin(workdir, folder)
+  distributed.wait_for_all('dry_run')
+  try:
+    history = ladder.train(
+      config,
+      folder,
+      only=only,
+      skip=skip,
+      model=model,
+      on_epoch=on_epoch,
+      shorten=_shorten,
+    )
+  finally:
+    if jax.process_index() == 0:
+      shutil.rmtree(folder, ignore_errors=True)
+      for parent in made:
+        with contextlib.suppress(OSError):  # Something else is in it.
+          parent.rmdir()
+  if jax.process_index() == 0:
+    console = rich.console.Console()
+    for record in history['stages']:
+      if record['name'] in seconds:
+        _say(record, seconds[record['name']], console)
+    took = time.monotonic() - began
+    console.print(
+      f'dry run: {took:.1f} s in all; nothing of it is kept', highlight=False
+    )
+  return seconds
+
+
+def _begin(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+  """Empties `folder`, and lets what is done in `workdir` be done there."""
+  if folder.exists():
+    with lock.Lock(folder):  # Another dry run is refused.
+      pass
+    shutil.rmtree(folder)
+  for marker in workdir.glob('checkpoints/*/done.json'):
+    name = marker.parent.name
+    if checkpoints.read_done(workdir, name) is not None:
+      shutil.copytree(
+        marker.parent,
+        checkpoints.stage_directory(folder, name),
+        ignore=shutil.ignore_patterns('latest'),
+      )
+
+
+def _shorten(task: setup_lib.Task) -> setup_lib.Task:
+  """Returns `task` with few steps, of its whole schedule, and few images."""
+  count = int(_EVAL_BATCHES * task.stage.batch_size)
+  dataset = task.dataset
+  total = min(NUM_STEPS, task.steps.total)
+  return dataclasses.replace(
+    task,
+    steps=dataclasses.replace(task.steps, total=total),
+    dataset=dataclasses.replace(
+      dataset,
+      eval=_some(dataset.eval, count),
+      holdout=_some(dataset.holdout, count) if dataset.holdout else None,
+    ),
+  )
+
+
+def _some(split: sources.Split, count: int) -> sources.Split:
+  """Returns at most `count` of the images, from all parts of the split."""
+  chosen = np.zeros(len(split), bool)
+  chosen[np.linspace(0, len(split) - 1, count).astype(int)] = True
+  return split.select(chosen)
+
+
+def _say(
+  record: Mapping[str, Any], seconds: float, console: rich.console.Console
+) -> None:
+  source, (row, *_) = record['transfer']['from'], record['epochs']
+  start = f'weights of {source}' if source else 'fresh weights'
+  console.print(
+    f'{record["name"]}: {start}, {NUM_STEPS} steps {row["seconds"]:.1f} s, '
+    f'evaluation of {record["num_eval_images"]:,} images '
+    f'{row["eval_seconds"]:.1f} s, saved; {seconds:.1f} s with all before it',
+    highlight=False,
+    soft_wrap=True,
+  )

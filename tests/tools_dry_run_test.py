@@ -1,0 +1,70 @@
+"""A ladder tried in two steps a stage, as a user does it."""
+
+import pytest
+import runs
+
+CONFIG = 'tests/tiny_config.py'
+
+
+@pytest.fixture(scope='module')
+def config(data_dir):
+  return f'--config={CONFIG}:{data_dir}'
+
+
+def listing(folder):
+  """Returns every path below `folder` with what it holds."""
+  return {
+    path: path.read_bytes() if path.is_file() else None
+    for path in folder.rglob('*')
+  }
+
+
+def test_every_stage_is_tried_and_nothing_kept(config, tmp_path):
+  workdir = tmp_path / 'runs' / 'first'
+  result = runs.call_main(config, f'--workdir={workdir}', '--dry_run')
+  assert result.returncode == 0, result.stderr
+  lines = result.stdout.split('\n')
+  (three,) = (x for x in lines if x.startswith('three: fresh weights, 2 steps'))
+  assert 'evaluation of 72 images' in three
+  assert any(x.startswith('ten: weights of three, 2 steps') for x in lines)
+  assert any(x.startswith('ten_again: weights of ten, 2 steps') for x in lines)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_goes_on_as_if_nothing_had_been_tried(config, tmp_path):
+  workdir = tmp_path / 'run'
+  short = '--config.stages[0].num_epochs=1', '--config.stages[2].num_epochs=1'
+  begun = runs.call_main(config, f'--workdir={workdir}', *short, '--only=three')
+  assert begun.returncode == 0, begun.stderr
+  before = listing(workdir)
+  result = runs.call_main(config, f'--workdir={workdir}', *short, '--dry_run')
+  assert result.returncode == 0, result.stderr
+  assert 'three: done before' in result.stdout
+  assert 'ten: weights of three, 2 steps' in result.stdout
+  assert listing(workdir) == before
+  assert list(tmp_path.iterdir()) == [workdir]
+
+
+def test_a_mistake_is_three_lines_and_leaves_nothing(config, tmp_path):
+  result = runs.call_main(
+    config,
+    f'--workdir={tmp_path}/run',
+    '--dry_run',
+    '--config.stages[2].dataset=folder:/nowhere',
+  )
+  assert result.returncode == 2
+  assert len(result.stderr.strip().split('\n')) <= 3
+  assert not list(tmp_path.glob('.*'))
+
+
+def test_leftovers_are_removed_and_other_modes_refuse(config, tmp_path):
+  left = tmp_path / '.run.dry_run' / 'checkpoints'
+  left.mkdir(parents=True)
+  (left / 'old').touch()
+  arguments = config, f'--workdir={tmp_path}/run', '--dry_run'
+  result = runs.call_main(*arguments, '--only=three')
+  assert result.returncode == 0, result.stderr
+  assert list(tmp_path.iterdir()) == []
+  result = runs.call_main(*arguments, '--mode=prepare')
+  assert result.returncode == 2
+  assert '--mode=prepare has no dry run.' in result.stderr
