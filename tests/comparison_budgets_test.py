@@ -86,13 +86,56 @@ def test_lengths_that_cost_the_same_as_a_ladder_of_two_stages():
     assert alone == pytest.approx(6.0 * budget / last.total(kind))
 
 
+def test_a_hand_over_is_paid_before_the_first_step():
+  first, last = cost('a', 4.0, 10, 8, 1.0), cost('b', 6.0, 20, 16, 3.0)
+  dash = last._replace(handover=budgets.HandOver(160, 30.0))
+  totals = {'epochs': 6.0, 'images': 16 * 120 + 160, 'flops': 3.0 * 120 + 30}
+  assert {kind: dash.total(kind) for kind in KINDS} == totals
+  assert dash.at(120) == last.at(120)
+  for kind in KINDS:
+    budget = first.total(kind) + last.total(kind)
+    length = budgets.equal_epochs(budget, (first, dash), kind, '')
+    shorter = cost('b', length, 20, 16, 3.0)._replace(handover=dash.handover)
+    spent = first.total(kind) + shorter.total(kind)
+    assert spent == pytest.approx(budget, rel=0.01)
+    assert (length < 6.0) == (kind != 'epochs')
+
+
+@pytest.mark.parametrize(
+  ('fields', 'passes'),
+  [
+    ({'transfer': 'dash'}, (1, 3)),
+    ({'transfer_statistics': 'recalibrate'}, (1, 1)),
+    ({'transfer': 'dash', 'transfer_statistics': 'recalibrate'}, (2, 4)),
+    ({'transfer': 'none', 'transfer_statistics': 'recalibrate'}, (0, 0)),
+    ({'transfer': 'shrink_and_perturb'}, (0, 0)),
+  ],
+)
+def test_what_a_hand_over_computes_is_counted(meter, ladder, fields, passes):
+  """A gradient takes three forward passes, but for that of the images."""
+  images, forwards = passes
+  stage = ladder.stages[0]
+  ladder.stages = [
+    {**stage, 'name': 'first'},
+    {**stage, **fields, 'transfer_batches': 7, 'micro_batch_size': 24},
+  ]
+  first, last = meter.measure(ladder, ())
+  assert first.handover == (0, 0)
+  assert last.handover.images == images * 7 * 48
+  forward = first.at(1)[1] / 3 * 7
+  assert last.handover.flops == pytest.approx(forwards * forward, rel=0.1)
+  # A stage that is trained alone is handed nothing.
+  (alone,) = meter.measure(ladder, ('ten',))
+  assert alone.handover == (0, 0)
+
+
 def test_seconds_count_what_was_measured_before_the_last_stage():
   assert budgets.equal_seconds(100.0, 20.0, 8.0, '') == pytest.approx(10.0)
 
 
 def test_stages_that_take_all_of_a_budget_are_a_mistake():
   first, last = cost('a', 4.0, 10, 8, 1.0), cost('b', 6.0, 20, 16, 3.0)
-  with pytest.raises(errors.UserError, match='take all of the budget') as e:
+  with pytest.raises(errors.UserError, match='takes all of the budget') as e:
     budgets.equal_epochs(40.0, (first, last), 'flops', "cell 'x'")
   assert e.value.where == "cell 'x'"
   with pytest.raises(errors.UserError):

@@ -333,6 +333,55 @@ def test_stages_are_shared_only_between_runs_that_train_them_alike(ladder):
   for i, (change, shared) in enumerate(
     (
       ({}, ['three']),
+def test_an_operator_that_computes_pays_for_it(data_dir, tmp_path):
+  """In FLOPs and images; DASH takes gradients of ten batches."""
+  config = compare_config.get_ladder(data_dir)
+  config.operators = ({'name': 'dash', 'fields': {'transfer': 'dash'}},)
+  config.controls = False
+  chosen = cells.create_cells(config)
+  comparison = tool.Comparison(
+    config, tmp_path, chosen, tool.budgets.Meter(), None, 1
+  )
+  costs = {}
+  for kind in ('flops', 'own'):
+    config.budget = kind
+    plain, dash = (
+      tool._plan_run(comparison, cell, 0) for cell in cells.create_cells(config)
+    )
+    costs[kind] = [
+      sum(cost.total('flops') for cost in run.costs) for run in (plain, dash)
+    ]
+    three, ten = dash.costs
+    assert plain.costs[1].handover == three.handover == (0, 0)
+    assert ten.handover.images == 10 * 48
+    assert (ten.num_epochs < 1) == (kind == 'flops')
+  assert costs['flops'][1] == pytest.approx(costs['flops'][0], rel=1 / 58)
+  assert costs['own'][1] == costs['own'][0] + ten.handover.flops
+
+  def stage(cost, first_step):
+    row = {
+      'epoch': cost.num_epochs,
+      'global_step': first_step + cost.total_steps,
+      'seconds': 1.0,
+      'val_top1': 0.5,
+    }
+    fields = {'name': cost.name, 'num_epochs': cost.num_epochs, 'epochs': [row]}
+    return {**fields, 'num_eval_images': 360, 'best': {'top1': 0.5}}
+
+  history = {
+    'version': 1,
+    'stages': [stage(three, 0), stage(ten, three.total_steps)],
+  }
+  files.write_json(dash.workdir / 'training_history.json', history)
+  outcome = {'status': 'done', 'error': '', 'shared': []}
+  record = collect.read_record(dash, outcome, {})
+  end = record['boundaries'][-1]
+  assert end['handover_flops'] == ten.handover.flops
+  for kind in ('flops', 'images'):
+    whole = three.total(kind) + ten.total(kind)
+    assert end[kind] == record['curve'][-1][kind] == whole
+
+
       ({'stages[-1].batch_size': 24}, ['three']),
       ({'stages[0].batch_size': 24}, []),
       ({'num_filters': 8}, []),

@@ -34,6 +34,13 @@ class Segment(NamedTuple):
   flops: float
 
 
+class HandOver(NamedTuple):
+  """What is computed on training images before a stage's first step."""
+
+  images: int = 0
+  flops: float = 0.0
+
+
 class StageCost(NamedTuple):
   """What the training of one stage takes; evaluation is not in it."""
 
@@ -41,6 +48,7 @@ class StageCost(NamedTuple):
   num_epochs: float
   total_steps: int
   segments: tuple[Segment, ...]
+  handover: HandOver = HandOver()
 
   def at(self, step: int) -> tuple[int, float]:
     """Returns the images and FLOPs of the first `step` steps."""
@@ -52,17 +60,30 @@ class StageCost(NamedTuple):
       flops += count * segment.flops
     return images, flops
 
-  def total(self, kind: str) -> float:
-    """Returns the whole stage's 'epochs', 'images' or 'flops'."""
+  def steps_total(self, kind: str) -> float:
+    """Returns the 'epochs', 'images' or 'flops' of all steps."""
     images, flops = self.at(self.total_steps)
     return {'epochs': self.num_epochs, 'images': images, 'flops': flops}[kind]
+
+  def total(self, kind: str) -> float:
+    """Returns those of the whole stage, the hand-over to it included."""
+    fixed = self.handover._asdict().get(kind, 0.0)
+    return self.steps_total(kind) + fixed
+
+
+class _Measured(NamedTuple):
+  """What was found of a stage; its hand-over counts if there is one."""
+
+  num_train_images: int
+  step_flops: StepFlops
+  handover: HandOver
 
 
 class Meter:
   """Counts what ladders cost; what two have in common is traced once."""
 
   def __init__(self) -> None:
-    self._found: dict[str, tuple[int, StepFlops]] = {}
+    self._found: dict[str, _Measured] = {}
 
   def measure(
     self, ladder: config_dict.ConfigDict, only: Sequence[str]
@@ -78,16 +99,22 @@ class Meter:
       setup = setup_lib.create_setup(ladder, only=only)
       for stage in missing:
         self._found[_key(ladder, stage)] = _trace(setup, stage)
-    return tuple(
-      count_cost(stage, *self._found[_key(ladder, stage)]) for stage in chosen
-    )
+    costs = []
+    for index, stage in enumerate(chosen):
+      found = self._found[_key(ladder, stage)]
+      cost = count_cost(stage, found.num_train_images, found.step_flops)
+      if index or stage.init_from:
+        cost = cost._replace(handover=found.handover)
+      costs.append(cost)
+    return tuple(costs)
 
   def _has(self, key: str, stage: stages_lib.Stage) -> bool:
     if key not in self._found:
       return False
-    num_train_images, step_flops = self._found[key]
-    steps = epochs_lib.count_steps(stage, num_train_images)
-    return all(_kind(steps, first) in step_flops for first in _starts(steps))
+    found = self._found[key]
+    steps = epochs_lib.count_steps(stage, found.num_train_images)
+    kinds = [_kind(steps, first) for first in _starts(steps)]
+    return all(kind in found.step_flops for kind in kinds)
 
 
 def count_cost(
@@ -116,9 +143,9 @@ def equal_epochs(
   Raises:
     UserError: if the stages before the last one take all of it.
   """
-  *before, last = stage_costs
-  left = budget - sum(cost.total(kind) for cost in before)
-  return _fit(left, last.total(kind), last.num_epochs, where)
+  per_length = stage_costs[-1].steps_total(kind)
+  fixed = sum(cost.total(kind) for cost in stage_costs) - per_length
+  return _fit(budget - fixed, per_length, stage_costs[-1].num_epochs, where)
 
 
 def equal_seconds(
@@ -170,9 +197,9 @@ def _move_phases(
 def _fit(left: float, cost: float, num_epochs: float, where: str) -> float:
   if left <= 0:
     raise errors.UserError(
-      'The stages before the last one take all of the budget.',
+      'What comes before the last stage takes all of the budget.',
       where,
-      'Shorten them, or lengthen the last stage of config.base.',
+      'Shorten it, or lengthen the last stage of config.base.',
     )
   factor = left / cost
   if math.isclose(factor, 1.0, rel_tol=1e-9):
@@ -196,10 +223,8 @@ def _key(ladder: config_dict.ConfigDict, stage: stages_lib.Stage) -> str:
   return json.dumps([plain, own, others], sort_keys=True)
 
 
-def _trace(
-  setup: setup_lib.Setup, stage: stages_lib.Stage
-) -> tuple[int, StepFlops]:
-  """Returns how many images a stage trains on, and its steps' FLOPs."""
+def _trace(setup: setup_lib.Setup, stage: stages_lib.Stage) -> _Measured:
+  """Returns how many images a stage trains on, and what its parts cost."""
   task = setup_lib.create_task(setup, stage)
   by_program = {
     program: costs.count_flops(costs.trace_train_step(task, program).jaxpr)
@@ -209,7 +234,8 @@ def _trace(
     _kind(task.steps, first): by_program[task.program(first)]
     for first in _starts(task.steps)
   }
-  return len(task.dataset.train), flops
+  handover = HandOver(*costs.count_handover(task))
+  return _Measured(len(task.dataset.train), flops, handover)
 
 
 def _starts(steps: epochs_lib.Steps) -> list[int]:

@@ -41,10 +41,11 @@ def read_record(
 
   `curve` has a row for each evaluation of the last stage, {'epochs', 'images',
   'flops', 'seconds', 'top1'}, `boundaries` one for the end of each stage, with
-  'stage' and 'handover_seconds', those before it. Both count the whole ladder,
-  also what was trained once for several cells. FLOPs are those of training
-  steps; seconds are training, evaluation and hand-overs, of an epoch that was
-  resumed in its middle only those since. Accuracies are those
+  'stage' and 'handover_images', '..._flops' and '..._seconds', those before it.
+  Both count the whole ladder, also what was trained once for several cells.
+  Images and FLOPs are those of training steps and of what hand-overs compute on
+  training images; seconds are training, evaluation and hand-overs, of an epoch
+  that was resumed in its middle only those since. Accuracies are those
   of the images that choose the best weights, parts of one, None where there
   are none. `learning_rate` and `num_epochs` are the last stage's.
 
@@ -95,17 +96,18 @@ def _read_costs(
     stage = history_lib.find_stage(history, cost.name)
     if stage is None:
       return [], boundaries
-    handover = 0.0
+    handover = {**cost.handover._asdict(), 'seconds': 0.0}
     if boundaries:
       default = handovers.get(cost.name, 0.0)
-      handover = stage.get('handover_seconds', default)
-    spent['seconds'] += handover
+      handover['seconds'] = stage.get('handover_seconds', default)
+    for kind, value in handover.items():
+      spent[kind] += value
     first_step = stage.get('first_step', first_step)
     curve = _read_curve(stage, cost, first_step, spent)
     if curve:
       spent = {k: v for k, v in curve[-1].items() if k != 'top1'}
-    fields = {'stage': cost.name, 'handover_seconds': handover}
-    boundaries.append({**fields, **spent})
+    before = {f'handover_{kind}': value for kind, value in handover.items()}
+    boundaries.append({'stage': cost.name, **before, **spent})
     first_step += cost.total_steps
   return curve, boundaries
 

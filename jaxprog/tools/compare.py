@@ -542,8 +542,9 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
       )
   lines += _seconds_remarks(result['cells'][1:])  # Without the reference.
   lines.append(
-    'FLOPs are those of training steps: forward, backward and update of the '
-    "step as it is traced for the compiler; evaluation's are not counted."
+    'FLOPs are those of training steps, forward, backward and update of the '
+    'step as it is traced for the compiler, and those of what a hand-over '
+    "computes on training images; evaluation's are not counted."
   )
   return lines
 

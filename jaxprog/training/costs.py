@@ -14,6 +14,7 @@ import jax
 from flax import linen as nn
 from jax.extend import core
 
+from jaxprog.training import handover
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import steps as steps_lib
 
@@ -85,6 +86,17 @@ def count_steps(task: setup_lib.Task) -> dict[setup_lib.Program, int]:
   for start, end in itertools.pairwise(bounds):
     counts[task.program(start)] += end - start
   return counts
+
+
+def count_handover(task: setup_lib.Task) -> tuple[int, float]:
+  """Returns the training images that a hand-over to a stage takes, and FLOPs.
+
+  Those of its passes over them; what changes weights one by one is left out, as
+  an optimizer's update is.
+  """
+  passes = handover.trace_passes(task)
+  flops = sum(count_flops(trace.jaxpr) for trace in passes.traces)
+  return passes.num_images, passes.repeats * flops
 
 
 def read_memory(compiled: jax.stages.Compiled) -> Memory | None:

@@ -1,9 +1,10 @@
 """What a stage starts from: fresh weights, or those of a stage before it."""
 
 import contextlib
+import functools
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,6 +83,43 @@ def hand_over(
     'operator': describe_operator(stage),
     'statistics': stage.transfer_statistics,
   }
+
+
+class Passes(NamedTuple):
+  """What a hand-over computes on training images: how many, and its traces.
+
+  Each trace is of one part of a batch, and runs `repeats` times.
+  """
+
+  num_images: int
+  repeats: int
+  traces: tuple[jax.stages.Traced, ...]
+
+
+def trace_passes(task: setup_lib.Task) -> Passes:
+  """Returns the passes over training images that a hand-over to `task` takes.
+
+  DASH asks for gradients, fresh statistics for a forward pass: that it is begun
+  with two starts is seen by the compiler, which runs it once.
+  """
+  functions: list[Callable[..., Any]] = []
+  if task.stage.transfer == 'dash':
+    functions.append(functools.partial(_gradient, task))
+  if task.stage.transfer_statistics == 'recalibrate':
+    functions.append(lambda variables, x: _apply(task, variables, x)[1])
+  if task.stage.transfer == 'none':
+    functions = []
+  parts, batches = _count_parts(task.stage), _count_batches(task)
+  first = task.program(0)
+  shapes = task.batch_shapes(
+    first.batch_size // parts, first.image_size, training=True
+  )
+  variables = task.state_shapes.variables
+  return Passes(
+    num_images=len(functions) * batches * first.batch_size,
+    repeats=batches * parts,
+    traces=tuple(jax.jit(f).trace(variables, shapes) for f in functions),
+  )
 
 
 def describe_operator(stage: stages.Stage) -> str:
@@ -329,20 +367,30 @@ def _mean_gradient(task: setup_lib.Task, variables: Variables) -> Variables:
   The reference takes a moving average over a whole pass instead, with 0.3 for
   the newest batch: some ten batches decide it.
   """
+  grad = jax.jit(functools.partial(_gradient, task))
+  total: Any = jax.tree.map(jnp.zeros_like, variables['params']), 0
+  for batch in _batches(task):
+    total = jax.tree.map(jnp.add, total, grad(variables, batch))
+  grads, count = total
+  return jax.tree.map(lambda x: x / jnp.maximum(count, 1), grads)
 
-  def loss(params, batch):
+
+def _gradient(
+  task: setup_lib.Task, variables: Variables, batch: dict[str, jax.Array]
+) -> tuple[Variables, jax.Array]:
+  """Returns the gradient of the summed loss on a training batch, and its count.
+
+  The batch is not augmented; hidden images are in neither.
+  """
+
+  def loss(params):
     logits, _ = _apply(task, {**variables, 'params': params}, batch)
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits, batch['label']
     )
     return jnp.sum(losses, where=batch['mask']), jnp.sum(batch['mask'])
 
-  grad = jax.jit(jax.grad(loss, has_aux=True))
-  total: Any = jax.tree.map(jnp.zeros_like, variables['params']), 0
-  for batch in _batches(task):
-    total = jax.tree.map(jnp.add, total, grad(variables['params'], batch))
-  grads, count = total
-  return jax.tree.map(lambda x: x / jnp.maximum(count, 1), grads)
+  return jax.grad(loss, has_aux=True)(variables['params'])
 
 
 def _measure_statistics(task: setup_lib.Task, variables: Variables) -> Any:
@@ -374,6 +422,14 @@ def _apply(
   return logits, changed['batch_stats']
 
 
+def _count_parts(stage: stages.Stage) -> int:
+  return stage.batch_size // (stage.micro_batch_size or stage.batch_size)
+
+
+def _count_batches(task: setup_lib.Task) -> int:
+  return min(task.stage.transfer_batches, task.steps.phases[0].per_epoch)
+
+
 def _batches(task: setup_lib.Task) -> Iterator[dict[str, jax.Array]]:
   """Yields the stage's first training batches on the devices, in parts.
 
@@ -389,13 +445,10 @@ def _batches(task: setup_lib.Task) -> Iterator[dict[str, jax.Array]]:
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  count = min(task.stage.transfer_batches, task.steps.phases[0].per_epoch)
-  parts = task.stage.batch_size // (
-    task.stage.micro_batch_size or task.stage.batch_size
-  )
+  parts = _count_parts(task.stage)
   with contextlib.closing(reader):
     placed = loader.prefetch_to_device(reader, task.shardings.batch)
-    for batch in itertools.islice(placed, count):
+    for batch in itertools.islice(placed, _count_batches(task)):
       for part in range(parts):
         # Every device keeps what it has: each parts-th example.
         yield {name: x[part::parts] for name, x in batch.items()}
