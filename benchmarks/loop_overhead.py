@@ -90,6 +90,7 @@ def time_loop(task: setup.Task, num_steps: int) -> tuple[float, float]:
       save_history=mock.Mock(),
       incident=mock.Mock(),
       beat=mock.Mock(),
+      keep_outcomes=mock.Mock(),
       check_owner=mock.Mock(),
     )
     feed = feed_lib.Feed(task, task.seed, 0)

@@ -15,6 +15,11 @@ import rich.console
 from jaxprog.comparison import figures, statistics, tables
 
 create_run = comparison_fixture.create_run
+create_scores = comparison_fixture.create_scores
+
+
+def estimate(finals):
+  return statistics.estimate(create_scores(finals).values())
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +86,7 @@ def test_a_grid_has_a_heat_map_of_all_cells_and_curves_of_the_best(grid_runs):
   scores = [
     r['final_top1'] for r in grid_runs if r['cell'] == 'sgd / one_cycle'
   ]
-  e = statistics.estimate(scores)
+  e = estimate(scores)
   assert f'{100 * e.mean:.1f}\n± {100 * e.std:.1f}\nn = 3' in texts
   assert sum('n = 2\n1 diverged' in text for text in texts) == 1
   values = heat.images[0].get_array()
@@ -133,9 +138,7 @@ def test_cells_without_a_grid_stand_in_the_order_of_their_means(arm_runs):
   assert labels == sorted(means, key=means.get, reverse=True)
   # Dots, interval and mean of the first row.
   dots, interval, mean = axes.lines[:3]
-  e = statistics.estimate(
-    [r['final_top1'] for r in arm_runs if r['cell'] == labels[0]]
-  )
+  e = estimate([r['final_top1'] for r in arm_runs if r['cell'] == labels[0]])
   assert len(dots.get_xdata()) == 3
   assert tuple(interval.get_xdata()) == pytest.approx(
     (100 * e.low, 100 * e.high)
@@ -281,7 +284,10 @@ def test_a_summary_adjusts_p_values_for_the_number_of_cells():
   a, b, c = tables.summarize(runs, 'a')
   assert a.comparison is None
   assert a.p_value is None
-  p = {k: statistics.paired_p_value(finals[k], finals['a']) for k in 'bc'}
+  first = create_scores(finals['a'])
+  p = {
+    k: statistics.compare(create_scores(finals[k]), first).p_value for k in 'bc'
+  }
   assert b.p_value == pytest.approx(2 * p['b'])
   assert c.p_value == pytest.approx(p['c'])
   assert b.comparison.estimate.mean == pytest.approx(-0.1)

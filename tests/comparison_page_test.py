@@ -11,7 +11,7 @@ from jaxprog.tools import report
 def create_result(runs):
   cells = dict.fromkeys(run['cell'] for run in runs)
   return {
-    'version': 1,
+    'version': page.VERSION,
     'finished': True,
     'reference': runs[0]['cell'],
     'verdicts': ['<b>The ladder pays</b>.', 'a against b: no difference.'],
@@ -62,7 +62,7 @@ WHOLE = create_result(fixture.create_arms(1))
     ('{', 'Expecting'),
     ([], 'no object'),
     ({}, 'version is none'),
-    ({**WHOLE, 'version': 2}, 'version is 2, not 1'),
+    ({**WHOLE, 'version': 1}, 'version is 1, not 2'),
     (without(WHOLE, 'reference'), 'lacks reference'),
     ({**WHOLE, 'runs': None}, 'runs is no list'),
     ({**WHOLE, 'runs': [{'cell': 'ladder'}]}, 'entry of runs'),

@@ -9,6 +9,11 @@ run, cell = comparison_fixture.create_run, comparison_fixture.create_cell
 SPREAD = (-0.01, 0.0, 0.01)
 
 
+def estimate(finals):
+  scores = comparison_fixture.create_scores(finals)
+  return statistics.estimate(scores.values())
+
+
 def arm(name, level, spread=SPREAD, **fields):
   finals = [level + x for x in spread]
   return verdicts.Arm(name, cell(name, finals, **fields))
@@ -104,9 +109,28 @@ def test_unequal_numbers_of_runs_that_do_not_pair():
   a = arm('a', 0.4)
   b = verdicts.Arm('b', [run('b', 7, 0.4), run('b', 8, 0.41)])
   assert verdicts.accuracy_sentence(a, b) == (
-    'final accuracy -0.5 [-3.0, 2.0] points: no difference shown, n = 3 and 2, '
-    'unpaired'
+    'final accuracy -0.5 [-3.0, 2.0] points: too few runs to tell, n = 3 and '
+    '2, unpaired'
   )
+
+
+def test_two_runs_each_are_called_neither_better_nor_sooner():
+  a = at_target('the ladder', (93, 96), (0.5, 0.51))
+  b = at_target('the control', (100, 102), (0.3, 0.31))
+  text = sentence(a, b)
+  assert text.count('too few runs to tell') == 2
+  assert 'better' not in text
+  assert 'sooner' not in text
+  assert verdicts.answer(a, b).word == 'not shown'
+
+
+def test_runs_without_any_spread_are_as_uncertain_as_their_images():
+  few = {'num_images': 360}
+  a, b = arm('a', 0.889, (0, 0, 0), **few), arm('b', 0.864, (0, 0, 0), **few)
+  assert 'no difference shown' in verdicts.accuracy_sentence(a, b)
+  assert verdicts.answer(a, b).word == 'not shown'
+  a, b = arm('a', 0.889, (0, 0, 0)), arm('b', 0.864, (0, 0, 0))
+  assert verdicts.answer(a, b).word == 'pays'
 
 
 def test_runs_that_are_not_in_the_mean_are_said():
@@ -219,7 +243,7 @@ def test_many_comparisons_are_said_to_be_many():
 
 
 def test_the_best_cell_is_said_to_be_chosen():
-  cells = [statistics.estimate([0.3, 0.3 + 0.02 * math.sqrt(2)])] * 2
+  cells = [estimate([0.3, 0.3 + 0.02 * math.sqrt(2)])] * 2
   # A standard error of 2 / sqrt(2) points, of which the best of two leads by
   # 1 / sqrt(pi).
   assert verdicts.selection_note(cells) == (
@@ -229,6 +253,6 @@ def test_the_best_cell_is_said_to_be_chosen():
     'quoted.'
   )
   assert verdicts.selection_note(cells[:1]) == ''
-  assert verdicts.selection_note([statistics.estimate([0.3])] * 3).endswith(
+  assert verdicts.selection_note([estimate([0.3])] * 3).endswith(
     'one run each, so nothing can be said of by how much.'
   )

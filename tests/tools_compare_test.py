@@ -6,11 +6,13 @@ import signal
 import time
 
 import compare_config
+import numpy as np
 import pytest
 import runs as run_lib
 
 from jaxprog import errors, files
 from jaxprog.comparison import cells, collect, runs
+from jaxprog.reporting import outcomes
 from jaxprog.tools import compare as tool
 from jaxprog.training import checkpoints
 
@@ -82,8 +84,13 @@ def test_every_cell_is_a_run_with_each_seed(strategies):
     assert record['final_top1'] == stage['epochs'][-1]['val_top1']
     assert record['best_top1'] == stage['best']['top1']
     assert list((directory / 'tensorboard').glob('*tfevents*'))
+    found = outcomes.from_json(record['outcomes'])
+    assert len(found.right) == record['num_images'] == stage['num_eval_images']
+    assert np.mean(found.right) == pytest.approx(record['final_top1'])
   finals = [find(result, 'adamw', seed)['final_top1'] for seed in (0, 1)]
   assert finals[0] != finals[1]
+  first, second = (find(result, 'adamw', x)['outcomes'] for x in (0, 1))
+  assert first['images'] == second['images']
 
 
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(strategies):
@@ -326,13 +333,6 @@ def plan(config, workdir, cell, seed=0):
   return tool._plan_run(comparison, found, seed)
 
 
-@pytest.mark.slow
-def test_stages_are_shared_only_between_runs_that_train_them_alike(ladder):
-  config, workdir, _ = ladder
-  donor = plan(config, workdir, 'ladder')
-  for i, (change, shared) in enumerate(
-    (
-      ({}, ['three']),
 def test_an_operator_that_computes_pays_for_it(data_dir, tmp_path):
   """In FLOPs and images; DASH takes gradients of ten batches."""
   config = compare_config.get_ladder(data_dir)
@@ -382,6 +382,13 @@ def test_an_operator_that_computes_pays_for_it(data_dir, tmp_path):
     assert end[kind] == record['curve'][-1][kind] == whole
 
 
+@pytest.mark.slow
+def test_stages_are_shared_only_between_runs_that_train_them_alike(ladder):
+  config, workdir, _ = ladder
+  donor = plan(config, workdir, 'ladder')
+  for i, (change, shared) in enumerate(
+    (
+      ({}, ['three']),
       ({'stages[-1].batch_size': 24}, ['three']),
       ({'stages[0].batch_size': 24}, []),
       ({'num_filters': 8}, []),

@@ -24,6 +24,7 @@ from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
 from jaxprog.comparison.statistics import Axis
 from jaxprog.reporting import history as history_lib
+from jaxprog.reporting import outcomes as outcomes_lib
 
 Record = dict[str, Any]
 
@@ -36,8 +37,9 @@ def read_record(
   """Returns what came of one run.
 
       {'cell', 'seed', 'overrides', 'labels', 'control', 'status', 'error',
-       'learning_rate', 'num_epochs', 'final_top1', 'best_top1', 'curve',
-       'boundaries', 'shared', 'resumed', 'workdir'}
+       'learning_rate', 'num_epochs', 'final_top1', 'best_top1',
+       'num_images', 'outcomes', 'curve', 'boundaries', 'shared', 'resumed',
+       'workdir'}
 
   `curve` has a row for each evaluation of the last stage, {'epochs', 'images',
   'flops', 'seconds', 'top1'}, `boundaries` one for the end of each stage, with
@@ -47,7 +49,9 @@ def read_record(
   training images; seconds are training, evaluation and hand-overs, of an epoch
   that was resumed in its middle only those since. Accuracies are those
   of the images that choose the best weights, parts of one, None where there
-  are none. `learning_rate` and `num_epochs` are the last stage's.
+  are none; `num_images` is their number, `outcomes` says which of them were
+  right in the end, as `reporting.outcomes.to_json` does, None where that is not
+  known. `learning_rate` and `num_epochs` are the last stage's.
 
   Args:
     planned: the run.
@@ -58,9 +62,11 @@ def read_record(
   history = runs.read_history(planned)
   curve, boundaries = _read_costs(planned, history, handovers)
   last = history_lib.find_stage(history, planned.names[-1])
-  final = best = None
+  final = best = outcomes = None
   if outcome['status'] == 'done' and last and last['best']:
     final, best = last['epochs'][-1]['val_top1'], last['best']['top1']
+    path = outcomes_lib.find_path(planned.workdir, planned.names[-1])
+    outcomes = outcomes_lib.read(path, last['epochs'][-1]['epoch'])
   resumes = [stage.get('resumed_at_steps', ()) for stage in history['stages']]
   return {
     'cell': planned.cell.name,
@@ -74,6 +80,8 @@ def read_record(
     'num_epochs': planned.last.num_epochs,
     'final_top1': final,
     'best_top1': best,
+    'num_images': last['num_eval_images'] if last else 0,
+    'outcomes': outcomes_lib.to_json(outcomes),
     'curve': curve,
     'boundaries': boundaries,
     'shared': outcome['shared'],

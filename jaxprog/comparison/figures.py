@@ -417,7 +417,7 @@ def _draw_row(axes: Axes, i: int, runs: Sequence[Run]) -> None:
   e = statistics.estimate(scores)
   # Seeds lie below the interval, so that neither hides the other.
   axes.plot(
-    [100 * x for x in scores],
+    [100 * x.top1 for x in scores],
     [i + 0.22] * len(scores),
     linestyle='',
     marker='o',

@@ -12,7 +12,7 @@ from jaxprog.reporting import html, markup
 from jaxprog.reporting.markup import Html, join, tag
 
 # Of what comparison.json holds; see collect.write.
-VERSION = 1
+VERSION = 2
 # What is read here of the whole, of a cell, of a run and of a point of a curve.
 _LISTS = ('verdicts', 'cells', 'runs')
 _CELL_FIELDS = {'name', 'stages', 'overrides', 'equal'}
@@ -22,6 +22,8 @@ _RUN_FIELDS = {
   'status',
   'learning_rate',
   'final_top1',
+  'num_images',
+  'outcomes',
   'curve',
   'resumed',
 }

@@ -1,8 +1,15 @@
 """What a few runs with different seeds say: intervals, tests and mean curves.
 
-Runs are the records of a comparison: cell, seed, status, final_top1, curve and
-boundaries. Accuracies are parts of one; intervals hold 95% by Student's t,
-which takes runs of one cell as normal around their mean.
+Runs are the records of a comparison: cell, seed, status, final_top1,
+num_images, outcomes, curve and boundaries. Accuracies are parts of one.
+
+A mean over runs is uncertain for two reasons: other seeds, and other images to
+evaluate on. The first shows in how far apart the runs lie. The second does not:
+all runs are evaluated on the same images, and may all owe the same part of
+their accuracy to them. So no error here is smaller than what the images leave
+uncertain. Where it is known which images each run has right, that is counted,
+image by image; else it is that of as many independent ones. docs/compare.md
+shows how often equal cells are then told apart.
 """
 
 import math
@@ -13,16 +20,33 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
+from jaxprog.reporting import outcomes as outcomes_lib
+from jaxprog.reporting.outcomes import Outcomes
+
 CONFIDENCE = 0.95
+# Fewer runs on a side are called neither better nor worse, sooner nor later.
+MIN_RUNS = 3
 
 # A run's record, and the costs that its curve is told over.
 Run = Mapping[str, Any]
 Axis = Literal['images', 'flops', 'seconds', 'epochs']
-# A number for each seed.
-Scores = Mapping[int, float]
 
 # More points than this do not show in a plot's line.
 _MAX_POINTS = 400
+# Where an interval of a difference and of an accuracy may lie.
+_DIFFERENCES, _ACCURACIES = (-1.0, 1.0), (0.0, 1.0)
+
+
+class Score(NamedTuple):
+  """A run's top-1 on `num_images`, and which of them it has right, if known."""
+
+  top1: float
+  num_images: int
+  outcomes: Outcomes | None = None
+
+
+# That of each seed.
+Scores = Mapping[int, Score]
 
 
 class Estimate(NamedTuple):
@@ -39,13 +63,27 @@ class Comparison(NamedTuple):
   """How two cells differ, first less second, or first over second.
 
   `counts` are the runs of each that gave a number. Paired, the estimate is of
-  the seeds that both have.
+  the seeds that both have. Below MIN_RUNS there is no `p_value`.
   """
 
   estimate: Estimate
   p_value: float | None
   paired: bool
   counts: tuple[int, int]
+
+
+class Noise(NamedTuple):
+  """What the evaluation images leave uncertain of a mean over runs.
+
+  `own` is the variance by which each run is lucky for itself, so that it shows
+  in how far apart runs lie; `shared` is that by which all of them are, and more
+  runs do not lessen it. `freedom` are the degrees of freedom of their sum.
+  Numbers, or arrays of many cases at once.
+  """
+
+  own: Any
+  shared: Any
+  freedom: Any
 
 
 class MeanCurve(NamedTuple):
@@ -57,72 +95,167 @@ class MeanCurve(NamedTuple):
   high: np.ndarray | None
 
 
-def estimate(values: Iterable[float]) -> Estimate:
-  """Returns the mean of `values`, their standard deviation and the interval.
+def image_noise(*arms: np.ndarray) -> Noise:
+  """Returns the noise of a sum of means, of what came of each image.
+
+  Args:
+    *arms: (..., runs, images) each, with the same images: an accuracy is one
+      arm of 0 and 1, a difference of pairs one of -1, 0 and 1, that of two
+      cells whose runs do not pair two, the second one negated.
+  """
+  num_images = arms[0].shape[-1]
+  means = sum(arm.mean(-2) for arm in arms)
+  squares = (means - means.mean(-1, keepdims=True)) ** 2
+  second, fourth = squares.sum(-1), (squares**2).sum(-1)
+  # Where all images say the same, as if one did not.
+  alike = second == 0
+  second, fourth = np.where(alike, 1, second), np.where(alike, 1, fourth)
+  total = second / num_images**2
+  own = np.minimum(sum(map(_own_noise, arms)), total)
+  # As many as there are images with a say; twice, as of a variance.
+  return Noise(own, total - own, 2 * second**2 / fourth)
+
+
+def _own_noise(arm: np.ndarray) -> Any:
+  """Returns the variance of a mean by what neither run nor image explains."""
+  runs, images = arm.shape[-2:]
+  if runs == 1:
+    return 0.0
+  left = arm - arm.mean(-2, keepdims=True) - arm.mean(-1, keepdims=True)
+  left += arm.mean((-2, -1), keepdims=True)
+  freedom = (runs - 1) * (images - 1)
+  return (left**2).sum((-2, -1)) / freedom / (runs * images)
+
+
+def binomial_noise(top1: Any, num_images: int) -> Noise:
+  """Returns the noise of an accuracy of which only the mean is known.
+
+  As if no two runs had an image in common (Agresti & Coull 1998: four more
+  images, two of them right, keep it above 0).
+  """
+  part = (top1 * num_images + 2) / (num_images + 4)
+  return Noise(part * (1 - part) / (num_images + 4), 0.0, math.inf)
+
+
+def standard_error(spread: Any, freedom: Any, noise: Noise) -> tuple[Any, Any]:
+  """Returns the standard error of a mean over runs, and its freedom.
+
+  Where runs lie no further apart than their own noise makes them, nothing shows
+  of seeds and the error is that of the images. But few runs may lie close by
+  chance: with a limit at the noise itself, three of them would be told apart
+  too often. Past the limit, `spread` takes the place of the runs' own noise,
+  and degrees of freedom are averaged by their part of the variance, which is
+  more careful than Satterthwaite's formula. Limit and average were chosen by
+  benchmarks/false_positives.py.
+
+  Args:
+    spread: variance of the mean, from how far apart runs lie.
+    freedom: of `spread`.
+    noise: of the same mean.
+  """
+  limit = 1 - (2 / (freedom + 1)) ** 3
+  seeds = np.where(spread > limit * noise.own, spread, 0.0)
+  variance = np.maximum(seeds, noise.own) + noise.shared
+  part = np.minimum(seeds / variance, 1)
+  inverse = part / freedom + (1 - part) / noise.freedom
+  return np.sqrt(variance), 1 / np.maximum(inverse, 1e-9)
+
+
+def estimate(scores: Iterable[Score]) -> Estimate:
+  """Returns the mean top-1 of a cell, the standard deviation and the interval.
 
   Raises:
-    ValueError: if there is no value, or one is not finite.
+    ValueError: if there is no score, or one is not finite.
   """
-  x = _finite(values)
-  mean = float(x.mean())
+  scores = list(scores)
+  x = _finite(score.top1 for score in scores)
+  noise = _noise_of(scores)
+  return _test(_spread(x), float(x.mean()), noise, _ACCURACIES)[0]
+
+
+class _Spread(NamedTuple):
+  """How far apart runs lie: the deviation of one, the variance of the mean."""
+
+  std: float
+  variance: float
+  freedom: float
+  n: int
+
+
+def _spread(x: np.ndarray) -> _Spread | None:
+  """Returns that of some numbers, None of one."""
   if x.size == 1:
-    return Estimate(mean, None, None, None, 1)
-  std = float(x.std(ddof=1))
-  half = _quantile(x.size - 1) * std / math.sqrt(x.size)
-  return Estimate(mean, std, mean - half, mean + half, x.size)
+    return None
+  variance = float(x.var(ddof=1))
+  return _Spread(math.sqrt(variance), variance / x.size, x.size - 1, x.size)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
-  """Returns the mean of a - b, by position: the same seed on both sides."""
-  if len(a) != len(b):
-    raise ValueError(f'Pairs need as many on both sides: {len(a)}, {len(b)}.')
-  return estimate(_finite(a) - _finite(b))
+def _spread_of(x: np.ndarray, y: np.ndarray, *, paired: bool) -> _Spread | None:
+  """Returns that of x - y, pair by pair, or of unrelated runs (Welch 1947)."""
+  if paired:
+    return _spread(x - y)
+  a, b = _spread(x), _spread(y)
+  if a is None or b is None:
+    return None
+  variance = a.variance + b.variance
+  parts = a.variance**2 / a.freedom + b.variance**2 / b.freedom
+  freedom = variance**2 / parts if parts else a.freedom + b.freedom
+  return _Spread(math.hypot(a.std, b.std), variance, freedom, min(a.n, b.n))
 
 
-def welch_difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
-  """Returns the difference of two means of unrelated runs (Welch 1947).
+def _test(
+  spread: _Spread | None,
+  mean: float,
+  noise: Noise,
+  limits: tuple[float, float],
+) -> tuple[Estimate, float | None]:
+  """Returns a mean with its interval, within `limits`, and its p-value."""
+  if spread is None:
+    return Estimate(mean, None, None, None, 1), None
+  error, freedom = standard_error(spread.variance, spread.freedom, noise)
+  half = float(special.stdtrit(freedom, 0.5 + CONFIDENCE / 2) * error)
+  low, high = max(mean - half, limits[0]), min(mean + half, limits[1])
+  p_value = float(2 * special.stdtr(freedom, -abs(mean) / error))
+  found = Estimate(mean, spread.std, low, high, spread.n)
+  return found, p_value if spread.n >= MIN_RUNS else None
 
-  Its `std` is that of the difference of one run of each, its `n` the smaller
-  count; one run on either side leaves it without an interval.
-  """
-  x, y = _finite(a), _finite(b)
-  mean, n = float(x.mean() - y.mean()), min(x.size, y.size)
-  if n == 1:
-    return Estimate(mean, None, None, None, 1)
-  error, freedom = _welch(x, y)
-  half = _quantile(freedom) * error
-  std = math.sqrt(x.var(ddof=1) + y.var(ddof=1))
-  return Estimate(mean, std, mean - half, mean + half, n)
+
+def _noise_of(*arms: Sequence[Score], paired: bool = False) -> Noise:
+  """Returns the noise of an arm's mean, or of the first less the second."""
+  every = [score for arm in arms for score in arm]
+  known = [score.outcomes for score in every if score.outcomes is not None]
+  if len(known) == len(every) and len({x.images for x in known}) == 1:
+    signed = [
+      sign * np.stack([x.outcomes.right for x in arm if x.outcomes])
+      for arm, sign in zip(arms, (1.0, -1.0), strict=False)
+    ]
+    if paired:
+      return image_noise(signed[0] + signed[1])
+    return image_noise(*signed)
+  each = [
+    binomial_noise(
+      float(np.mean([x.top1 for x in arm])), min(x.num_images for x in arm)
+    )
+    for arm in arms
+  ]
+  return Noise(sum(x.own for x in each), 0.0, math.inf)
 
 
 def is_difference(e: Estimate, null: float = 0.0) -> bool:
-  """Returns whether the interval of `e` excludes `null`; without one, False."""
-  if e.low is None or e.high is None:
+  """Returns whether the interval of `e` excludes `null`.
+
+  False without an interval, and below MIN_RUNS.
+  """
+  if e.low is None or e.high is None or e.n < MIN_RUNS:
     return False
   return not e.low <= null <= e.high
-
-
-def paired_p_value(a: Sequence[float], b: Sequence[float]) -> float | None:
-  """Returns how often pairs without a difference differ as much or more."""
-  e = paired_difference(a, b)
-  if e.std is None:
-    return None
-  return _p_value(e.mean, e.std / math.sqrt(e.n), e.n - 1)
-
-
-def welch_p_value(a: Sequence[float], b: Sequence[float]) -> float | None:
-  """Returns the same for unrelated runs; None where a side has but one."""
-  x, y = _finite(a), _finite(b)
-  if min(x.size, y.size) == 1:
-    return None
-  return _p_value(float(x.mean() - y.mean()), *_welch(x, y))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
   """Returns the p-values adjusted for their number (Holm 1979).
 
   Where all hypotheses hold, at most 5% of families have one below 0.05. None,
-  from cells with one run, is no test: it stays and does not count.
+  from cells with too few runs, is no test: it stays and does not count.
   """
   tested = [(p, i) for i, p in enumerate(p_values) if p is not None]
   adjusted: list[float | None] = [None] * len(p_values)
@@ -146,29 +279,26 @@ def expected_maximum(count: int) -> float:
 
 def compare(a: Scores, b: Scores) -> Comparison:
   """Returns a - b: over the seeds that both have, or by Welch if under two."""
+  seeds = _common_seeds(a, b)
+  x = [a[seed] for seed in seeds or a]
+  y = [b[seed] for seed in seeds or b]
+  first, second = (_finite(score.top1 for score in arm) for arm in (x, y))
+  noise = _noise_of(x, y, paired=bool(seeds))
+  found, p_value = _test(
+    _spread_of(first, second, paired=bool(seeds)),
+    float(first.mean() - second.mean()),
+    noise,
+    _DIFFERENCES,
+  )
+  return Comparison(found, p_value, bool(seeds), (len(a), len(b)))
+
+
+def _common_seeds(a: Mapping[int, Any], b: Mapping[int, Any]) -> list[int]:
+  """Returns the seeds that pair, [] where they are too few for it."""
   common = sorted(a.keys() & b.keys())
-  counts = (len(a), len(b))
-  if len(common) >= 2 or (common and 1 in counts):
-    x, y = [a[s] for s in common], [b[s] for s in common]
-    return Comparison(
-      paired_difference(x, y), paired_p_value(x, y), True, counts
-    )
-  x, y = list(a.values()), list(b.values())
-  return Comparison(welch_difference(x, y), welch_p_value(x, y), False, counts)
-
-
-def compare_costs(a: Scores, b: Scores) -> Comparison:
-  """Returns the geometric mean of a / b of positive costs, paired as `compare`.
-
-  The interval is that of log a - log b, whose ends are raised again: costs
-  vary by factors, and a / b then says as much as b / a. `std` stays that of the
-  logarithms.
-
-  Raises:
-    ValueError: if a cost is not positive.
-  """
-  found = compare(_log_scores(a), _log_scores(b))
-  return found._replace(estimate=_raised(found.estimate))
+  if len(common) >= 2 or (common and 1 in (len(a), len(b))):
+    return common
+  return []
 
 
 def by_cell(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -184,13 +314,20 @@ def done(runs: Iterable[Run]) -> list[Run]:
   return [run for run in runs if run['status'] == 'done']
 
 
-def final_scores(runs: Iterable[Run]) -> dict[int, float]:
+def final_scores(runs: Iterable[Run]) -> dict[int, Score]:
   """Returns the final top-1 of each run that is done, by seed.
 
   Not the best of its epochs: that one is chosen on the evaluation images, and
   the more evaluations there are, the higher it comes out.
   """
-  return {run['seed']: float(run['final_top1']) for run in done(runs)}
+  return {
+    run['seed']: Score(
+      float(run['final_top1']),
+      run['num_images'],
+      outcomes_lib.from_json(run['outcomes']),
+    )
+    for run in done(runs)
+  }
 
 
 def points(run: Run, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
@@ -235,29 +372,59 @@ def costs_to_target(
 ) -> dict[int, float | None]:
   """Returns what each run that is done paid to reach `target`, by seed.
 
-  A curve starts, with none right, where the stages before it end: their cost
-  is the ladder's, and a target passed before the first evaluation is not taken
-  for one that was passed at it. None: the run ended below the target.
+  A curve starts, with none right, where the stages before it and the hand-over
+  end: their cost is the ladder's, and a target passed before the first
+  evaluation is not taken for one that was passed at it. None: the run ended
+  below the target.
   """
   return {run['seed']: _reach(run, target, axis) for run in done(runs)}
 
 
 def compare_time_to_target(
-  a: Mapping[int, float | None], b: Mapping[int, float | None]
+  a: Sequence[Run], b: Sequence[Run], target: float, axis: Axis
 ) -> Comparison | None:
   """Returns the ratio of the costs to a target, or None where it has no sense.
 
   Only where every run of both reached the target. The mean of those that did
   would be better the more of the slow ones are missing from it; what is left
-  then is to say how many did.
+  then is to say how many did. The ratio is the geometric mean over the seeds
+  that pair, as in `compare`, and its interval that of log a - log b, whose ends
+  are raised again: costs vary by factors, and a / b then says as much as b / a.
+  `std` stays that of the logarithms.
   """
-  x = {seed: cost for seed, cost in a.items() if cost is not None}
-  y = {seed: cost for seed, cost in b.items() if cost is not None}
-  if not x or not y or len(x) < len(a) or len(y) < len(b):
+  found = [costs_to_target(runs, target, axis) for runs in (a, b)]
+  costs = [{seed: cost for seed, cost in arm.items() if cost} for arm in found]
+  if any(not x or len(x) < len(y) for x, y in zip(costs, found, strict=True)):
     return None
-  if min(*x.values(), *y.values()) <= 0:
-    return None
-  return compare_costs(x, y)
+  seeds = _common_seeds(*costs)
+  x, y = (np.log([arm[seed] for seed in seeds or arm]) for arm in costs)
+  estimated, p_value = _test(
+    _spread_of(x, y, paired=bool(seeds)),
+    float(x.mean() - y.mean()),
+    Noise(sum(_target_noise(r, target, axis) for r in (a, b)), 0.0, math.inf),
+    (-math.inf, math.inf),
+  )
+  counts = len(costs[0]), len(costs[1])
+  return Comparison(_raised(estimated), p_value, bool(seeds), counts)
+
+
+def _target_noise(runs: Iterable[Run], target: float, axis: Axis) -> float:
+  """Returns the variance of the logarithm of an arm's mean cost to a target.
+
+  What the images leave uncertain of an accuracy, over how fast it rises there.
+  """
+  finished = done(runs)
+  images = min(run['num_images'] for run in finished)
+  slopes = [_slope(run, target, axis) for run in finished]
+  return binomial_noise(target, images).own / float(np.median(slopes)) ** 2
+
+
+def _slope(run: Run, target: float, axis: Axis) -> float:
+  """Returns by how much top-1 rises with the logarithm of the cost."""
+  costs, values = _whole_curve(run, axis)
+  i = max(1, int(np.argmax(values >= target)))
+  rise = (values[i] - values[i - 1]) / (costs[i] - costs[i - 1])
+  return float(rise * (first_reach(costs, values, target) or costs[i]))
 
 
 def interpolate_curve(
@@ -283,8 +450,11 @@ def mean_curve(runs: Iterable[Run], axis: Axis) -> MeanCurve | None:
   mean, n = values.mean(0), len(values)
   if n == 1:
     return MeanCurve(grid, mean, None, None)
-  half = _quantile(n - 1) * values.std(0, ddof=1) / math.sqrt(n)
-  return MeanCurve(grid, mean, mean - half, mean + half)
+  noise = binomial_noise(mean, min(run['num_images'] for run in done(runs)))
+  error, freedom = standard_error(values.var(0, ddof=1) / n, n - 1, noise)
+  half = special.stdtrit(freedom, 0.5 + CONFIDENCE / 2) * error
+  low, high = (mean - half).clip(0, 1), (mean + half).clip(0, 1)
+  return MeanCurve(grid, mean, low, high)
 
 
 def _common_grid(costs: Sequence[np.ndarray]) -> np.ndarray:
@@ -304,46 +474,23 @@ def _common_grid(costs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _reach(run: Run, target: float, axis: Axis) -> float | None:
+  return first_reach(*_whole_curve(run, axis), target)
+
+
+def _whole_curve(run: Run, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+  """Returns a run's points, and before them where its first step began."""
   costs, values = points(run, axis)
   before = earlier_stages(run)
   start = before[-1].get(axis, 0.0) if before else 0.0
-  return first_reach([start, *costs], [0.0, *values], target)
-
-
-def _welch(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-  """Returns the standard error of the difference and its degrees of freedom."""
-  parts = np.array([v.var(ddof=1) / v.size for v in (x, y)])
-  freedoms = np.array([x.size - 1, y.size - 1])
-  total = float(parts.sum())
-  if total == 0:
-    return 0.0, float(freedoms.sum())
-  return math.sqrt(total), total**2 / float((parts**2 / freedoms).sum())
-
-
-def _quantile(freedom: float) -> float:
-  return float(special.stdtrit(freedom, 0.5 + CONFIDENCE / 2))
-
-
-def _p_value(difference: float, error: float, freedom: float) -> float:
-  if error == 0:
-    return 1.0 if difference == 0 else 0.0
-  return float(2 * special.stdtr(freedom, -abs(difference) / error))
+  if run['boundaries']:
+    start += run['boundaries'][-1].get(f'handover_{axis}', 0.0)
+  return np.append(start, costs), np.append(0.0, values)
 
 
 def _raised(e: Estimate) -> Estimate:
   low = None if e.low is None else math.exp(e.low)
   high = None if e.high is None else math.exp(e.high)
   return Estimate(math.exp(e.mean), e.std, low, high, e.n)
-
-
-def _log(costs: Sequence[float]) -> list[float]:
-  if any(cost <= 0 for cost in costs):
-    raise ValueError(f'A ratio needs positive costs, not {list(costs)}.')
-  return [math.log(cost) for cost in costs]
-
-
-def _log_scores(scores: Scores) -> dict[int, float]:
-  return dict(zip(scores, _log(list(scores.values())), strict=True))
 
 
 def _finite(values: Iterable[float]) -> np.ndarray:

@@ -40,7 +40,9 @@ COST_TITLES = (
 _NONE = '-'
 _CAPTION = (
   'Final top-1 (%), over seeds. Difference: to {reference}, in points, over '
-  'the seeds that both have. p: of that, for all cells together (Holm).'
+  'the seeds that both have. p: of that, for all cells together (Holm), from '
+  f'{statistics.MIN_RUNS} runs on. Intervals count other seeds and other '
+  'evaluation images.'
 )
 _MAGNITUDES = ((1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
 
@@ -50,7 +52,8 @@ class CellSummary(NamedTuple):
 
   `top1` is None where no run is done; `comparison` and `p_value`, the latter
   adjusted for the number of cells, are None for the reference itself as well.
-  `costs` are means of the runs that are done, `counts` runs by status.
+  `by_image`: whether it is known which images each run has right. `costs` are
+  means of the runs that are done, `counts` runs by status.
   """
 
   cell: str
@@ -58,6 +61,7 @@ class CellSummary(NamedTuple):
   top1: Estimate | None
   comparison: Comparison | None
   p_value: float | None
+  by_image: bool
   learning_rates: tuple[float, ...]
   costs: Mapping[Axis, float]
 
@@ -107,6 +111,11 @@ def notes(summaries: Sequence[CellSummary], reference: str) -> list[str]:
   if any(s.comparison and not s.comparison.paired for s in compared):
     texts.append(
       'Where fewer than two seeds are in common, runs are not paired (Welch).'
+    )
+  if compared and not all(s.by_image for s in summaries if s.top1):
+    texts.append(
+      'Which images each run has right is not known of all: the images of two '
+      'cells are taken for independent ones, which makes intervals wide.'
     )
   texts.append(verdicts.multiplicity_note(len(compared)))
   tops = [s.top1 for s in summaries if s.top1 is not None]
@@ -192,6 +201,7 @@ def _summarize(
     statistics.estimate(scores.values()) if scores else None,
     comparison,
     comparison.p_value if comparison else None,
+    all(score.outcomes is not None for score in scores.values()),
     tuple(sorted(rates)),
     _mean_costs(runs),
   )

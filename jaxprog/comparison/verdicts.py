@@ -63,7 +63,7 @@ def target_sentence(a: Arm, b: Arm, target: float, axis: Axis) -> str:
   goal = f'{100 * target:.1f}% top-1'
   x = statistics.costs_to_target(a.runs, target, axis)
   y = statistics.costs_to_target(b.runs, target, axis)
-  found = statistics.compare_time_to_target(x, y)
+  found = statistics.compare_time_to_target(a.runs, b.runs, target, axis)
   if found is None:
     return f'{goal} was reached by {_reached(a, x)} and {_reached(b, y)}'
   e = found.estimate
@@ -71,7 +71,7 @@ def target_sentence(a: Arm, b: Arm, target: float, axis: Axis) -> str:
   if e.low is None:
     return f'{a.name} reached {goal} {cost}'
   if not statistics.is_difference(e, 1.0):
-    return f'{a.name} reached {goal} {cost}: no difference shown'
+    return f'{a.name} reached {goal} {cost}: {_not_shown(e)}'
   return (
     f'{a.name} reached {goal} {"sooner" if e.mean < 1 else "later"}, {cost}'
   )
@@ -216,8 +216,13 @@ def format_ratio(e: Estimate) -> str:
 
 def _better(e: Estimate) -> str:
   if not statistics.is_difference(e):
-    return 'no difference shown'
+    return _not_shown(e)
   return 'better' if e.mean > 0 else 'worse'
+
+
+def _not_shown(e: Estimate) -> str:
+  few = e.n < statistics.MIN_RUNS
+  return 'too few runs to tell' if few else 'no difference shown'
 
 
 def _reached(arm: Arm, costs: Mapping[int, float | None]) -> str:

@@ -27,6 +27,7 @@ from jaxprog.reporting import (
 )
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import incidents as incidents_lib
+from jaxprog.reporting import outcomes as outcomes_lib
 from jaxprog.reporting import progress as progress_lib
 from jaxprog.training import (
   checkpoints,
@@ -363,6 +364,7 @@ def open_stage(
     record=record,
     incident=run.incidents.add,
     beat=run.dog.beat,
+    keep_outcomes=_create_keeper(run, task),
     check_owner=run.owner.check,
     meta=_describe_weights(run, task),
     checkpoints=saved,
@@ -376,6 +378,27 @@ def open_stage(
     # What a rollback goes back to, and a start after an early kill.
     loop.save(task, state, out)
   return state, out
+
+
+def _create_keeper(
+  run: Run, task: setup_lib.Task
+) -> Callable[[np.ndarray, float], None]:
+  """Returns what writes the outcomes of an epoch, on the process that writes.
+
+  The last epoch's stay.
+  """
+  path = outcomes_lib.find_path(run.workdir, task.stage.name)
+  dataset = task.dataset
+
+  @functools.cache
+  def order():
+    return outcomes_lib.sort_images(dataset.selection, dataset.classes)
+
+  def keep(right, epoch):
+    if jax.process_index() == 0:
+      outcomes_lib.write(path, order(), right, epoch)
+
+  return keep
 
 
 def finish_stage(

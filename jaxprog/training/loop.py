@@ -44,6 +44,8 @@ class Outputs:
   incident: Callable[..., Any]
   # Tells the watchdog what has just been done.
   beat: Callable[[str], None]
+  # Told after each epoch which images of the selection are right, bool (n,).
+  keep_outcomes: Callable[[np.ndarray, float], None]
   # Raises if another run has taken this one's workdir over.
   check_owner: Callable[[], None]
   # Told the stage's name and each row; may end the run by raising.
@@ -387,10 +389,12 @@ def _end_epoch(
     out.beat(f'evaluation batch {done} of {total} of {task.stage.name}')
     out.progress.evaluate(done, total)
 
-  scores = evaluate(task, state.variables, split, on_batch, on_bad)
+  batches: list[steps.Outcomes] = []
+  scores = evaluate(task, state.variables, split, on_batch, on_bad, batches)
+  right = diagnostics.join_outcomes(batches, len(split))['rank'] < 1
   averaged = evaluate(task, state.ema, split, on_batch) if state.ema else {}
   timing = {**timing, 'eval_seconds': time.monotonic() - began}
-  state = close_epoch(task, state, epoch, scores, averaged, timing, out)
+  state = close_epoch(task, state, epoch, scores, averaged, right, timing, out)
   _stop_if_asked(out)
   return state
 
@@ -401,13 +405,15 @@ def close_epoch(
   epoch: int,
   scores: dict[str, float],
   averaged: dict[str, float],
+  right: np.ndarray,
   timing: dict[str, float],
   out: Outputs,
 ) -> state_lib.TrainState:
   """Records and saves what came of an epoch; returns it with empty sums.
 
   `scores` are those of the weights, `averaged` those of the averaged ones, {}
-  where there are none.
+  where there are none; `right`, bool (n,), says which images the weights have
+  right.
   """
   sums = {name: float(x) for name, x in state.metrics.items()}
   step = int(state.step)
@@ -430,6 +436,7 @@ def close_epoch(
   best = out.record['best'] or {'epoch': row['epoch']}  # No finite score yet.
   is_best = best['epoch'] == row['epoch']
   _write_epoch(task, row, out)
+  out.keep_outcomes(right, row['epoch'])
   _save_weights(task, state, row, is_best, out)
   scale = decisions.rate_scale(task.stage, out.record['epochs'])
   metrics, rate_scale = jax.device_put(
