@@ -1,10 +1,37 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and locks on them."""
 
+import errno
+import fcntl
 import json
 import math
 import os
 import pathlib
 from typing import Any
+
+# What flock answers where the file system or its server knows no locks; NFS
+# says EBADF of what is not open for writing, as no folder ever is.
+_NO_FLOCK = frozenset(
+  (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EBADF)
+)
+
+
+def lock(file: int, *, wait: bool = True) -> bool:
+  """Locks an open file against others; the kernel frees it with its owner.
+
+  Returns False where the file system knows no locks.
+
+  Raises:
+    BlockingIOError: if another has locked it and we are not to `wait`.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError:
+    raise
+  except OSError as e:
+    if e.errno not in _NO_FLOCK:
+      raise
+    return False
+  return True
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -1,4 +1,5 @@
 import errno
+import gzip
 import hashlib
 import io
 import os
@@ -202,8 +203,8 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path, folder, write):
     archives.extract(path, folder, sha256=sha256(path), progress=stop)
   assert list(folder.iterdir()) == []
   # As a killed process leaves it.
-  (folder / '.unpacking' / 'pets').mkdir(parents=True)
-  (folder / '.unpacking' / 'pets' / 'half').write_text('half')
+  (folder / '.unpacking.1' / 'pets').mkdir(parents=True)
+  (folder / '.unpacking.1' / 'pets' / 'half').write_text('half')
   archives.extract(path, folder, sha256=sha256(path))
   assert files_below(folder) == CONTENT
 
@@ -236,6 +237,109 @@ def test_a_damaged_archive_is_said(tmp_path, folder, kind):
     archives.extract(path, folder, sha256=sha256(path))
   assert len(str(caught.value).split('\n')) == 3
   assert list(folder.iterdir()) == []
+
+
+MANY = {f'pets/{i}.png': bytes([i]) * 600 for i in range(50)}
+
+
+def flip_a_header(data: bytes) -> bytes:
+  changed = bytearray(data)
+  changed[25 * 3 * 512 + 5] ^= 4  # A member is a header and two blocks.
+  return bytes(changed)
+
+
+def swallow_an_entry(data: bytes) -> bytes:
+  """An entry's comment swallows the next entry of a zip's directory."""
+  start = data.index(b'PK\1\2')
+  length = data.index(b'PK\1\2', start + 4) - start
+  changed = bytearray(data)
+  changed[start + 32 : start + 34] = length.to_bytes(2, 'little')
+  return bytes(changed)
+
+
+def cut_the_end(data: bytes) -> bytes:
+  return data[: data.rindex(b'PK\5\6')]
+
+
+@pytest.mark.parametrize(
+  ('kind', 'spoil'),
+  [
+    ('tar', flip_a_header),
+    ('tar.gz', flip_a_header),
+    ('tar', lambda data: data[: 3 * 512 * 20]),  # Between two members.
+    ('tar', lambda data: data[: 3 * 512 * 20 + 100]),
+    ('tar', lambda data: data + data),
+    ('tar', lambda data: data + b'x'),
+    ('tar.gz', lambda data: data[: 3 * 512 * 20]),
+    ('zip', swallow_an_entry),
+    ('zip', cut_the_end),
+  ],
+)
+def test_no_part_of_an_archive_is_taken_for_the_whole(
+  tmp_path, folder, kind, spoil
+):
+  path = tmp_path / 'archive'
+  write = write_zip if kind == 'zip' else write_tar
+  data = spoil(write(path, MANY).read_bytes())
+  path.write_bytes(gzip.compress(data) if kind == 'tar.gz' else data)
+  with pytest.raises(errors.UserError, match='cannot be read') as caught:
+    archives.extract(path, folder, sha256=sha256(path))
+  assert len(str(caught.value).split('\n')) == 3
+  assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize('spoil', ['more', 'sum', 'cut'])
+def test_a_tar_gz_is_read_to_its_sum(tmp_path, folder, spoil):
+  path = write_tar(tmp_path / 'a.tgz', MANY, mode='w:gz')
+  data = bytearray(path.read_bytes())
+  match spoil:
+    case 'more':
+      data += b'<html>'
+    case 'sum':
+      data[-6] ^= 1
+    case 'cut':
+      del data[-8:]
+  path.write_bytes(data)
+  with pytest.raises(errors.UserError, match='cannot be read'):
+    archives.extract(path, folder, sha256=sha256(path))
+  assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize('mode', ['w', 'w:gz'])
+@pytest.mark.parametrize('size', [2**60, 2**70, -512])
+@pytest.mark.parametrize('kind', [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_member_that_claims_an_impossible_size_is_refused(
+  tmp_path, folder, mode, size, kind
+):
+  member = tar_member('pets/big.png', kind)
+  member.size = size
+  path = tmp_path / 'archive'
+  with tarfile.open(path, mode, format=tarfile.GNU_FORMAT) as tar:
+    tar.addfile(tar_member('pets/small.png'))
+    tar.fileobj.write(member.tobuf(tarfile.GNU_FORMAT))
+  with pytest.raises(errors.UserError, match='cannot be read') as caught:
+    archives.extract(path, folder, sha256=sha256(path))
+  assert len(str(caught.value).split('\n')) == 3
+  assert list(folder.iterdir()) == []
+
+
+def test_what_macos_adds_is_left_out(tmp_path, folder):
+  names = {'cats': write_zip, 'dogs': write_zip, 'x': write_tar}
+  for name, write in names.items():
+    added = f'{name}/.DS_Store', f'{name}/._1.png', f'__MACOSX/{name}/._1.png'
+    content = {f'{name}/1.png': b'one', **dict.fromkeys(added, b'x')}
+    path = write(tmp_path / name, content)
+    assert archives.extract(path, folder, sha256=sha256(path)) == (
+      folder / name,
+    )
+  assert files_below(folder) == {f'{x}/1.png': b'one' for x in names}
+
+
+def test_a_tar_that_holds_a_zip_is_a_tar(tmp_path, folder):
+  inner = write_zip(tmp_path / 'inner.zip').read_bytes()
+  path = write_tar(tmp_path / 'a.tar', {'pets/inner.zip': inner})
+  archives.extract(path, folder, sha256=sha256(path))
+  assert files_below(folder) == {'pets/inner.zip': inner}
 
 
 def test_an_archive_that_is_not_there_is_said(tmp_path):

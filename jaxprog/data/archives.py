@@ -5,7 +5,7 @@ anything is written.
 """
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import http.client
 import lzma
@@ -16,22 +16,35 @@ import shutil
 import stat
 import tarfile
 import urllib.request
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
-from jaxprog import errors
+from jaxprog import errors, files
 
 # Called with what is done and all there is: bytes, or members of an archive.
 Progress = Callable[[int, int], None]
 
 BLOCK = 1 << 20
+# No file is larger, and no place in one further.
+_MAX_BYTES = 2**62
+# A tar's header that says more than that about the next member is damaged.
+_MAX_HEADER_BYTES = 1 << 20
+_HEADERS = (
+  tarfile.GNUTYPE_LONGLINK,
+  tarfile.GNUTYPE_LONGNAME,
+  tarfile.SOLARIS_XHDTYPE,
+  tarfile.XGLTYPE,
+  tarfile.XHDTYPE,
+)
 # What the readers of damaged archives raise.
 _READ_ERRORS = (
   EOFError,
   NotImplementedError,
   OSError,
+  OverflowError,
   RuntimeError,
   lzma.LZMAError,
   tarfile.TarError,
@@ -69,6 +82,30 @@ class _Member(NamedTuple):
   size: int
   # '' for a file or a folder, else what it is instead.
   refused: str
+
+
+class _TarInfo(tarfile.TarInfo):
+  """A member of a tar whose headers are all whole.
+
+  Python's own reader takes a damaged header for the end of the archive.
+  """
+
+  @classmethod
+  def frombuf(
+    cls, buf: bytes | bytearray, encoding: str, errors: str
+  ) -> '_TarInfo':
+    try:
+      member = super().frombuf(buf, encoding, errors)
+    except tarfile.HeaderError as e:
+      if buf and not any(buf):
+        raise  # The mark of the end.
+      raise tarfile.ReadError(
+        'a header is damaged' if buf else 'it ends in the middle'
+      ) from e
+    limit = _MAX_HEADER_BYTES if member.type in _HEADERS else _MAX_BYTES
+    if not 0 <= member.size <= limit:
+      raise tarfile.ReadError('a header is damaged')
+    return member
 
 
 def sha256_file(
@@ -152,13 +189,16 @@ def extract(
   archive, folder = pathlib.Path(archive), pathlib.Path(folder)
   _compare(archive, sha256, sha256_file(archive, progress))
   with _reading(archive):
-    members = _list_members(archive)
+    members = [x for x in _list_members(archive) if _is_wanted(x.name)]
   tops = _check_members(archive, members, expected)
   existed = folder.is_dir()
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    with _lock(folder) as is_locked:
       _check_target(archive, folder, tops, sum(x.size for x in members))
+      if is_locked:  # What a killed process left is nobody's now.
+        for leftover in folder.glob('.unpacking.*'):
+          shutil.rmtree(leftover, ignore_errors=True)
       return _unpack(archive, folder, tops, len(members), progress)
   except OSError as e:
     raise errors.UserError(
@@ -195,24 +235,54 @@ def _reading(archive: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except _READ_ERRORS as e:
-    if isinstance(e, OSError) and e.errno is not None:
+    # EINVAL: a place that no file reaches, which a damaged header names.
+    if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
       raise  # The disk's fault, not the archive's.
     raise errors.UserError(
-      f'The archive cannot be read: {" ".join(str(e).split())}.',
+      f'The archive cannot be read: {" ".join(str(e).split())[:200]}.',
       str(archive),
-      'A .tar, .tar.gz, .tgz or .zip without a password is expected.',
+      'Is it whole, and a .tar, .tar.gz, .tgz or .zip without a password?',
     ) from e
 
 
 def _list_members(archive: pathlib.Path) -> list[_Member]:
-  if zipfile.is_zipfile(archive):
+  """Returns all members, once it is known that there are no others."""
+  if _is_zip(archive):
     with zipfile.ZipFile(archive) as zipped:
-      return [
-        _Member(x.orig_filename, x.file_size, _zip_refusal(x))
-        for x in zipped.infolist()
-      ]
-  with tarfile.open(archive) as tar:
-    return [_Member(x.name, x.size, _tar_refusal(x)) for x in tar]
+      members = zipped.infolist()
+    # A wrong length lets one entry of the directory swallow the next.
+    if any(b'PK\1\2' in x.comment + x.extra for x in members):
+      raise zipfile.BadZipFile('its directory is damaged')
+    return [
+      _Member(x.orig_filename, x.file_size, _zip_refusal(x)) for x in members
+    ]
+  with tarfile.open(archive, tarinfo=_TarInfo) as tar:
+    found = []
+    for x in tar:
+      if not 0 <= x.size <= _MAX_BYTES:  # By what a header before its own says.
+        raise tarfile.ReadError('a header is damaged')
+      found.append(_Member(x.name, x.size, _tar_refusal(x)))
+    assert tar.fileobj is not None
+    # To the end: a compressed archive has its sum there.
+    while block := tar.fileobj.read(BLOCK):
+      if block.strip(b'\0'):
+        raise tarfile.ReadError('more follows after its end')
+  return found
+
+
+def _is_zip(archive: pathlib.Path) -> bool:
+  # Not zipfile's answer: a tar whose last member is a .zip is none.
+  with open(archive, 'rb') as file:
+    return file.read(4) in (b'PK\3\4', b'PK\5\6')
+
+
+def _is_wanted(name: str) -> bool:
+  """Returns whether a member is more than '.' and what macOS adds."""
+  parts = pathlib.PurePosixPath(name).parts
+  if not parts:
+    return name.rstrip('/') != '.'
+  added = parts[-1] == '.DS_Store' or parts[-1].startswith('._')
+  return not added and '__MACOSX' not in parts
 
 
 def _tar_refusal(member: tarfile.TarInfo) -> str:
@@ -245,7 +315,6 @@ def _check_members(
   Raises:
     UserError: naming the first members that are refused.
   """
-  members = [x for x in members if x.name.rstrip('/') != '.']
   wrong = [
     f'{x.name!r} is {reason}'
     for x in members
@@ -276,12 +345,11 @@ def _some(names: Collection[str]) -> str:
 
 
 @contextlib.contextmanager
-def _lock(folder: pathlib.Path) -> Iterator[None]:
-  """Lets one process at a time unpack into `folder`; the kernel frees it."""
+def _lock(folder: pathlib.Path) -> Iterator[bool]:
+  """Lets one process at a time unpack into `folder`; False: no locks there."""
   descriptor = os.open(folder, os.O_RDONLY)
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    yield
+    yield files.lock(descriptor)
   finally:
     os.close(descriptor)
 
@@ -313,10 +381,8 @@ def _unpack(
   count: int,
   progress: Progress | None,
 ) -> tuple[pathlib.Path, ...]:
-  # Below `folder`, because only within one file system a rename is atomic. One
-  # name: what a killed process left there is removed by the next.
-  temporary = folder / '.unpacking'
-  shutil.rmtree(temporary, ignore_errors=True)
+  # Below `folder`, because only within one file system a rename is atomic.
+  temporary = folder / f'.unpacking.{uuid.uuid4().hex}'
   temporary.mkdir()
   try:
     with _reading(archive):
@@ -334,15 +400,18 @@ def _unpack_members(
   count: int,
   progress: Progress | None,
 ) -> None:
-  def counted(members):
-    for done, member in enumerate(members, 1):
-      yield member
-      if progress:
-        progress(done, count)
+  def wanted(members, name):
+    done = 0
+    for member in members:
+      if _is_wanted(getattr(member, name)):
+        yield member
+        done += 1
+        if progress:
+          progress(done, count)
 
-  if zipfile.is_zipfile(archive):
+  if _is_zip(archive):
     with zipfile.ZipFile(archive) as zipped:
-      zipped.extractall(folder, counted(zipped.infolist()))
+      zipped.extractall(folder, wanted(zipped.infolist(), 'orig_filename'))
   else:
-    with tarfile.open(archive) as tar:
-      tar.extractall(folder, counted(tar), filter='data')
+    with tarfile.open(archive, tarinfo=_TarInfo) as tar:
+      tar.extractall(folder, wanted(tar, 'name'), filter='data')

@@ -19,8 +19,6 @@ begin. Within 20 s, one of them finds the other's name in the file and fails in
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import json
 import os
 import pathlib
@@ -33,11 +31,10 @@ import time
 import uuid
 from typing import Any
 
-from jaxprog import errors
+from jaxprog import errors, files
 
 _BEAT_SECONDS = 20.0
 _STALE_SECONDS = 90.0
-_NO_FLOCK = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}
 
 # Tokens of the locks that this process holds.
 _held: set[str] = set()
@@ -193,14 +190,9 @@ def _open(path: pathlib.Path) -> int:
 def _flock(file: int) -> str:
   """Returns 'ours', 'busy', or 'unknown' where there is no flock."""
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return 'ours' if files.lock(file, wait=False) else 'unknown'
   except BlockingIOError:
     return 'busy'
-  except OSError as e:
-    if e.errno in _NO_FLOCK:
-      return 'unknown'
-    raise
-  return 'ours'
 
 
 def _is_at(file: int, path: pathlib.Path) -> bool:
