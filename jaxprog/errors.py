@@ -2,7 +2,11 @@
 
 import difflib
 import signal
+import textwrap
 from collections.abc import Iterable
+
+# Of a sentence that names what is known, in characters.
+_MAX_LENGTH = 800
 
 
 class UserError(Exception):
@@ -27,9 +31,17 @@ class Stopped(Exception):  # noqa: N818, nothing went wrong.
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-  """Returns a sentence naming the word of `words` nearest to `word`."""
+  """Returns a sentence naming the word of `words` nearest to `word`.
+
+  Where none is near, it names all, or of many the least unlike.
+  """
   known = sorted(words)
   near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
   if near:
     return f'Did you mean {near[0]!r}?'
-  return f'Known: {", ".join(known)}.'
+  text = f'Known: {", ".join(known)}.'
+  if len(text) <= _MAX_LENGTH:
+    return text
+  some = difflib.get_close_matches(word, known, n=5, cutoff=0.0)
+  text = textwrap.shorten(', '.join(some), _MAX_LENGTH, placeholder=' …')
+  return f'{len(known):,} are known, such as {text}.'

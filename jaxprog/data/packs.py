@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Callable
 
 import numpy as np
@@ -110,19 +111,46 @@ def write_pack(
 ) -> None:
   """Writes the images `read(0)` to `read(count - 1)` as a pack at `path`.
 
-  What is interrupted leaves nothing that looks finished.
+  What is interrupted leaves nothing that looks finished. One that another
+  process has written meanwhile stays.
 
   Raises:
     UserError: if they need more room than there is.
   """
-  temporary = path.with_name(f'incomplete.{path.name}')
+  temporary = path.with_name(f'incomplete.{uuid.uuid4().hex}')
   temporary.mkdir(parents=True)
   convert = functools.partial(_convert, read, storage)
-  _check_room(path, convert, count)
+  try:
+    _check_room(path, convert, count)
+    digest = _write_images(temporary, convert, count, progress)
+    files.write_json(
+      temporary / 'pack.json',
+      {
+        **storage._asdict(),
+        'count': count,
+        'fingerprint': fingerprint,
+        'sha256': digest,
+      },
+    )
+    temporary.rename(path)
+  except OSError:
+    if not path.is_dir():
+      raise
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_images(
+  folder: pathlib.Path,
+  convert: Callable[[int], tuple[tuple[int, int], bytes]],
+  count: int,
+  progress: Callable[[int, int], None] | None,
+) -> str:
+  """Writes the images and where each one is; returns their SHA-256."""
   offsets = np.zeros(count + 1, np.int64)
   sizes = np.zeros((count, 2), np.int32)
   digest = hashlib.sha256()
-  with open(temporary / 'images.bin', 'wb') as file:
+  with open(folder / 'images.bin', 'wb') as file:
     for i, (size, data) in enumerate(parts.in_order(convert, range(count))):
       file.write(data)
       digest.update(data)
@@ -131,20 +159,9 @@ def write_pack(
         progress(i + 1, count)
     file.flush()
     os.fsync(file.fileno())
-  np.save(temporary / 'offsets.npy', offsets)
-  np.save(temporary / 'sizes.npy', sizes)
-  files.write_json(
-    temporary / 'pack.json',
-    {
-      **storage._asdict(),
-      'count': count,
-      'fingerprint': fingerprint,
-      'sha256': digest.hexdigest(),
-    },
-  )
-  if path.exists():
-    shutil.rmtree(path)
-  temporary.rename(path)
+  np.save(folder / 'offsets.npy', offsets)
+  np.save(folder / 'sizes.npy', sizes)
+  return digest.hexdigest()
 
 
 def _convert(

@@ -2,21 +2,23 @@
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
 import hashlib
 import json
 import os
 import pathlib
 import re
 import shutil
+import textwrap
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import read_only_builder
+from tensorflow_datasets.core import naming, read_only_builder
 
 from jaxprog import errors, files
 from jaxprog.data import builders, index, packs, preprocess, shards
@@ -41,6 +43,11 @@ FROM_TFDS = {
 HOLDOUT_RULE = 2
 # Such a name is the image's own, in whatever dataset it lies.
 _IMAGENET_NAME = re.compile(r'n\d{8}_\d+\.JPEG|ILSVRC2012_.*', re.ASCII)
+# What a disk answers that takes no more, and what tfds says before it is asked.
+FULL = (
+  *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+  'Not enough disk space',
+)
 # The evaluation split of a tfds dataset is the first of these that it has.
 TFDS_EVAL_SPLITS = ('validation', 'test')
 
@@ -245,33 +252,53 @@ def prepare(
 
   Local folders come before tfds, which may download. `progress` is called
   with the images done and in all, for local ones, and with the records whose
-  labels were read, for others. What is interrupted leaves
-  nothing that looks finished, and a second process waits for the first.
+  labels were read, for others. What is interrupted leaves nothing that looks
+  finished, and a second process waits for the first; where the file system
+  knows no locks, what one of them has finished stays.
 
   Raises:
-    UserError: if there is nothing to prepare it from.
+    UserError: if there is nothing to prepare it from, or no room.
   """
   data_dir = pathlib.Path(data_dir)
   raw = list_raw(dataset, data_dir)
+  # Before it is locked: one may not be allowed to write there.
+  if current := _find_current(dataset, data_dir, raw):
+    open_prepared(dataset, current, progress)  # Indexes the labels.
+    return
   # Before it is read: what is written to meanwhile is looked at again.
   times = _folder_times(raw) if raw else {}
-  with _lock(data_dir / 'prepared'):
+  # Before anything is written: tfds may not know it.
+  builder = _create_tfds_builder(dataset, data_dir) if raw is None else None
+  with _writing(data_dir / 'prepared') as is_locked:
+    if _find_current(dataset, data_dir, raw):
+      return
     prepared = find_prepared(dataset, data_dir)
     if prepared is not None:
-      if raw is None or _fingerprint(prepared) == raw.fingerprint:
-        open_prepared(dataset, prepared, progress)  # Indexes the labels.
-        return
       _remove(pathlib.Path(prepared.data_dir))
-    if raw is None:
-      builder = _create_tfds_builder(dataset, data_dir)
-    else:
+    if raw is not None:
       builder = _create_local_builder(dataset, data_dir, raw, progress)
-    _remove_leftovers(pathlib.Path(builder.data_dir).parent)
-    _download_and_prepare(dataset, builder, data_dir)
-    if isinstance(builder, builders.Images):
-      builder.index.save(pathlib.Path(builder.data_dir))
+    assert builder is not None
+    if is_locked:
+      _remove_leftovers(pathlib.Path(builder.data_dir).parent)
+    try:
+      _download_and_prepare(dataset, builder, data_dir)
+      if isinstance(builder, builders.Images):
+        builder.index.save(pathlib.Path(builder.data_dir))
+    except OSError:
+      if is_locked or not _find_current(dataset, data_dir, raw):
+        raise
     open_prepared(dataset, builder, progress)  # Indexes the labels.
     _write_folder_times(builder, times)
+
+
+def _find_current(
+  dataset: str, data_dir: pathlib.Path, raw: builders.Raw | None
+) -> tfds.core.DatasetBuilder | None:
+  """Returns what is prepared from `raw`, or at all if that is None."""
+  prepared = find_prepared(dataset, data_dir)
+  if prepared is None or raw is None:
+    return prepared
+  return prepared if _fingerprint(prepared) == raw.fingerprint else None
 
 
 def find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
@@ -343,6 +370,10 @@ def find_prepared(
   if not spec or find_raw(dataset, data_dir):
     return None
   try:
+    naming.parse_builder_name_kwargs(spec)
+  except ValueError as e:
+    raise _refused_by_tfds(dataset, e) from e
+  try:
     return read_only_builder.builder_from_files(spec, data_dir=root)
   except tfds.core.registered.DatasetNotFoundError:
     return None
@@ -407,6 +438,19 @@ def _create_tfds_builder(
         spec, tfds.list_builders(with_community_datasets=False)
       ),
     ) from e
+  except Exception as e:  # Each builder raises what it likes.
+    raise _refused_by_tfds(dataset, e) from e
+
+
+def _refused_by_tfds(dataset: str, error: Exception) -> errors.UserError:
+  """Returns what is wrong with a name, configuration or version."""
+  # Without what tfds was called with.
+  text = str(error).rpartition('}": ')[2] or type(error).__name__
+  return errors.UserError(
+    f'tfds refuses {dataset!r}: {textwrap.shorten(text, 200)}',
+    'dataset of a stage',
+    'Write tfds:NAME, tfds:NAME/CONFIG or tfds:NAME/CONFIG:VERSION.',
+  )
 
 
 def _download_and_prepare(
@@ -473,8 +517,12 @@ def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
 
 
 @contextlib.contextmanager
-def _lock(root: pathlib.Path) -> Iterator[None]:
-  """Lets one process at a time prepare below `root`; the kernel frees it."""
+def _writing(root: pathlib.Path) -> Iterator[bool]:
+  """Lets one process at a time write below `root`; False: no locks there.
+
+  Raises:
+    UserError: if one may not write there, or the disk is full.
+  """
   try:
     root.mkdir(parents=True, exist_ok=True)
     file = open(root / '.lock', 'w')  # noqa: SIM115
@@ -484,15 +532,26 @@ def _lock(root: pathlib.Path) -> Iterator[None]:
       str(root),
       'Set config.data_dir to where there is room.',
     ) from e
-  with file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
+  try:
+    with file:
+      yield files.lock(file.fileno())
+  except Exception as e:  # ArrayRecord's writer raises no OSError.
+    full = next((x for x in FULL if x in str(e)), None)
+    if full is None or isinstance(e, errors.UserError):
+      raise
+    raise errors.UserError(
+      f'Cannot write prepared data: {full}.',
+      str(root),
+      'Make room there, or set config.data_dir to where there is some.',
+    ) from e
 
 
 def _remove(path: pathlib.Path) -> None:
-  """Removes a prepared dataset; half removed, it is none."""
-  path.rename(path.with_name(f'incomplete.old_{path.name}'))
-  _remove_leftovers(path.parent)
+  """Removes what was prepared; half removed, it is none."""
+  old = path.with_name(f'incomplete.{uuid.uuid4().hex}')
+  with contextlib.suppress(FileNotFoundError):
+    path.rename(old)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_leftovers(folder: pathlib.Path) -> None:
@@ -660,19 +719,24 @@ def store(
   whole = dataclasses.replace(
     records, positions=np.arange(len(records.source)), labels=np.empty(0)
   )
-  with _lock(directory):
-    pack = packs.open_pack(path, records.fingerprint)
-    if pack is None:
-      _remove_leftovers(directory)
-      packs.write_pack(
-        path,
-        whole.original,
-        len(records.source),
-        storage,
-        fingerprint=records.fingerprint,
-        progress=progress,
-      )
+  # Before it is locked: one may not be allowed to write there.
+  pack = packs.open_pack(path, records.fingerprint)
+  if pack is None:
+    with _writing(directory) as is_locked:
       pack = packs.open_pack(path, records.fingerprint)
+      if pack is None:
+        _remove(path)
+        if is_locked:
+          _remove_leftovers(directory)
+        packs.write_pack(
+          path,
+          whole.original,
+          len(records.source),
+          storage,
+          fingerprint=records.fingerprint,
+          progress=progress,
+        )
+        pack = packs.open_pack(path, records.fingerprint)
   packed = dataclasses.replace(records, pack=pack)
   return dataclasses.replace(dataset, train=Split(packed))
 
