@@ -17,6 +17,7 @@ class UserError(Exception):
   """
 
   def __init__(self, what: str, where: str = '', suggestion: str = ''):
+    what, where, suggestion = map(printable, (what, where, suggestion))
     super().__init__('\n'.join(x for x in (what, where, suggestion) if x))
     self.what, self.where, self.suggestion = what, where, suggestion
 
@@ -28,6 +29,17 @@ class Stopped(Exception):  # noqa: N818, nothing went wrong.
     what = ', saved' if saved else ''
     super().__init__(f'Stopped by {signal.Signals(signum).name}{what}.')
     self.exit_code = 128 + signum
+
+
+def printable(text: str) -> str:
+  """Returns a line with what no terminal should see or can show escaped."""
+  return ''.join(x if x.isprintable() else _escape(x) for x in text)
+
+
+def _escape(char: str) -> str:
+  if '\udc80' <= char <= '\udcff':  # os.fsdecode's sign for a byte.
+    return f'\\x{ord(char) - 0xDC00:02x}'
+  return repr(char)[1:-1]
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -1,4 +1,6 @@
 import os
+import pathlib
+import time
 
 import pytest
 from data_fixtures import (
@@ -153,6 +155,128 @@ def test_wrong_flat_labels_are_named(tmp_path):
   annotations.unlink()
   with pytest.raises(errors.UserError, match='cannot be read'):
     builders.list_tiny_imagenet(tmp_path)
+
+
+def write_flat_val(root):
+  write_class_folders(root, val=0)
+  for i in range(3):
+    write_image(root / 'val' / f'v_{i}.JPEG', i)
+
+
+CSV = 'ImageId,PredictionString\nv_0,n01 1 2 3 4\nv_1,n02 1\nv_2,n03 1\n'
+
+
+@pytest.mark.parametrize(
+  ('file', 'text', 'message'),
+  [
+    ('wnids.txt', '', 'wnids.txt is empty.'),
+    ('wnids.txt', 'n01\nn02\nn03\nn02\n', "'n02' stands twice in wnids.txt."),
+    ('wnids.txt', 'n01\nn02\n', "Class 'n03' is not among wnids.txt."),
+    ('words.txt', 'n01\tbee\nn01\tcat\n', 'n01 is both bee and cat.'),
+    ('val/val_annotations.txt', 'a n01\na n02\n', 'a is both n01 and n02.'),
+    (
+      'val/val_annotations.txt',
+      'val_0.JPEG\n',
+      "A line should name a file and a WNID, not 'val_0.JPEG' alone.",
+    ),
+    ('val_labels.txt', 'a n01\na n02\n', 'a is both n01 and n02.'),
+    ('LOC_synset_mapping.txt', 'n1 a b\nn1 a c\n', 'n1 is both a b and a c.'),
+    (
+      'LOC_val_solution.csv',
+      CSV + 'v_1,n03 1\n',
+      'v_1.JPEG is both n02 and n03.',
+    ),
+    (
+      'LOC_val_solution.csv',
+      CSV + 'v_3\n',
+      "A line should name a file and a WNID, not 'v_3.JPEG' alone.",
+    ),
+  ],
+)
+def test_lists_that_contradict_themselves_are_refused(
+  tmp_path, file, text, message
+):
+  is_tiny = file.startswith(('w', 'val/'))
+  write_tiny_imagenet(tmp_path) if is_tiny else write_flat_val(tmp_path)
+  (tmp_path / file).write_text(text)
+  kind = builders.TinyImagenetFolder if is_tiny else builders.Imagenet2012Folder
+  with pytest.raises(errors.UserError) as caught:
+    kind.list_raw(tmp_path)
+  assert caught.value.what == message
+  assert str(tmp_path) in caught.value.where
+
+
+def test_what_lists_say_twice_or_of_no_image_is_no_contradiction(tmp_path):
+  write_flat_val(tmp_path)
+  (tmp_path / 'LOC_val_solution.csv').write_text(CSV + 'v_2,n03 5\nv_7,n01 1')
+  raw = builders.list_imagenet(tmp_path)
+  assert len(names(raw, 'validation')) == 3
+  assert raw.left_out == (('label of no image', 'val/v_7.JPEG'),)
+
+
+def test_a_csv_may_have_no_header(tmp_path):
+  write_flat_val(tmp_path)
+  (tmp_path / 'LOC_val_solution.csv').write_text(CSV.split('\n', 1)[1])
+  assert builders.list_imagenet(tmp_path).num_images == 18
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+@pytest.mark.parametrize('file', ['wnids.txt', 'words.txt', 'annotations'])
+def test_lists_may_begin_with_a_byte_order_mark(tmp_path, encoding, file):
+  raw = builders.list_tiny_imagenet(write_tiny_imagenet(tmp_path))
+  path = tmp_path / file
+  if file == 'annotations':
+    path = tmp_path / 'val' / 'val_annotations.txt'
+  lines = path.read_text().replace('goldfish', 'Zährte')
+  path.write_bytes(lines.replace('\n', '\r\n').encode(encoding))
+  again = builders.list_tiny_imagenet(tmp_path)
+  assert again.fingerprint == raw.fingerprint
+  first = 'Zährte' if file == 'words.txt' else 'goldfish'
+  assert again.class_names == (first, 'n02', 'bee')
+
+
+@pytest.mark.parametrize('encoding', ['latin-1', 'utf-16-le', 'utf-32'])
+def test_other_encodings_are_named(tmp_path, encoding):
+  write_tiny_imagenet(tmp_path)
+  text = 'n01\ngoldfish\nn02\tZährte\n'
+  (tmp_path / 'words.txt').write_bytes(text.encode(encoding))
+  with pytest.raises(errors.UserError, match='is not text in UTF-8') as caught:
+    builders.list_tiny_imagenet(tmp_path)
+  assert 'Save it in UTF-8' in caught.value.suggestion
+  if encoding == 'latin-1':
+    assert 'line 3' in caught.value.what
+
+
+def test_a_list_that_is_a_pipe_is_not_waited_for(tmp_path):
+  write_tiny_imagenet(tmp_path)
+  (tmp_path / 'wnids.txt').unlink()
+  os.mkfifo(tmp_path / 'wnids.txt')
+  with pytest.raises(errors.UserError, match='cannot be read: it is no file'):
+    builders.list_tiny_imagenet(tmp_path)
+
+
+@pytest.mark.parametrize('folder', ['train', 'val/images', 'train/n01/images'])
+def test_tiny_imagenet_ignores_hidden_folders(tmp_path, folder):
+  write_tiny_imagenet(tmp_path)
+  before = builders.list_tiny_imagenet(tmp_path)
+  write_image(tmp_path / folder / '.ipynb_checkpoints' / 'a.JPEG', 1)
+  assert builders.list_tiny_imagenet(tmp_path).fingerprint == before.fingerprint
+
+
+def test_a_flat_val_folder_ignores_hidden_folders(tmp_path):
+  write_flat_val(tmp_path)
+  (tmp_path / 'LOC_val_solution.csv').write_text(CSV)
+  (tmp_path / 'val' / '.ipynb_checkpoints').mkdir()
+  assert builders.list_imagenet(tmp_path).num_images == 18
+
+
+def test_thousands_of_classes_are_checked_in_linear_time():
+  # Looked up in a list, these take 20 s.
+  classes = [f'class_{i:05}' for i in range(20_000)]
+  splits = {s: {x: [('a', 1)] for x in classes} for s in ('train', 'val')}
+  began = time.monotonic()
+  builders._check_classes(pathlib.Path(), classes, splits)
+  assert time.monotonic() - began < 2
 
 
 def test_flat_val_without_labels_says_what_is_accepted(tmp_path):

@@ -172,6 +172,119 @@ def test_an_edited_file_is_found_by_prepare(raw):
   assert image.read_bytes() in [r['image'] for r in read_all(after.train)]
 
 
+def overwrite(image, data=None):
+  """Writes to a file in place, as many bytes as it has."""
+  old = image.read_bytes()
+  new = old[:-3] + bytes([old[-3] ^ 1]) + old[-2:] if data is None else data
+  image.write_bytes(new)
+  # A clock may not have ticked since the file was made.
+  os.utime(image, ns=(1, image.stat().st_mtime_ns + 10**6))
+
+
+def test_a_file_overwritten_in_place_is_noticed(raw):
+  before = sources.load_dataset('imagenette', raw.parent)
+  image = raw / 'train' / 'n02' / 'n02_train_1.JPEG'
+  overwrite(image)
+  for _ in range(2):
+    with pytest.raises(errors.UserError, match='written to') as caught:
+      sources.check_dataset('imagenette', raw.parent)
+    assert caught.value.where == f'{raw}, in train/n02'
+    assert '--mode=prepare' in caught.value.suggestion
+  sources.prepare('imagenette', raw.parent)
+  after = sources.load_dataset('imagenette', raw.parent)
+  # What has begun with the old images does not go on with the new.
+  assert after.fingerprint != before.fingerprint
+  assert image.read_bytes() in [r['image'] for r in read_all(after.train)]
+
+
+def test_a_file_written_anew_but_equal_is_prepared_no_second_time(raw):
+  before = sources.load_dataset('imagenette', raw.parent)
+  image = raw / 'val' / 'n03' / 'n03_val_1.JPEG'
+  overwrite(image, image.read_bytes())
+  with pytest.raises(errors.UserError, match='written to'):
+    sources.load_dataset('imagenette', raw.parent)
+  seen = []
+  sources.prepare('imagenette', raw.parent, progress=lambda *x: seen.append(x))
+  assert seen == []
+  after = sources.load_dataset('imagenette', raw.parent)
+  assert after.fingerprint == before.fingerprint
+
+
+def test_a_start_looks_at_folders_only_for_a_while(raw):
+  sources.prepare('imagenette', raw.parent)
+  image = raw / 'train' / 'n02' / 'n02_train_1.JPEG'
+  overwrite(image)
+  found = 0
+  for _ in range(60):  # One folder of six each time: (5/6)^60 = 2e-5.
+    try:
+      sources.check_dataset('imagenette', raw.parent, seconds=0)
+    except errors.UserError:
+      found += 1
+  assert 0 < found < 60
+
+
+@pytest.mark.parametrize(
+  ('file', 'old', 'new'),
+  [
+    ('val/val_annotations.txt', 'val_0.JPEG\tn03', 'val_0.JPEG\tn01'),
+    ('words.txt', 'goldfish', 'goldfrog'),
+  ],
+)
+def test_a_changed_list_is_noticed(tmp_path, file, old, new):
+  root = write_tiny_imagenet(tmp_path / 'tiny-imagenet-200')
+  sources.prepare('tiny_imagenet', tmp_path)
+  seen = os.stat(root / file)
+  text = (root / file).read_text()
+  assert old in text
+  (root / file).write_text(text.replace(old, new))
+  os.utime(root / file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+  with pytest.raises(errors.UserError, match='has changed since'):
+    sources.check_dataset('tiny_imagenet', tmp_path)
+  sources.prepare('tiny_imagenet', tmp_path)
+  dataset = sources.load_dataset('tiny_imagenet', tmp_path)
+  labels = {r['file_name']: r['wnid'] for r in read_all(dataset.eval)}
+  assert labels['val_0.JPEG'] == ('n01' if 'val' in file else 'n03')
+  assert (dataset.class_names[0] == 'goldfrog') == (file == 'words.txt')
+
+
+def test_a_file_that_vanishes_while_it_is_prepared_is_named(raw):
+  image = raw / 'val' / 'n03' / 'n03_val_1.JPEG'
+
+  def remove(done, total):
+    image.unlink(missing_ok=True)
+
+  with pytest.raises(errors.UserError, match='cannot be read') as caught:
+    sources.prepare('imagenette', raw.parent, progress=remove)
+  assert caught.value.where == str(image)
+  assert not list((raw.parent / 'prepared').rglob('*.json'))
+
+
+def test_a_path_that_is_not_utf8_is_named(tmp_path):
+  folder = write_class_folders(tmp_path / 'caf\udce9')
+  with pytest.raises(errors.UserError, match=r'caf\\xe9'):
+    sources.prepare(f'folder:{folder}', tmp_path)
+
+
+def test_names_of_files_may_hold_line_breaks(raw):
+  names = {'a\rb.JPEG', 'c\nd.JPEG', 'e\r\nf.JPEG'}
+  for i, name in enumerate(names):
+    write_image(raw / 'train' / 'n01' / name, 200 + i)
+  records = sources.load_dataset('imagenette', raw.parent).train.records
+  first = records.names()
+  assert names < set(first)
+  (file,) = (raw.parent / 'prepared').rglob('names-train.txt')
+  written = file.stat()
+  assert (
+    records.names() == first == [records[i]['file_name'] for i in range(18)]
+  )
+  assert file.stat() == written  # Read, not made anew.
+  # As older versions wrote it.
+  old = [x for x in first if x not in names]
+  short = records.select(np.isin(first, old))
+  file.write_text('\n'.join(x.replace('\n', ' ') for x in first))
+  assert short.names() == old
+
+
 def test_prepare_counts_every_file_once_and_only_once(raw):
   seen = []
   sources.prepare('imagenette', raw.parent, progress=lambda *x: seen.append(x))

@@ -1,5 +1,6 @@
 import csv
 import io
+import os
 import shutil
 
 import jax
@@ -75,6 +76,9 @@ def photos(tmp_path_factory):
   names = write_kinds(root)
   (root / 'notes.txt').write_text('BMW, not a bitmap.')
   (root / '.hidden.jpg').write_bytes(encode(photo(9, 9), 'JPEG'))
+  (root / 'loop.jpg').symlink_to('loop.jpg')
+  os.mkfifo(root / 'pipe.jpg')
+  (root / 'folder.jpg').mkdir()
   (root / 'below' / '.trash').mkdir(parents=True)
   (root / 'below' / '.trash' / 'a.jpg').write_bytes(b'')
   shutil.copy(root / 'photo.jpg', root / 'below' / 'B.JPG')
@@ -97,7 +101,8 @@ def test_the_command_line_names_what_each_image_shows(
   assert result.returncode == 0, result.stderr
   lines = result.stdout.splitlines()
   assert [x.split()[0] for x in lines[: len(names)]] == names
-  assert '1 other file skipped: notes.txt' in result.stderr
+  left_out = '1 x .txt (notes.txt), 1 x broken link (loop.jpg)'
+  assert f'Left out: {left_out}, 1 x special file (pipe.jpg)' in result.stderr
   assert '2 cannot be read' in result.stderr
   path = workdir / 'predictions' / 'my photos.csv'
   assert lines[len(names)] == f'CSV: {path}'
@@ -115,7 +120,7 @@ def test_without_an_image_there_is_a_mistake(homeless, tmp_path, name):
   expected = {
     '': 'There is no --input',
     'nowhere': "no image or folder '.*nowhere'",
-    'empty': "no image in '.*empty': 1 other file",
+    'empty': r"no image in '.*empty': 1 x \.txt \(notes\.txt\)",
   }
   with pytest.raises(jaxprog.UserError, match=expected[name]):
     jaxprog.predict(homeless, tmp_path, str(tmp_path / name) if name else '')

@@ -4,28 +4,23 @@ A layout function lists the images of a raw folder and checks its classes; a
 builder writes what it lists into ArrayRecord. Nothing here imports TensorFlow.
 """
 
+import codecs
 import dataclasses
 import functools
 import hashlib
 import io
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
 from jaxprog import errors
-from jaxprog.data import index
+from jaxprog.data import folders, index
 
 # The splits' names in every prepared dataset that comes from here.
 TRAIN, EVAL = 'train', 'validation'
-
-# Other files in a class folder are ignored.
-IMAGE_SUFFIXES = frozenset(
-  ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
-)
 
 IMAGENETTE_NAMES = {
   'n01440764': 'tench',
@@ -49,6 +44,30 @@ class RawImage(NamedTuple):
   # The encoded bytes themselves, or the file that holds them.
   data: bytes | pathlib.Path
 
+  def read(self) -> bytes:
+    """Returns the encoded bytes.
+
+    Raises:
+      UserError: if the file cannot be read.
+    """
+    if isinstance(self.data, bytes):
+      return self.data
+    try:
+      return self.data.read_bytes()
+    except OSError as e:
+      raise _unreadable(self.data, e) from e
+
+
+class Looks(NamedTuple):
+  """How a raw folder looked when it was listed; paths are below it."""
+
+  # When each folder was last written to, in ns.
+  times: dict[str, int]
+  # SHA-256 of each list of classes, labels or names.
+  lists: dict[str, str]
+  # Hash of the names, sizes and times of each folder's images.
+  images: dict[str, str]
+
 
 @dataclasses.dataclass(frozen=True)
 class Raw:
@@ -61,9 +80,10 @@ class Raw:
   num_images: int
   # Changes with any image's path or size, not with where the folder lies.
   fingerprint: str
-  # All below root that hold images, and those that hold these.
-  folders: tuple[str, ...]
   images: Callable[[str], Iterable[RawImage]]
+  looks: Looks
+  # What else lies there.
+  left_out: tuple[folders.LeftOut, ...]
 
 
 class Images(tfds.core.GeneratorBasedBuilder):
@@ -87,6 +107,7 @@ class Images(tfds.core.GeneratorBasedBuilder):
     **kwargs: Any,
   ):
     self._raw, self._progress, self._done = raw, progress, 0
+    self._contents = hashlib.sha256()
     super().__init__(
       data_dir=os.fspath(data_dir), file_format='array_record', **kwargs
     )
@@ -108,7 +129,9 @@ class Images(tfds.core.GeneratorBasedBuilder):
       ),
       supervised_keys=('image', 'label'),
       metadata=tfds.core.MetadataDict(
-        fingerprint=raw.fingerprint, class_names=list(raw.class_names)
+        fingerprint=raw.fingerprint,
+        class_names=list(raw.class_names),
+        left_out=folders.describe(raw.left_out),
       ),
     )
 
@@ -130,8 +153,8 @@ class Images(tfds.core.GeneratorBasedBuilder):
     self, split: str
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     for image in self._raw.images(split):
-      data = image.data
-      encoded = data if isinstance(data, bytes) else data.read_bytes()
+      encoded = image.read()
+      self._contents.update(hashlib.sha256(encoded).digest())
       yield (
         f'{image.wnid}/{image.file_name}',
         {
@@ -144,6 +167,8 @@ class Images(tfds.core.GeneratorBasedBuilder):
       self._done += 1
       if self._progress:
         self._progress(self._done, self._raw.num_images)
+    if self._raw.looks.images:  # Not what this Pillow makes of digits.
+      self.info.metadata['contents'] = self._contents.hexdigest()
 
 
 class ImagenetteFolder(Images):
@@ -244,29 +269,27 @@ def list_class_folders(
     UserError: if a split or a class has no images, or a class of one split is
       not in the other.
   """
-  train = _require_folder(root, 'train')
-  evaluation = next(
-    (root / x for x in eval_folders if (root / x).is_dir()), None
-  ) or _require_folder(root, eval_folders[0], also=eval_folders[1:])
-  splits = {TRAIN: _list_classes(train), EVAL: _list_classes(evaluation)}
-  return _create_raw(root, sorted(splits[TRAIN]), splits, names)
+  found = _Listing(root)
+  evaluation = next((x for x in eval_folders if (root / x).is_dir()), None)
+  if evaluation is None:
+    found.require(eval_folders[0], also=eval_folders[1:])
+    evaluation = eval_folders[0]
+  splits = {TRAIN: found.classes('train'), EVAL: found.classes(evaluation)}
+  return found.create_raw(sorted(splits[TRAIN]), splits, names)
 
 
 def list_tiny_imagenet(root: pathlib.Path) -> Raw:
   """Returns the images of a folder laid out like tiny-imagenet-200/."""
-  classes = sorted(_read_lines(root / 'wnids.txt'))
-  train = {
-    wnid: _list_images(_require_folder(root, f'train/{wnid}/images'), root)
-    for wnid in classes
-  }
-  for folder in sorted(os.listdir(root / 'train')):
-    if folder not in train and (root / 'train' / folder).is_dir():
-      raise _unknown_class(folder, root / 'train', 'wnids.txt')
-  annotations = root / 'val' / 'val_annotations.txt'
-  labels = dict(_split_line(x, annotations) for x in _read_lines(annotations))
-  flat = _group_flat(_require_folder(root, 'val/images'), labels, root)
-  names = _read_names(root / 'words.txt')
-  return _create_raw(root, classes, {TRAIN: train, EVAL: flat}, names)
+  found = _Listing(root)
+  classes = sorted(found.read_list('wnids.txt'))
+  train = {wnid: found.images(f'train/{wnid}/images') for wnid in classes}
+  for wnid in found.class_folders('train'):
+    if wnid not in train:
+      raise _unknown_class(wnid, root / 'train', 'wnids.txt')
+  labels = found.read_labels('val/val_annotations.txt')
+  splits = {TRAIN: train, EVAL: found.group('val/images', labels)}
+  names = found.read_names('words.txt')
+  return found.create_raw(classes, splits, names)
 
 
 def list_imagenet(root: pathlib.Path) -> Raw:
@@ -274,13 +297,16 @@ def list_imagenet(root: pathlib.Path) -> Raw:
 
   Class names are read from Kaggle's LOC_synset_mapping.txt, if it is there.
   """
-  names = _read_names(root / 'LOC_synset_mapping.txt')
-  val = _require_folder(root, 'val')
-  if any(x.is_dir() for x in os.scandir(val)):
-    return list_class_folders(root, names=names)
-  train = _list_classes(_require_folder(root, 'train'))
-  flat = _group_flat(val, _read_flat_labels(root, val), root)
-  return _create_raw(root, sorted(train), {TRAIN: train, EVAL: flat}, names)
+  found = _Listing(root)
+  names = found.read_names('LOC_synset_mapping.txt')
+  train = found.classes('train')
+  flat = all(x.kind != folders.FOLDER for x in found.scan('val'))
+  val = (
+    found.group('val', found.read_flat_labels('val'))
+    if flat
+    else found.classes('val')
+  )
+  return found.create_raw(sorted(train), {TRAIN: train, EVAL: val}, names)
 
 
 def list_digits() -> Raw:
@@ -292,8 +318,9 @@ def list_digits() -> Raw:
     class_names=classes,
     num_images=1797,
     fingerprint='scikit-learn-digits-1',
-    folders=(),
     images=_read_digits,
+    looks=Looks({}, {}, {}),
+    left_out=(),
   )
 
 
@@ -313,39 +340,235 @@ def _read_digits(split: str) -> Iterator[RawImage]:
 
 
 # Class -> (path relative to the raw folder, bytes) of its images.
-_Listing = dict[str, list[tuple[str, int]]]
+_Split = dict[str, list[tuple[str, int]]]
 
 
-def _create_raw(
-  root: pathlib.Path,
-  classes: Sequence[str],
-  splits: Mapping[str, _Listing],
-  names: Mapping[str, str] | None,
-) -> Raw:
-  _check_classes(root, classes, splits)
-  names = names or {}
-  digest = hashlib.sha256()
-  folders: set[pathlib.PurePath] = set()
-  count = 0
-  for split, listing in splits.items():
-    for wnid in classes:
-      for path, size in listing[wnid]:
-        digest.update(f'{split}\0{wnid}\0{path}\0{size}\n'.encode())
-        count += 1
-      folders.update(pathlib.PurePath(listing[wnid][0][0]).parents)
-  return Raw(
-    root=str(root),
-    classes=tuple(classes),
-    class_names=tuple(names.get(wnid, wnid) for wnid in classes),
-    num_images=count,
-    fingerprint=digest.hexdigest(),
-    folders=tuple(sorted(map(str, folders))),
-    images=functools.partial(_read_listing, root, splits),
-  )
+class _Listing:
+  """Lists what lies in a raw folder, and remembers how that looked.
+
+  Paths are relative to the raw folder. What cannot be listed, read or
+  understood raises UserError.
+  """
+
+  def __init__(self, root: pathlib.Path):
+    self._root = root
+    self._looks = Looks({}, {}, {})
+    self._left_out: set[folders.LeftOut] = set()
+
+  def create_raw(
+    self,
+    classes: Sequence[str],
+    splits: Mapping[str, _Split],
+    names: Mapping[str, str] | None,
+  ) -> Raw:
+    """Returns what was listed, once it is known to be in order."""
+    _check_classes(self._root, classes, splits)
+    names = names or {}
+    digest = hashlib.sha256()
+    count = 0
+    for split, listing in splits.items():
+      for wnid in classes:
+        count += len(listing[wnid])
+        for path, size in listing[wnid]:
+          digest.update(f'{split}\0{wnid}\0{path}\0{size}\n'.encode())
+    return Raw(
+      root=str(self._root),
+      classes=tuple(classes),
+      class_names=tuple(names.get(wnid, wnid) for wnid in classes),
+      num_images=count,
+      fingerprint=digest.hexdigest(),
+      images=functools.partial(_read_listing, self._root, splits),
+      looks=self._looks,
+      left_out=tuple(sorted(self._left_out)),
+    )
+
+  def scan(self, folder: str) -> list[folders.Entry]:
+    """Returns what lies in a folder, sorted by name."""
+    self.require(folder)
+    try:
+      # Before it is listed: what is written to meanwhile is looked at again.
+      above = folder
+      while above not in self._looks.times:
+        self._looks.times[above] = (self._root / above).stat().st_mtime_ns
+        above = os.path.dirname(above) or '.'
+      entries = folders.scan(self._root / folder)
+    except OSError as e:
+      raise _unreadable(self._root / folder, e) from e
+    for entry in entries:
+      if entry.kind == folders.LOST:
+        raise errors.UserError(
+          f'{entry.name} is a link to what is not there.',
+          str(self._root / folder / entry.name),
+          'Is the folder complete? Copy what it links to, or remove the link.',
+        )
+    return entries
+
+  def class_folders(self, folder: str) -> list[str]:
+    """Returns the names of the folders in one that should hold no others."""
+    entries = self.scan(folder)
+    self._leave_out(folder, [x for x in entries if x.kind != folders.FOLDER])
+    return [x.name for x in entries if x.kind == folders.FOLDER]
+
+  def images(self, folder: str) -> list[tuple[str, int]]:
+    """Returns path and size of the images in a folder, sorted."""
+    entries = self.scan(folder)
+    self._looks.images[folder] = folders.summarise(entries)
+    self._leave_out(folder, [x for x in entries if x.kind != folders.IMAGE])
+    images = [x for x in entries if x.kind == folders.IMAGE]
+    for x in images:
+      if not folders.is_utf8(x.name):
+        raise errors.UserError(
+          f'The name of {x.name} is not UTF-8.',
+          str(self._root / folder),
+          'Rename it, or all of them: convmv -r -f latin1 -t utf8 --notest .',
+        )
+    return [(f'{folder}/{x.name}', x.size) for x in images]
+
+  def classes(self, folder: str) -> _Split:
+    """Returns the images of each class folder in a folder."""
+    return {x: self.images(f'{folder}/{x}') for x in self.class_folders(folder)}
+
+  def group(self, folder: str, labels: Mapping[str, str]) -> _Split:
+    """Returns the images of a flat folder by the class that `labels` gives."""
+    split: _Split = {}
+    names = set()
+    for path, size in self.images(folder):
+      name = os.path.basename(path)
+      names.add(name)
+      if name not in labels:
+        raise errors.UserError(
+          f'{name} has no label.',
+          str(self._root / folder),
+          'Is the list of labels complete?',
+        )
+      split.setdefault(labels[name], []).append((path, size))
+    self._left_out.update(
+      folders.LeftOut('label of no image', f'{folder}/{x}')
+      for x in labels
+      if x not in names
+    )
+    return split
+
+  def require(self, folder: str, also: Sequence[str] = ()) -> None:
+    """Raises UserError unless a folder is there."""
+    if not os.path.isdir(self._root / folder):
+      other = f' ({", ".join(also)} would do too)' if also else ''
+      raise errors.UserError(
+        f'There is no folder {folder}/{other}.',
+        str(self._root),
+        'Is the folder complete? Unpack or copy it again.',
+      )
+
+  def read_list(self, name: str) -> list[str]:
+    """Returns the lines of a list in which each stands once."""
+    lines = self._read_lines(name)
+    if not lines:
+      raise errors.UserError(
+        f'{name} is empty.',
+        str(self._root / name),
+        'Is the folder complete? Unpack or copy it again.',
+      )
+    seen: set[str] = set()
+    for line in lines:
+      if line in seen:
+        raise errors.UserError(
+          f'{line!r} stands twice in {name}.',
+          str(self._root / name),
+          'One of the two must go, or is another class.',
+        )
+      seen.add(line)
+    return lines
+
+  def read_labels(self, name: str) -> dict[str, str]:
+    """Returns file name -> wnid, from lines 'FILE WNID'."""
+    return self._read_pairs(name, (x.split() for x in self._read_lines(name)))
+
+  def read_flat_labels(self, folder: str) -> Mapping[str, str]:
+    """Returns file name -> wnid of a flat ImageNet val folder."""
+    if self._has('val_labels.txt'):
+      return self.read_labels('val_labels.txt')
+    if self._has(solution := 'LOC_val_solution.csv'):
+      # ImageId,PredictionString: the wnid, then boxes.
+      lines = self._read_lines(solution)
+      rows = [x.replace(',', ' ', 1).split() for x in lines]
+      if rows and rows[0][0] == 'ImageId':
+        rows = rows[1:]
+      return self._read_pairs(
+        solution, ([f'{x[0]}.JPEG', *x[1:]] for x in rows)
+      )
+    orders = (
+      'imagenet_2012_validation_synset_labels.txt',
+      'ILSVRC2012_validation_synset_labels.txt',
+    )
+    for order in filter(self._has, orders):
+      names = [os.path.basename(path) for path, _ in self.images(folder)]
+      wnids = self._read_lines(order)
+      if len(names) != len(wnids):
+        raise errors.UserError(
+          f'{len(wnids)} labels for {len(names)} images.',
+          f'{self._root / order}, {self._root / folder}',
+        )
+      return dict(zip(names, wnids, strict=True))
+    raise errors.UserError(
+      'The val folder has neither class folders nor a list of labels.',
+      str(self._root / folder),
+      f'Put val_labels.txt (lines: FILE WNID) or {orders[0]} into '
+      f'{self._root}.',
+    )
+
+  def read_names(self, name: str) -> dict[str, str]:
+    """Returns wnid -> its first name, from lines 'WNID NAME, OTHER NAME'."""
+    if not self._has(name):
+      return {}
+    rows = (line.split(None, 1) for line in self._read_lines(name))
+    return self._read_pairs(
+      name, ((x[0], x[1].split(',')[0]) for x in rows if len(x) == 2)
+    )
+
+  def _read_pairs(
+    self, name: str, rows: Iterable[Sequence[str]]
+  ) -> dict[str, str]:
+    """Returns the first word of each row -> its second."""
+    pairs: dict[str, str] = {}
+    for row in rows:
+      if len(row) < 2:
+        raise errors.UserError(
+          f'A line should name a file and a WNID, not {row[0]!r} alone.',
+          str(self._root / name),
+          'Complete the line, or remove it.',
+        )
+      if pairs.setdefault(row[0], row[1]) != row[1]:
+        raise errors.UserError(
+          f'{row[0]} is both {pairs[row[0]]} and {row[1]}.',
+          str(self._root / name),
+          'Remove the wrong line.',
+        )
+    return pairs
+
+  def _has(self, name: str) -> bool:
+    return os.path.lexists(self._root / name)
+
+  def _read_lines(self, name: str) -> list[str]:
+    """Returns the lines of a text that are not blank, stripped."""
+    file = self._root / name
+    try:
+      if file.exists() and not file.is_file():  # A pipe would be waited for.
+        raise OSError(0, 'it is no file')
+      data = file.read_bytes()
+    except OSError as e:
+      raise _unreadable(file, e) from e
+    self._looks.lists[name] = hashlib.sha256(data).hexdigest()
+    lines = _decode(data, file).split('\n')
+    return [line.strip() for line in lines if line.strip()]
+
+  def _leave_out(self, folder: str, entries: Iterable[folders.Entry]) -> None:
+    self._left_out.update(
+      folders.LeftOut(x.kind, f'{folder}/{x.name}') for x in entries
+    )
 
 
 def _read_listing(
-  root: pathlib.Path, splits: Mapping[str, _Listing], split: str
+  root: pathlib.Path, splits: Mapping[str, _Split], split: str
 ) -> Iterator[RawImage]:
   for wnid, images in splits[split].items():
     for path, _ in images:
@@ -353,13 +576,20 @@ def _read_listing(
 
 
 def _check_classes(
-  root: pathlib.Path, classes: Sequence[str], splits: Mapping[str, _Listing]
+  root: pathlib.Path, classes: Sequence[str], splits: Mapping[str, _Split]
 ) -> None:
+  known = set(classes)
   for split, listing in splits.items():
     for wnid in listing:
-      if wnid not in classes:
+      if wnid not in known:
         raise _unknown_class(wnid, root, f'the {len(classes)} of training')
     for wnid in classes:
+      if not _is_storable(wnid):
+        raise errors.UserError(
+          f"Class '{wnid}' has a name that a text file cannot hold.",
+          str(root / 'train' / wnid),
+          'Rename the folder: UTF-8, no blank at an end, no tab or line break.',
+        )
       if not listing.get(wnid):
         raise errors.UserError(
           f'Class {wnid!r} has no images in the {split} split.',
@@ -370,119 +600,39 @@ def _check_classes(
     raise errors.UserError('There are no class folders.', str(root / 'train'))
 
 
-def _list_classes(folder: pathlib.Path) -> _Listing:
-  wnids = sorted(x.name for x in os.scandir(folder) if _is_class(x))
-  return {x: _list_images(folder / x, folder.parent) for x in wnids}
+def _is_storable(name: str) -> bool:
+  """Returns whether a class is the same after it was written and read.
+
+  tfds keeps a name a line and strips what it reads; our own lists have a tab
+  between names, and other programs break lines where `splitlines` does.
+  """
+  if not folders.is_utf8(name) or '\t' in name:
+    return False
+  return [x.strip() for x in name.splitlines() if x.strip()] == [name]
 
 
-def _is_class(entry: os.DirEntry[str]) -> bool:
-  return entry.is_dir() and not entry.name.startswith('.')
-
-
-def _list_images(
-  folder: pathlib.Path, root: pathlib.Path
-) -> list[tuple[str, int]]:
-  """Returns (path below `root`, size) of the images in `folder`, sorted."""
-  parent = os.path.relpath(folder, root)
-  return sorted(
-    (f'{parent}/{x.name}', x.stat().st_size)
-    for x in os.scandir(folder)
-    if _is_image(x.name)
-  )
-
-
-def _is_image(name: str) -> bool:
-  # macOS leaves ._NAME.jpg beside NAME.jpg; they hold no image.
-  suffix = os.path.splitext(name)[1].lower()
-  return suffix in IMAGE_SUFFIXES and not name.startswith('.')
-
-
-def _group_flat(
-  folder: pathlib.Path, labels: Mapping[str, str], root: pathlib.Path
-) -> _Listing:
-  """Returns the images of a flat folder by the class that `labels` gives."""
-  listing: _Listing = {}
-  for path, size in _list_images(folder, root):
-    name = os.path.basename(path)
-    if name not in labels:
-      raise errors.UserError(
-        f'{name} has no label.', str(folder), 'Is the list of labels complete?'
-      )
-    listing.setdefault(labels[name], []).append((path, size))
-  return listing
-
-
-def _read_flat_labels(
-  root: pathlib.Path, val: pathlib.Path
-) -> Mapping[str, str]:
-  """Returns file name -> wnid of a flat ImageNet val folder."""
-  if (file := root / 'val_labels.txt').is_file():
-    return dict(_split_line(line, file) for line in _read_lines(file))
-  if (file := root / 'LOC_val_solution.csv').is_file():
-    # ImageId,PredictionString: the wnid, then boxes.
-    rows = [re.split('[, ]', x) for x in _read_lines(file)[1:]]
-    return {f'{row[0]}.JPEG': row[1] for row in rows}
-  orders = (
-    'imagenet_2012_validation_synset_labels.txt',
-    'ILSVRC2012_validation_synset_labels.txt',
-  )
-  for file in (root / name for name in orders):
-    if file.is_file():
-      names = sorted(x.name for x in os.scandir(val) if _is_image(x.name))
-      wnids = _read_lines(file)
-      if len(names) != len(wnids):
-        raise errors.UserError(
-          f'{len(wnids)} labels for {len(names)} images.', f'{file}, {val}'
-        )
-      return dict(zip(names, wnids, strict=True))
-  raise errors.UserError(
-    'The val folder has neither class folders nor a list of labels.',
-    str(val),
-    f'Put val_labels.txt (lines: FILE WNID) or {orders[0]} into {root}.',
-  )
-
-
-def _split_line(line: str, file: pathlib.Path) -> tuple[str, str]:
-  words = line.split()
-  if len(words) < 2:
-    raise errors.UserError(
-      f'A line should start with FILE and WNID, not {line!r}.', str(file)
-    )
-  return words[0], words[1]
-
-
-def _read_names(file: pathlib.Path) -> dict[str, str]:
-  """Returns wnid -> its first name, from lines 'WNID NAME, OTHER NAME'."""
-  if not file.is_file():
-    return {}
-  rows = (line.split(None, 1) for line in _read_lines(file))
-  return {row[0]: row[1].split(',')[0] for row in rows if len(row) == 2}
-
-
-def _read_lines(file: pathlib.Path) -> list[str]:
+def _decode(data: bytes, file: pathlib.Path) -> str:
+  is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
   try:
-    lines = file.read_text('utf-8').splitlines()
-  except OSError as e:
-    raise errors.UserError(
-      f'{file.name} cannot be read: {e.strerror}.',
-      str(file),
-      'Is the folder complete? Unpack or copy it again.',
-    ) from e
-  return [line.strip() for line in lines if line.strip()]
+    text = data.decode('utf-16' if is_utf16 else 'utf-8-sig')
+    line = text.count('\n', 0, text.find('\0')) if '\0' in text else -1
+  except UnicodeDecodeError as e:
+    line = data.count(b'\n', 0, e.start)
+  if line < 0:
+    return text
+  raise errors.UserError(
+    f'{file.name} is not text in UTF-8: line {line + 1}.',
+    str(file),
+    'Save it in UTF-8, or in UTF-16 with a byte order mark.',
+  )
 
 
-def _require_folder(
-  root: pathlib.Path, name: str, also: Sequence[str] = ()
-) -> pathlib.Path:
-  folder = root / name
-  if not folder.is_dir():
-    other = f' ({", ".join(also)} would do too)' if also else ''
-    raise errors.UserError(
-      f'There is no folder {name}/{other}.',
-      str(root),
-      'Is the folder complete? Unpack or copy it again.',
-    )
-  return folder
+def _unreadable(path: pathlib.Path, error: OSError) -> errors.UserError:
+  return errors.UserError(
+    f'{path.name} cannot be read: {error.strerror}.',
+    str(path),
+    'Is the folder complete? Unpack or copy it again.',
+  )
 
 
 def _unknown_class(

@@ -75,7 +75,9 @@ def read_names(
 ) -> list[str]:
   """Returns every record's file name; some of tfds' own have numbers."""
   try:
-    names = _names_file(directory, split).read_bytes().split(b'\n')
+    text = _names_file(directory, split).read_bytes()
+    # A name may hold a line break; lists of older versions are lines.
+    names = text.split(b'\0' if b'\0' in text else b'\n')
     if len(names) == len(source):
       return [x.decode() for x in names]
   except (OSError, ValueError):
@@ -125,7 +127,7 @@ def _save(
   np.save(buffer, labels)
   with contextlib.suppress(OSError):  # Prepared data may be read-only.
     files.write_bytes(_labels_file(directory, split), buffer.getvalue())
-    files.write_bytes(_names_file(directory, split), b'\n'.join(names))
+    files.write_bytes(_names_file(directory, split), b'\0'.join(names))
 
 
 def _labels_file(directory: pathlib.Path, split: str) -> pathlib.Path:

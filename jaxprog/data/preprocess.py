@@ -21,7 +21,10 @@ cv2.setNumThreads(0)
 # From a header alone, before any pixel is decoded: 178,956,970 pixels are
 # 512 MiB of RGB, and twice what Pillow starts to warn about.
 MAX_PIXELS = 178_956_970
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'PPM', 'TIFF')
+FORMATS = (
+  *('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'PPM', 'TIFF'),
+  *('AVIF', 'JPEG2000'),
+)
 # A JPEG is decoded small if the crop is still this many times larger than
 # wanted. On photographs no crop then differs by more than 1.6 grey levels, on
 # average over its pixels, from one resized from the full scale; at 1: 6.6.

@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import textwrap
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -21,7 +23,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming, read_only_builder
 
 from jaxprog import errors, files
-from jaxprog.data import builders, index, packs, preprocess, shards
+from jaxprog.data import builders, folders, index, packs, preprocess, shards
 from jaxprog.stages import Storage
 
 Progress = Callable[[int, int], None]
@@ -50,6 +52,8 @@ FULL = (
 )
 # The evaluation split of a tfds dataset is the first of these that it has.
 TFDS_EVAL_SPLITS = ('validation', 'test')
+# What looking at the times of raw files may take at a start, in seconds.
+LOOK_SECONDS = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +159,8 @@ class Dataset:
   excluded: Mapping[str, int] = dataclasses.field(default_factory=dict)
   # The same on every machine that has the same images.
   fingerprint: str = ''
+  # What else the raw folder held when it was prepared, in words.
+  left_out: str = ''
 
   @property
   def selection(self) -> Split:
@@ -212,11 +218,17 @@ def load_dataset(
   return loaded
 
 
-def check_dataset(dataset: str, data_dir: str | os.PathLike[str]) -> str:
+def check_dataset(
+  dataset: str,
+  data_dir: str | os.PathLike[str],
+  *,
+  seconds: float = LOOK_SECONDS,
+) -> str:
   """Returns 'prepared', or 'raw' if `load_dataset` would prepare it first.
 
-  Where no raw folder was written to since, that takes one look at each of
-  them; otherwise the names and sizes of all files are compared.
+  Every raw folder's time and every list of labels is looked at, then, for so
+  many seconds, the sizes and times of files, of one folder after the other,
+  in an order left to chance. Only what differs has all files listed.
 
   Raises:
     UserError: if it is neither, the raw folder is not in order, or it has
@@ -224,21 +236,30 @@ def check_dataset(dataset: str, data_dir: str | os.PathLike[str]) -> str:
   """
   data_dir = pathlib.Path(data_dir)
   prepared = find_prepared(dataset, data_dir)
-  if prepared is not None and _is_untouched(dataset, data_dir, prepared):
+  if prepared is not None and _is_untouched(
+    dataset, data_dir, prepared, seconds
+  ):
     return 'prepared'
   raw = list_raw(dataset, data_dir)
   if raw is None:
     raise _missing(dataset, data_dir)
-  times = _folder_times(raw)
   if prepared is None:
     return 'raw'
-  if _fingerprint(prepared) != raw.fingerprint:
+  advice = 'with --mode=prepare, or move the raw folder away.'
+  if not _is_made_of(prepared, raw):
     raise errors.UserError(
       f'{dataset!r} has changed since it was prepared.',
       f'{raw.root} is not what {prepared.data_dir} was made of',
-      'Prepare it again with --mode=prepare, or move the raw folder away.',
+      f'Prepare it again {advice}',
     )
-  _write_folder_times(prepared, times)
+  if written := _written_to(prepared, raw):
+    raise errors.UserError(
+      f'Images of {dataset!r} were written to since it was prepared.',
+      f'{raw.root}, in {written[0]}'
+      + (f' and {len(written) - 1:,} more' if written[1:] else ''),
+      f'Compare them {advice}',
+    )
+  _write_looks(prepared, raw.looks)
   return 'prepared'
 
 
@@ -247,31 +268,33 @@ def prepare(
   data_dir: str | os.PathLike[str],
   *,
   progress: Progress | None = None,
-) -> None:
+) -> str:
   """Makes DATA_DIR/prepared/… of a dataset, unless it is there and current.
 
   Local folders come before tfds, which may download. `progress` is called
   with the images done and in all, for local ones, and with the records whose
   labels were read, for others. What is interrupted leaves nothing that looks
   finished, and a second process waits for the first; where the file system
-  knows no locks, what one of them has finished stays.
+  knows no locks, what one of them has finished stays. Returns what the raw
+  folder holds besides, in words, '' if nothing.
 
   Raises:
     UserError: if there is nothing to prepare it from, or no room.
   """
   data_dir = pathlib.Path(data_dir)
   raw = list_raw(dataset, data_dir)
+  left_out = folders.describe(raw.left_out) if raw else ''
   # Before it is locked: one may not be allowed to write there.
   if current := _find_current(dataset, data_dir, raw):
     open_prepared(dataset, current, progress)  # Indexes the labels.
-    return
-  # Before it is read: what is written to meanwhile is looked at again.
-  times = _folder_times(raw) if raw else {}
+    if raw is not None:
+      _write_looks(current, raw.looks)
+    return left_out
   # Before anything is written: tfds may not know it.
   builder = _create_tfds_builder(dataset, data_dir) if raw is None else None
   with _writing(data_dir / 'prepared') as is_locked:
     if _find_current(dataset, data_dir, raw):
-      return
+      return left_out
     prepared = find_prepared(dataset, data_dir)
     if prepared is not None:
       _remove(pathlib.Path(prepared.data_dir))
@@ -288,7 +311,9 @@ def prepare(
       if is_locked or not _find_current(dataset, data_dir, raw):
         raise
     open_prepared(dataset, builder, progress)  # Indexes the labels.
-    _write_folder_times(builder, times)
+    if raw is not None:
+      _write_looks(builder, raw.looks)
+  return left_out
 
 
 def _find_current(
@@ -298,7 +323,10 @@ def _find_current(
   prepared = find_prepared(dataset, data_dir)
   if prepared is None or raw is None:
     return prepared
-  return prepared if _fingerprint(prepared) == raw.fingerprint else None
+  is_current = _is_made_of(prepared, raw) and not _is_edited(
+    dataset, prepared, raw
+  )
+  return prepared if is_current else None
 
 
 def find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
@@ -335,6 +363,10 @@ def folder_config(dataset: str) -> str:
   if source != 'folder':
     return ''
   path = os.path.abspath(os.path.expanduser(path))
+  if not folders.is_utf8(path):
+    raise errors.UserError(
+      'The path of the folder is not UTF-8.', path, 'Rename it.'
+    )
   digest = hashlib.sha256(path.encode()).hexdigest()[:8]
   return f'{os.path.basename(path)}-{digest}'
 
@@ -380,37 +412,106 @@ def find_prepared(
 
 
 def _is_untouched(
-  dataset: str, data_dir: pathlib.Path, prepared: tfds.core.DatasetBuilder
+  dataset: str,
+  data_dir: pathlib.Path,
+  prepared: tfds.core.DatasetBuilder,
+  seconds: float,
 ) -> bool:
-  """Returns whether no raw folder was written to, or there is none.
+  """Returns whether nothing raw is seen to have changed, or nothing is there.
 
   A million sizes take 10 s from a local disk, and minutes from a network's.
   """
-  folder = find_raw(dataset, data_dir)
-  if folder is None:
+  root = find_raw(dataset, data_dir)
+  if root is None:
     return True
-  try:
-    times = json.loads(_folder_times_file(prepared).read_text())
-    return times == {x: os.stat(folder / x).st_mtime_ns for x in times}
-  except (OSError, ValueError):
+  looks = _read_looks(prepared)
+  if looks is None:
     return False
+  deadline = time.monotonic() + seconds
+  try:
+    if any(
+      os.stat(root / x).st_mtime_ns != looks.times[x] for x in looks.times
+    ) or any(
+      hashlib.sha256((root / x).read_bytes()).hexdigest() != looks.lists[x]
+      for x in looks.lists
+    ):
+      return False
+    names = list(looks.images)
+    random.shuffle(names)
+    for name in names:
+      if folders.summarise(folders.scan(root / name)) != looks.images[name]:
+        return False
+      if time.monotonic() > deadline:
+        break
+  except OSError:
+    return False
+  return True
 
 
-def _folder_times(raw: builders.Raw) -> dict[str, int]:
-  """Returns when each raw folder was last written to."""
-  root = pathlib.Path(raw.root)
-  return {x: os.stat(root / x).st_mtime_ns for x in raw.folders}
+def _is_made_of(prepared: tfds.core.DatasetBuilder, raw: builders.Raw) -> bool:
+  """Returns whether paths, sizes and names of classes are what they were."""
+  known = prepared.info.metadata or {}
+  return _fingerprint(prepared) == raw.fingerprint and (
+    known.get('class_names') == list(raw.class_names)
+  )
 
 
-def _write_folder_times(
-  prepared: tfds.core.DatasetBuilder, times: dict[str, int]
+def _written_to(
+  prepared: tfds.core.DatasetBuilder, raw: builders.Raw
+) -> list[str]:
+  """Returns the folders some of whose images were written to."""
+  known = _read_looks(prepared)
+  if known is None:
+    return []
+  return [
+    name
+    for name, look in raw.looks.images.items()
+    if known.images.get(name, look) != look
+  ]
+
+
+def _is_edited(
+  dataset: str, prepared: tfds.core.DatasetBuilder, raw: builders.Raw
+) -> bool:
+  """Returns whether an image that was written to is not what it was."""
+  written = {pathlib.Path(raw.root, x) for x in _written_to(prepared, raw)}
+  if not written:
+    return False
+  opened = open_prepared(dataset, prepared)
+  for split, records in (
+    (builders.TRAIN, opened.train.records),
+    (builders.EVAL, opened.eval.records),
+  ):
+    images = {
+      (image.wnid, image.file_name): image
+      for image in raw.images(split)
+      if isinstance(image.data, pathlib.Path) and image.data.parent in written
+    }
+    names = records.names() if images else ()
+    for i, name in enumerate(names):
+      image = images.get((records.classes[records.labels[i]], name))
+      if image and image.read() != records.original(i):
+        return True
+  return False
+
+
+def _read_looks(prepared: tfds.core.DatasetBuilder) -> builders.Looks | None:
+  """Returns how the raw folder looked, None if that is not known."""
+  try:
+    return builders.Looks(**json.loads(_looks_file(prepared).read_text()))
+  except (OSError, ValueError, TypeError):
+    return None
+
+
+def _write_looks(
+  prepared: tfds.core.DatasetBuilder, looks: builders.Looks
 ) -> None:
   with contextlib.suppress(OSError):  # Prepared data may be read-only.
-    files.write_json(_folder_times_file(prepared), times)
+    files.write_json(_looks_file(prepared), looks._asdict())
 
 
-def _folder_times_file(prepared: tfds.core.DatasetBuilder) -> pathlib.Path:
-  return pathlib.Path(prepared.data_dir) / 'folder_times.json'
+def _looks_file(prepared: tfds.core.DatasetBuilder) -> pathlib.Path:
+  return pathlib.Path(prepared.data_dir) / 'raw_folder.json'
 
 
 def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
@@ -578,22 +679,17 @@ def open_prepared(
     _open_split(builder, split, rank, classes, progress)
     for split in ('train', eval_name)
   )
+  metadata = builder.info.metadata or {}
   fingerprint = _digest(
     builder.info.full_name,
-    _fingerprint(builder),
+    _fingerprint(builder) + metadata.get('contents', ''),
     *(split.labels.tobytes() for split in (train, evaluation)),
   )
   train, evaluation = (
     Split(dataclasses.replace(x.records, fingerprint=fingerprint))
     for x in (train, evaluation)
   )
-  known = dict(
-    zip(
-      classes,
-      (builder.info.metadata or {}).get('class_names', ()),
-      strict=False,
-    )
-  )
+  known = dict(zip(classes, metadata.get('class_names', ()), strict=False))
   known = known or builders.IMAGENETTE_NAMES
   return Dataset(
     name=name,
@@ -602,6 +698,7 @@ def open_prepared(
     train=train,
     eval=evaluation,
     fingerprint=fingerprint,
+    left_out=metadata.get('left_out', ''),
   )
 
 

@@ -8,6 +8,7 @@ verification that finds every image readable writes it, and later ones compare.
 import collections
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import re
@@ -18,7 +19,14 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 from jaxprog import errors, files
-from jaxprog.data import builders, packs, preprocess, shards, sources
+from jaxprog.data import (
+  builders,
+  folders,
+  packs,
+  preprocess,
+  shards,
+  sources,
+)
 
 
 class Known(NamedTuple):
@@ -61,6 +69,8 @@ class Images(NamedTuple):
   classes: tuple[str, ...]
   num_images: int
   items: Iterable[Item]
+  # What lies beside them, in words.
+  left_out: str
 
 
 class Seen(NamedTuple):
@@ -115,6 +125,10 @@ def verify_dataset(
   problems += _find_missing_classes(images.path, report['splits'], num_classes)
   duplicates, report['warnings'] = _find_duplicates(seen)
   problems += duplicates
+  if images.left_out:
+    report['warnings'].append(
+      _problem('left out', images.path, images.left_out)
+    )
   path = manifest_path(dataset, data_dir)
   manifest, changes = _hold_against_manifest(path, seen)
   report['manifest'] = manifest
@@ -140,7 +154,8 @@ def _open_images(
   """Returns the prepared images, or else the raw ones, and what is wrong."""
   problems = []
   try:
-    if sources.check_dataset(dataset, data_dir) == 'prepared':
+    kind = sources.check_dataset(dataset, data_dir, seconds=math.inf)
+    if kind == 'prepared':
       return _open_prepared(dataset, data_dir), []
   except errors.UserError as e:
     problems = [_problem('dataset', dataset, ' '.join(str(e).split('\n')))]
@@ -174,6 +189,7 @@ def _open_prepared(dataset: str, data_dir: pathlib.Path) -> Images:
       for records in splits
       for i, label in enumerate(records.labels)
     ),
+    left_out=opened.left_out,
   )
 
 
@@ -208,13 +224,12 @@ def _open_raw(raw: builders.Raw) -> Images:
       for split in (builders.TRAIN, builders.EVAL)
       for image in raw.images(split)
     ),
+    left_out=folders.describe(raw.left_out),
   )
 
 
 def _read_raw(image: builders.RawImage) -> tuple[str, set[str], bytes]:
-  data = image.data
-  encoded = data if isinstance(data, bytes) else data.read_bytes()
-  return image.file_name, {image.wnid}, encoded
+  return image.file_name, {image.wnid}, image.read()
 
 
 def _look_at_all(
@@ -412,7 +427,7 @@ def _read_manifest(path: pathlib.Path) -> dict[str, str]:
     ValueError: naming the first line that is not in sha256sum's format.
   """
   known = {}
-  text = path.read_text('utf-8', 'surrogateescape')
+  text = path.read_bytes().decode('utf-8', 'surrogateescape')
   for number, line in enumerate(text.split('\n'), 1):
     match = re.fullmatch(r'\\?([0-9a-f]{64}) [ *](.+)', line)
     if match:
@@ -424,7 +439,8 @@ def _read_manifest(path: pathlib.Path) -> dict[str, str]:
 
 def _escape(name: str) -> str:
   """Returns `name` on one line, as sha256sum writes it."""
-  return name.replace('\\', '\\\\').replace('\n', '\\n')
+  name = name.replace('\\', '\\\\')
+  return name.replace('\n', '\\n').replace('\r', '\\r')
 
 
 def _check_counts(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:

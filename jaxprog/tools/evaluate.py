@@ -140,7 +140,8 @@ def relabel(
   Raises:
     UserError: if it has a class that is not among them.
   """
-  unknown = [x for x in dataset.classes if x not in set(classes)]
+  place = {name: i for i, name in enumerate(classes)}
+  unknown = [x for x in dataset.classes if x not in place]
   if unknown:
     more = f' and {len(unknown) - 5:,} more' if len(unknown) > 5 else ''
     raise errors.UserError(
@@ -150,7 +151,6 @@ def relabel(
       + (', ...' if len(classes) > 5 else ''),
       'Name the classes of the data as in training; some may be missing.',
     )
-  place = {name: i for i, name in enumerate(classes)}
   label = np.array([place[x] for x in dataset.classes], np.int32)
 
   def move(split):

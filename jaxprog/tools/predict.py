@@ -19,7 +19,7 @@ from ml_collections import config_dict
 from PIL import Image, UnidentifiedImageError
 
 from jaxprog import errors, files
-from jaxprog.data import preprocess
+from jaxprog.data import folders, preprocess
 from jaxprog.reporting import contact_sheet
 from jaxprog.training import augment, devices, preflight
 from jaxprog.training import setup as setup_lib
@@ -32,27 +32,17 @@ NUM_CLASSES = 5
 NUM_ROWS = 20
 # No photograph is larger than that, in bytes.
 MAX_BYTES = 2**30
-# Files without a known suffix are images if they begin so; the text that may
-# begin like a BMP or a PPM is none.
-MAGIC = (
-  b'\xff\xd8\xff',
-  b'\x89PNG\r\n\x1a\n',
-  b'GIF87a',
-  b'GIF89a',
-  b'II*\0',
-  b'MM\0*',
-)
 _ORIENTATION = 0x0112  # Of EXIF; 1: as stored.
 
 Prediction = dict[str, Any]
 
 
 class Found(NamedTuple):
-  """Image files, sorted, below `root`; and other names that were there."""
+  """Image files, sorted, below `root`; and what else was there."""
 
   root: pathlib.Path
   images: list[pathlib.Path]
-  skipped: list[str]
+  left_out: list[folders.LeftOut]
 
 
 class _Read(NamedTuple):
@@ -112,7 +102,7 @@ def predict(
     turned += is_turned
   if not found.root.is_dir() and 'error' in predictions[0]:
     raise errors.UserError(
-      f'{printable(str(found.root))} cannot be read: {predictions[0]["error"]}',
+      f'{found.root} cannot be read: {predictions[0]["error"]}',
       '--input',
       f'Images are {", ".join(preprocess.FORMATS)}.',
     )
@@ -138,7 +128,7 @@ def _write(
     f'{found.root.resolve().name}: {first}{_count(predictions, "image")}, '
     f'{trained.stage.name}, {trained.weights} weights'
   )
-  sheet = contact_sheet.draw(tiles, printable(heading))
+  sheet = contact_sheet.draw(tiles, errors.printable(heading))
   files.write_bytes(paths[1], contact_sheet.encode(sheet))
   return paths
 
@@ -164,59 +154,21 @@ def find_images(input: str | pathlib.Path) -> Found:
     return Found(root, [root], [])
   if not os.path.isdir(root):
     raise errors.UserError(
-      f'There is no image or folder {printable(str(input))!r}.',
+      f"There is no image or folder '{input}'.",
       f'looked in {pathlib.Path.cwd()}',
       'Check the path given with --input.',
     )
-  paths: list[pathlib.Path] = []
-  skipped: list[str] = []
-  for path in _walk(root, skipped):
-    if _is_image(path):
-      paths.append(path)
-    else:
-      skipped.append(printable(str(path.relative_to(root))))
+  left_out: list[folders.LeftOut] = []
+  paths = sorted(folders.walk(root, left_out))
   if not paths:
     formats = ', '.join(preprocess.FORMATS)
     raise errors.UserError(
-      f'There is no image in {printable(str(input))!r}: '
-      f'{_count(skipped, "other file")}.',
+      f"There is no image in '{input}': "
+      f'{folders.describe(left_out) or "it is empty"}.',
       '--input',
       f'Images are {formats}; hidden files are left out.',
     )
-  return Found(root, sorted(paths), skipped)
-
-
-def _walk(root: pathlib.Path, skipped: list[str]) -> Iterator[pathlib.Path]:
-  """Yields what is not hidden; notes the folders that cannot be listed."""
-
-  def on_error(error):
-    skipped.append(printable(f'{error.filename}: {error.strerror}'))
-
-  for folder, folders, names in os.walk(root, onerror=on_error):
-    folders[:] = [x for x in folders if not x.startswith('.')]
-    for name in names:
-      if not name.startswith('.'):
-        yield pathlib.Path(folder, name)
-
-
-def _is_image(path: pathlib.Path) -> bool:
-  if not path.is_file():  # A pipe would be waited for.
-    return False
-  if path.suffix.lower() in _suffixes():
-    return True
-  try:
-    with open(path, 'rb') as file:
-      start = file.read(12)
-  except OSError:
-    return False
-  return start.startswith(MAGIC) or (
-    start.startswith(b'RIFF') and start.endswith(b'WEBP')
-  )
-
-
-def _suffixes() -> set[str]:
-  known = Image.registered_extensions()
-  return {x for x, name in known.items() if name in preprocess.FORMATS}
+  return Found(root, paths, left_out)
 
 
 def classify(
@@ -364,7 +316,7 @@ def write_csv(
   rows = csv.writer(out, lineterminator='\n')
   rows.writerow([*fields, 'error'])
   for x in predictions:
-    file = printable(x['file'])
+    file = errors.printable(x['file'])
     if 'error' in x:
       rows.writerow([file, *[''] * (len(fields) - 1), x['error']])
       continue
@@ -380,12 +332,6 @@ def _probability(value: float) -> str:
   return f'{value:.6f}'
 
 
-def printable(text: str) -> str:
-  """Returns a name without what a terminal would obey or cannot show."""
-  unknown = '\N{REPLACEMENT CHARACTER}'
-  return ''.join(x if x.isprintable() else unknown for x in text)
-
-
 def _count(items: Sized, what: str) -> str:
   return f'{len(items):,} {what}{"s" * (len(items) != 1)}'
 
@@ -393,7 +339,7 @@ def _count(items: Sized, what: str) -> str:
 def _name(root: pathlib.Path) -> str:
   resolved = root.resolve()
   name = resolved.stem if resolved.is_file() else resolved.name
-  return printable(name) or 'images'
+  return errors.printable(name) or 'images'
 
 
 def _tiles(
@@ -407,11 +353,13 @@ def _tiles(
   for path, x in first:
     if 'error' in x:
       tiles.append(
-        contact_sheet.Tile(None, 'cannot be read', printable(path.name))
+        contact_sheet.Tile(None, 'cannot be read', errors.printable(path.name))
       )
     else:
       percent = f'{x["probability"]:.1%}'
-      tiles.append(contact_sheet.Tile(path, printable(x['name']), percent))
+      tiles.append(
+        contact_sheet.Tile(path, errors.printable(x['name']), percent)
+      )
   return tiles
 
 
@@ -421,7 +369,7 @@ def _show(
   """Prints the first predictions in columns, and where all of them are."""
   base = found.root if found.root.is_dir() else found.root.parent
   rows = [
-    _row(x, printable(str(path.relative_to(base))))
+    _row(x, errors.printable(str(path.relative_to(base))))
     for x, path in zip(predictions[:NUM_ROWS], found.images, strict=False)
   ]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -455,11 +403,9 @@ def _show_notes(
 ) -> None:
   """Says on stderr what was left out, damaged or turned."""
   notes = []
-  if found.skipped:
-    first = ', '.join(sorted(found.skipped)[:3])
-    more = ', ...' if len(found.skipped) > 3 else ''
+  if found.left_out:
     notes.append(
-      f'{_count(found.skipped, "other file")} skipped: {first}{more}'
+      errors.printable(f'Left out: {folders.describe(found.left_out)}')
     )
   damaged = sum('error' in x for x in predictions)
   if damaged:

@@ -46,8 +46,13 @@ def prepare(
       _download(dataset, data_dir, console)
   for dataset in datasets:
     with bars.progress_bar(console, dataset) as show:
-      sources.prepare(dataset, data_dir, progress=show)
+      left_out = sources.prepare(dataset, data_dir, progress=show)
     console.print(f'{dataset}: prepared in {data_dir}/prepared')
+    if left_out:
+      text = errors.printable(f'{dataset}: left out: {left_out}')
+      console.print(
+        text, style='yellow', highlight=False, markup=False, soft_wrap=True
+      )
   for stage in chosen:
     _store(stage, data_dir, console)
   if config.exclude_leaks:

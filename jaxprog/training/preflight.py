@@ -24,7 +24,7 @@ from packaging import requirements, specifiers
 from jaxprog import config as config_lib
 from jaxprog import errors, files
 from jaxprog import stages as stages_lib
-from jaxprog.data import archives, builders, packs, sources
+from jaxprog.data import archives, builders, folders, packs, sources
 from jaxprog.optim import optimizers
 from jaxprog.reporting import history as history_lib
 from jaxprog.training import checkpoints, devices, integrity
@@ -90,6 +90,7 @@ def inspect(
   looked = [_look(config.data_dir, stage) for stage in chosen]
   found += [finding for _, finding in looked]
   data = {stage.name: x for stage, (x, _) in zip(chosen, looked, strict=True)}
+  found += _gather(_check_left_out(chosen, data))
   found += _gather(_check_packs(chosen, data))
   found += _gather(_check_leaks(config, chosen, data))
   if workdir:
@@ -433,7 +434,8 @@ def _look_at_raw(
 ) -> tuple[_Data, Finding]:
   raw = sources.list_raw(stage.dataset, pathlib.Path(data_dir))
   assert raw is not None  # check_dataset has found it.
-  unknown = [x for x in stage.classes if x not in raw.classes]
+  known = set(raw.classes)
+  unknown = [x for x in stage.classes if x not in known]
   if unknown:
     near = errors.did_you_mean(unknown[0], raw.classes)
     what = f'{where}: {stage.dataset} has no class {unknown[0]!r}'
@@ -451,6 +453,21 @@ def _look_at_raw(
     'images will be prepared first'
   )
   return _Data(raw=raw), Finding(None, what, prepare_command())
+
+
+def _check_left_out(
+  chosen: Sequence[stages_lib.Stage], data: Mapping[str, _Data]
+) -> Iterator[Finding]:
+  left_out = {}
+  for stage in chosen:
+    found = data[stage.name]
+    if found.dataset:
+      left_out[stage.dataset] = found.dataset.left_out
+    elif found.raw:
+      left_out[stage.dataset] = folders.describe(found.raw.left_out)
+  for dataset, what in left_out.items():
+    if what:
+      yield Finding(None, errors.printable(f'{dataset}: left out: {what}'))
 
 
 def _is_here(dataset: str, data_dir: pathlib.Path) -> bool:
