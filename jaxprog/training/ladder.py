@@ -477,17 +477,16 @@ def _resume(
     return None
   state, record, change = restored
   name, step = task.stage.name, int(state.step)
-  offset = record.get('step_offset', record['first_step'])
+  offset = before = record.get('step_offset', record['first_step'])
   if change is not None:
     offset += change.was - change.now
     _note_change(run, task, record, change, offset + step)
   # Other stages may have been trained since, and TensorBoard drops what it has
   # of later steps.
   offset = max(offset, history_lib.next_step(run.history, name) - step)
-  is_saved = change is None and offset == record.get(
-    'step_offset', record['first_step']
-  )
-  record |= {'step_offset': offset, 'last_step': offset + task.steps.total}
+  if offset != before:
+    record['step_offset'] = offset
+  record['last_step'] = offset + task.steps.total
   record['resumed_at_steps'] = [
     *record.get('resumed_at_steps', []),
     offset + step,
@@ -497,7 +496,7 @@ def _resume(
     'resume', f'{name}: resumed at step {taken}', stage=name, step=taken
   )
   _put_record(run.history, record)
-  return state, record, is_saved
+  return state, record, change is None and offset == before
 
 
 def _note_change(

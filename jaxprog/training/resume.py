@@ -7,6 +7,7 @@ schedule follows, and all else is kept.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -207,11 +208,13 @@ def _find_step(task: setup_lib.Task, place: _Place) -> int:
   else:
     step = epochs.translate(place.step, place.steps, steps)
   if step > steps.total:
+    trained = _count_epochs(place)
     raise errors.UserError(
-      f'num_epochs is {stage.num_epochs:g}; {_count_epochs(place):.3g} epochs '
-      'are trained already.',
+      f'num_epochs is {stage.num_epochs:g}; {trained:.3g} epochs are trained '
+      'already.',
       f'stage {stage.name!r}',
-      f'The stage can end at epoch {-(-step // steps.phases[-1].per_epoch)}.',
+      f'Set it to {math.ceil(trained)} or more; at {math.ceil(trained)} the '
+      'stage ends.',
     )
   return step
 

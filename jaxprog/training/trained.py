@@ -57,6 +57,8 @@ class Trained:
   @functools.cached_property
   def trained_stage(self) -> stages.Stage:
     """The stage as it was trained."""
+    if 'config' not in self.meta:
+      return self.stage
     return _find_stage(self.run_config, self.stage.name) or self.stage
 
   @property
