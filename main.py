@@ -9,6 +9,7 @@ Without --config, the one that WORKDIR was trained with serves.
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import sys
 import traceback
@@ -19,24 +20,28 @@ from absl import flags
 from absl import logging as absl_logging
 
 import jaxprog
-from jaxprog import errors
+from jaxprog import errors, paths
 from jaxprog.training import signals
 
-MODES = (
-  'train',
-  'check',
-  'prepare',
-  'verify',
-  'audit',
-  'eval',
-  'predict',
-  'report',
-  'export',
-  'lr_find',
-  'compare',
-  'tune',
-  'plan',
-)
+_STAGES = ('only', 'skip')
+_SAVED = ('stage', 'weights')
+_PLACE = ('coordinator', 'process_count', 'process_id', 'connect_seconds')
+# The flags that each mode takes, besides --config and --workdir.
+MODES: dict[str, tuple[str, ...]] = {
+  'train': (*_STAGES, 'allow_config_change', 'dry_run', *_PLACE),
+  'check': (*_STAGES, 'allow_config_change'),
+  'prepare': (*_STAGES, 'input', 'sha256', 'download'),
+  'verify': (*_STAGES, 'checkpoints'),
+  'audit': _STAGES,
+  'eval': (*_SAVED, 'input', *_PLACE),
+  'predict': (*_SAVED, 'input'),
+  'report': (),
+  'export': _SAVED,
+  'lr_find': ('only', 'stage'),
+  'compare': (),
+  'tune': (),
+  'plan': (*_STAGES, 'topology'),
+}
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string('config', '', 'Config FILE[:ARG].', flag_values=FLAGS)
@@ -51,7 +56,8 @@ flags.DEFINE_list('skip', [], 'Leave out these stages.', flag_values=FLAGS)
 flags.DEFINE_string(
   'stage',
   '',
-  'eval, predict, export: which stage; else the last one done.',
+  'eval, predict, export: which stage; else the last one done. lr_find: '
+  'which one; else the first.',
   flag_values=FLAGS,
 )
 flags.DEFINE_string(
@@ -63,7 +69,7 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
   'allow_config_change',
   False,
-  'Go on with a run that began with another config.',
+  'train, check: go on with a run that began with another config.',
   flag_values=FLAGS,
 )
 flags.DEFINE_bool(
@@ -120,6 +126,7 @@ flags.DEFINE_integer(
   'connect_seconds',
   300,
   'train, eval: how long processes wait for each other at the start.',
+  lower_bound=1,
   flag_values=FLAGS,
 )
 flags.DEFINE_bool('help', False, 'Show this.', flag_values=FLAGS)
@@ -136,11 +143,11 @@ def main(argv: Sequence[str]) -> int:
   )
   try:
     overrides = parse_flags(argv)
+    check_flags()
     with signals.StopRequest(owns_process=True), processes():
       return run(overrides)
   except errors.UserError as e:
     print(e, file=sys.stderr)
-    write_traceback()
     return 2
   except KeyboardInterrupt:
     return 128 + signal.SIGINT
@@ -150,8 +157,7 @@ def main(argv: Sequence[str]) -> int:
   except Exception as e:
     message = ' '.join(str(e).split())[:300]
     print(f'Failed: {type(e).__name__}: {message}', file=sys.stderr)
-    path = write_traceback()
-    print(f'Traceback: {path}' if path else '', file=sys.stderr)
+    print(write_traceback(), file=sys.stderr)
     return 1
 
 
@@ -160,32 +166,38 @@ def run(overrides: dict[str, str]) -> int:
   if FLAGS.help:
     print(__doc__, FLAGS.main_module_help(), sep='\n')
     return 0
-  if FLAGS.mode not in MODES:
-    raise errors.UserError(
-      f'Unknown mode {FLAGS.mode!r}.',
-      f'--mode={FLAGS.mode}',
-      errors.did_you_mean(FLAGS.mode, MODES),
-    )
+  if reads_no_config() and (FLAGS.config or overrides):
+    print(f'{describe_mode()} reads no config.', file=sys.stderr)
   if FLAGS.mode == 'verify' and FLAGS.checkpoints:
     return jaxprog.verify_checkpoints(require_workdir())
   if FLAGS.mode == 'report':
-    jaxprog.write_report(require_workdir().split(','))
+    jaxprog.write_report(list_workdirs(require_workdir()))
     return 0
-  if FLAGS.dry_run and FLAGS.mode != 'train':
-    raise errors.UserError(
-      f'--mode={FLAGS.mode} has no dry run.',
-      '--dry_run',
-      'Leave it out, or train with it.',
-    )
   config = jaxprog.load_config(FLAGS.config or saved_config(), overrides)
-  if FLAGS.mode not in ('compare', 'tune') and 'base' in config:
-    mode = 'tune' if 'search' in config else 'compare'
-    raise errors.UserError(
-      'This config is not of one run.',
-      f'--mode={FLAGS.mode}',
-      f'Use --mode={mode}, or the config that it starts from.',
-    )
+  check_kind(config)
   return call(config)
+
+
+def check_kind(config: Any) -> None:
+  """Raises UserError unless the config is one of what --mode does."""
+  of_many = 'tune' if 'search' in config else 'compare'
+  mode = of_many if 'base' in config else 'train'
+  asked = FLAGS.mode if FLAGS.mode in ('compare', 'tune') else 'train'
+  if mode == asked:
+    return
+  if mode == 'train':
+    raise errors.UserError(
+      f'This config is of one run: --mode={asked} needs another kind.',
+      f'--mode={asked}',
+      'Start from configs/compare_default.py or configs/tune_default.py.',
+    )
+  raise errors.UserError(
+    'This config is not of one run.'
+    if asked == 'train'
+    else f'This config is none for --mode={asked}.',
+    f'--mode={FLAGS.mode}',
+    f'Use --mode={mode}, or the config that it starts from.',
+  )
 
 
 def call(config: Any) -> int:
@@ -204,21 +216,19 @@ def call(config: Any) -> int:
     case 'audit':
       return jaxprog.audit(config, FLAGS.workdir or None, **stages)
     case 'check':
-      return jaxprog.check(config, FLAGS.workdir or None, **stages)
+      allow = {'allow_config_change': FLAGS.allow_config_change}
+      return jaxprog.check(config, FLAGS.workdir or None, **stages, **allow)
     case 'train' if FLAGS.dry_run:
       jaxprog.dry_run(config, require_workdir(), **stages)
     case 'train':
-      allow = FLAGS.allow_config_change
-      jaxprog.train(
-        config, require_workdir(), **stages, allow_config_change=allow
-      )
+      allow = {'allow_config_change': FLAGS.allow_config_change}
+      jaxprog.train(config, require_workdir(), **stages, **allow)
     case 'compare':
       jaxprog.compare(config, require_workdir())
     case 'tune':
       jaxprog.tune(config, require_workdir())
     case 'lr_find':
-      stage = (FLAGS.only or [FLAGS.stage])[0]
-      found = jaxprog.lr_find(config, require_workdir(), stage=stage)
+      found = jaxprog.lr_find(config, require_workdir(), stage=one_stage())
       print(describe_lr_find(found))
     case 'eval':
       scores = jaxprog.evaluate(
@@ -245,17 +255,11 @@ def call(config: Any) -> int:
 
 def processes() -> contextlib.AbstractContextManager[None]:
   """Returns what makes this one of the processes of a run, if it is."""
-  place = FLAGS.coordinator, FLAGS.process_count, FLAGS.process_id
-  if FLAGS.help or FLAGS.mode not in ('train', 'eval'):
-    if place != (None, None, None):
-      raise errors.UserError(
-        f'--mode={FLAGS.mode} runs in one process.',
-        '--coordinator, --process_count, --process_id',
-        'Leave them out.',
-      )
+  if FLAGS.help or 'process_id' not in MODES[FLAGS.mode]:
     return contextlib.nullcontext()
   from jaxprog.training import distributed
 
+  place = FLAGS.coordinator, FLAGS.process_count, FLAGS.process_id
   names = ('mode', 'only', 'skip', 'stage', 'weights', 'input', 'dry_run')
   values = [f'--{name}={FLAGS[name].value}' for name in names]
   command = ' '.join([*values, f'--allow={FLAGS.allow_config_change}'])
@@ -297,8 +301,18 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
       f'Unknown flag --{e.flagname}.', '', suggestion
     ) from None
   except flags.Error as e:
-    message = ' '.join(str(e).split())
-    raise errors.UserError(f'A flag is wrong: {message}') from None
+    # 'flag --NAME=VALUE: why'
+    found = re.fullmatch(r'flag (--(\w+)=.*?): (.*)', str(e), re.DOTALL)
+    if not found:
+      raise errors.UserError(f'A flag is wrong: {e}.') from None
+    where, name, _ = found.groups()
+    kind = 'true or false' if FLAGS[name].boolean else 'a whole number'
+    least = getattr(FLAGS[name].parser, 'lower_bound', None)
+    if least is not None:
+      kind += f', at least {least}'
+    raise errors.UserError(
+      f'--{name} takes {kind}.', where, FLAGS[name].help
+    ) from None
   if unused:
     raise errors.UserError(
       f'{unused[0]!r} belongs to no flag.', '', 'Flags are --NAME=VALUE.'
@@ -306,16 +320,83 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
   return overrides
 
 
+def check_flags() -> None:
+  """Raises UserError for a mode that is none, or that a flag is not for."""
+  if FLAGS.help:
+    return
+  if FLAGS.mode not in MODES:
+    raise errors.UserError(
+      f'Unknown mode {FLAGS.mode!r}.',
+      f'--mode={FLAGS.mode}',
+      errors.did_you_mean(FLAGS.mode, MODES),
+    )
+  taken = MODES[FLAGS.mode]
+  if FLAGS.mode == 'verify' and FLAGS.checkpoints:
+    taken = ('checkpoints',)  # All of the workdir.
+  for name in {*FLAGS} - {*taken, 'config', 'workdir', 'mode', 'help'}:
+    flag = FLAGS[name]
+    given = flag.present and flag.value is not False
+    # What is empty asks for nothing: scripts pass on what they were not given.
+    if given and flag.value not in ('', [], None):
+      modes = [mode for mode in MODES if name in MODES[mode]]
+      raise errors.UserError(
+        f'{describe_mode()} takes no --{name}.',
+        f'--{name}={flag.serialize().partition("=")[2]}',
+        f'Leave it out; it is for --mode={", ".join(modes)}.',
+      )
+
+
+def reads_no_config() -> bool:
+  """Returns whether what is asked for concerns the workdir alone."""
+  return FLAGS.mode == 'report' or FLAGS.checkpoints
+
+
+def describe_mode() -> str:
+  """Returns the mode as it was asked for."""
+  of_checkpoints = FLAGS.mode == 'verify' and FLAGS.checkpoints
+  return f'--mode={FLAGS.mode}' + ' --checkpoints' * of_checkpoints
+
+
+def one_stage() -> str:
+  """Returns the stage that --only or --stage names, '' if none does."""
+  names = {*FLAGS.only, FLAGS.stage} - {''}
+  if len(names) > 1:
+    raise errors.UserError(
+      f'--mode={FLAGS.mode} is for one stage.',
+      f'--only={",".join(FLAGS.only)}'
+      + f' --stage={FLAGS.stage}' * bool(FLAGS.stage),
+      'Name one of them.',
+    )
+  return next(iter(names), '')
+
+
+def list_workdirs(text: str) -> list[str]:
+  """Returns the workdirs in A,B; a name with a comma is one if it is there."""
+  if paths.expand(text, f'--workdir={text}').exists():
+    return [text]
+  return [x for x in text.split(',') if x]
+
+
 def saved_config() -> str:
   """Returns the path of the config that the workdir was trained with."""
-  path = pathlib.Path(FLAGS.workdir) / 'config.json'
-  if FLAGS.workdir and path.is_file():
-    return str(path)
-  raise errors.UserError(
-    'There is no --config.',
-    f'--mode={FLAGS.mode}',
-    'Begin with --config=configs/quickstart.py.',
-  )
+  if not FLAGS.workdir:
+    raise errors.UserError(
+      'There is no --config.',
+      f'--mode={FLAGS.mode}',
+      'Begin with --config=configs/quickstart.py.',
+    )
+  from jaxprog.reporting import rundir
+
+  workdir = paths.workdir(FLAGS.workdir)
+  rundir.check(workdir)
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise errors.UserError(
+      f'The run in {workdir} has no config.json.',
+      f'--mode={FLAGS.mode}',
+      'Name the --config that it was trained with.',
+    )
+  return str(path)
 
 
 def require_workdir() -> str:
@@ -329,18 +410,18 @@ def require_workdir() -> str:
   return FLAGS.workdir
 
 
-def write_traceback() -> pathlib.Path | None:
-  """Appends the traceback to WORKDIR/error.log, if it can be written to."""
-  if not FLAGS.is_parsed() or not FLAGS.workdir:
-    return None
-  path = pathlib.Path(FLAGS.workdir) / 'error.log'
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a') as file:
-      traceback.print_exc(file=file)
-  except OSError:
-    return None
-  return path
+def write_traceback() -> str:
+  """Returns the traceback, or where it is: in WORKDIR/error.log.
+
+  No workdir is made for it.
+  """
+  if FLAGS.workdir:
+    with contextlib.suppress(OSError, errors.UserError):
+      path = paths.workdir(FLAGS.workdir) / 'error.log'
+      with open(path, 'a', errors='backslashreplace') as file:
+        traceback.print_exc(file=file)
+      return f'Traceback: {path}'
+  return traceback.format_exc().rstrip()
 
 
 def use_huge_pages() -> None:

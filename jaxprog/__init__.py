@@ -1,9 +1,11 @@
 """Train one ResNet up a ladder of image datasets.
 
 Everything the command line does is one call here. The names below import
-what they need when they are called, so that `import jaxprog` is quick.
+what they need when they are called, so that `import jaxprog` is quick. ~ in a
+path is the user's home.
 """
 
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -94,14 +96,14 @@ def verify(
   """Returns 0 if all images are in order, else 1; see jaxprog.tools.verify."""
   from jaxprog.tools import verify as tool
 
-  return tool.verify(config, workdir, only=only, skip=skip)
+  return tool.verify(config, _optional(workdir), only=only, skip=skip)
 
 
 def verify_checkpoints(workdir: str | pathlib.Path) -> int:
   """Returns 0 if all are whole; see jaxprog.tools.verify_checkpoints."""
   from jaxprog.tools import verify_checkpoints as tool
 
-  return tool.verify_checkpoints(workdir)
+  return tool.verify_checkpoints(_workdir(workdir))
 
 
 def audit(
@@ -114,7 +116,7 @@ def audit(
   """Returns the exit code of an audit; see jaxprog.tools.audit."""
   from jaxprog.tools import audit as tool
 
-  return tool.audit(config, workdir, only=only, skip=skip)
+  return tool.audit(config, _optional(workdir), only=only, skip=skip)
 
 
 def train(
@@ -131,7 +133,7 @@ def train(
 
   return ladder.train(
     config,
-    workdir,
+    _workdir(workdir),
     only=only,
     skip=skip,
     model=model,
@@ -166,11 +168,20 @@ def check(
   *,
   only: Sequence[str] = (),
   skip: Sequence[str] = (),
+  model: Callable[..., Any] | None = None,
+  allow_config_change: bool = False,
 ) -> int:
   """Returns 0 if nothing is in the way of a run; see jaxprog.tools.check."""
   from jaxprog.tools import check as tool
 
-  return tool.check(config, workdir, only=only, skip=skip)
+  return tool.check(
+    config,
+    _optional(workdir),
+    only=only,
+    skip=skip,
+    model=model,
+    allow_config_change=allow_config_change,
+  )
 
 
 def plan(
@@ -184,6 +195,7 @@ def plan(
   """Returns what stages take on hardware elsewhere; see jaxprog.tools.plan."""
   from jaxprog.tools import plan as tool
 
+  workdir = _optional(workdir)
   return tool.plan(config, workdir, topology=topology, only=only, skip=skip)
 
 
@@ -198,7 +210,7 @@ def compare(
 
   if isinstance(config, str):
     config = load_config(config)
-  return tool.compare(config, workdir)
+  return tool.compare(config, _workdir(workdir))
 
 
 def tune(
@@ -212,7 +224,7 @@ def tune(
 
   if isinstance(config, str):
     config = load_config(config)
-  return tool.tune(config, workdir)
+  return tool.tune(config, _workdir(workdir))
 
 
 def lr_find(
@@ -224,7 +236,7 @@ def lr_find(
   """Returns a range test of the rate; see jaxprog.tools.lr_find.lr_find."""
   from jaxprog.tools import lr_find as tool
 
-  return tool.lr_find(config, workdir, stage=stage)
+  return tool.lr_find(config, _workdir(workdir), stage=stage)
 
 
 def evaluate(
@@ -241,7 +253,7 @@ def evaluate(
 
   return tool.evaluate(
     config,
-    workdir,
+    _workdir(workdir),
     stage=stage,
     weights=weights,
     dataset=dataset,
@@ -262,7 +274,7 @@ def predict(
   from jaxprog.tools import predict as tool
 
   return tool.predict(
-    config, workdir, input, stage=stage, weights=weights, model=model
+    config, _workdir(workdir), input, stage=stage, weights=weights, model=model
   )
 
 
@@ -276,14 +288,19 @@ def export(
   """Returns the files it wrote; see jaxprog.tools.export.export."""
   from jaxprog.tools import export as tool
 
+  workdir = _workdir(workdir)
   return tool.export(config, workdir, stage=stage, weights=weights)
 
 
-def write_report(workdirs: Sequence[str | pathlib.Path]) -> None:
-  """Writes the reports of runs anew; see jaxprog.tools.report."""
+def write_report(
+  workdirs: str | pathlib.Path | Sequence[str | pathlib.Path],
+) -> None:
+  """Writes the reports of one run or several; see jaxprog.tools.report."""
   from jaxprog.tools import report as tool
 
-  tool.write_report(workdirs)
+  if isinstance(workdirs, str | os.PathLike):
+    workdirs = [workdirs]
+  tool.write_report([_workdir(x) for x in workdirs])
 
 
 def plot_history(history: dict[str, Any], path: str | pathlib.Path) -> None:
@@ -298,3 +315,13 @@ def report(history: dict[str, Any]) -> str:
   from jaxprog.reporting import report as reporting
 
   return reporting.report(history)
+
+
+def _workdir(path: str | pathlib.Path) -> pathlib.Path:
+  from jaxprog import paths
+
+  return paths.workdir(path)
+
+
+def _optional(path: str | pathlib.Path | None) -> pathlib.Path | None:
+  return None if path is None else _workdir(path)

@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import rich.text
 from ml_collections import config_dict
 
 from configs import default
-from jaxprog import errors, fields, stages
+from jaxprog import errors, fields, paths, stages
 
 # What may change between two starts of one run without changing its result.
 _FREE = {'stage_defaults', *fields.names(fields.CONFIG, 'free')}
@@ -37,11 +38,17 @@ def load_config(
   Raises:
     UserError: if the file is missing or breaks, or an override names nothing.
   """
-  if spec.endswith('.json'):  # Its path may hold colons, it has no ARG.
-    config = config_dict.ConfigDict(_read_json(pathlib.Path(spec)))
+  path, argument = _split_spec(spec)
+  if path.suffix == '.json':
+    if argument:
+      raise errors.UserError(
+        'A saved config takes no argument.',
+        f'--config={spec}',
+        f'Write --config={path}.',
+      )
+    config = config_dict.ConfigDict(_read_json(path))
   else:
-    path, _, argument = spec.partition(':')
-    config = _run_config_file(pathlib.Path(path), argument)
+    config = _run_config_file(path, argument)
   stages.check_shape(config.get('base', config))
   pending = dict(overrides or {})
   # Defaults first: stages that do not say otherwise take them over.
@@ -51,6 +58,16 @@ def load_config(
   for field, text in pending.items():
     _override(config, field, text)
   return config
+
+
+def _split_spec(spec: str) -> tuple[pathlib.Path, str]:
+  """Returns the file and the argument of FILE[:ARG]; both may hold colons."""
+  whole = paths.expand(spec, f'--config={spec}')
+  if whole.is_file():
+    return whole, ''
+  found = re.fullmatch(r'(.*?\.(?:py|json))(?::(.*))?', spec, re.DOTALL)
+  path, argument = found.groups('') if found else spec.partition(':')[::2]
+  return paths.expand(path, f'--config={spec}'), argument
 
 
 def _complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
@@ -284,10 +301,10 @@ def _run_config_file(
       where,
       errors.did_you_mean(str(path), siblings) if siblings else '',
     )
+  spec = importlib.util.spec_from_file_location('jaxprog_config', path)
+  if spec is None or spec.loader is None:
+    raise errors.UserError('A config is a .py or a .json file.', where)
   try:
-    spec = importlib.util.spec_from_file_location('jaxprog_config', path)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(*([argument] if argument else []))
@@ -295,9 +312,16 @@ def _run_config_file(
     raise
   except Exception as e:
     message = ' '.join(str(e).split())
+    lines = [
+      frame.lineno
+      for frame in traceback.extract_tb(e.__traceback__)
+      if frame.filename == str(path.absolute())
+    ]
     raise errors.UserError(
       f'The config file fails: {type(e).__name__}: {message}',
-      where + (f':{argument}' if argument else ''),
+      where
+      + (f':{argument}' if argument else '')
+      + (f', line {lines[-1]}' if lines else ''),
       'It must define get_config(), which may take one string.'
       if isinstance(e, AttributeError | TypeError)
       else '',

@@ -1,11 +1,13 @@
 """Files that are either whole or not there, and locks on them."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import math
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 # What flock answers where the file system or its server knows no locks; NFS
@@ -15,16 +17,17 @@ _NO_FLOCK = frozenset(
 )
 
 
-def lock(file: int, *, wait: bool = True) -> bool:
+def lock(file: int, kind: int = fcntl.LOCK_EX, *, wait: bool = True) -> bool:
   """Locks an open file against others; the kernel frees it with its owner.
 
-  Returns False where the file system knows no locks.
+  Returns False where the file system knows no locks. `kind` is LOCK_EX, or
+  LOCK_SH for one of many.
 
   Raises:
     BlockingIOError: if another has locked it and we are not to `wait`.
   """
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
   except BlockingIOError:
     raise
   except OSError as e:
@@ -61,6 +64,19 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder(path: pathlib.Path) -> Iterator[None]:
+  """Makes a folder, and removes what it has made if it ends up empty."""
+  made = [x for x in (path, *path.parents) if not x.exists()]
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    yield
+  finally:
+    for x in made:
+      with contextlib.suppress(OSError):
+        x.rmdir()
 
 
 def _jsonable(value: Any) -> Any:

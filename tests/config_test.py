@@ -219,3 +219,37 @@ def test_json_that_is_no_config_is_said(tmp_path, text):
   path.write_text(text)
   with pytest.raises(errors.UserError, match='not a config'):
     config_lib.load_config(str(path))
+
+
+@pytest.mark.parametrize(
+  ('spec', 'argument'),
+  [('a:b/c.py', ''), ('a:b/c.py:x:y.py', 'x:y.py'), ('a:b/c:d', '')],
+)
+def test_the_path_of_a_config_may_hold_colons(tmp_path, spec, argument):
+  path = tmp_path / spec.removesuffix(f':{argument}')
+  path.parent.mkdir()
+  code = (
+    'from configs import default\n'
+    "def get_config(data_dir='here'):\n"
+    '  config = default.get_config()\n'
+    '  config.data_dir = data_dir\n'
+    '  return config\n'
+  )
+  path.write_text(code)
+  if path.suffix == '.py':
+    config = config_lib.load_config(f'{tmp_path}/{spec}')
+    assert config.data_dir == (argument or 'here')
+  else:
+    with pytest.raises(errors.UserError, match=r'a \.py or a'):
+      config_lib.load_config(f'{tmp_path}/{spec}')
+
+
+def test_what_fails_in_a_config_file_is_named_with_its_line(tmp_path):
+  path = tmp_path / 'c.py'
+  path.write_text('def get_config():\n  return {}[3]\n')
+  with pytest.raises(errors.UserError, match='KeyError: 3') as e:
+    config_lib.load_config(str(path))
+  assert e.value.where == f'--config={path}, line 2'
+  (tmp_path / 'c.json').write_text('{}')
+  with pytest.raises(errors.UserError, match='takes no argument'):
+    config_lib.load_config(f'{tmp_path}/c.json:x')

@@ -64,7 +64,26 @@ def test_a_model_and_a_stage_of_ones_own(data_dir, tmp_path):
 
 def test_a_stage_that_was_not_trained_cannot_be_evaluated(data_dir, tmp_path):
   config = tiny_config.get_config(data_dir)
+  with pytest.raises(jaxprog.UserError, match='no run in'):
+    jaxprog.evaluate(config, tmp_path, stage='ten')
+  (tmp_path / 'checkpoints').mkdir()
   with pytest.raises(jaxprog.UserError, match='no best weights'):
     jaxprog.evaluate(config, tmp_path, stage='ten')
   with pytest.raises(jaxprog.UserError, match='Unknown weights'):
     jaxprog.evaluate(config, tmp_path, stage='ten', weights='latest')
+
+
+def test_a_network_of_ones_own_is_checked_as_it_is_trained(
+  data_dir, tmp_path, capsys
+):
+  config = tiny_config.get_config(data_dir)
+  config.check_steps = 0
+  given = {'only': ('three',), 'model': Plain}
+  assert jaxprog.check(config, tmp_path / 'run', **given) == 0
+  assert '0 to mend' in capsys.readouterr().out
+  config.batch_norm = 'per_device'
+  with pytest.raises(jaxprog.UserError, match='yours came as model') as refused:
+    jaxprog.train(config, tmp_path / 'other', **given)
+  assert jaxprog.check(config, tmp_path / 'other', **given) == 2
+  assert refused.value.what.rstrip('.') in capsys.readouterr().out
+  assert not (tmp_path / 'other').exists()

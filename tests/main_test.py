@@ -7,6 +7,10 @@ import signal
 import pytest
 import runs
 
+import main
+from jaxprog import files
+from jaxprog.training import lock
+
 CONFIG = 'tests/tiny_config.py'
 
 
@@ -170,18 +174,139 @@ def test_only_and_skip(config, tmp_path):
     (['--workdri=x'], "Did you mean 'workdir'"),
     (['train'], 'belongs to no flag'),
     (['--config.platform=tpu'], 'tpu'),
-    (['--mode=eval'], 'No stage'),
+    (['--process_id=x'], '--process_id takes a whole number'),
+    (['--connect_seconds=-1'], 'at least 1'),
+    (['--mode=prepare', '--download=maybe'], 'takes true or false'),
+    (['--topology=v5e:2x2'], '--mode=train takes no --topology'),
+    (['--mode=check', '--process_id=0'], 'it is for --mode=train, eval.'),
+    (['--mode=eval', '--only=three'], '--mode=eval takes no --only'),
+    (['--mode=eval', '--download'], 'it is for --mode=prepare.'),
+    (['--mode=verify', '--checkpoints', '--only=three'], 'takes no --only'),
+    (['--mode=eval', '--checkpoints'], '--mode=eval takes no --checkpoints'),
+    (['--mode=eval'], 'There is no run in'),
+    (['--mode=export', '--weights=ema'], 'There is no run in'),
+    (['--mode=prepare', '--sha256=zz'], "'zz' is no SHA-256"),
+    (['--mode=plan', '--topology='], 'There is no --topology'),
+    (['--mode=lr_find', '--only=three,ten'], 'for one stage'),
+    (['--mode=lr_find', '--stage=tree'], "Did you mean 'three'"),
+    (['--mode=compare'], 'of one run'),
+    (['--mode=tune'], 'of one run'),
+    (['--config=README.md'], 'a .py or a .json file'),
+    (['--config=configs/tune_digits.py'], 'Use --mode=tune'),
+    (['--workdir=~nosuchuser/run'], 'home directory ~nosuchuser'),
+    (['--workdir='], 'There is no --workdir'),
+    (['--workdir=\udcff'], 'is not UTF-8'),
+    (['--workdir=runs/[a]'], 'a folder with [ in its name'),
+    (['--config.data_dir=\udcff'], 'is not UTF-8'),
+    (['--config.data_dir=gs://bucket/data'], 'gcsfuse'),
+    (['--config.compilation_cache_dir=/proc/none'], 'compilation cache'),
+    (['--config.stages[0].init_from=no.safetensors'], 'no such file'),
+    (['--config.stages[0].eval_split=holdout:0.001%'], 'hold-out'),
   ],
 )
-def test_mistakes_get_three_lines(config, tmp_path, arguments, expected):
-  result = runs.call_main(config, f'--workdir={tmp_path}/run', *arguments)
+def test_mistakes_get_three_lines_and_leave_nothing(
+  config, tmp_path, arguments, expected
+):
+  result = runs.call_main(config, f'--workdir={tmp_path}/new/run', *arguments)
   assert result.returncode == 2, result.stderr
-  lines = result.stderr.strip().split('\n')
-  assert len(lines) <= 3
+  assert len(result.stderr.strip().split('\n')) <= 3
   assert expected in result.stderr
   assert 'Traceback' not in result.stderr
-  written = [p.name for p in tmp_path.rglob('*') if p.is_file()]
-  assert written in ([], ['error.log'])
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_cannot_be_had_leaves_no_folder(tmp_path):
+  for dataset in ('imagenet_mini', 'imagenet2012', 'tfds:nosuch', 'folder:x'):
+    result = runs.call_main(
+      '--mode=prepare',
+      f'--config={CONFIG}:{tmp_path}/data',
+      f'--config.stages[0].dataset={dataset}',
+      '--only=three',
+    )
+    assert result.returncode == 2, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flag_is_for_some_mode():
+  known = {'config', 'workdir', 'mode', 'help'}.union(*main.MODES.values())
+  assert set(main.FLAGS) == known
+
+
+@pytest.mark.parametrize(
+  'mode',
+  ['train', 'verify --checkpoints', 'predict --input=docs/digit.png']
+  + [x for x in main.MODES if x not in ('train', 'predict', 'compare', 'tune')],
+)
+def test_a_run_that_is_not_there_is_said_with_what_is_near(tmp_path, mode):
+  files.write_json(tmp_path / 'first' / 'config.json', {})
+  words = f'--mode={mode}'.split(), f'--workdir={tmp_path}/fist'
+  result = runs.call_main(*words[0], words[1])
+  assert result.returncode == 2
+  assert result.stderr.strip().split('\n') == [
+    f'There is no run in {tmp_path}/fist.',
+    f'--workdir={tmp_path}/fist',
+    f"Did you mean '{tmp_path}/first'?",
+  ]
+  assert [x.name for x in tmp_path.iterdir()] == ['first']
+  above = runs.call_main(*words[0], f'--workdir={tmp_path}')
+  assert f'Known: {tmp_path}/first.' in above.stderr
+
+
+@pytest.mark.parametrize('mode', ['train', 'compare', 'tune'])
+def test_a_refused_second_process_writes_nothing(data_dir, tmp_path, mode):
+  kind = {'train': 'tiny'}.get(mode, mode)
+  with lock.Lock(tmp_path / 'run'):
+    before = runs.snapshot(tmp_path)
+    result = runs.call_main(
+      f'--mode={mode}',
+      f'--config=tests/{kind}_config.py:{data_dir}',
+      f'--workdir={tmp_path}/run',
+    )
+    assert runs.snapshot(tmp_path) == before
+  assert result.returncode == 2
+  assert 'has been using this workdir since' in result.stderr
+
+
+def test_what_fails_unexpectedly_makes_no_workdir_for_its_traceback(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(main, 'run', lambda overrides: 1 / 0)
+  arguments = config, f'--workdir={tmp_path}/run'
+  result = runs.call_main(*arguments)
+  assert result.returncode == 1
+  assert result.stderr.startswith('Failed: ZeroDivisionError')
+  assert 'in <lambda>' in result.stderr
+  assert list(tmp_path.iterdir()) == []
+  (tmp_path / 'run').mkdir()
+  result = runs.call_main(*arguments)
+  assert result.stderr.strip().endswith(f'Traceback: {tmp_path}/run/error.log')
+  assert 'in <lambda>' in (tmp_path / 'run' / 'error.log').read_text()
+
+
+def test_scripts_that_always_name_a_config_can_ask_for_a_report(
+  trained, config
+):
+  workdir, _ = trained
+  arguments = config, f'--workdir={workdir}', '--config.platform=tpu'
+  result = runs.call_main(*arguments, '--mode=verify', '--checkpoints')
+  assert result.returncode == 0, result.stderr
+  assert '--mode=verify --checkpoints reads no config.' in result.stderr
+
+
+def test_names_may_hold_what_means_something_elsewhere(data_dir, tmp_path):
+  odd = tmp_path / 'a b é?#%41=1:2'
+  (odd / '[/data]').mkdir(parents=True)
+  (odd / '[/data]' / 'prepared').symlink_to(data_dir / 'prepared')
+  (odd / 'c.py').write_text('from tests.tiny_config import get_config\n')
+  common = f'--config={odd}/c.py:{odd}/[/data]', '--only=three'
+  prepared = runs.call_main('--mode=prepare', *common)
+  shown = prepared.stdout.replace('\n', '')
+  assert f'prepared in {odd}/[/data]/prepared' in shown
+  checked = runs.call_main(
+    '--mode=check', *common, f'--workdir={odd}/run', '--config.check_steps=0'
+  )
+  assert checked.returncode == 0, checked.stdout + checked.stderr
+  assert f'{odd}/run/plan.json' in checked.stdout
 
 
 def test_no_config_and_no_workdir(run_main, config):
@@ -219,11 +344,20 @@ def test_what_is_done_stays_as_it_was_in_config_json(trained, config, tmp_path):
   assert after['stages'] == before['stages']
 
 
-def test_an_unwritable_workdir(config, tmp_path):
+@pytest.mark.parametrize(
+  'mode', ['train', 'lr_find', 'audit', 'plan --topology=h100:8', 'tune']
+)
+def test_an_unwritable_workdir_is_said_first(data_dir, tmp_path, mode):
   (tmp_path / 'file').write_text('')
-  result = runs.call_main(config, f'--workdir={tmp_path}/file/run')
+  kind = 'tune' if mode == 'tune' else 'tiny'
+  result = runs.call_main(
+    *f'--mode={mode}'.split(),
+    f'--config=tests/{kind}_config.py:{data_dir}',
+    f'--workdir={tmp_path}/file/run',
+  )
   assert result.returncode == 2
   assert 'Cannot write to the workdir' in result.stderr
+  assert result.stdout == ''
 
 
 def test_prepare(run_main, tmp_path):

@@ -66,6 +66,14 @@ def call_main(*arguments):
   )
 
 
+def snapshot(folder):
+  """Returns size and time of all that is in a folder, and of itself."""
+  return {
+    str(x): (x.lstat().st_size, x.lstat().st_mtime_ns)
+    for x in (folder, *folder.rglob('*'))
+  }
+
+
 def start_main(*arguments):
   return subprocess.Popen(
     [sys.executable, 'main.py', *map(str, arguments)],

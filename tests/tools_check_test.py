@@ -198,6 +198,91 @@ def test_a_changed_config_is_shown_as_a_table_and_refused(
   assert json.loads((tmp_path / 'config.json').read_text())['num_workers'] == 2
 
 
+def hold_lock(workdir, data_dir):
+  owner = {'host': 'elsewhere', 'pid': 7, 'since': 'now', 'token': 'another'}
+  files.write_json(workdir / 'run.lock', owner)
+
+
+def damage_history(workdir, data_dir):
+  files.write_bytes(workdir / 'training_history.json', b'{')
+
+
+def lose_states(workdir, data_dir):
+  (workdir / 'checkpoints' / 'three' / 'quarantine' / 'latest-5').mkdir(
+    parents=True
+  )
+
+
+def begin_nothing(workdir, data_dir):
+  pass
+
+
+@pytest.mark.parametrize(
+  ('before', 'argument', 'code'),
+  [
+    (hold_lock, '', 2),
+    (begin_run, '--config.stages[0].batch_size=24', 2),
+    (damage_history, '', 2),
+    (lose_states, '', 1),
+    *(
+      (begin_nothing, argument, 2)
+      for argument in (
+        '--only=tree',
+        '--workdir=gs://bucket/run',
+        '--workdir=README.md/run',
+        '--config.batch_norm=groups:3',
+        '--config.compilation_cache_dir=/proc/none',
+        '--config.data_dir=gs://bucket/data',
+        '--config.platform=tpu',
+        '--config.stages[0].classes=1,nosuch',
+        '--config.stages[0].dataset=imagenet_mini',
+        '--config.stages[0].eval_split=holdout:0.001%',
+        '--config.stages[0].freeze_epochs=1',
+        '--config.stages[0].init_from=no.safetensors',
+        '--config.stages[0].learning_rate=-1',
+        '--config.stages[0].num_classes=4',
+        '--config.stages[0].reset_blocks=9',
+      )
+    ),
+  ],
+)
+def test_what_train_refuses_is_what_check_finds(
+  config, data_dir, tmp_path, before, argument, code
+):
+  workdir = tmp_path / 'run'
+  before(workdir, data_dir)
+  written = {x: x.read_bytes() for x in workdir.rglob('*') if x.is_file()}
+  arguments = [config, f'--workdir={workdir}', '--only=three', argument]
+  arguments = [x for x in (*arguments, '--config.check_steps=0') if x]
+  trained = runs.call_main(*arguments)
+  assert trained.returncode == code, trained.stderr
+  checked = runs.call_main(*arguments, '--mode=check')
+  assert checked.returncode == 2, checked.stdout + checked.stderr
+  why = trained.stderr.split('\n')[0].removeprefix('Failed: DamagedError: ')
+  crosses = [x for x in checked.stdout.split('\n') if x.startswith('✗')]
+  assert any(why.removesuffix('.') in x for x in crosses), (why, crosses)
+  (workdir / 'error.log').unlink(missing_ok=True)
+  left = {x: x.read_bytes() for x in workdir.rglob('*') if x.is_file()}
+  assert left == written
+
+
+def test_an_allowed_change_of_the_config_is_a_warning(
+  config, data_dir, tmp_path
+):
+  begin_run(tmp_path, data_dir)
+  result = runs.call_main(
+    config,
+    '--mode=check',
+    f'--workdir={tmp_path}',
+    '--only=three',
+    '--config.stages[0].batch_size=24',
+    '--config.check_steps=0',
+    '--allow_config_change',
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert '! run: goes on with another config: three.batch' in result.stdout
+
+
 def rows(text):
   """Returns the cells of the plan's tables by their rows' names."""
   lines = text.split('\nstage  ', 1)[1].split('\n')

@@ -10,6 +10,7 @@ from concurrent import futures
 
 import history_fixture
 import pytest
+import runs
 import tiny_config
 
 import jaxprog
@@ -141,12 +142,25 @@ def test_reports_of_a_run_without_a_history_are_left_out(tmp_path):
 
 def test_a_missing_history_is_named_and_nothing_written(tmp_path):
   there = create_workdir(tmp_path / 'a')
-  with pytest.raises(jaxprog.UserError, match='no training history') as e:
+  with pytest.raises(jaxprog.UserError, match='no run in') as e:
     report.write_report([there, tmp_path / 'b'])
   assert str(tmp_path / 'b') in str(e.value)
   assert [x.name for x in there.iterdir()] == ['training_history.json']
-  with pytest.raises(jaxprog.UserError, match='no --workdir'):
-    report.write_report([''])
+  files.write_json(tmp_path / 'b' / 'config.json', {})
+  with pytest.raises(jaxprog.UserError, match='no training history'):
+    report.write_report([there, tmp_path / 'b'])
+
+
+def test_a_comma_may_be_part_of_a_workdirs_name(tmp_path):
+  for name in ('a', 'b', 'a,b'):
+    create_workdir(tmp_path / name, (2,))
+  several = f'--workdir={tmp_path}/a,{tmp_path}/b'
+  whole = f'--workdir={tmp_path}/a,b'
+  assert runs.call_main('--mode=report', several).returncode == 0
+  assert (tmp_path / 'a' / 'comparison.html').exists()
+  assert not (tmp_path / 'a,b' / 'report.html').exists()
+  assert runs.call_main('--mode=report', whole).returncode == 0
+  assert (tmp_path / 'a,b' / 'report.html').exists()
 
 
 def test_damaged_files_beside_the_history_count_as_missing(tmp_path):

@@ -143,3 +143,11 @@ def test_a_trial_that_is_worse_than_the_others_is_pruned(data_dir, tmp_path):
   config.base.stages[0]['batch_size'] = 24
   with pytest.raises(errors.UserError, match='began with another ladder'):
     tune.tune(config, tmp_path)
+
+
+def test_a_workdir_may_have_any_name(tmp_path):
+  workdir = tmp_path / 'a b?c#d%41'
+  workdir.mkdir()
+  tune._open_study(create_config(), workdir)
+  assert [x.name for x in workdir.iterdir()] == ['tune.db']
+  assert [x.name for x in tmp_path.iterdir()] == [workdir.name]

@@ -32,19 +32,22 @@ def test_a_silent_fall_back_to_cpu_is_refused():
 def test_the_compilation_cache_is_private(tmp_path):
   before = jax.config.jax_compilation_cache_dir
   try:
-    devices.keep_compiled(str(tmp_path / 'cache'))
+    devices.keep_compiled(tmp_path / 'cache')
     assert (tmp_path / 'cache').stat().st_mode & 0o777 == 0o700
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'cache')
     (tmp_path / 'cache').chmod(0o777)
     with pytest.raises(errors.UserError, match='run code here'):
-      devices.keep_compiled(str(tmp_path / 'cache'))
+      devices.keep_compiled(tmp_path / 'cache')
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(errors.UserError, match='no compilation cache'):
+      devices.keep_compiled(tmp_path / 'file' / 'cache')
   finally:
     jax.config.update('jax_compilation_cache_dir', before)
 
 
 def test_no_cache_leaves_jax_as_it_was():
   before = jax.config.jax_compilation_cache_dir
-  devices.keep_compiled('')
+  devices.keep_compiled(None)
   assert jax.config.jax_compilation_cache_dir == before
 
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 
 import pytest
+import runs
 
 from jaxprog import errors
 from jaxprog.training import lock
@@ -96,6 +97,31 @@ def test_a_second_run_is_told_who_and_since_when(tmp_path):
     assert f'kill {process.pid}' in lines[2]
     # The refusal has changed nothing for the owner, or the third.
     assert run_second(tmp_path).returncode == 2
+
+
+def test_looking_who_has_it_changes_nothing(tmp_path):
+  lock.check_free(tmp_path)
+  with owner(tmp_path) as process:
+    before = runs.snapshot(tmp_path)
+    with pytest.raises(errors.UserError, match=f'Process {process.pid} on'):
+      lock.check_free(tmp_path)
+    assert runs.snapshot(tmp_path) == before
+  lock.check_free(tmp_path)  # It was killed.
+  path = leave_behind(tmp_path, host='elsewhere')
+  with pytest.raises(errors.UserError, match='on elsewhere has been using'):
+    lock.check_free(tmp_path)
+  os.utime(path, (time.time() - 91,) * 2)
+  lock.check_free(tmp_path)
+  assert path.exists()
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
+  with lock.Lock(tmp_path / 'new' / 'run'):
+    pass
+  assert list(tmp_path.iterdir()) == []
+  with lock.Lock(tmp_path / 'new' / 'run'):
+    (tmp_path / 'new' / 'run' / 'result').write_text('')
+  assert (tmp_path / 'new' / 'run' / 'result').exists()
 
 
 def test_it_is_free_once_its_owner_has_ended(tmp_path):

@@ -13,7 +13,7 @@ from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
 from jaxprog.data import sources
 from jaxprog.reporting import history as history_lib
-from jaxprog.training import checkpoints, preflight
+from jaxprog.training import checkpoints, integrity, preflight
 from jaxprog.training import setup as setup_lib
 
 REPORTS = 20_000_000
@@ -215,30 +215,6 @@ def test_a_probe_leaves_nothing_behind(tmp_path):
       preflight.check_workdir(wrong)
 
 
-def test_a_run_that_holds_the_lock_is_named_while_it_lives(tmp_path):
-  path = tmp_path / 'run.lock'
-  files.write_json(path, {'host': 'a', 'pid': 17, 'since': 'now'})
-  assert list(preflight._check_lock(tmp_path)) == []
-  hold = (
-    'import fcntl, sys\n'
-    'file = open(sys.argv[1], "r+")\n'
-    'fcntl.flock(file, fcntl.LOCK_EX)\n'
-    'print("held", flush=True); sys.stdin.read()'
-  )
-  process = subprocess.Popen(
-    [sys.executable, '-c', hold, path],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-  )
-  assert process.stdout.readline() == b'held\n'
-  (finding,) = preflight._check_lock(tmp_path)
-  assert finding.ok is False
-  assert 'process 17 on a is using it' in finding.what
-  process.kill()
-  process.communicate()
-  assert list(preflight._check_lock(tmp_path)) == []
-
-
 @pytest.mark.parametrize(
   ('words', 'expected'),
   [
@@ -286,6 +262,7 @@ def test_what_a_workdir_holds_is_told_with_what_has_changed(config, tmp_path):
   latest = checkpoints.stage_directory(tmp_path, 'ten') / 'latest'
   for step in (9, 10, 11):
     (latest / str(step)).mkdir(parents=True)
+    integrity.write_manifest(latest / str(step))
   # The save of step 11 was cut short.
   (latest / '.saving-11').write_text('')
   findings = find(preflight.inspect(config, tmp_path), 'run: ')
@@ -295,8 +272,11 @@ def test_what_a_workdir_holds_is_told_with_what_has_changed(config, tmp_path):
   ]
   config.seed = 5
   (finding,) = crossed(preflight.inspect(config, tmp_path))
-  assert finding.what.endswith('with another config: seed: 0 -> 5')
+  assert finding.what.endswith('with another config (seed: 0 -> 5)')
   assert '--allow_config_change' in finding.fix
+  allowed = preflight.inspect(config, tmp_path, allow_config_change=True)
+  assert not crossed(allowed)
+  assert find(allowed, 'another config: seed: 0 -> 5')[0].ok is None
 
 
 def test_a_damaged_marker_is_a_warning_and_hides_nothing(config, tmp_path):

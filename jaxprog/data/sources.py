@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming, read_only_builder
 
-from jaxprog import errors, files
+from jaxprog import errors, files, paths
 from jaxprog.data import builders, folders, index, packs, preprocess, shards
 from jaxprog.stages import Storage
 
@@ -290,8 +290,11 @@ def prepare(
     if raw is not None:
       _write_looks(current, raw.looks)
     return left_out
-  # Before anything is written: tfds may not know it.
-  builder = _create_tfds_builder(dataset, data_dir) if raw is None else None
+  builder = None
+  if raw is None:
+    # Before anything is written: what cannot be had leaves no folder behind.
+    builder = _create_tfds_builder(dataset, data_dir)
+    _check_source(dataset, builder, data_dir)
   with _writing(data_dir / 'prepared') as is_locked:
     if _find_current(dataset, data_dir, raw):
       return left_out
@@ -331,9 +334,8 @@ def _find_current(
 
 def find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
   """Returns the raw folder of a dataset, if there is one."""
-  source, _, rest = dataset.partition(':')
-  if source == 'folder':
-    folders = [pathlib.Path(rest).expanduser()]
+  if folder := paths.dataset_folder(dataset):
+    folders = [folder]
   elif dataset in LOCAL:
     folders = [data_dir / name for name in LOCAL[dataset].FOLDERS]
   else:
@@ -359,10 +361,10 @@ def _local_class(dataset: str) -> type[builders.Images]:
 
 def folder_config(dataset: str) -> str:
   """Returns a name for the prepared copy of folder:PATH, '' for others."""
-  source, _, path = dataset.partition(':')
-  if source != 'folder':
+  folder = paths.dataset_folder(dataset)
+  if folder is None:
     return ''
-  path = os.path.abspath(os.path.expanduser(path))
+  path = os.path.abspath(folder)
   if not folders.is_utf8(path):
     raise errors.UserError(
       'The path of the folder is not UTF-8.', path, 'Rename it.'
@@ -558,9 +560,6 @@ def _download_and_prepare(
   dataset: str, builder: tfds.core.DatasetBuilder, data_dir: pathlib.Path
 ) -> None:
   tfds.disable_progress_bar()
-  local = isinstance(builder, builders.Images)
-  if not local and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-    _check_network(dataset, builder, data_dir)
   try:
     builder.download_and_prepare(
       download_dir=data_dir / 'downloads',
@@ -572,13 +571,17 @@ def _download_and_prepare(
     raise _missing(dataset, data_dir) from e
 
 
-def _check_network(
+def _check_source(
   dataset: str, builder: tfds.core.DatasetBuilder, data_dir: pathlib.Path
 ) -> None:
-  """Raises UserError if what is to be downloaded cannot be reached.
+  """Raises UserError if what is to be put there or downloaded is not there.
 
   tfds itself tries ten times, for minutes.
   """
+  if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+    if not (data_dir / 'downloads' / 'manual').is_dir():
+      raise _missing(dataset, data_dir)
+    return
   for url in list(builder.url_infos or ())[:1]:
     request = urllib.request.Request(url, method='HEAD')
     try:

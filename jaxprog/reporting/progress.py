@@ -119,7 +119,7 @@ class Progress:
     self._plan: Sequence[PlannedStage] = ()
     self._at: StageProgress | None = None
     self._timer = _Timer(clock)
-    console = console or rich.console.Console()
+    console = console or rich.console.Console(markup=False)
     self._view = _create_view(console)
 
   def start_run(self, plan: Sequence[PlannedStage]) -> None:

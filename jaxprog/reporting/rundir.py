@@ -1,13 +1,27 @@
 """What a run has left in its workdir."""
 
+import contextlib
+import difflib
 import json
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxprog import errors
 from jaxprog.reporting import history as history_lib
 from jaxprog.reporting import incidents as incidents_lib
+
+# Any of these in a folder shows that a run, a comparison or a search has begun.
+_SIGNS = (
+  'config.json',
+  'training_history.json',
+  'checkpoints',
+  'comparison.json',
+  'tune.db',
+)
+# So many other runs are named to who has asked for one that is not there.
+_NAMED = 5
 
 
 class Run(NamedTuple):
@@ -55,6 +69,41 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
     incidents=incidents_lib.read(workdir / 'incidents.jsonl'),
     hardware_plan=_read_object(workdir / 'hardware_plan.json'),
   )
+
+
+def check(workdir: str | os.PathLike[str]) -> None:
+  """Raises UserError, naming runs that are near, if `workdir` holds none."""
+  workdir = pathlib.Path(workdir)
+  if not _is_run(workdir):
+    raise errors.UserError(
+      f'There is no run in {workdir}.',
+      f'--workdir={workdir}',
+      _describe_near(workdir),
+    )
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+  # It raises nothing, whatever the name.
+  return any(os.path.exists(folder / name) for name in _SIGNS)
+
+
+def _describe_near(workdir: pathlib.Path) -> str:
+  """Returns a sentence on runs below `workdir`, or else beside it."""
+  below, beside = _list_runs(workdir), _list_runs(workdir.parent)
+  named = difflib.get_close_matches(workdir.name, [x.name for x in beside])
+  if not below and named:
+    return f'Did you mean {str(workdir.parent / named[0])!r}?'
+  runs = below or beside
+  if not runs:
+    return 'Name the --workdir that a run was trained with.'
+  more = f' and {len(runs) - _NAMED} more' if len(runs) > _NAMED else ''
+  return f'Known: {", ".join(map(str, runs[:_NAMED]))}{more}.'
+
+
+def _list_runs(folder: pathlib.Path) -> list[pathlib.Path]:
+  with contextlib.suppress(OSError):
+    return sorted(x for x in folder.iterdir() if _is_run(x))
+  return []
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any] | None:

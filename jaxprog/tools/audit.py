@@ -9,10 +9,10 @@ import rich.console
 import rich.table
 from ml_collections import config_dict
 
-from jaxprog import files, stages
+from jaxprog import files, paths, stages
 from jaxprog.data import leaks, sources
 from jaxprog.reporting import bars
-from jaxprog.training import setup
+from jaxprog.training import preflight, setup
 
 NUM_EXAMPLES = 10
 
@@ -34,8 +34,10 @@ def audit(
     UserError: for mistakes in the config, or if no dataset is here.
   """
   chosen = stages.select(stages.create_stages(config), only, skip)
-  console = rich.console.Console()
-  datasets, absent = load_present(chosen, config.data_dir)
+  if workdir:
+    preflight.check_workdir(pathlib.Path(workdir))
+  console = rich.console.Console(markup=False)
+  datasets, absent = load_present(chosen, paths.data_dir(config))
   found = find_leaks(datasets, absent, console)
   console.print(_table(datasets, found))
   for line in _lines(found, absent):

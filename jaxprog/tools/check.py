@@ -22,7 +22,7 @@ import rich.text
 from ml_collections import config_dict
 
 from jaxprog import config as config_lib
-from jaxprog import errors, files, stages
+from jaxprog import errors, files, paths, stages
 from jaxprog.data import loader, packs, sources
 from jaxprog.reporting import plan as plan_lib
 from jaxprog.reporting import plots
@@ -54,6 +54,8 @@ def check(
   *,
   only: Sequence[str] = (),
   skip: Sequence[str] = (),
+  model: setup_lib.ModelFn | None = None,
+  allow_config_change: bool = False,
 ) -> int:
   """Returns 0 if nothing is in the way of training `config`, else 2.
 
@@ -61,8 +63,15 @@ def check(
   each stage's learning rate, what it costs and what the scorecard compares.
   Saves WORKDIR/plan.json and learning_rates.png where there is a `workdir`.
   """
-  console = rich.console.Console()
-  findings = preflight.inspect(config, workdir, only=only, skip=skip)
+  console = rich.console.Console(markup=False)
+  findings = preflight.inspect(
+    config,
+    workdir,
+    only=only,
+    skip=skip,
+    model=model,
+    allow_config_change=allow_config_change,
+  )
   show(findings, console)
   if workdir:
     _show_differences(config, workdir, console)
@@ -73,10 +82,9 @@ def check(
     console.print('The plan comes once the data is prepared.')
     return 0
   try:
-    show_plan(config, workdir, only, skip, console)
+    show_plan(config, workdir, only, skip, model, console)
   except errors.UserError as e:
-    what = ' '.join(x.removesuffix('.') for x in (e.what, e.where) if x)
-    show([preflight.Finding(False, what, e.suggestion)], console)
+    show([preflight.crossed(e)], console)
     return 2
   return 0
 
@@ -139,7 +147,7 @@ def _is_ready(
 ) -> bool:
   """Returns whether all data is prepared, or is in seconds."""
   chosen = stages.select(stages.create_stages(config), only, skip)
-  data_dir = pathlib.Path(config.data_dir)
+  data_dir = paths.data_dir(config)
   for dataset in {stage.dataset for stage in chosen}:
     if sources.find_prepared(dataset, data_dir) is None:
       raw = sources.list_raw(dataset, data_dir)
@@ -153,6 +161,7 @@ def show_plan(
   workdir: str | pathlib.Path | None,
   only: Sequence[str],
   skip: Sequence[str],
+  model: setup_lib.ModelFn | None,
   console: rich.console.Console,
 ) -> None:
   """Prints the network, the rates, the plan and what it will be held against.
@@ -163,8 +172,9 @@ def show_plan(
     UserError: for any mistake in the config, the devices or the data.
   """
   cheap = _cheap(config, only, skip)
-  setup = setup_lib.create_setup(cheap, only=only, skip=skip)
-  tasks = [setup_lib.create_task(setup, stage) for stage in setup.chosen]
+  setup = setup_lib.create_setup(cheap, only=only, skip=skip, model=model)
+  # Below no folder no stage has begun.
+  tasks = ladder.create_tasks(setup, pathlib.Path(workdir or os.devnull))
   rates = {task.stage.name: ladder.sample_learning_rate(task) for task in tasks}
   if not console.is_terminal:  # To be searched with grep.
     with progress_lib.Progress(len(tasks), console=console) as progress:
@@ -174,7 +184,8 @@ def show_plan(
     tasks[-1].state_shapes.variables,
     tasks[-1].stage.image_size,
   )
-  _show_model(config, tasks[-1], layers, console)
+  name = config.model if model is None else 'your network'
+  _show_model(name, tasks[-1], layers, console)
   _show_rates(tasks, rates, console)
   busy = _describe_load() if config.check_steps else ''
   plans = [_measure_safely(task, config, console) for task in tasks]
@@ -214,13 +225,13 @@ def _say(text: str, console: rich.console.Console, style: str = '') -> None:
 
 
 def _show_model(
-  config: config_dict.ConfigDict,
+  name: str,
   task: setup_lib.Task,
   layers: Sequence[costs.Layers],
   console: rich.console.Console,
 ) -> None:
   size = task.stage.image_size
-  title = f'{config.model} at {size} px, as {task.stage.name} trains it'
+  title = f'{name} at {size} px, as {task.stage.name} trains it'
   _say(f'\n{title} (FLOPs of one image, forward)', console, 'bold')
   console.print(plan_lib.model_table([x._asdict() for x in layers]))
 
@@ -571,22 +582,23 @@ def _cheap(
   """
   config = stages.complete(config)
   chosen = stages.select(stages.create_stages(config), only, skip)
-  stored = {x.name for x in chosen if _is_stored(x, config.data_dir)}
+  data_dir = paths.data_dir(config)
+  stored = {x.name for x in chosen if _is_stored(x, data_dir)}
   for stage in config.stages:
     if stage.name not in stored:
       stage.storage = 'original'
   if config.exclude_leaks:
     config.exclude_leaks = all(
-      preflight.is_signed(sources.load_dataset(dataset, config.data_dir))
+      preflight.is_signed(sources.load_dataset(dataset, data_dir))
       for dataset in {stage.dataset for stage in config.stages}
-      if sources.find_prepared(dataset, pathlib.Path(config.data_dir))
+      if sources.find_prepared(dataset, data_dir)
     )
   return config
 
 
-def _is_stored(stage: stages.Stage, data_dir: str) -> bool:
+def _is_stored(stage: stages.Stage, data_dir: pathlib.Path) -> bool:
   """Returns whether a stage's training images lie there as it reads them."""
-  prepared = sources.find_prepared(stage.dataset, pathlib.Path(data_dir))
+  prepared = sources.find_prepared(stage.dataset, data_dir)
   if prepared is None:
     return False
   records = sources.open_prepared(stage.dataset, prepared).train.records

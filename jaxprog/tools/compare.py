@@ -35,7 +35,7 @@ from jaxprog.comparison import (
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
 from jaxprog.reporting import environment
-from jaxprog.training import lock, signals
+from jaxprog.training import lock, preflight, signals
 
 
 @dataclasses.dataclass
@@ -124,6 +124,7 @@ def compare(
   chosen += _create_controls(config, chosen)
   if jax.process_count() > 1:
     raise errors.UserError('A comparison runs in one process.')
+  preflight.claim_workdir(workdir)
   with contextlib.ExitStack() as stack:
     stack.enter_context(signals.StopRequest())
     comparison = Comparison(
@@ -131,7 +132,7 @@ def compare(
       workdir=workdir,
       cells=chosen,
       meter=budgets.Meter(),
-      console=rich.console.Console(),
+      console=rich.console.Console(markup=False),
       num_runs=_count_runs(config, chosen),
     )
     comparison.say(f'comparison: {len(chosen)} cells, the costs of their steps')
@@ -503,7 +504,7 @@ def _conclude(comparison: Comparison, result: Mapping[str, Any]) -> None:
   text = io.StringIO()
   for console in (
     comparison.console,
-    rich.console.Console(file=text, width=80, no_color=True),
+    rich.console.Console(file=text, width=80, no_color=True, markup=False),
   ):
     for part in parts:
       console.print(part)

@@ -63,7 +63,10 @@ def evaluate(
   )
   preflight.check_workdir(pathlib.Path(workdir))
   console = rich.console.Console(
-    stderr=True, quiet=jax.process_index() != 0, highlight=False
+    stderr=True,
+    quiet=jax.process_index() != 0,
+    highlight=False,
+    markup=False,
   )
   if dataset == trained.stage.dataset:
     dataset = ''

@@ -23,7 +23,7 @@ from jaxprog import config as config_lib
 from jaxprog import files
 from jaxprog.models import conv, interchange, resnet
 from jaxprog.reporting import report
-from jaxprog.training import augment, checkpoints
+from jaxprog.training import augment, checkpoints, preflight
 from jaxprog.training import state as state_lib
 from jaxprog.training import trained as trained_lib
 
@@ -71,6 +71,7 @@ def export(
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights
   )
+  preflight.check_workdir(pathlib.Path(workdir))
   record = checkpoints.read_done(pathlib.Path(workdir), trained.stage.name)
   found = record['record'] if record else {}
   return export_trained(trained, found, pathlib.Path(workdir) / 'export')

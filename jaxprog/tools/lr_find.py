@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from jaxprog import files, stages
+from jaxprog import errors, files, stages
 from jaxprog.reporting import plots
 from jaxprog.training import feed as feed_lib
-from jaxprog.training import handover
+from jaxprog.training import handover, preflight
 from jaxprog.training import setup as setup_lib
 
 # The test ends when the smoothed loss is this much above its least.
@@ -40,7 +40,15 @@ def lr_find(
     UserError: for mistakes in the config or the data.
   """
   workdir = pathlib.Path(workdir)
-  stage = stage or stages.create_stages(config)[0].name
+  known = [x.name for x in stages.create_stages(config)]
+  stage = stage or known[0]
+  if stage not in known:
+    raise errors.UserError(
+      f'This config has no stage {stage!r}.',
+      f'--stage={stage}',
+      errors.did_you_mean(stage, known),
+    )
+  preflight.check_workdir(workdir)
   setup = setup_lib.create_setup(config, only=(stage,))
   num_steps = config.lr_find_steps
   ratio = math.log(config.lr_find_max / config.lr_find_min) / (num_steps - 1)

@@ -24,11 +24,11 @@ import rich.text
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import config_dict
 
-from jaxprog import epochs, files
+from jaxprog import epochs, files, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import sources, verification
 from jaxprog.reporting import hardware_plan
-from jaxprog.training import costs, devices, hardware, xla_flags
+from jaxprog.training import costs, devices, hardware, preflight, xla_flags
 from jaxprog.training import setup as setup_lib
 
 FILE = 'hardware_plan.json'
@@ -69,7 +69,9 @@ def plan(
       neither is here nor has known counts, or if the compiler is missing.
   """
   asked = hardware.parse_topology(topology)
-  console = rich.console.Console()
+  if workdir:
+    preflight.check_workdir(pathlib.Path(workdir))
+  console = rich.console.Console(markup=False)
   setup = create_setup(config, asked, only, skip)
   tasks = [setup_lib.create_task(setup, stage) for stage in setup.chosen]
   with _without_jaxs_cache():
@@ -154,7 +156,7 @@ def _count_dataset(
   config: config_dict.ConfigDict, stage: stages_lib.Stage
 ) -> sources.Dataset:
   """Returns the stage's dataset, or what is published of it."""
-  data_dir = pathlib.Path(config.data_dir)
+  data_dir = paths.data_dir(config)
   known = verification.KNOWN.get(stage.dataset)
   if known is None or sources.find_prepared(stage.dataset, data_dir):
     found = setup_lib.load_datasets(config, [stage])[stage.name]
@@ -254,11 +256,11 @@ def _compile(
 
 
 def _cache_directory(config: config_dict.ConfigDict) -> pathlib.Path | None:
-  if not config.compilation_cache_dir:
+  directory = paths.cache_dir(config)
+  if directory is None:
     return None
-  directory = pathlib.Path(config.compilation_cache_dir).expanduser() / 'plans'
-  directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-  return directory
+  devices.create_cache(directory / 'plans')
+  return directory / 'plans'
 
 
 def _digest(

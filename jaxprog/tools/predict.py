@@ -19,6 +19,7 @@ from ml_collections import config_dict
 from PIL import Image, UnidentifiedImageError
 
 from jaxprog import errors, files
+from jaxprog import paths as paths_lib
 from jaxprog.data import folders, preprocess
 from jaxprog.reporting import contact_sheet
 from jaxprog.training import augment, devices, preflight
@@ -87,7 +88,7 @@ def predict(
     config, workdir, stage=stage, weights=weights, model=model
   )
   preflight.check_workdir(pathlib.Path(workdir))
-  console = rich.console.Console(stderr=True, highlight=False)
+  console = rich.console.Console(stderr=True, highlight=False, markup=False)
   predictions: list[Prediction] = []
   turned = 0
   for prediction, is_turned in rich.progress.track(
@@ -148,9 +149,8 @@ def find_images(input: str | pathlib.Path) -> Found:
       '--mode=predict',
       'Name an image or a folder of them: --input=photos.',
     )
-  # These raise nothing, whatever the name.
-  root = pathlib.Path(os.path.expanduser(input))
-  if os.path.isfile(root):
+  root = paths_lib.expand(input, f'--input={input}')
+  if os.path.isfile(root):  # It raises nothing, whatever the name.
     return Found(root, [root], [])
   if not os.path.isdir(root):
     raise errors.UserError(

@@ -1,12 +1,13 @@
 """Prepares the datasets of a config, so that training can begin at once."""
 
 import pathlib
+import re
 from collections.abc import Sequence
 
 import rich.console
 from ml_collections import config_dict
 
-from jaxprog import errors, stages
+from jaxprog import errors, paths, stages
 from jaxprog.data import archives, sources
 from jaxprog.reporting import bars
 from jaxprog.tools import audit
@@ -33,14 +34,21 @@ def prepare(
   """
   chosen = stages.select(stages.create_stages(config), only, skip)
   datasets = tuple(dict.fromkeys(stage.dataset for stage in chosen))
-  data_dir = pathlib.Path(config.data_dir)
-  console = rich.console.Console()
+  data_dir = paths.data_dir(config)
+  console = rich.console.Console(markup=False)
+  if sha256 and not re.fullmatch('[0-9A-Fa-f]{64}', sha256):
+    raise errors.UserError(
+      f'{sha256!r} is no SHA-256: that has 64 digits from 0 to f.',
+      '--sha256',
+      "Copy it whole from the archive's publisher.",
+    )
   if sha256 and not input:
     raise errors.UserError(
       '--sha256 is of no archive.', '', 'Name it with --input=ARCHIVE.'
     )
   if input:
-    _unpack(input, sha256, data_dir, datasets, console)
+    archive = str(paths.expand(input, f'--input={input}'))
+    _unpack(archive, sha256.lower(), data_dir, datasets, console)
   if download:
     for dataset in datasets:
       _download(dataset, data_dir, console)
@@ -112,11 +120,10 @@ def _raw_folders(
   for dataset in datasets:
     if dataset in sources.LOCAL:
       names += sources.LOCAL[dataset].FOLDERS
-    path = pathlib.Path(dataset.removeprefix('folder:')).expanduser()
-    if dataset.startswith('folder:') and data_dir.absolute() in (
-      path.absolute().parents
-    ):
-      names.append(path.absolute().relative_to(data_dir.absolute()).parts[0])
+    folder = paths.dataset_folder(dataset)
+    if folder and data_dir.absolute() in folder.absolute().parents:
+      below = folder.absolute().relative_to(data_dir.absolute())
+      names.append(below.parts[0])
   return tuple(names)
 
 

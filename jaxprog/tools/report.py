@@ -16,13 +16,11 @@ def write_report(workdirs: Sequence[str | pathlib.Path]) -> None:
   a comparison's workdir it writes report.html.
 
   Raises:
-    UserError: if a workdir has no history; then nothing is written.
+    UserError: if one has no run or no history; then nothing is written.
   """
-  folders = [pathlib.Path(x) for x in workdirs if str(x)]
-  if not folders:
-    raise errors.UserError(
-      'There is no --workdir.', '--mode=report', 'Name one, or several: A,B.'
-    )
+  folders = [pathlib.Path(x) for x in workdirs]
+  for folder in folders:
+    rundir.check(folder)
   comparisons = [x for x in folders if (x / 'comparison.json').exists()]
   folders = [x for x in folders if x not in comparisons]
   runs = [rundir.read_run(folder) for folder in folders]

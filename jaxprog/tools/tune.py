@@ -21,7 +21,7 @@ from ml_collections import config_dict
 from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
 from jaxprog.reporting import history as history_lib
-from jaxprog.training import ladder, lock, signals
+from jaxprog.training import ladder, lock, preflight, signals
 
 _KINDS = ('choice', 'integer', 'log', 'uniform')
 _SAMPLERS = ('random', 'tpe')
@@ -40,6 +40,7 @@ def tune(
   """
   workdir = pathlib.Path(workdir)
   check(config)
+  preflight.launch(stages.complete(config.base), workdir, only=config.only)
   with signals.StopRequest(), lock.Lock(workdir):
     study = _open_study(config, workdir)
     _check_same_search(config, study, workdir)
@@ -156,11 +157,16 @@ def _create_ladder(
 
 def _open_study(config: config_dict.ConfigDict, workdir: pathlib.Path) -> Any:
   import optuna  # Half a second, for this mode alone.
+  import sqlalchemy
 
+  # Written out by hand, ? and # in a name would end it.
+  storage = sqlalchemy.engine.URL.create(
+    'sqlite', database=str((workdir / 'tune.db').absolute())
+  )
   optuna.logging.set_verbosity(optuna.logging.WARNING)
   study = optuna.create_study(
     study_name=_STUDY,
-    storage=f'sqlite:///{(workdir / "tune.db").absolute()}',
+    storage=storage.render_as_string(),
     direction='maximize',
     load_if_exists=True,
     pruner=_create_pruner(config),
@@ -258,7 +264,7 @@ def _run_trial(
       if trial.should_prune():
         raise optuna.TrialPruned
 
-  console = rich.console.Console()
+  console = rich.console.Console(markup=False)
   shown = ', '.join(f'{k}={_short(v)}' for k, v in values.items())
   console.print(f'trial {directory}: {shown}', highlight=False, soft_wrap=True)
   try:
@@ -350,7 +356,7 @@ def _show(
     table.add_row(
       trial['directory'], top1, str(trial['epochs']), trial['status'], *values
     )
-  console = rich.console.Console()
+  console = rich.console.Console(markup=False)
   console.print(table)
   pruned = sum(x['status'] == 'pruned' for x in found['trials'])
   console.print(

@@ -11,7 +11,7 @@ import rich.console
 import rich.table
 from ml_collections import config_dict
 
-from jaxprog import files, stages
+from jaxprog import files, paths, stages
 from jaxprog.data import verification
 from jaxprog.reporting import bars
 
@@ -36,13 +36,13 @@ def verify(
   """
   chosen = stages.select(stages.create_stages(config), only, skip)
   num_threads = config.num_workers or os.cpu_count() or 1
-  console = rich.console.Console()
+  console, data_dir = rich.console.Console(markup=False), paths.data_dir(config)
   reports = []
   for dataset, num_classes in _num_classes(chosen).items():
     with bars.progress_bar(console, dataset) as show:
       report = verification.verify_dataset(
         dataset,
-        config.data_dir,
+        data_dir,
         num_classes=num_classes,
         num_threads=num_threads,
         progress=show,
@@ -51,7 +51,7 @@ def verify(
     reports.append(report)
   found = _summarise(reports, num_threads)
   _print_summary(console, found)
-  folder = pathlib.Path(workdir or pathlib.Path(config.data_dir) / 'manifests')
+  folder = pathlib.Path(workdir or data_dir / 'manifests')
   _write(console, folder / 'verify.json', found)
   return 0 if found['ok'] else 1
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import rich.box
 import rich.console
 import rich.table
+import rich.text
 
 from jaxprog import errors
+from jaxprog.reporting import rundir
 from jaxprog.training import checkpoints, integrity
 
 _STYLES = {'intact': 'green', 'damaged': 'bold red', 'unfinished': 'yellow'}
@@ -22,6 +24,7 @@ def verify_checkpoints(workdir: str | pathlib.Path) -> int:
   Raises:
     UserError: if there are no checkpoints.
   """
+  rundir.check(workdir)
   findings = checkpoints.check_workdir(pathlib.Path(workdir))
   if not findings:
     raise errors.UserError(
@@ -29,7 +32,7 @@ def verify_checkpoints(workdir: str | pathlib.Path) -> int:
       f'--workdir={workdir}',
       'Name the --workdir of a run that has trained.',
     )
-  console = rich.console.Console(highlight=False)
+  console = rich.console.Console(highlight=False, markup=False)
   console.print(_table(findings))
   for found in findings:
     if found.detail:
@@ -56,7 +59,7 @@ def _table(findings: Sequence[integrity.Finding]) -> rich.table.Table:
       found.name,
       f'{found.step:,}' if found.step >= 0 else '-',
       f'{found.bytes / 1e6:,.1f}',
-      f'[{_STYLES[found.status]}]{found.status}',
+      rich.text.Text(found.status, _STYLES[found.status]),
     )
   return table
 

@@ -7,6 +7,7 @@ weights that it speaks of beside it, and a resume drops what is newer. What is
 found damaged when it is needed to resume moves to quarantine/; see integrity.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -14,7 +15,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -298,9 +299,10 @@ def quarantine_latest(
   Raises:
     DamagedError: if the stage is under way and no intact one is left.
   """
-  latest, intact = directory / 'latest', False
+  latest = directory / 'latest'
+  statuses = []
   for found in integrity.inspect(latest):
-    intact = intact or found.status == 'intact'
+    statuses.append(found.status)
     if found.status == 'damaged':
       path = integrity.quarantine(latest / str(found.step), directory)
       on_incident(
@@ -312,12 +314,37 @@ def quarantine_latest(
         detail=found.detail,
         path=str(path),
       )
-  set_aside = list((directory / 'quarantine').glob('latest-*'))
-  if set_aside and not intact and not (directory / 'done.json').exists():
-    raise integrity.DamagedError(
-      f'Stage {directory.name!r}: all saved states are damaged. Training does '
-      f'not start over silently; to start the stage anew, remove {directory}'
-    )
+  if _is_lost(directory, statuses):
+    raise lost_error(directory)
+
+
+def find_lost(
+  workdir: pathlib.Path, findings: Iterable[integrity.Finding]
+) -> list[pathlib.Path]:
+  """Returns the stages under way that have no intact state.
+
+  `findings` are those of `check_workdir`.
+  """
+  statuses = collections.defaultdict(list)
+  for found in findings:
+    if found.name == 'latest':
+      statuses[found.stage].append(found.status)
+  return [x for x in _stages(workdir) if _is_lost(x, statuses[x.name])]
+
+
+def _is_lost(stage: pathlib.Path, statuses: Sequence[str]) -> bool:
+  done = stage / 'done.json'
+  if 'intact' in statuses or (done.exists() and not _done_damage(done)):
+    return False
+  return 'damaged' in statuses or any(stage.glob('quarantine/latest-*'))
+
+
+def lost_error(stage: pathlib.Path) -> integrity.DamagedError:
+  """Returns the error that stops a run at a stage without an intact state."""
+  return integrity.DamagedError(
+    f'Stage {stage.name!r}: all saved states are damaged. Training does not '
+    f'start over silently; to start the stage anew, remove {stage}'
+  )
 
 
 def verify_all(workdir: pathlib.Path, on_incident: OnIncident = ignore) -> None:

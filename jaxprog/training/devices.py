@@ -33,25 +33,43 @@ def check_platform(wanted: str) -> None:
     )
 
 
-def keep_compiled(directory: str) -> None:
-  """Makes JAX keep what it compiles in `directory`; '' keeps nothing.
+def keep_compiled(directory: pathlib.Path | None) -> None:
+  """Makes JAX keep what it compiles in `directory`; None keeps nothing.
 
   Raises:
-    UserError: if another user could write there, and so run code here.
+    UserError: as `create_cache`.
   """
-  if not directory:
+  if directory is None:
     return
-  path = pathlib.Path(directory).expanduser()
-  path.mkdir(mode=0o700, parents=True, exist_ok=True)
-  if path.stat().st_mode & 0o022 or path.stat().st_uid != os.getuid():
-    raise errors.UserError(
-      'Others can write to the compilation cache, and so run code here.',
-      f'config.compilation_cache_dir={directory}',
-      f'chmod 700 {path}, or name a directory of your own.',
-    )
-  jax.config.update('jax_compilation_cache_dir', str(path))
+  create_cache(directory)
+  jax.config.update('jax_compilation_cache_dir', str(directory))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def create_cache(directory: pathlib.Path) -> None:
+  """Makes a directory for what is compiled, unless it is there.
+
+  Raises:
+    UserError: if another user could write there, and so run code here, or
+      this one cannot.
+  """
+  where = f'config.compilation_cache_dir={directory}'
+  try:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.stat()
+  except OSError as e:
+    raise errors.UserError(
+      f'There is no compilation cache: {e.strerror}.',
+      where,
+      "Name a directory of your own, or '' for none.",
+    ) from None
+  if found.st_mode & 0o022 or found.st_uid != os.getuid():
+    raise errors.UserError(
+      'Others can write to the compilation cache, and so run code here.',
+      where,
+      f'chmod 700 {directory}, or name a directory of your own.',
+    )
 
 
 def create_mesh() -> Mesh:

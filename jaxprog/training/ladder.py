@@ -172,14 +172,10 @@ def open_run(
     progress.message(message)
 
   checkpoints.verify_all(workdir, on_incident)
-  tasks = tuple(
-    shorten(setup_lib.create_task(setup, stage)) for stage in setup.chosen
-  )
-  handover.check(setup, tasks, workdir)
+  history, changes = _load_history(config, workdir, allow_config_change)
+  tasks = create_tasks(setup, workdir, shorten)
   for line in preflight.quick(tasks, workdir):
     progress.message(line)
-  history, changes = _load_history(config, workdir, allow_config_change)
-  resume.check(tasks, workdir)
   if changes:
     incidents.add('config_change', '; '.join(changes))
   plain = _as_trained(config, workdir)
@@ -206,6 +202,25 @@ def open_run(
   )
   run.writer.write_hparams(tensorboard.flatten_config(plain))
   return run
+
+
+def create_tasks(
+  setup: setup_lib.Setup,
+  workdir: pathlib.Path,
+  shorten: Callable[[setup_lib.Task], setup_lib.Task] = lambda task: task,
+) -> tuple[setup_lib.Task, ...]:
+  """Returns what each chosen stage trains with.
+
+  Raises:
+    UserError: for what a stage yet to begin in `workdir` cannot start from, or
+      one under way cannot go on with.
+  """
+  tasks = tuple(
+    shorten(setup_lib.create_task(setup, stage)) for stage in setup.chosen
+  )
+  handover.check(setup, tasks, workdir)
+  resume.check(tasks, workdir)
+  return tasks
 
 
 def _train_stages(run: Run) -> None:
@@ -723,19 +738,11 @@ def _load_history(
   """
   history = _read_history(config, workdir)
   saved = preflight.saved_configs(config, workdir)
-  changes: list[str] = []
-  if saved is not None:
+  if saved and jax.process_index() == 0:
     table = config_lib.difference_table(*saved)
-    if table.row_count and jax.process_index() == 0:
-      rich.console.Console().print(table)
-    changes = config_lib.differences(*saved)
-    if changes and not allow_config_change:
-      more = ' ...' if len(changes) > 3 else ''
-      raise errors.UserError(
-        f'The run in {workdir} began with another config.',
-        '; '.join(changes[:3]) + more,
-        'Use another --workdir, or --allow_config_change to go on anyway.',
-      )
+    if table.row_count:
+      rich.console.Console(markup=False).print(table)
+  changes = preflight.check_changes(config, workdir, allow_config_change)
   history['config_hash'] = _hash(config)
   return history, changes
 
@@ -777,7 +784,9 @@ def _write_inputs(plain: dict[str, Any], workdir: pathlib.Path) -> None:
 
 def _create_progress(num_stages: int, quiet: bool) -> progress_lib.Progress:
   """Returns what people see, or nothing; only process 0 shows it."""
-  console = rich.console.Console(quiet=quiet or jax.process_index() != 0)
+  console = rich.console.Console(
+    quiet=quiet or jax.process_index() != 0, markup=False
+  )
   return progress_lib.Progress(num_stages, console=console)
 
 

@@ -19,6 +19,7 @@ begin. Within 20 s, one of them finds the other's name in the file and fails in
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import pathlib
@@ -64,6 +65,7 @@ class Lock:
     self._lost: str | None = None
     self._ended = threading.Event()
     self._thread: threading.Thread | None = None
+    self._folder = contextlib.ExitStack()
     self.taken_over: str | None = None
     self.has_flock = True
 
@@ -84,8 +86,10 @@ class Lock:
     self._me = _describe_process()
     self.taken_over, self._lost = None, None
     try:
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      self._file = self._acquire()
+      with contextlib.ExitStack() as stack:
+        stack.enter_context(files.folder(self._path.parent))
+        self._file = self._acquire()
+        self._folder = stack.pop_all()
     except OSError as e:
       raise errors.UserError(
         f'Cannot write to the workdir: {e.strerror}.',
@@ -101,19 +105,20 @@ class Lock:
     return self
 
   def __exit__(self, *exc_info: object) -> None:
-    """Gives the lock back and removes its file."""
+    """Gives the lock back and removes its file; an empty workdir goes too."""
     self._ended.set()
     if self._thread is not None:
       self._thread.join()
     _held.discard(self._me['token'])
-    if self._file is None:
-      return
-    with contextlib.suppress(OSError):
-      # Before it is unlocked: nobody may take a file that then goes.
-      if _is_mine(_read(self._path), self._me):
-        self._path.unlink()
-    os.close(self._file)
-    self._file = None
+    with self._folder:
+      if self._file is None:
+        return
+      with contextlib.suppress(OSError):
+        # Before it is unlocked: nobody may take a file that then goes.
+        if _is_mine(_read(self._path), self._me):
+          self._path.unlink()
+      os.close(self._file)
+      self._file = None
 
   def _acquire(self) -> int:
     """Returns the open file, locked and with our name in it."""
@@ -125,10 +130,7 @@ class Lock:
           os.close(file)
           continue
         self.has_flock = state != 'unknown'
-        age = _age(file, self._path.parent)
-        owner = _read(self._path, patience=1 if state == 'ours' else 5)
-        if state == 'busy' or _may_be_alive(owner, age, state):
-          raise self._refuse(owner, age, state)
+        owner, age = _read_dead(file, self._path, state)
         if owner:
           self.taken_over = _describe_dead(owner, age)
         _write(file, self._me)
@@ -136,23 +138,6 @@ class Lock:
       except BaseException:
         os.close(file)
         raise
-
-  def _refuse(self, owner: Owner, age: float, state: str) -> errors.UserError:
-    pid, host = owner.get('pid', '?'), owner.get('host', '?')
-    if state == 'busy' or _is_here(owner):
-      suggestion = f'Stop it (kill {pid} on {host}), or use another --workdir.'
-    else:
-      left = max(0, round(_STALE_SECONDS - age))
-      suggestion = (
-        f'If it is dead, its lock can be taken over in {left} s, or at once '
-        f'after: rm {shlex.quote(str(self._path))}'
-      )
-    return errors.UserError(
-      f'Process {pid} on {host} has been using this workdir since '
-      f'{owner.get("since", "?")}.',
-      f'--workdir={self._path.parent}',
-      suggestion,
-    )
 
   def _beat(self) -> None:
     while not self._ended.wait(self._beat_seconds) and not self._lost:
@@ -183,14 +168,63 @@ class Lock:
     )
 
 
+def check_free(workdir: str | os.PathLike[str]) -> None:
+  """Raises UserError if another run has the lock, which stays as it is."""
+  path = pathlib.Path(workdir) / 'run.lock'
+  try:
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+  except OSError:  # Nobody has; or who takes it will be told.
+    return
+  try:
+    # Shared, and given back at once: nobody is refused for long.
+    _read_dead(file, path, _flock(file, fcntl.LOCK_SH))
+  finally:
+    os.close(file)
+
+
+def _read_dead(
+  file: int, path: pathlib.Path, state: str
+) -> tuple[Owner, float]:
+  """Returns the dead owner in a lock file, {} if there is none, and its age.
+
+  Raises:
+    UserError: if the owner may be alive.
+  """
+  age = _age(file, path.parent)
+  owner = _read(path, patience=1 if state == 'ours' else 5)
+  if state == 'busy' or _may_be_alive(owner, age, state):
+    raise _refusal(path, owner, age, state)
+  return owner, age
+
+
+def _refusal(
+  path: pathlib.Path, owner: Owner, age: float, state: str
+) -> errors.UserError:
+  pid, host = owner.get('pid', '?'), owner.get('host', '?')
+  if state == 'busy' or _is_here(owner):
+    suggestion = f'Stop it (kill {pid} on {host}), or use another --workdir.'
+  else:
+    left = max(0, round(_STALE_SECONDS - age))
+    suggestion = (
+      f'If it is dead, its lock can be taken over in {left} s, or at once '
+      f'after: rm {shlex.quote(str(path))}'
+    )
+  return errors.UserError(
+    f'Process {pid} on {host} has been using this workdir since '
+    f'{owner.get("since", "?")}.',
+    f'--workdir={path.parent}',
+    suggestion,
+  )
+
+
 def _open(path: pathlib.Path) -> int:
   return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
 
-def _flock(file: int) -> str:
+def _flock(file: int, kind: int = fcntl.LOCK_EX) -> str:
   """Returns 'ours', 'busy', or 'unknown' where there is no flock."""
   try:
-    return 'ours' if files.lock(file, wait=False) else 'unknown'
+    return 'ours' if files.lock(file, kind, wait=False) else 'unknown'
   except BlockingIOError:
     return 'busy'
 
@@ -229,8 +263,15 @@ def _write(file: int, owner: Owner) -> None:
 
 
 def _age(file: int, workdir: pathlib.Path) -> float:
-  """Returns seconds since the last beat, by the file system's own clock."""
-  with tempfile.TemporaryFile(dir=workdir) as probe:
+  """Returns seconds since the last beat, by the file system's own clock.
+
+  By this host's, where one may only read.
+  """
+  now = time.time()
+  with (
+    contextlib.suppress(OSError),
+    tempfile.TemporaryFile(dir=workdir) as probe,
+  ):
     now = os.fstat(probe.fileno()).st_mtime
   return now - os.fstat(file).st_mtime
 

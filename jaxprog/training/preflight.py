@@ -1,9 +1,7 @@
 """What stands in the way of a run, found before anything is paid for."""
 
 import contextlib
-import fcntl
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -22,12 +20,12 @@ from ml_collections import config_dict
 from packaging import requirements, specifiers
 
 from jaxprog import config as config_lib
-from jaxprog import errors, files
+from jaxprog import errors, files, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import archives, builders, folders, packs, sources
 from jaxprog.optim import optimizers
 from jaxprog.reporting import history as history_lib
-from jaxprog.training import checkpoints, devices, integrity
+from jaxprog.training import checkpoints, devices, integrity, lock
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
 
@@ -76,18 +74,22 @@ def inspect(
   *,
   only: Sequence[str] = (),
   skip: Sequence[str] = (),
+  model: setup_lib.ModelFn | None = None,
+  allow_config_change: bool = False,
 ) -> list[Finding]:
   """Returns all that is in order or in the way of training `config`.
 
   No problem hides another: what can still be looked at is. Nothing is
-  prepared, written or compiled.
+  prepared, written or compiled. What `ladder.train` refuses is asked of the
+  functions that it asks.
   """
   chosen, found = _check_config(config, only, skip)
   found += _gather(_check_versions())
   found += _gather(_check_devices(config.platform))
-  found += _gather(_check_cache(config.compilation_cache_dir))
+  found += _gather(_check_cache(config))
   found += _gather(_check_batches(config, chosen))
-  looked = [_look(config.data_dir, stage) for stage in chosen]
+  found += _gather(_check_network(config, model))
+  looked = [_look(config, stage) for stage in chosen]
   found += [finding for _, finding in looked]
   data = {stage.name: x for stage, (x, _) in zip(chosen, looked, strict=True)}
   found += _gather(_check_left_out(chosen, data))
@@ -96,9 +98,9 @@ def inspect(
   if workdir:
     path = pathlib.Path(workdir)
     found += _gather(_check_workdir(path))
-    found += _gather(_check_lock(path))
-    found += _gather(_check_run(config, path))
-  found += _gather(_check_disk(config, workdir, chosen, data))
+    found += _gather(_check_run(config, path, allow_config_change))
+    found += _gather(_check_checkpoints(path))
+  found += _gather(_check_disk(config, workdir, chosen, data, model))
   return found
 
 
@@ -122,12 +124,12 @@ def launch(
 ) -> None:
   """Raises UserError for what would fail hours later, at no cost.
 
-  That is a workdir that cannot be written to, and a dataset that is missing.
+  That is a workdir that cannot be written to, or is another run's, and a
+  dataset that is missing.
   """
-  refuse_bucket(config.data_dir, 'config.data_dir')
   chosen = stages_lib.select(stages_lib.create_stages(config), only, skip)
   devices.check_platform(config.platform)
-  data_dir = pathlib.Path(config.data_dir)
+  data_dir = _data_dir(config)
   for stage in chosen:
     if _is_here(stage.dataset, data_dir):
       continue
@@ -137,7 +139,24 @@ def launch(
       where = f'stage {stage.name!r}: {e.where}'
       fix = _mend(stage.dataset, e.suggestion)
       raise errors.UserError(e.what, where, fix) from None
-  check_workdir(pathlib.Path(workdir))
+  claim_workdir(pathlib.Path(workdir))
+
+
+def claim_workdir(workdir: pathlib.Path) -> None:
+  """Raises UserError if no run can begin or go on in `workdir`."""
+  if '[' in str(workdir.resolve()):
+    raise errors.UserError(
+      'Checkpoints cannot be saved below a folder with [ in its name.',
+      f'--workdir={workdir}',
+      'orbax takes it for a pattern: choose another --workdir.',
+    )
+  lock.check_free(workdir)  # First: what is another run's is not written to.
+  check_workdir(workdir)
+
+
+def _data_dir(config: config_dict.ConfigDict) -> pathlib.Path:
+  refuse_bucket(config.data_dir, 'config.data_dir')
+  return paths.data_dir(config)
 
 
 def refuse_bucket(path: str | os.PathLike[str], where: str) -> None:
@@ -191,21 +210,16 @@ def check_workdir(workdir: pathlib.Path) -> None:
   """
   refuse_bucket(workdir, '--workdir')
   probe = workdir / f'.probe.{socket.gethostname()}.{os.getpid()}'
-  made: list[pathlib.Path] = []
   try:
-    made = [x for x in (workdir, *workdir.parents) if not x.exists()]
-    files.write_bytes(probe, b'probe')
-    probe.unlink()
+    with files.folder(workdir):
+      files.write_bytes(probe, b'probe')
+      probe.unlink()
   except OSError as e:
     raise errors.UserError(
       f'Cannot write to the workdir: {e.strerror}.',
       f'--workdir={workdir}',
       'Name a directory that you may write to.',
     ) from None
-  finally:
-    for folder in made:
-      with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def bytes_to_write(workdir: pathlib.Path | None, sizes: Iterable[Size]) -> int:
@@ -247,6 +261,28 @@ def saved_configs(
   )
 
 
+def check_changes(
+  config: config_dict.ConfigDict,
+  workdir: str | os.PathLike[str],
+  allow_config_change: bool,
+) -> list[str]:
+  """Returns what of `config` changes the meaning of the run in `workdir`.
+
+  Raises:
+    UserError: if there is any such change, and it is not allowed.
+  """
+  saved = saved_configs(config, workdir)
+  changes = config_lib.differences(*saved) if saved else []
+  if changes and not allow_config_change:
+    more = f' and {len(changes) - 3} more' if len(changes) > 3 else ''
+    raise errors.UserError(
+      f'The run in {workdir} began with another config.',
+      '; '.join(changes[:3]) + more,
+      'Use another --workdir, or --allow_config_change to go on anyway.',
+    )
+  return changes
+
+
 def prepare_command() -> str:
   """Returns what prepares the data of this very call, to be pasted."""
   script = sys.argv[0]
@@ -271,14 +307,15 @@ def _gather(check: Iterator[Finding]) -> list[Finding]:
     for finding in check:
       found.append(finding)
   except errors.UserError as e:
-    found.append(_crossed(e))
+    found.append(crossed(e))
   except (OSError, ValueError, RuntimeError) as e:
     message = ' '.join(str(e).split())
     found.append(Finding(False, f'{type(e).__name__}: {message}'))
   return found
 
 
-def _crossed(e: errors.UserError) -> Finding:
+def crossed(e: errors.UserError) -> Finding:
+  """Returns a mistake as something to mend."""
   where = f' ({e.where})' if e.where else ''
   return Finding(False, f'{e.what.removesuffix(".")}{where}', e.suggestion)
 
@@ -291,7 +328,7 @@ def _check_config(
     known = stages_lib.create_stages(config)
     chosen = stages_lib.select(known, only, skip)
   except errors.UserError as e:
-    return (), [_crossed(e)]
+    return (), [crossed(e)]
   names = ', '.join(stage.name for stage in chosen)
   left_out = len(known) - len(chosen)
   more = f'; {left_out} left out' if left_out else ''
@@ -380,7 +417,8 @@ def _describe_devices() -> str:
   return text + (f', {_gigabytes(memory)} each' if memory else '')
 
 
-def _check_cache(directory: str) -> Iterator[Finding]:
+def _check_cache(config: config_dict.ConfigDict) -> Iterator[Finding]:
+  directory = paths.cache_dir(config)
   devices.keep_compiled(directory)
   if directory:
     what = f'compiled steps: kept in {directory}, closed to others'
@@ -396,22 +434,33 @@ def _check_batches(
   try:
     stages_lib.check_batch_norm(config, count)
   except errors.UserError as e:
-    yield _crossed(e)
+    yield crossed(e)
   for stage in chosen:
     try:
       stages_lib.check_devices([stage], count)
     except errors.UserError as e:
       wrong += 1
-      yield _crossed(e)
+      yield crossed(e)
   if not wrong:
     among = f'{count} device{"s" * (count > 1)}'
     yield Finding(True, f'batch sizes: divide among {among}')
 
 
-def _look(data_dir: str, stage: stages_lib.Stage) -> tuple[_Data, Finding]:
+def _check_network(
+  config: config_dict.ConfigDict, model: setup_lib.ModelFn | None
+) -> Iterator[Finding]:
+  if model is not None:
+    setup_lib.check_own_network(config)
+    yield Finding(True, 'network: your own')
+
+
+def _look(
+  config: config_dict.ConfigDict, stage: stages_lib.Stage
+) -> tuple[_Data, Finding]:
   """Returns what there is of a stage's dataset, and what is wrong with it."""
   where = f'stage {stage.name!r}'
   try:
+    data_dir = _data_dir(config)
     if sources.check_dataset(stage.dataset, data_dir) == 'raw':
       return _look_at_raw(data_dir, stage, where)
     dataset = setup_lib.load_dataset(data_dir, stage)
@@ -430,9 +479,9 @@ def _look(data_dir: str, stage: stages_lib.Stage) -> tuple[_Data, Finding]:
 
 
 def _look_at_raw(
-  data_dir: str, stage: stages_lib.Stage, where: str
+  data_dir: pathlib.Path, stage: stages_lib.Stage, where: str
 ) -> tuple[_Data, Finding]:
-  raw = sources.list_raw(stage.dataset, pathlib.Path(data_dir))
+  raw = sources.list_raw(stage.dataset, data_dir)
   assert raw is not None  # check_dataset has found it.
   known = set(raw.classes)
   unknown = [x for x in stage.classes if x not in known]
@@ -536,31 +585,14 @@ def is_signed(dataset: sources.Dataset) -> bool:
 
 
 def _check_workdir(workdir: pathlib.Path) -> Iterator[Finding]:
-  check_workdir(workdir)
+  claim_workdir(workdir)
   yield Finding(True, f'workdir: {workdir} can be written to')
 
 
-def _check_lock(workdir: pathlib.Path) -> Iterator[Finding]:
-  """Yields a cross if a process of this host holds WORKDIR/run.lock."""
-  path = workdir / 'run.lock'
-  if not path.is_file():
-    return
-  with open(path) as file:
-    try:
-      # Shared, and given back at once: nobody is refused for long.
-      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-      owner = json.load(file)
-      yield Finding(
-        False,
-        f'workdir: process {owner.get("pid")} on {owner.get("host")} is '
-        'using it',
-        'Wait for it, stop it, or use another --workdir.',
-      )
-
-
 def _check_run(
-  config: config_dict.ConfigDict, workdir: pathlib.Path
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  allow_config_change: bool,
 ) -> Iterator[Finding]:
   for line in _describe_run(workdir):
     yield Finding(True, f'run: {line}')
@@ -572,15 +604,21 @@ def _check_run(
         f'run: {name}/done.json is damaged: the stage is finished again from '
         'its last save',
       )
-  saved = saved_configs(config, workdir)
-  different = config_lib.differences(*saved) if saved else []
-  if different:
-    more = f' and {len(different) - 3} more' if len(different) > 3 else ''
-    yield Finding(
-      False,
-      f'run: it began with another config: {"; ".join(different[:3])}{more}',
-      'Use another --workdir, or --allow_config_change to go on anyway.',
-    )
+  changes = check_changes(config, workdir, allow_config_change)
+  if changes:
+    what = f'run: goes on with another config: {"; ".join(changes)}'
+    yield Finding(None, what)
+
+
+def _check_checkpoints(workdir: pathlib.Path) -> Iterator[Finding]:
+  """Yields what `checkpoints.verify_all` would find damaged."""
+  findings = checkpoints.check_workdir(workdir)
+  for found in findings:
+    if found.status == 'damaged' and found.step >= 0:
+      what = f'{found.stage}/{found.name}: step {found.step} is damaged'
+      yield Finding(None, f'run: {what} ({found.detail})')
+  for stage in checkpoints.find_lost(workdir, findings):
+    yield Finding(False, f'run: {checkpoints.lost_error(stage)}')
 
 
 def _is_done(workdir: pathlib.Path, stage: str) -> bool:
@@ -622,15 +660,16 @@ def _check_disk(
   workdir: str | os.PathLike[str] | None,
   chosen: Sequence[stages_lib.Stage],
   data: Mapping[str, _Data],
+  model: setup_lib.ModelFn | None,
 ) -> Iterator[Finding]:
   """Yields a finding for each file system that the run writes to."""
   if not chosen or not _has_devices():
     return
   path = pathlib.Path(workdir) if workdir else None
-  run = bytes_to_write(path, _estimate_sizes(config, chosen, data))
+  run = bytes_to_write(path, _estimate_sizes(config, chosen, data, model))
   raw = {x.raw.root: x.raw for x in data.values() if x.raw}
   prepared = int(_OVERHEAD * sum(map(_raw_bytes, raw.values())))
-  data_dir = pathlib.Path(config.data_dir)
+  data_dir = paths.data_dir(config)
   if raw and not os.access(_nearest(data_dir / 'prepared'), os.W_OK):
     fix = 'Set config.data_dir to a folder that you may write to.'
     yield Finding(False, f'data: {data_dir} cannot be written to', fix)
@@ -662,6 +701,7 @@ def _estimate_sizes(
   config: config_dict.ConfigDict,
   chosen: Sequence[stages_lib.Stage],
   data: Mapping[str, _Data],
+  model_fn: setup_lib.ModelFn | None,
 ) -> list[Size]:
   """Returns what checkpoints take; stages count as if all had all classes.
 
@@ -673,12 +713,13 @@ def _estimate_sizes(
     classes = dataset.classes if dataset else raw.classes if raw else ()
     return len(classes) or stage.num_classes or _CLASSES
 
-  model = setup_lib.create_model_fn(config)(
-    num_classes=max(map(count, chosen)), image_size=32, dtype=jnp.float32
+  size = chosen[0].image_size if model_fn else 32
+  model = (model_fn or setup_lib.create_model_fn(config))(
+    num_classes=max(map(count, chosen)), image_size=size, dtype=jnp.float32
   )
   rng = jax.random.key(0)
   variables = jax.eval_shape(
-    lambda rng: state_lib.init_variables(model, 32, rng), rng
+    lambda rng: state_lib.init_variables(model, size, rng), rng
   )
 
   def create_state(stage: stages_lib.Stage) -> Any:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import safetensors
 
-from jaxprog import errors, stages
+from jaxprog import errors, paths, stages
 from jaxprog.models import interchange
 from jaxprog.training import checkpoints, integrity
 from jaxprog.training import setup as setup_lib
@@ -56,8 +56,8 @@ def load(
     UserError: if it is missing or damaged, no safetensors, or of another
       network.
   """
-  path = pathlib.Path(os.path.expanduser(stage.init_from))
-  where = f'stage {stage.name!r}: init_from={path}'
+  where = f'stage {stage.name!r}: init_from={stage.init_from}'
+  path = paths.expand(stage.init_from, where)
   with _open(path, where) as file:
     names = file.keys()
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}

@@ -14,7 +14,7 @@ import rich.console
 from flax import linen as nn
 from ml_collections import config_dict
 
-from jaxprog import epochs, errors, fields
+from jaxprog import epochs, errors, fields, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import leaks, sources
 from jaxprog.models import resnet
@@ -130,9 +130,9 @@ def create_setup(
   all_stages = stages_lib.create_stages(config)
   chosen = stages_lib.select(all_stages, only, skip)
   if model is not None:
-    _check_own_network(config)
+    check_own_network(config)
   xla_flags.use(config.xla_flags)
-  devices.keep_compiled(config.compilation_cache_dir)
+  devices.keep_compiled(paths.cache_dir(config))
   devices.check_platform(config.platform)
   if training:
     stages_lib.check_devices(chosen, jax.device_count())
@@ -166,13 +166,14 @@ def load_datasets(
   All are looked for before the first is prepared: a dataset missing in the
   last stage is said at once, not hours later.
   """
+  data_dir = paths.data_dir(config)
   for stage in chosen:
     try:
-      sources.check_dataset(stage.dataset, config.data_dir)
+      sources.check_dataset(stage.dataset, data_dir)
     except errors.UserError as e:
       where = f'stage {stage.name!r}: {e.where}'
       raise errors.UserError(e.what, where, e.suggestion) from None
-  return {stage.name: load_dataset(config.data_dir, stage) for stage in chosen}
+  return {stage.name: load_dataset(data_dir, stage) for stage in chosen}
 
 
 def load_dataset(
@@ -446,7 +447,7 @@ def create_model_fn(
   )
 
 
-def _check_own_network(config: config_dict.ConfigDict) -> None:
+def check_own_network(config: config_dict.ConfigDict) -> None:
   """Refuses what only the config's network does, for a user's own."""
   for field, default in (('batch_norm', 'global'), ('remat', 'none')):
     if config[field] != default:

@@ -13,7 +13,8 @@ from flax import linen as nn
 from ml_collections import config_dict
 
 from jaxprog import config as config_lib
-from jaxprog import errors, stages
+from jaxprog import errors, paths, stages
+from jaxprog.reporting import rundir
 from jaxprog.training import checkpoints, devices, setup
 from jaxprog.training import state as state_lib
 
@@ -100,10 +101,12 @@ def load_trained(
   `model` is what `train` was given in place of the config's own network.
 
   Raises:
-    UserError: if there are none, or another config or network made them.
+    UserError: if there is no run, or none of these weights, or another config
+      or network made them.
     DamagedError: if they are not what was saved.
   """
   workdir = pathlib.Path(workdir)
+  rundir.check(workdir)
   if weights not in WEIGHTS:
     raise errors.UserError(
       f'Unknown weights {weights!r}.', '--weights', 'Use best, final or ema.'
@@ -132,7 +135,7 @@ def load_trained(
   used = {field: getattr(chosen, field) for field in _OF_USE}
   stage_of_run = dataclasses.replace(trained.trained_stage, **used)
   trained = dataclasses.replace(trained, stage=stage_of_run)
-  devices.keep_compiled(config.compilation_cache_dir)
+  devices.keep_compiled(paths.cache_dir(config))
   devices.check_platform(config.platform)
   _check_shapes(trained)
   return trained

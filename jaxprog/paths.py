@@ -1,0 +1,75 @@
+"""Paths as people write them: ~ is a home.
+
+A config keeps what was written, because it may be read on another machine and
+by somebody else; whoever opens a path asks here.
+"""
+
+import os
+import pathlib
+
+from ml_collections import config_dict
+
+from jaxprog import errors
+
+
+def expand(path: str | os.PathLike[str], where: str = '') -> pathlib.Path:
+  """Returns `path` with the home that ~ or ~USER at its start stands for.
+
+  Raises:
+    UserError: naming `where`, if nobody knows that home.
+  """
+  expanded = os.path.expanduser(path)
+  if os.fspath(expanded).startswith('~'):
+    home = os.fspath(path).partition('/')[0]
+    raise errors.UserError(
+      f'Nobody knows the home directory {home}.',
+      where or os.fspath(path),
+      f'Write the path in full, or ./{home} for a folder of that name.',
+    )
+  return pathlib.Path(expanded)
+
+
+def workdir(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the directory of a run.
+
+  Raises:
+    UserError: if it has no name.
+  """
+  if not os.fspath(path):
+    raise errors.UserError(
+      'There is no --workdir.',
+      "workdir=''",
+      'Name a directory for what the run writes: --workdir=runs/first.',
+    )
+  return _readable(path, f'--workdir={path}')
+
+
+def data_dir(config: config_dict.ConfigDict) -> pathlib.Path:
+  """Returns where the config has its datasets."""
+  return _readable(config.data_dir, f'config.data_dir={config.data_dir}')
+
+
+def cache_dir(config: config_dict.ConfigDict) -> pathlib.Path | None:
+  """Returns where compiled steps are kept, None for nowhere."""
+  path = config.compilation_cache_dir
+  return expand(path, f'config.compilation_cache_dir={path}') if path else None
+
+
+def dataset_folder(dataset: str) -> pathlib.Path | None:
+  """Returns the folder that folder:PATH names, None for other datasets."""
+  source, _, path = dataset.partition(':')
+  return expand(path, f'dataset {dataset!r}') if source == 'folder' else None
+
+
+def _readable(path: str | os.PathLike[str], where: str) -> pathlib.Path:
+  """Returns `path` expanded; what is written there takes text alone for it."""
+  expanded = expand(path, where)
+  try:
+    str(expanded).encode()
+  except UnicodeEncodeError:
+    raise errors.UserError(
+      'The name of a folder is not UTF-8.',
+      where.encode(errors='backslashreplace').decode(),
+      'Choose a name that is.',
+    ) from None
+  return expanded
