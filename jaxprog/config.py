@@ -361,18 +361,14 @@ def _check_effect(
     UserError: if none does.
   """
   others = [str(s.get('name')) for s in ladder if s.get(field, value) != value]
+  said = f'{", ".join(others)} keep their own {field}'
   if others and all(field in stage for stage in ladder):
-    path = where.partition('=')[0]
+    path = where.partition('=')[0].replace('stage_defaults', 'stages[*]')
     raise errors.UserError(
-      f'No stage takes it over: each says its own {field}.',
-      where,
-      f'Set {path.replace("stage_defaults", "stages[*]")}, or [0] for the '
-      'first one.',
+      f'No stage takes it over: {said}.', where, f'Use {path} for all of them.'
     )
   if others:
-    print(
-      f'{where}: {", ".join(others)} keep their own {field}.', file=sys.stderr
-    )
+    print(f'{where}: {said}.', file=sys.stderr)
 
 
 def _find(

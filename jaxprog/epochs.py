@@ -6,6 +6,9 @@ import dataclasses
 from jaxprog import errors
 from jaxprog.stages import Stage
 
+# Devices count steps in int32.
+MAX_STEP = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -25,7 +28,8 @@ class Steps:
     phases: in order; the first one begins at epoch 0 and step 0.
     total: steps of the stage.
     warmup: steps in which the learning rate rises to its peak.
-    restart: steps from the peak to the first warm restart; 0: none.
+    restarts: where the cosine begins anew; the last of them is where the period
+      would end that the stage's end may cut short. (): nowhere.
     milestones: where the `step` schedule lowers the rate.
     frozen: first steps, which train the head alone.
   """
@@ -33,7 +37,7 @@ class Steps:
   phases: tuple[Phase, ...]
   total: int
   warmup: int = 0
-  restart: int = 0
+  restarts: tuple[int, ...] = ()
   milestones: tuple[int, ...] = ()
   frozen: int = 0
 
@@ -80,11 +84,12 @@ def count_steps(stage: Stage, num_train_images: int) -> Steps:
     UserError: if a part of the stage is longer than the whole.
   """
   phases = _count_phases(stage, num_train_images)
+  warmup = stage.warmup_steps or _step_at(phases, stage.warmup_epochs)
   steps = Steps(
     phases=phases,
     total=max(1, _step_at(phases, stage.num_epochs)),
-    warmup=stage.warmup_steps or _step_at(phases, stage.warmup_epochs),
-    restart=round(stage.restart_epochs * phases[0].per_epoch),
+    warmup=warmup,
+    restarts=_restarts(stage, phases, warmup),
     milestones=tuple(_step_at(phases, epoch) for epoch in stage.milestones),
     frozen=_step_at(phases, stage.freeze_epochs),
   )
@@ -103,6 +108,22 @@ def translate(step: int, old: Steps, new: Steps) -> int:
   first = new.epoch_start(epoch)
   phase = new.phase(first)
   return first + min(images // phase.batch_size, phase.per_epoch - 1)
+
+
+def _restarts(
+  stage: Stage, phases: tuple[Phase, ...], warmup: int
+) -> tuple[int, ...]:
+  """Returns `Steps.restarts`; periods are epochs, counted from the peak."""
+  peak = [p for p in phases if p.first_step <= warmup][-1]
+  epoch = peak.first_epoch + (warmup - peak.first_step) / peak.per_epoch
+  length, ends = stage.restart_epochs, [warmup]
+  while length and epoch < stage.num_epochs:
+    epoch += length
+    length *= stage.restart_factor
+    ends.append(min(_step_at(phases, epoch), MAX_STEP))
+    if ends[-1] <= ends[-2]:
+      raise _no_step(stage, 'restart_epochs', phases, epoch)
+  return tuple(ends[1:])
 
 
 def _count_phases(stage: Stage, num_train_images: int) -> tuple[Phase, ...]:
@@ -133,22 +154,36 @@ def _step_at(phases: tuple[Phase, ...], epochs: float) -> int:
 
 
 def _check_steps(stage: Stage, steps: Steps) -> None:
-  decay = steps.total - steps.warmup
-  for field, count, limit, rest in (
-    ('warmup', steps.warmup, steps.total, 'leaves no step to decay in'),
-    ('restart_epochs', steps.restart, decay, 'is all that follows the warmup'),
-    ('freeze_epochs', steps.frozen, steps.total, 'leaves nothing to unfreeze'),
-    (
-      'milestones',
-      max(steps.milestones, default=0),
-      steps.total,
-      'is past the end',
-    ),
+  """Raises UserError for what rounds to no step, or fills the whole stage."""
+  warmup = 'warmup_steps' if stage.warmup_steps else 'warmup_epochs'
+  for field, found, rest in (
+    (warmup, (steps.warmup,), 'leaves no step to decay in'),
+    ('restart_epochs', steps.restarts[:1], 'is all that follows the warmup'),
+    ('freeze_epochs', (steps.frozen,), 'leaves nothing to unfreeze'),
+    ('milestones', steps.milestones, 'is past the end'),
   ):
-    if count and count >= limit:
-      raise errors.UserError(
-        f'{field}: step {count} of {steps.total} {rest}.',
-        f'stage {stage.name!r}',
-        f'The stage has {stage.num_epochs:g} epochs of '
-        f'{steps.phases[0].per_epoch} steps.',
-      )
+    for i, step in enumerate(found if getattr(stage, field) else ()):
+      if step <= (found[i - 1] if i else 0):
+        value = getattr(stage, field)
+        epoch = value[i] if isinstance(value, tuple) else value
+        raise _no_step(stage, field, steps.phases, epoch)
+      if step >= steps.total:
+        sizes = ', '.join(str(phase.per_epoch) for phase in steps.phases)
+        raise errors.UserError(
+          f'{field}: step {step} of {steps.total} {rest}.',
+          f'stage {stage.name!r}',
+          f'The stage has {stage.num_epochs:g} epochs of {sizes} steps.',
+        )
+
+
+def _no_step(
+  stage: Stage, field: str, phases: tuple[Phase, ...], epoch: float
+) -> errors.UserError:
+  """Returns the error for a `field` that ends on the step that it begins on."""
+  per_epoch = [p for p in phases if p.first_epoch <= epoch][-1].per_epoch
+  return errors.UserError(
+    f'{field} {getattr(stage, field)} has no step of its own at epoch '
+    f'{epoch:.4g}: an epoch has {per_epoch} steps.',
+    f'stage {stage.name!r}',
+    f'Leave at least {1 / per_epoch:.2g} epochs.',
+  )

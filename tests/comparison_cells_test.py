@@ -125,6 +125,11 @@ def test_controls_are_the_last_stage_alone_with_all_that_can_be_equal():
       "Two axes of the grid change 'model'",
       'config.grid',
     ),
+    (
+      {'grid': ({'stages[*].b1': (0.8,)}, {'stages.ten.b1': (0.9,)})},
+      "Two axes of the grid change 'stages[0].b1'",
+      'config.grid',
+    ),
     ({'cells': ({'name': 'x', 'override': {}},)}, "'override'", 'config.cells'),
     ({'cells': ({'name': 'a/b', 'overrides': {}},)}, 'a/b', 'config.cells'),
     (
@@ -162,6 +167,8 @@ def test_mistakes_are_found_before_anything_runs(fields, what, where):
     ('stages[-1].batch_size', 'large', 'must be a whole number'),
     ('stages[-1]', 'x', 'names a group'),
     ('stages[-1].num_epochs', 3, 'cannot set num_epochs'),
+    ('stages[*].num_epochs', 3, 'cannot set num_epochs'),
+    ('stages.ten.name', 'other', 'cannot set name'),
     ('stages[0].name', 'other', 'cannot set name'),
     ('stage_defaults.optimizer', 'adamw', 'their defaults'),
     ('seed', 3, 'seeds of the comparison'),

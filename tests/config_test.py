@@ -5,7 +5,7 @@ import pytest
 import rich.console
 
 from jaxprog import config as config_lib
-from jaxprog import errors, stages
+from jaxprog import errors, fields, stages
 
 FILE = 'configs/quickstart.py'
 
@@ -40,6 +40,41 @@ def test_a_default_reaches_every_stage_that_does_not_say_otherwise():
   assert decays == [0.5, 0.5, 1e-4, 1e-4]
 
 
+def test_a_default_that_reaches_no_stage_is_refused(tmp_path, capsys):
+  config_lib.load_config(FILE, {'stage_defaults.weight_decay': '0.5'})
+  assert 'ten, ten_large keep their own weight_decay' in capsys.readouterr().err
+  with pytest.raises(
+    errors.UserError, match='four, seven, ten, ten_large keep'
+  ):
+    config_lib.load_config(FILE, {'stage_defaults.learning_rate': '1'})
+  # Stages of a saved config are complete.
+  path = tmp_path / 'config.json'
+  saved = config_lib.load_config(FILE)
+  path.write_text(json.dumps(config_lib.to_json(saved)))
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.load_config(str(path), {'stage_defaults.batch_size': '64'})
+  assert 'Use --config.stages[*].batch_size' in caught.value.suggestion
+  config_lib.load_config(str(path), {'stage_defaults.batch_size': '32'})
+  assert not capsys.readouterr().err
+
+
+def test_stages_are_named_by_index_by_name_and_all_at_once():
+  overrides = {
+    'stages[*].num_epochs': '1',
+    'stages.ten_large.num_epochs': '2',
+    'stages.seven.name': 'a.b',
+    'stages.a.b.num_epochs': '3',
+  }
+  config = config_lib.load_config(FILE, overrides)
+  assert [x.num_epochs for x in config.stages] == [1, 3, 1, 2]
+  comparison = config_lib.load_config(
+    'configs/compare_ladder.py:digits',
+    {'base.stages[*].batch_size': '16', 'base.stages.ten.flip': 'on'},
+  )
+  assert [x.batch_size for x in comparison.base.stages] == [16, 16]
+  assert [x.flip for x in comparison.base.stages] == [False, True]
+
+
 def test_an_argument_reaches_get_config():
   config = config_lib.load_config('configs/progressive.py:resnet18')
   assert config.model == 'resnet18'
@@ -54,6 +89,9 @@ def test_an_argument_reaches_get_config():
     ('stages', '1', 'names a group'),
     ('seed.x', '1', 'no field of a value'),
     ('seed[0]', '1', 'does not index a list'),
+    ('mean_rgb[0]', '1', 'part of a value'),
+    ('stages.fuor.num_epochs', '1', "Did you mean 'four'"),
+    ('stages[*].num_epoch', '1', "Did you mean 'num_epochs'"),
   ],
 )
 def test_overrides_that_name_nothing(field, text, expected):
@@ -91,6 +129,17 @@ def test_hash_changes_with_what_changes_the_result():
   other_rate = config_lib.load_config(FILE, {'stages[3].learning_rate': '1'})
   assert config_lib.config_hash(other_place) == config_lib.config_hash(config)
   assert config_lib.config_hash(other_rate) != config_lib.config_hash(config)
+
+
+@pytest.mark.parametrize('field', fields.names(fields.CONFIG, 'free'))
+def test_what_is_free_forbids_no_resume(field):
+  old = config_lib.load_config(FILE)
+  new = config_lib.load_config(FILE)
+  with new.ignore_type():
+    new[field] = 'another'
+  plain = config_lib.to_json(old), config_lib.to_json(new)
+  assert config_lib.differences(*plain, ('four',)) == []
+  assert config_lib.config_hash(old) == config_lib.config_hash(new)
 
 
 def test_differences_count_only_started_stages():

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import runs
 import tiny_config
 
 from jaxprog import epochs, errors, fields, stages
@@ -62,6 +63,69 @@ def test_every_image_at_most_once_in_an_epoch():
 
 def test_warmup_in_steps():
   assert count(480, warmup_steps=7).warmup == 7
+
+
+@pytest.mark.parametrize(
+  ('batch_sizes', 'factor', 'expected'),
+  [
+    ((48, 48), 1, (20, 40, 60, 80)),
+    # 30 steps an epoch from epoch 2 on, or 5: still epochs 2, 4, 6 and 8.
+    ((48, 16), 1, (20, 80, 140, 200)),
+    ((48, 96), 1, (20, 30, 40, 50)),
+    ((48, 96), 2, (20, 40, 80)),
+  ],
+)
+def test_restarts_count_epochs_whatever_the_batch(
+  batch_sizes, factor, expected
+):
+  first, second = batch_sizes
+  cosine = {'schedule': 'cosine', 'num_epochs': 8.0, 'batch_size': first}
+  phases = (fields.PhaseStart(2, (('batch_size', second),)),)
+  options = {'phases': phases, 'restart_factor': factor, 'restart_epochs': 2.0}
+  assert count(480, **cosine, **options).restarts == expected
+  # From the peak on, and with a period that no device could count.
+  late = count(480, **cosine, restart_epochs=3.0, warmup_steps=5)
+  assert late.restarts == (35, 65, 95)
+  endless = count(480, **cosine, restart_epochs=3.0, restart_factor=1e30)
+  assert endless.restarts == (30, epochs.MAX_STEP)
+  # It was refused: 3 epochs of the first phase are more than all steps.
+  options['restart_epochs'] = 7.0
+  assert count(480, **cosine, **options).restarts[0] < 8 * 30
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('warmup_epochs', 0.04),
+    ('freeze_epochs', 0.05),
+    ('restart_epochs', 0.05),
+    ('milestones', (0.01,)),
+    ('milestones', (0.5, 0.51, 0.52)),
+  ],
+)
+def test_what_rounds_to_no_step_is_said(field, value):
+  with pytest.raises(errors.UserError) as caught:
+    count(480, num_epochs=2.0, **{field: value})
+  assert field in caught.value.what
+  assert 'an epoch has 10 steps' in caught.value.what
+  assert 'at least 0.1 epochs' in caught.value.suggestion
+
+
+def test_a_restart_that_fits_the_first_phase_alone_is_said():
+  phases = (fields.PhaseStart(1, (('batch_size', 480),)),)
+  with pytest.raises(errors.UserError, match='an epoch has 1 steps'):
+    count(480, num_epochs=8.0, restart_epochs=0.25, phases=phases)
+
+
+def test_the_command_line_says_what_rounds_to_no_step(data_dir, tmp_path):
+  result = runs.call_main(
+    f'--config=tests/tiny_config.py:{data_dir}',
+    f'--workdir={tmp_path}/run',
+    '--config.stages.ten.freeze_epochs=0.001',
+  )
+  assert result.returncode == 2
+  assert 'freeze_epochs 0.001 has no step of its own' in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,12 @@ def learning_rates(
   schedule, total, warmup=0, *, restart=0, milestones=(), at=None, **fields
 ):
   """Returns float64 of the rates of all steps, or of those in `at`."""
-  steps = epochs.Steps(
-    PHASES, total, warmup=warmup, restart=restart, milestones=milestones
-  )
+  if restart:
+    fields |= {'num_epochs': total / 10, 'restart_epochs': restart / 10}
+    stage = create_stage(schedule, batch_size=32, warmup_steps=warmup, **fields)
+    steps = epochs.count_steps(stage, 320)
+  else:
+    steps = epochs.Steps(PHASES, total, warmup=warmup, milestones=milestones)
   stage = create_stage(schedule, **fields)
   fn = schedules.create_learning_rate_fn(stage, steps)
   found = jax.jit(jax.vmap(fn))(jnp.arange(total) if at is None else at)
@@ -161,6 +164,18 @@ def test_every_period_falls_from_the_peak_to_the_end(factor):
   )
   # Constant: 99 of them; 1.01: 69; 1.5: 9; 2: 6.
   assert len(lengths) == {1.0: 99, 1.01: 69, 1.5: 9, 2.0: 6}[factor]
+
+
+def test_every_restart_is_at_the_peak_when_the_batch_changes():
+  phases = (fields.PhaseStart(2, (('batch_size', 21),)),)
+  stage = create_stage(
+    'cosine', num_epochs=8.0, restart_epochs=2.0, batch_size=63, phases=phases
+  )
+  steps = epochs.count_steps(stage, 63 * 10)
+  fn = schedules.create_learning_rate_fn(stage, steps)
+  rates = np.asarray(fn(np.arange(steps.total)))
+  peaks = [steps.epoch_start(epoch) for epoch in (0, 2, 4, 6)]
+  np.testing.assert_array_equal(np.flatnonzero(rates == rates.max()), peaks)
 
 
 @pytest.mark.parametrize('factor', [1.0, 2.0])

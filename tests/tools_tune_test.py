@@ -41,6 +41,10 @@ def create_config(data_dir='data', **fields):
     ({'search': ({**RATE, 'log': (1e-3, 'a')},)}, 'needs two numbers'),
     ({'search': (RATE, RATE)}, 'searched twice'),
     (
+      {'search': (RATE, {**RATE, 'field': 'stages.three.learning_rate'})},
+      'searched twice',
+    ),
+    (
       {'search': ({'field': 'stages[0].batch_size', 'integer': (8, 9.5)},)},
       'two whole numbers',
     ),

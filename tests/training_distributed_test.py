@@ -12,7 +12,8 @@ import time
 import pytest
 import runs
 
-from jaxprog import errors
+from jaxprog import config as config_lib
+from jaxprog import errors, fields
 from jaxprog.training import distributed, integrity, lock, preflight
 
 CONFIG = 'tests/tiny_config.py'
@@ -33,6 +34,17 @@ def free_port():
   with socket.socket() as probe:
     probe.bind(('', 0))
     return probe.getsockname()[1]
+
+
+def test_hosts_may_differ_in_what_is_local_alone():
+  config = config_lib.load_config(CONFIG)
+  described = distributed._describe_config(config)
+  for field in fields.CONFIG:
+    other = config_lib.load_config(CONFIG)
+    with other.ignore_type():
+      other[field] = 'another'
+    alike = distributed._describe_config(other) == described
+    assert alike == (field in fields.names(fields.CONFIG, 'local')), field
 
 
 def start(*arguments, devices=1, **environment):

@@ -55,8 +55,8 @@ def _create_decay(
     case 'constant' | 'plateau':
       # The plateau's scale depends on evaluations; the step applies it.
       return lambda step: jnp.ones(step.shape, jnp.float32)
-    case 'cosine' | 'cosine_warmup' if steps.restart:
-      return _warm_restarts(end, steps.restart, stage.restart_factor, num)
+    case 'cosine' | 'cosine_warmup' if steps.restarts:
+      return _warm_restarts(end, (warmup, *steps.restarts))
     case 'cosine' | 'cosine_warmup':
       return lambda step: _half_cosine(end, 1.0, _remaining(step, num))
     case 'exponential_warmup':
@@ -108,20 +108,15 @@ def one_cycle(
   return learning_rate_fn
 
 
-def _warm_restarts(end: float, first: int, factor: float, num: int) -> Decay:
+def _warm_restarts(end: float, bounds: tuple[int, ...]) -> Decay:
   """Returns SGDR's cosines (Loshchilov & Hutter 2017, arXiv:1608.03983).
 
-  Periods of first * factor**i steps, i = 0, 1, ..., fall from 1 to `end` each,
-  until `num`, which may cut the last one short. Starts are rounded to whole
-  steps, so that every period begins exactly at its peak; with a whole `factor`
-  nothing is rounded, and this is PyTorch's CosineAnnealingWarmRestarts.
+  Periods lie between two of `bounds` and fall from 1 to `end` each; the stage
+  may cut the last one short. Every one begins exactly at its peak; where they
+  are whole steps and the batch stays, this is PyTorch's
+  CosineAnnealingWarmRestarts.
   """
-  bounds, length = [0.0], float(first)
-  while bounds[-1] < num:
-    bounds.append(bounds[-1] + length)
-    length *= factor
-  # Not np.round: 1.5 and 2.5 would both be 2, and a period would be empty.
-  starts = np.floor(np.array(bounds) + 0.5).astype(np.int32)
+  starts = np.array(bounds, np.int32) - bounds[0]
 
   def decay(step):
     period = _count_passed(step, starts[1:-1])
