@@ -215,22 +215,33 @@ def test_stages_of_separate_calls_do_not_erase_each_other(
   assert pictures == [25]
 
 
-def test_a_stage_keeps_the_hold_out_that_it_began_with(arguments, tmp_path):
-  """Of a version that hashed names alone, and did not say so."""
+def test_a_stage_of_an_earlier_version_goes_on(arguments, tmp_path):
+  """One that held out by names alone, and saved no config beside states."""
+  describe = ladder._describe_weights
   arguments = (
     *with_batch(arguments, 72),
     '--config.stages[0].eval_split=holdout:20%',
     '--config.stages[0].num_epochs=2',
   )
-  with mock.patch.object(sources, 'HOLDOUT_RULE', 1):
+
+  def describe_less(run, task):
+    return {k: v for k, v in describe(run, task).items() if k != 'config'}
+
+  with (
+    mock.patch.object(sources, 'HOLDOUT_RULE', 1),
+    mock.patch.object(ladder, '_describe_weights', describe_less),
+  ):
     start(arguments, tmp_path, epochs=1)
   path = tmp_path / 'training_history.json'
   history = runs.read_history(tmp_path)
   del history['stages'][0]['holdout']
   path.write_text(json.dumps(history))
-  result = runs.call_main(*arguments, f'--workdir={tmp_path}')
-  assert result.returncode == 0, result.stderr
-  (stage,) = runs.read_history(tmp_path)['stages']
+  stage = go_on(arguments[:-3], tmp_path, *arguments[-2:], batch_size=36)
+  (change,) = stage['config_changes']
+  assert change['fields'] == {'batch_size': [72, 36]}
+  per_epoch = stage['num_train_images'] // 72
+  rows = [row['global_step'] for row in stage['epochs']]
+  assert rows[1] - rows[0] in (2 * per_epoch, 2 * per_epoch + 1)
   assert stage['holdout'] == {
     'rule': 1,
     'part': 0.2,

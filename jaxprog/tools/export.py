@@ -339,7 +339,9 @@ def _describe_training(
     f'{stage.batch_size}, {stage.image_size} px; {stage.optimizer}, '
     f'{stage.schedule}, peak rate {stage.peak_learning_rate:g}, weight decay '
     f'{stage.weight_decay:g}.'
-    + ''.join(f' Then {x}.' for x in report.describe_changes(record))
+    + ''.join(
+      f' {x[0].upper()}{x[1:]}.' for x in report.describe_changes(record)
+    )
   )
 
 

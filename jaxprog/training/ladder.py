@@ -129,7 +129,7 @@ def train(
       only=only,
       skip=skip,
       model=model,
-      holdout_rules=history_lib.holdout_rules(_read_history(config, workdir)),
+      holdout_rules=history_lib.holdout_rules(_read_history(workdir)),
     )
     run = open_run(
       setup,
@@ -179,6 +179,7 @@ def open_run(
   if changes:
     incidents.add('config_change', '; '.join(changes))
   plain = _as_trained(config, workdir)
+  history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
   _write_inputs(plain, workdir)
   run = Run(
     setup=setup,
@@ -714,13 +715,11 @@ def sample_learning_rate(task: setup_lib.Task) -> list[float]:
   return jax.vmap(task.learning_rate_fn)(at).tolist()
 
 
-def _read_history(
-  config: config_dict.ConfigDict, workdir: pathlib.Path
-) -> dict[str, Any]:
+def _read_history(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the history of `workdir`, a new one where there is none."""
   path = workdir / 'training_history.json'
   if not path.exists():
-    return history_lib.new_history(_hash(config))
+    return history_lib.new_history('')
   return history_lib.load_history(path)
 
 
@@ -736,19 +735,14 @@ def _load_history(
   Raises:
     UserError: if the run there began with another config.
   """
-  history = _read_history(config, workdir)
+  history = _read_history(workdir)
   saved = preflight.saved_configs(config, workdir)
   if saved and jax.process_index() == 0:
     table = config_lib.difference_table(*saved)
     if table.row_count:
       rich.console.Console(markup=False).print(table)
   changes = preflight.check_changes(config, workdir, allow_config_change)
-  history['config_hash'] = _hash(config)
   return history, changes
-
-
-def _hash(config: config_dict.ConfigDict) -> str:
-  return config_lib.config_hash(stages.complete(config))
 
 
 def _as_trained(
