@@ -273,6 +273,43 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
   assert not equal(healthy.batch_stats, before.batch_stats)
 
 
+@pytest.mark.parametrize(
+  ('rate', 'fields'),
+  [
+    (3e38, {'head_rate_factor': 1e5}),
+    (1.0, {'optimizer': 'rmsprop', 'eps': 1e-50}),
+    (1.0, {'optimizer': 'adamw', 'eps': 1e-50}),
+    (1.0, {'weight_decay': 1e38, 'optimizer': 'sgd_momentum'}),
+    (1.0, {'weight_decay': 1e30, 'optimizer': 'rmsprop'}),
+  ],
+)
+def test_a_step_whose_update_is_not_finite_changes_nothing(rate, fields):
+  fields = {'learning_rate': rate, 'ema_decay': 0.9, **fields}
+  _, before, train_step, _ = create(rate=rate, **fields)
+  before = before.replace(params=jax.tree.map(lambda x: 50 * x, before.params))
+  data = {**batch(), 'mask': np.zeros(6, bool)}  # Gradients of 0.
+  after, metrics = train_step(before, data, jax.random.key(1))
+  assert metrics['loss'] == metrics['grad_norm'] == 0
+  assert not metrics['finite']
+  for name in ('params', 'opt_state', 'ema'):
+    assert equal(getattr(after, name), getattr(before, name)), name
+  assert after.metrics['skipped'] == after.step == 1
+
+
+def test_a_step_whose_statistics_are_not_finite_changes_nothing():
+  _, before, train_step, _ = create(model=small_resnet())
+  # Its squares overflow; normalised, it is what it was.
+  kernel = 1e25 * before.params['stem_conv']['kernel']
+  params = {**before.params, 'stem_conv': {'kernel': kernel}}
+  before = before.replace(params=params)
+  after, metrics = train_step(before, batch(), jax.random.key(1))
+  assert np.isfinite(metrics['loss'])
+  assert np.isfinite(metrics['grad_norm'])
+  assert not metrics['finite']
+  assert equal(after.batch_stats, before.batch_stats)
+  assert equal(after.params, before.params)
+
+
 def test_a_frozen_backbone_stays_bit_for_bit_and_then_starts_anew():
   _, state0, step, frozen_step = create(
     model=small_resnet(), frozen=2, optimizer='adamw', weight_decay=0.1

@@ -38,6 +38,27 @@ def create_optimizer(stage: stages.Stage) -> optax.GradientTransformation:
   )
 
 
+def is_bounded(stage: stages.Stage) -> bool:
+  """Returns whether finite gradients cannot make updates that are not finite.
+
+  A gradient whose norm is finite in f32 has no number above 2e19. From there
+  the fields of a stage decide: rates whose steps overflow or whose decay grows
+  the weights without end, divisions by an eps that f32 rounds to 0, moments
+  that forget nothing. The limits are far above what anybody trains with.
+  """
+  factor = max(stage.head_rate_factor, stage.backbone_rate_factor)
+  rate = stage.peak_learning_rate * factor
+  kept = stage.b1, stage.b2, stage.momentum, stage.rms_decay
+  return (
+    rate < 1e3
+    and rate * stage.weight_decay < 1
+    and stage.weight_decay < 1e3
+    and stage.trust_coefficient < 1e3
+    and stage.eps > 1e-30
+    and max(kept) < 1 - 1e-6
+  )
+
+
 def weight_decay_mask(params: Any) -> Any:
   """Returns True for kernels, False for biases and BatchNorm's scales."""
   return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
