@@ -217,9 +217,9 @@ class ConfigFields:
   # every so many minutes (0: never).
   checkpoint_every_steps: int = field(0, unit='steps', free=True)
   checkpoint_every_minutes: float = field(10.0, unit='minutes', free=True)
-  # So many steps in a row whose loss or gradient is not finite (they change
-  # nothing) take the stage back to its last checkpoint, with another order of
-  # examples; at most twice, then the run ends. 0: they never do.
+  # So many steps in a row whose loss, gradient or new state is not finite (they
+  # change nothing) take the stage back to its last checkpoint, with another
+  # order of examples; at most twice, then the run ends. 0: they never do.
   max_skipped_steps: int = field(10, unit='steps', free=True)
   # Without a step, an evaluated batch or a save for so long, a run prints what
   # all its threads are doing and ends; 0: never.

@@ -4,6 +4,7 @@ Nothing is imported that takes time, so that a typo costs a second.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -42,7 +43,7 @@ class Storage(NamedTuple):
 class Stage(fields.StageFields):
   """One rung of the ladder, validated."""
 
-  @property
+  @functools.cached_property
   def parts(self) -> tuple[tuple[int, 'Stage'], ...]:
     """The epoch from which, counted from 0, and the stage as it is then."""
     parts, changed = [(0, self)], self

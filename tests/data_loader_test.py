@@ -285,6 +285,68 @@ def children(of: int) -> list[int]:
   return [int(x) for x in path.read_text().split()]
 
 
+def held_by_workers():
+  """Returns the shared memory and the open files of all our workers."""
+  memory, files = 0, 0
+  for pid in children(os.getpid()):
+    process = pathlib.Path(f'/proc/{pid}')
+    if b'spawn_main' in (process / 'cmdline').read_bytes():
+      memory += (process / 'maps').read_text().count('/dev/shm/psm_')
+      files += len(list((process / 'fd').iterdir()))
+  return memory, files
+
+
+def test_workers_keep_nothing_of_readers_that_are_closed(dataset):
+  a_stage = stage(batch_size=64, image_size=32)
+  held, own = [], []
+  for _ in range(9):
+    reader = loader.eval_batches(
+      dataset.eval, a_stage, num_workers=2, worker_kind='process'
+    )
+    with contextlib.closing(reader):
+      assert sum(len(batch['mask']) for batch in reader) >= 360
+    held.append(held_by_workers())
+    own.append(len(list(pathlib.Path('/proc/self/fd').iterdir())))
+  assert [memory for memory, _ in held] == [0] * 9
+  # The first ones start and open what stays open.
+  assert max(files for _, files in held[4:]) <= max(x for _, x in held[:4])
+  assert max(own[4:]) <= max(own[:4])
+
+
+UNGUARDED = """
+import jaxprog
+from tests import tiny_config
+config = tiny_config.get_config({data_dir!r})
+config.worker_kind = 'process'
+config.num_workers = 1
+config.stages = config.stages[:1]
+try:
+  jaxprog.train(config, {workdir!r})
+except jaxprog.UserError as e:
+  print(e)
+"""
+
+
+def test_a_script_without_a_guard_is_told_what_to_write(data_dir, tmp_path):
+  script = tmp_path / 'mine.py'
+  script.write_text(
+    UNGUARDED.format(data_dir=str(data_dir), workdir=str(tmp_path / 'run'))
+  )
+  result = subprocess.run(
+    [sys.executable, script],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=200,
+  )
+  *_, what, where, suggestion = result.stdout.splitlines()
+  assert 'it trains when it is imported' in what
+  assert where == str(script)
+  assert "if __name__ == '__main__':" in suggestion
+  assert 'Traceback' not in result.stderr
+
+
 def test_killed_workers_are_replaced_and_the_batches_are_the_same(data_dir):
   dataset = sources.load_dataset('digits', data_dir, classes=('3', '8'))
   expected = digests(dataset)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -50,6 +52,26 @@ def test_a_state_that_is_not_donated_can_still_be_read(donated, data_dir):
   assert first.step == 0
   assert not np.array_equal(kernel, last[0].params['head']['kernel'])
   jax.tree.map(np.testing.assert_array_equal, last, donated[1])
+
+
+def test_what_a_step_needs_to_know_is_made_once(data_dir):
+  phases = ({'from_epoch': 1, 'mixup_alpha': 0.5},)
+  config = tiny_config.get_config(data_dir)
+  config.stages[0].update(phases=phases, freeze_epochs=0.5, num_epochs=3)
+  made = setup.create_setup(config, only=['three'])
+  task = setup.create_task(made, made.chosen[0])
+  assert task.stage.parts is task.stage.parts
+  programs = [task.program(step) for step in range(task.steps.total)]
+  assert programs == [
+    setup._program(task.stage, task.steps, step)
+    for step in range(task.steps.total)
+  ]
+  assert set(programs) == set(task.train_steps)
+  assert len(programs[0].options) > 0
+  assert len({id(program) for program in programs}) == 3
+  # Phases of a changed copy are its own.
+  shorter = dataclasses.replace(task.stage, phases=())
+  assert len(shorter.parts) == 1
 
 
 def test_the_config_says_what_is_recomputed(data_dir):

@@ -23,7 +23,7 @@ from jaxprog import errors, files, stages
 from jaxprog.comparison.budgets import StageCost
 from jaxprog.comparison.cells import Cell
 from jaxprog.reporting import history as history_lib
-from jaxprog.training import checkpoints, integrity, ladder
+from jaxprog.training import checkpoints, integrity, ladder, loop
 from jaxprog.training import setup as setup_lib
 
 Outcome = dict[str, Any]
@@ -103,7 +103,8 @@ def run(planned: Planned, earlier: Sequence[Planned]) -> Outcome:
   except (errors.UserError, errors.Stopped, integrity.SaveError):
     raise
   except Exception as e:
-    status = 'diverged' if _is_divergence(e) else 'failed'
+    skipped = isinstance(e, loop.SkippedTooOftenError)
+    status = 'diverged' if skipped else 'failed'
     error = f'{type(e).__name__}: {" ".join(str(e).split())}'
     write_traceback(planned.workdir)
   return write_outcome(planned, shared, status, error)
@@ -232,11 +233,6 @@ def _link_file(
 
 def _hash(planned: Planned) -> str:
   return f'{config_lib.config_hash(planned.config)} {",".join(planned.names)}'
-
-
-def _is_divergence(error: Exception) -> bool:
-  """Returns whether training gave up after its rollbacks; see loop."""
-  return isinstance(error, RuntimeError) and 'were not finite' in str(error)
 
 
 def write_traceback(workdir: pathlib.Path) -> None:

@@ -1,7 +1,7 @@
 """Batches of a stage, on their way from the records to the devices."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import jax
 import numpy as np
@@ -89,7 +89,7 @@ def prefetch_to_device(
   batches: Iterator[batches_lib.HostBatch],
   sharding: jax.sharding.Sharding,
   size: int = 2,
-) -> Iterator[dict[str, jax.Array]]:
+) -> Generator[dict[str, jax.Array]]:
   """Yields `batches` on the devices, `size` of them under way at a time."""
   queue: collections.deque[dict[str, jax.Array]] = collections.deque()
   before = None

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ _MAX_THREADS, _MAX_LIGHT_THREADS = 16, 2
 _MIN_ROWS = 8
 # Times that workers may die, with no batch in between, before it is an error.
 _MAX_RESTARTS = 3
+# How a worker ends whose start runs the user's script once more.
+_UNGUARDED = 78
 
 
 @dataclasses.dataclass
@@ -178,6 +181,7 @@ class Reader(Iterator[batches_lib.HostBatch]):
         results = [task.result() for task in pending.tasks.values()]
         break
       except process_pool.BrokenProcessPool:
+        _check_guard(self._pool)
         if attempt == _MAX_RESTARTS:
           raise RuntimeError(
             f'Data workers died {_MAX_RESTARTS} times over batch '
@@ -235,11 +239,37 @@ def executor(kind: str, num_workers: int) -> futures.Executor:
   """
   if kind == 'thread':
     return futures.ThreadPoolExecutor(num_workers, 'jaxprog-loader')
+  leave_if_starting()
   return futures.ProcessPoolExecutor(
     num_workers,
     mp_context=multiprocessing.get_context('spawn'),
     initializer=_start_worker,
   )
+
+
+def leave_if_starting() -> None:
+  """Ends a worker that is still starting; does nothing elsewhere.
+
+  A worker imports the script that the user runs. One that trains when it is
+  imported would do so in each worker, which has workers, and so on.
+  """
+  if getattr(multiprocessing.current_process(), '_inheriting', False):
+    raise SystemExit(_UNGUARDED)
+
+
+def _check_guard(pool: Any) -> None:
+  """Raises UserError if workers of a broken pool left as they started."""
+  workers = list((pool._processes or {}).values())
+  for worker in workers:
+    worker.join(1)
+  if any(worker.exitcode == _UNGUARDED for worker in workers):
+    raise errors.UserError(
+      'Data workers are processes, which import the script that starts them, '
+      'and it trains when it is imported.',
+      str(getattr(sys.modules['__main__'], '__file__', 'this script')),
+      "Put the call below if __name__ == '__main__': or set "
+      "config.worker_kind = 'thread'.",
+    ) from None
 
 
 def _start_worker() -> None:
@@ -267,19 +297,27 @@ def _fill_shared(
   name: str,
   layout: batches_lib.Layout,
 ) -> tuple[list[batches_lib.BadImage], float, int]:
-  """Does the same in another process."""
-  return _fill(_load(token), step, rows, _view(_attach(name), layout))
+  """Does the same in another process, which keeps nothing of the memory."""
+  memory = shared_memory.SharedMemory(name)
+  try:
+    return _fill(_load(token), step, rows, _view(memory, layout))
+  finally:
+    with contextlib.suppress(BufferError):  # A traceback still holds it.
+      memory.close()
 
 
-@functools.lru_cache(maxsize=4)
+# In a worker: what it reads for each reader of its parent that is open.
+_loaded: dict[pathlib.Path, batches_lib.Batches] = {}
+
+
 def _load(token: pathlib.Path) -> batches_lib.Batches:
-  # Written by the parent into a directory that only its owner can write to.
-  return pickle.loads(token.read_bytes())
-
-
-@functools.lru_cache(maxsize=64)
-def _attach(name: str) -> shared_memory.SharedMemory:
-  return shared_memory.SharedMemory(name)
+  """Returns what `_publish` was given; forgets what is no longer published."""
+  if token not in _loaded:
+    # Written by the parent into a directory that only its owner can write to.
+    _loaded[token] = pickle.loads(token.read_bytes())
+  for other in [x for x in _loaded if x != token and not x.exists()]:
+    del _loaded[other]
+  return _loaded[token]
 
 
 def _publish(batches: batches_lib.Batches) -> pathlib.Path:

@@ -476,8 +476,8 @@ def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
     )
   if skipped := sum(r.get('skipped_steps', 0) for r in stage['epochs']):
     notes.append(
-      f'{name}: {skipped} steps changed nothing, because their loss or '
-      'gradient was not finite.'
+      f'{name}: {skipped} steps changed nothing, because their loss, gradient '
+      'or new state was not finite.'
     )
   if bad := [r['epoch'] for r in stage['epochs'] if _is_broken(r)]:
     notes.append(f'{name}: the loss was not finite in epochs {_ranges(bad)}.')

@@ -34,6 +34,7 @@ from jaxprog.comparison import (
 )
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
+from jaxprog.data import workers
 from jaxprog.reporting import environment
 from jaxprog.training import lock, preflight, signals
 
@@ -119,6 +120,7 @@ def compare(
     UserError: for a mistake in any cell, before anything is trained.
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
+  workers.leave_if_starting()
   workdir = pathlib.Path(workdir)
   chosen = cells.create_cells(config)
   chosen += _create_controls(config, chosen)

@@ -20,8 +20,9 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
+from jaxprog.data import workers
 from jaxprog.reporting import history as history_lib
-from jaxprog.training import ladder, lock, preflight, signals
+from jaxprog.training import ladder, lock, loop, preflight, signals
 
 _KINDS = ('choice', 'integer', 'log', 'uniform')
 _SAMPLERS = ('random', 'tpe')
@@ -38,6 +39,7 @@ def tune(
     UserError: for a mistake in the search, before anything is trained.
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
+  workers.leave_if_starting()
   workdir = pathlib.Path(workdir)
   check(config)
   preflight.launch(stages.complete(config.base), workdir, only=config.only)
@@ -276,9 +278,7 @@ def _run_trial(
     )
   except errors.Stopped as e:
     raise _LeaveRunning(e) from None
-  except RuntimeError as e:
-    if 'not finite' not in str(e):
-      raise
+  except loop.SkippedTooOftenError as e:
     trial.set_user_attr('error', str(e)[:500])
     return 0.0
   stage = history_lib.find_stage(history, last) or {}

@@ -93,4 +93,5 @@ class Feed:
 
   def close(self) -> None:
     """Stops reading ahead."""
+    self._batches.close()  # It holds a batch, whose memory is to be released.
     self._reader.close()

@@ -16,7 +16,7 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
-from jaxprog.data import jpeg
+from jaxprog.data import jpeg, workers
 from jaxprog.reporting import (
   diagnostics,
   environment,
@@ -114,6 +114,7 @@ def train(
       anything is trained.
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
+  workers.leave_if_starting()
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.StopRequest())

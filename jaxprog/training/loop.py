@@ -11,13 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprog import errors
 from jaxprog.data import batches as batches_lib
 from jaxprog.data import loader, preprocess, sources
-from jaxprog.reporting import diagnostics, memory, tensorboard
+from jaxprog.reporting import diagnostics, tensorboard
 from jaxprog.reporting import history as history_lib
+from jaxprog.reporting import memory as memory_lib
 from jaxprog.reporting import profile as profile_lib
 from jaxprog.reporting import progress as progress_lib
 from jaxprog.reporting import step_times as step_times_lib
@@ -55,8 +57,13 @@ class Outputs:
   step_times: step_times_lib.StepTimes = dataclasses.field(
     default_factory=step_times_lib.StepTimes
   )
+  memory: memory_lib.Sampler = dataclasses.field(
+    default_factory=memory_lib.Sampler
+  )
   # Steps in a row, up to the last one, that were skipped.
   skipped: int = 0
+  # What the last step with a finite loss and gradient came to.
+  last_finite: dict[str, float] = dataclasses.field(default_factory=dict)
   last_save: float = dataclasses.field(default_factory=time.monotonic)
 
   @property
@@ -90,14 +97,18 @@ class NotFiniteError(Exception):
     self.step = step
 
 
+class SkippedTooOftenError(RuntimeError):
+  """Steps stayed not finite after all rollbacks."""
+
+
 def train_stage(
   task: setup.Task, state: state_lib.TrainState, out: Outputs
 ) -> state_lib.TrainState:
   """Returns `state` after the rest of the stage, from its own step on.
 
   Raises:
-    RuntimeError: naming the examples, if the loss stays not finite after the
-      stage was taken back to a checkpoint twice.
+    SkippedTooOftenError: naming the rate or the examples, if steps stay not
+      finite after the stage was taken back to a checkpoint twice.
   """
   while True:
     try:
@@ -147,25 +158,31 @@ def _roll_back(
   task: setup.Task, step: int, out: Outputs
 ) -> state_lib.TrainState:
   """Returns the state of the last checkpoint, with another order to come."""
-  name, rollbacks = task.stage.name, out.record.get('rollbacks', [])
-  if len(rollbacks) == _MAX_ROLLBACKS:
-    raise RuntimeError(
-      f'Stage {name!r}: {out.skipped} steps in a row, up to step {step + 1}, '
-      f'were not finite, after {_MAX_ROLLBACKS} rollbacks with other orders of '
-      f'examples. The last batch: {_name_examples(task, step, out.record)}.'
-    )
+  rollbacks = out.record.get('rollbacks', [])
   restored = out.checkpoints.restore_latest(task.state_shapes)
   assert restored is not None  # A stage is saved before its first step.
   state, meta = restored
-  text = (
-    f'{out.skipped} steps in a row, up to step {step + 1}, were not finite; '
-    f'back to step {int(state.step)}, with another order of examples'
-  )
+  saved = int(state.step)
+  batches = _train_batches(task, out.record)
+  text = f'{out.skipped} steps in a row, up to step {step + 1}, were not finite'
+  diverged = _is_finite(task, step, state, batches)
+  if diverged:
+    text += (
+      f', but the last is with the weights of step {saved}: it diverged. '
+      f'{_describe_divergence(out)}'
+    )
+  if len(rollbacks) == _MAX_ROLLBACKS:
+    named = '' if diverged else _name_examples(task, step, batches)
+    raise SkippedTooOftenError(
+      f'Stage {task.stage.name!r}, after {_MAX_ROLLBACKS} rollbacks: {text}'
+      + (f'. The last batch: {named}.' if named else '.')
+    )
+  text += f'; back to step {saved}, with another order of examples'
   out.record.clear()
   out.record.update(meta['record'])
   out.record['rollbacks'] = [
     *rollbacks,
-    {'at': out.taken(step + 1), 'to': out.taken(int(state.step))},
+    {'at': out.taken(step + 1), 'to': out.taken(saved)},
   ]
   out.skipped = 0
   _note(task, step + 1, 'rollback', text, out)
@@ -173,9 +190,46 @@ def _roll_back(
   return state
 
 
-def _name_examples(task: setup.Task, step: int, record: dict[str, Any]) -> str:
-  """Returns index and file of the first examples of a batch of this process."""
-  batches = batches_lib.TrainBatches(
+def _is_finite(
+  task: setup.Task,
+  step: int,
+  state: state_lib.TrainState,
+  batches: batches_lib.TrainBatches,
+) -> bool:
+  """Returns whether loss and gradient of a batch are, with those weights.
+
+  If so, what is wrong came with later weights, and not with the images.
+  """
+  batch = loader.to_device(
+    batches_lib.read_batch(batches, step), task.shardings.batch
+  )
+  state = dataclasses.replace(
+    jax.tree.map(jnp.copy, state),  # The step takes its memory.
+    step=jax.device_put(np.int32(step), task.shardings.replicated),
+  )
+  train_step = task.train_steps[task.program(step)]
+  _, metrics = train_step(state, batch, task.step_rng)
+  values = metrics['loss'], metrics['grad_norm']
+  return all(math.isfinite(float(x)) for x in values)
+
+
+def _describe_divergence(out: Outputs) -> str:
+  """Returns what there was before, and what to try."""
+  last = out.last_finite
+  found = ', '.join(
+    f'{name.replace("_", " ")} {last[name]:.3g}'
+    for name in ('learning_rate', 'loss', 'grad_norm')
+    if name in last
+  )
+  remedy = 'try a lower learning_rate, then a warmup or gradient_clipping'
+  return f'Before: {found or "no finite step"}; {remedy}'
+
+
+def _train_batches(
+  task: setup.Task, record: dict[str, Any]
+) -> batches_lib.TrainBatches:
+  """Returns what this process has of each batch."""
+  return batches_lib.TrainBatches(
     task.dataset.train,
     task.stage,
     seed=data_seed(task, record),
@@ -183,6 +237,12 @@ def _name_examples(task: setup.Task, step: int, record: dict[str, Any]) -> str:
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+
+
+def _name_examples(
+  task: setup.Task, step: int, batches: batches_lib.TrainBatches
+) -> str:
+  """Returns index and file of the first examples of a batch of this process."""
   _, indices = batches.indices(step)
   records = task.dataset.train.records
   named = [f'{i} ({records.describe(int(i))})' for i in indices]
@@ -542,8 +602,11 @@ def report_step(
   out.step_times.step()
   out.beat(f'step {step + 1} of {task.stage.name}')
   out.checkpoints.check()
-  _count_skipped(task, step, not values.pop('finite'), out)
-  used = memory.in_use()
+  skipped = not values.pop('finite')
+  if math.isfinite(values['loss'] + values['grad_norm']):
+    out.last_finite = values
+  _count_skipped(task, step, skipped, out)
+  used = out.memory.in_use()
   speed = {k: timing[k] for k in ('images_per_second', 'input_wait')}
   out.progress.step(step + 1, {**values, **speed, used.kind: used.bytes})
   if (step + 1) % task.config.log_every_steps == 0:

@@ -1,5 +1,6 @@
 """What config, data and devices decide before there are any weights."""
 
+import bisect
 import dataclasses
 import functools
 import os
@@ -93,7 +94,14 @@ class Task:
 
   def program(self, step: int) -> Program:
     """Returns which of the compiled steps `step` of the stage is."""
-    return _program(self.stage, self.steps, step)
+    starts, programs = self._programs
+    return programs[bisect.bisect_right(starts, step) - 1]
+
+  @functools.cached_property
+  def _programs(self) -> tuple[list[int], list[Program]]:
+    """Steps in order, and the program from each of them on."""
+    starts = _program_starts(self.steps)
+    return starts, [_program(self.stage, self.steps, x) for x in starts]
 
   def batch_shapes(
     self, batch_size: int, image_size: int, *, training: bool
@@ -392,10 +400,16 @@ def _traced_stage(
 
 def _programs(stage: stages_lib.Stage, steps: epochs.Steps) -> list[Program]:
   """Returns every program of a stage, the first one first."""
-  starts = {steps.frozen, *(phase.first_step for phase in steps.phases)}
   return list(
-    dict.fromkeys(_program(stage, steps, step) for step in sorted(starts))
+    dict.fromkeys(
+      _program(stage, steps, step) for step in _program_starts(steps)
+    )
   )
+
+
+def _program_starts(steps: epochs.Steps) -> list[int]:
+  """Returns the steps from which another program may run, the first one 0."""
+  return sorted({steps.frozen, *(phase.first_step for phase in steps.phases)})
 
 
 def _program(
