@@ -237,7 +237,7 @@ def measure(command: Sequence[str], soft_limit: int = 1024) -> dict:
   reading.start()
   peak = {'files': 0, 'VmRSS': 0, 'RssAnon': 0}
   while process.poll() is None:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, KeyError):  # It has just ended.
       status = pathlib.Path(f'/proc/{process.pid}/status').read_text()
       rows = dict(x.split(':', 1) for x in status.splitlines())
       for name in ('VmRSS', 'RssAnon'):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
 from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -16,9 +17,11 @@ from jaxprog import errors
 # Of one file. Reading by index keeps each of them open, and tfds would make
 # 1,024 of ImageNet's 138 GB: all that a login shell may open.
 MAX_BYTES = 4 << 30
-# Files that a run has open beside its records: 60 in training a ladder on CPUs,
-# 3 more for each worker process.
-_OTHERS = 192
+# Files open beside records: 14 in training on CPUs, and 11 for each worker
+# process. So many are asked for, and so many must be had.
+_OTHERS, _FEWEST = 1024, 64
+# Files in which tfds sorts what it prepares, if that is more than 1 GB.
+SORTED = shuffle.BUCKETS_NUMBER
 
 # Directory, split and time of preparation -> what reads it in this process.
 _Key = tuple[str, str, int]
@@ -100,30 +103,38 @@ def _share(key: _Key, source: Sequence[bytes], num_files: int) -> Shards:
     shards = _shared.get(key)
     if shards is None:
       shards = Shards(key, source, num_files)
-      open_files = num_files + sum(x.num_files for x in _shared.values())
-      _allow(_OTHERS + open_files, shards, key[0])
+      count = num_files + sum(x.num_files for x in _shared.values())
+      if not allow(count):
+        raise too_many(count, key[0])
       _shared[key] = shards
     return shards
 
 
-def _allow(needed: int, shards: Shards, directory: str) -> None:
-  """Raises the soft limit of open files to at least `needed`.
+def too_many(count: int, directory: str) -> errors.UserError:
+  """Returns what to say where `count` files cannot be open at once."""
+  hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+  return errors.UserError(
+    f'{count:,} files of records must be open at once, and {_FEWEST} others; '
+    f'the hard limit is {hard:,}.',
+    directory,
+    'Raise it (see ulimit -Hn, LimitNOFILE, docker --ulimit). Records that are '
+    'prepared anew lie in few files.',
+  )
 
-  Each process that reads does so, however it was started.
+
+def allow(count: int) -> bool:
+  """Raises the soft limit of open files for `count` and those of a run.
+
+  Each process that reads does so, however it was started. Returns whether so
+  many may now be open.
   """
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  unlimited = resource.RLIM_INFINITY
-  if soft == unlimited or soft >= needed:
-    return
-  if hard != unlimited and hard < needed:
-    raise errors.UserError(
-      f'{needed:,} files must be open at once, {shards.num_files:,} of them '
-      f'for these records; the hard limit is {hard:,}.',
-      directory,
-      'Raise it (see ulimit -Hn, LimitNOFILE, docker --ulimit), or move them '
-      'away and prepare the dataset anew: that writes few files.',
-    )
-  resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+  # No limit is -1.
+  most = float('inf') if hard == resource.RLIM_INFINITY else hard
+  wanted = min(count + _OTHERS, most)
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(wanted), hard))
+  return most >= count + _FEWEST
 
 
 def parse_record(record: bytes) -> Any:

@@ -560,6 +560,7 @@ def _download_and_prepare(
   dataset: str, builder: tfds.core.DatasetBuilder, data_dir: pathlib.Path
 ) -> None:
   tfds.disable_progress_bar()
+  shards.allow(shards.SORTED)  # Little data needs none of them.
   try:
     builder.download_and_prepare(
       download_dir=data_dir / 'downloads',
@@ -569,6 +570,10 @@ def _download_and_prepare(
     if 'manual_dir' not in str(e) and 'Manual directory' not in str(e):
       raise
     raise _missing(dataset, data_dir) from e
+  except OSError as e:
+    if e.errno != errno.EMFILE:
+      raise
+    raise shards.too_many(shards.SORTED, str(builder.data_dir)) from e
 
 
 def _check_source(
