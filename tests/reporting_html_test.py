@@ -397,6 +397,7 @@ def test_baselines_are_of_the_same_data_at_the_nearest_setting():
   assert imagenette[0].differs == (
     'xresnext50, here resnet50',
     '256 px, here 224 px',
+    'tested at 256 px, here at 224 px',
   )
   tiny = [x for x in found if x.stage == 'tiny_imagenet']
   assert [x.baseline.model for x in tiny] == ['resnet50']
@@ -408,6 +409,30 @@ def test_baselines_are_of_the_same_data_at_the_nearest_setting():
   assert [x.baseline.num_epochs for x in ffcv] == [56]
   both = baselines.compare(history, 'resnet34')
   assert len([x for x in both if x.stage == 'tiny_imagenet']) == 2
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'top1'), [((160, 224), 0.781), ((160, 160), 0.76), ((160,), 0.76)]
+)
+def test_a_baseline_was_tested_at_the_size_it_is_compared_at(sizes, top1):
+  history = history_fixture.create_history()
+  stage = history['stages'][-1]
+  stage |= dict(zip(('image_size', 'eval_image_size'), sizes, strict=False))
+  found = {
+    x.baseline.source: x
+    for x in baselines.compare(history, 'resnet50')
+    if x.stage == stage['name']
+  }
+  a3 = found['timm, ResNet-50 A3']
+  assert a3.baseline.top1 == (top1, top1)
+  assert a3.baseline[4:6] == (160, sizes[-1])
+  assert not any('px' in x for x in a3.differs)
+  # Tested larger than trained, as its configs say.
+  ffcv = next(x for source, x in found.items() if 'ffcv' in source)
+  assert ffcv.baseline[4:6] == (192, 256)
+  assert f'tested at 256 px, here at {sizes[-1]} px' in ffcv.differs
+  page = read(history, config={**quickstart_config(), 'model': 'resnet50'})
+  assert 'tested at' in page.words()
 
 
 def test_baselines_of_other_classes_or_subsets_are_not_passed_off():

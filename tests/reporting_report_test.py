@@ -280,8 +280,9 @@ def test_says_what_others_reach_and_what_is_mistaken_for_what():
   words = in_words(stage, model='resnet50')
   assert 'tench taken for horn, 5 of 10; horn taken for radio, 1 of 9' in words
   assert (
-    '93.5% by xresnext50 (fastai/imagenette, README, leaderboard). Differs: '
-    'xresnext50, here resnet50; 256 px, here 224 px.'
+    '93.5% by xresnext50 tested at 256 px (fastai/imagenette, README, '
+    'leaderboard). Differs: xresnext50, here resnet50; 256 px, here 224 px; '
+    'tested at 256 px, here at 224 px.'
   ) in words
   plain = in_words(create_stage(dataset='digits'))
   assert 'Published results' not in plain

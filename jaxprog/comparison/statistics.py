@@ -153,7 +153,7 @@ def standard_error(spread: Any, freedom: Any, noise: Noise) -> tuple[Any, Any]:
     freedom: of `spread`.
     noise: of the same mean.
   """
-  limit = 1 - (2 / (freedom + 1)) ** 3
+  limit = 1 - (2 / (freedom + 1)) ** 2.5
   seeds = np.where(spread > limit * noise.own, spread, 0.0)
   variance = np.maximum(seeds, noise.own) + noise.shared
   part = np.minimum(seeds / variance, 1)

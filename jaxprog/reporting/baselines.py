@@ -6,13 +6,18 @@ from typing import Any, NamedTuple
 
 
 class Baseline(NamedTuple):
-  """A published accuracy; top-1 as a fraction, the range a source gives."""
+  """A published accuracy; top-1 as a fraction, the range a source gives.
+
+  Images are trained on at `image_size`, the last one where it grows, and tested
+  at `eval_size`.
+  """
 
   dataset: str
   num_classes: int
   num_train_images: int
   model: str
   image_size: int
+  eval_size: int
   num_epochs: int
   top1: tuple[float, float]
   source: str
@@ -37,7 +42,10 @@ class Comparison(NamedTuple):
 
 
 def _imagenette() -> Iterator[Baseline]:
-  """Yields the leaderboard: by image size, accuracy after so many epochs."""
+  """Yields the leaderboard: by image size, accuracy after so many epochs.
+
+  Its rules allow no larger size in validation than in training.
+  """
   epochs = 5, 20, 80, 200
   found = {
     128: (0.874, 0.916, 0.936, 0.942),
@@ -52,6 +60,7 @@ def _imagenette() -> Iterator[Baseline]:
         9_469,
         'xresnext50',
         size,
+        size,
         length,
         (top1, top1),
         'fastai/imagenette, README, leaderboard',
@@ -59,7 +68,11 @@ def _imagenette() -> Iterator[Baseline]:
 
 
 def _ffcv() -> Iterator[Baseline]:
-  """Yields ffcv's ImageNet results by model and epochs."""
+  """Yields ffcv's ImageNet results by model and epochs.
+
+  Sizes are those of the configs that its table links to; its text says that 224
+  px were tested.
+  """
   epochs = 16, 24, 32, 40, 56, 88
   found = {
     'resnet50': (0.738, 0.756, 0.766, 0.772, 0.780, 0.784),
@@ -73,15 +86,21 @@ def _ffcv() -> Iterator[Baseline]:
         1_281_167,
         model,
         192,
+        256,
         length,
         (top1, top1),
-        'libffcv/ffcv-imagenet, README',
-        'with flip averaging at 256 px',
+        'libffcv/ffcv-imagenet, README and configs',
+        'with flip averaging, and images that grow from 160 px',
       )
 
 
 def _imagenet(
-  epochs: int, low: float, high: float, source: str, image_size: int = 224
+  epochs: int,
+  low: float,
+  high: float,
+  source: str,
+  image_size: int = 224,
+  eval_size: int = 224,
 ) -> Baseline:
   return Baseline(
     'imagenet2012',
@@ -89,6 +108,7 @@ def _imagenet(
     1_281_167,
     'resnet50',
     image_size,
+    eval_size,
     epochs,
     (low, high),
     source,
@@ -104,6 +124,7 @@ BASELINES = (
       100_000,
       model,
       64,
+      64,
       100,
       (top1, top1),
       'cs-giung/giung2-jax, projects/Baseline-ImageNet',
@@ -116,13 +137,16 @@ BASELINES = (
     34_745,
     'resnet50',
     224,
+    224,
     100,
     (0.187, 0.187),
     'the only public training log found',
+    'its sizes are the usual ones, not said',
   ),
   *_ffcv(),
   _imagenet(100, 0.763, 0.767, 'flax, examples/imagenet, README'),
   _imagenet(100, 0.781, 0.781, 'timm, ResNet-50 A3', image_size=160),
+  _imagenet(100, 0.760, 0.760, 'timm, ResNet-50 A3', 160, 160),
   _imagenet(300, 0.798, 0.798, 'timm, ResNet-50 A2'),
   _imagenet(600, 0.804, 0.804, 'timm, ResNet-50 A1'),
   Baseline(
@@ -131,9 +155,11 @@ BASELINES = (
     50_000,
     'airbench CNN',
     32,
+    32,
     8,
     (0.940, 0.940),
     'KellerJordan/cifar10-airbench, README',
+    'with the mean over mirrored and shifted images',
   ),
 )
 
@@ -180,9 +206,10 @@ def chooses_on_holdout(stage: Mapping[str, Any]) -> bool:
 def compare(history: Mapping[str, Any], model: str | None) -> list[Comparison]:
   """Returns each stage beside the baselines of the same data and classes.
 
-  Of each source and model that is the one of the nearest image size, then of
-  the nearest number of epochs. Those of the run's own `model` are all there
-  is, where there are any; None is an unknown one.
+  Of each source and model that is the one of the nearest image sizes, in
+  training and in testing, then of the nearest number of epochs. Those of the
+  run's own `model` are all there is, where there are any; None is an unknown
+  one.
   """
   return [
     Comparison(
@@ -213,9 +240,10 @@ def _choose(stage: Mapping[str, Any], model: str | None) -> list[Baseline]:
   ]
   same = [x for x in same if x.model == model] or same
 
-  def distance(x: Baseline) -> tuple[float, float]:
+  def distance(x: Baseline) -> tuple[float, float, float]:
     return (
       abs(math.log(x.image_size / stage['image_size'])),
+      abs(math.log(x.eval_size / _eval_size(stage))),
       abs(math.log(x.num_epochs / stage['num_epochs'])),
     )
 
@@ -226,6 +254,11 @@ def _choose(stage: Mapping[str, Any], model: str | None) -> list[Baseline]:
   ]
 
 
+def _eval_size(stage: Mapping[str, Any]) -> int:
+  """Returns the pixels that a stage is evaluated at; old records lack them."""
+  return stage.get('eval_image_size') or stage['image_size']
+
+
 def _differences(
   stage: Mapping[str, Any], model: str | None, baseline: Baseline
 ) -> Iterator[str]:
@@ -233,6 +266,8 @@ def _differences(
     yield f'{baseline.model}, here {model or "an unknown network"}'
   if stage['image_size'] != baseline.image_size:
     yield f'{baseline.image_size} px, here {stage["image_size"]} px'
+  if _eval_size(stage) != baseline.eval_size:
+    yield f'tested at {baseline.eval_size} px, here at {_eval_size(stage)} px'
   # The row of a shorter last epoch counts less.
   done = min(len(stage['epochs']), stage['num_epochs'])
   if done != baseline.num_epochs:

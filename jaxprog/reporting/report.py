@@ -417,7 +417,8 @@ def describe_comparison(x: baselines_lib.Comparison) -> str:
   differs = f' Differs: {"; ".join(x.differs)}.' if x.differs else ''
   return (
     f'{x.stage}: {progress.format_percent(x.top1)} here, {reached}% by '
-    f'{x.baseline.model} ({x.baseline.source}).{differs}'
+    f'{x.baseline.model} tested at {x.baseline.eval_size} px '
+    f'({x.baseline.source}).{differs}'
   )
 
 

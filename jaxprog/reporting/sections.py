@@ -288,21 +288,22 @@ def _baseline_table(compared: Sequence[baselines.Comparison]) -> Html:
       _percents(x.baseline.top1),
       x.baseline.model,
       str(x.baseline.image_size),
+      str(x.baseline.eval_size),
       str(x.baseline.num_epochs),
       tag('span', '; '.join(x.differs) or 'nothing', class_='long'),
       x.baseline.source,
     ]
     for x in compared
   ]
-  titles = ['stage', 'here', 'published', 'network', 'px', 'epochs']
+  titles = ['stage', 'here', 'published', 'network', 'px', 'tested at']
   return join(
     title,
     markup.table(
-      [*titles, 'what differs', 'source'],
+      [*titles, 'epochs', 'what differs', 'source'],
       rows,
       caption='Top-1 of others on the same data and classes, at the nearest '
-      'image size and length they give',
-      left=(0, 3, 6, 7),
+      'image sizes and length they give',
+      left=(0, 3, 7, 8),
     ),
   )
 
