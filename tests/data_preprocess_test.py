@@ -10,7 +10,8 @@ import pytest
 from data_fixtures import encode, photo, real_data
 from PIL import Image
 
-from jaxprog.data import preprocess
+from jaxprog.data import jpeg, preprocess
+from jaxprog.reporting import diagnostics
 
 
 def crop(image, size=16, seed=0, **options):
@@ -182,6 +183,85 @@ def test_sixteen_bits_keep_their_high_byte():
   np.testing.assert_array_equal(got[..., 0], got[..., 2])
 
 
+@pytest.mark.parametrize('mode', ['La', 'RGBa', 'HSV', 'RGBX', 'YCbCr'])
+def test_modes_that_few_files_have_become_rgb(mode):
+  base = {'La': 'LA', 'RGBa': 'RGBA'}.get(mode, 'RGB')
+  image = Image.new('RGB', (2, 2), (90, 90, 90)).convert(base).convert(mode)
+  got = preprocess._to_rgb(image, 'x')
+  assert got.mode == 'RGB'
+  assert got.getpixel((1, 1)) == (90, 90, 90)
+
+
+def repeat_scans(image: bytes, count: int) -> bytes:
+  """Returns a JPEG whose last scan comes `count` times."""
+  start = image.rindex(b'\xff\xda')
+  return image[:start] + image[start:-2] * count + image[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused_by_every_reader():
+  image = encode(photo(64, 64), 'JPEG', progressive=True)
+  scans = image.count(b'\xff\xda')
+  assert preprocess.decode(image).shape == (64, 64, 3)
+  most = repeat_scans(image, preprocess.MAX_SCANS - scans + 1)
+  assert preprocess.decode(most).shape == (64, 64, 3)
+  # What comes after the end, or within a segment, is none.
+  thumbnail = b'\xff\xe1\x01\x00' + b'\xff\xda' * 127
+  for more in (most + image, most[:2] + thumbnail + most[2:]):
+    assert preprocess.decode(more).shape == (64, 64, 3)
+  too_many = repeat_scans(image, 600)
+  for read in (
+    preprocess.decode,
+    crop,
+    lambda x: preprocess.center_crop(x, 16, eval_crop=1.0),
+    preprocess.open_image,
+  ):
+    with pytest.raises(preprocess.BadImageError, match='more than 100 scans'):
+      read(too_many)
+  assert diagnostics.create_thumbnail(too_many) == ''
+
+
+def test_with_and_without_the_fast_decoder_the_same_is_damaged(monkeypatch):
+  image = encode(photo(64, 64), 'JPEG', quality=90)
+  middle, rng = len(image) * 3 // 4, np.random.default_rng(0)
+  spoilt = [
+    image,
+    image[:-1],
+    image[:-2],
+    image[:middle],
+    image[:middle] + image[-2:],
+    image[:-2] + b'more' + image[-2:],  # Before the marker of the end.
+    image + bytes(2000),
+    image[:middle] + b'\xff\xd9' + image[middle:],
+  ]
+  for _ in range(300):
+    flipped = bytearray(image)
+    flipped[rng.integers(len(image))] ^= 1 << rng.integers(8)
+    spoilt.append(bytes(flipped))
+
+  def read(image):
+    try:
+      return preprocess.decode(image).tobytes()
+    except preprocess.BadImageError:
+      return None
+
+  fast = [read(x) for x in spoilt]
+  monkeypatch.setattr(jpeg, 'read_header', lambda _: None)
+  assert [i for i, x in enumerate(spoilt) if read(x) != fast[i]] == []
+  assert None in fast
+
+
+@pytest.mark.parametrize(
+  'format', ['BMP', 'GIF', 'PNG', 'TIFF', 'WEBP', 'JPEG']
+)
+def test_a_size_is_refused_in_every_format(format, monkeypatch):
+  monkeypatch.setattr(preprocess, 'MAX_PIXELS', 40 * 30 - 1)
+  image = encode(photo(40, 30), format)
+  for read in (preprocess.decode, crop, preprocess.open_image):
+    with pytest.raises(preprocess.BadImageError, match='40 x 30'):
+      read(image)
+  assert diagnostics.create_thumbnail(image) == ''
+
+
 def test_one_pixel_fills_the_crop():
   image = encode(np.full((1, 1, 3), (10, 20, 30), np.uint8))
   for got in (
@@ -206,14 +286,14 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 def damaged():
-  jpeg = encode(photo(200, 200), 'JPEG')
+  photograph = encode(photo(200, 200), 'JPEG')
   png = encode(photo(200, 200))
   return {
     'empty': b'',
     'html': b'<html><body>404 Not Found</body></html>',
-    'truncated JPEG': jpeg[: len(jpeg) // 2],
+    'truncated JPEG': photograph[: len(photograph) // 2],
     'truncated PNG': png[: len(png) // 2],
-    'header only': jpeg[:30],
+    'header only': photograph[:30],
     'huge': huge_png(20_000, 20_000),
   }
 

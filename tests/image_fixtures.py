@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 from data_fixtures import write_class_folders, write_image
-from PIL import Image
+from PIL import Image, ImageCms
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden_images.json'
 # Wider than high, and unlike in every quarter: a turned image is another one.
@@ -35,6 +35,9 @@ def create() -> dict[str, tuple[bytes, np.ndarray]]:
   levels = rgb // 64 * 64  # 64 colours at most, which a palette keeps.
   pixel = np.full((1, 1, 3), (10, 20, 30), np.uint8)
   alpha = np.full((HEIGHT, WIDTH, 1), 90, np.uint8)
+  grey16 = grey.astype(np.uint16)
+  floats = grey.astype(np.float32)
+  holed = np.where(np.arange(WIDTH) < 1, np.nan, floats / 255)  # Black there.
   turned = Image.Exif()
   turned[0x0112] = 6  # Orientation: to be shown turned by 90 degrees.
   return {
@@ -47,6 +50,30 @@ def create() -> dict[str, tuple[bytes, np.ndarray]]:
     'png_named.JPEG': (_encode(rgb, 'PNG'), rgb),
     'palette.png': (_palette(levels), levels),
     'one_pixel.png': (_encode(pixel, 'PNG'), pixel),
+    'one_bit.png': (
+      _encode(grey > 119, 'PNG'),
+      ((three > 119) * 255).astype(np.uint8),
+    ),
+    'cmyk.tif': (_encode(rgb, 'TIFF', mode='CMYK'), rgb),
+    'alpha.tif': (_encode(rgb, 'TIFF', mode='RGBA'), rgb),
+    'grey_alpha.png': (_encode(grey, 'PNG', mode='LA'), three),
+    'palette_alpha.tif': (_encode(grey, 'TIFF', mode='PA'), three),
+    'sixteen_bits.ppm': (_encode(grey16 * 257, 'PPM'), three),
+    'two_bits.tif': (_tiff(_packed(grey // 64, 2), 2), three // 64 * 85),
+    'twelve_bits.tif': (_tiff(_packed(grey16 * 16, 12), 12), three),
+    'sixteen_bits.tif': (_tiff(grey16 * 257, 16), three),
+    'big_endian.tif': (_tiff((grey16 * 257).astype('>u2'), 16), three),
+    'signed_sixteen_bits.tif': (_tiff(grey16 << 7, 16, kind=2), three),
+    'white_is_zero.tif': (_tiff(65_535 - grey16 * 257, 16, zero=0), three),
+    'uint32_of_8_bits.tif': (_tiff(grey.astype('<u4'), 32), three),
+    'uint32_of_16_bits.tif': (_tiff(grey.astype('<u4') * 257, 32), three),
+    'uint32.tif': (_tiff(grey.astype('<u4') << 24, 32), three),
+    'int32_of_8_bits.tif': (_tiff(grey.astype('<i4'), 32, kind=2), three),
+    'int32.tif': (_tiff(grey.astype('<i4') << 23, 32, kind=2), three),
+    'float_of_1.tif': (_tiff(holed.astype('<f4'), 32, kind=3), three),
+    'float_of_8_bits.tif': (_tiff(floats, 32, kind=3), three),
+    'float_of_16_bits.tif': (_tiff(floats * 257, 32, kind=3), three),
+    'lab.tif': (_lab(rgb), rgb),
     # Ignored on purpose, as torchvision and TensorFlow do when they train.
     'exif_turned.JPEG': (_encode(rgb, 'JPEG', exif=turned), rgb),
   }
@@ -95,6 +122,55 @@ def _encode(pixels: np.ndarray, format: str, *, mode: str = '', **options):
     options |= {'quality': 95, 'subsampling': 0}
   file = io.BytesIO()
   image.save(file, format, **options)
+  return file.getvalue()
+
+
+def _tiff(pixels: np.ndarray, bits: int, *, kind: int = 1, zero: int = 1):
+  """Returns an uncompressed grey TIFF; `kind` 1: unsigned, 2: signed, 3: float.
+
+  `zero` 1 says that 0 is black, 0 that it is white.
+  """
+  order = '>' if pixels.dtype.byteorder == '>' else '<'
+  data = pixels.tobytes()
+  tags = {
+    256: WIDTH,
+    257: HEIGHT,
+    258: bits,
+    259: 1,  # Not compressed.
+    262: zero,
+    273: 8,  # Where the pixels begin.
+    277: 1,
+    278: HEIGHT,
+    279: len(data),
+    339: kind,
+  }
+  entries = b''.join(
+    struct.pack(f'{order}HHII', tag, 4, 1, value) for tag, value in tags.items()
+  )
+  start = {'<': b'II', '>': b'MM'}[order]
+  return (
+    start
+    + struct.pack(f'{order}HI', 42, 8 + len(data))
+    + data
+    + struct.pack(f'{order}H', len(tags))
+    + entries
+    + bytes(4)
+  )
+
+
+def _packed(values: np.ndarray, bits: int) -> np.ndarray:
+  """Returns values of few bits without gaps, the highest bit first."""
+  places = np.arange(bits)[::-1]
+  return np.packbits((values[..., None] >> places & 1).astype(np.uint8), None)
+
+
+def _lab(pixels: np.ndarray) -> bytes:
+  profiles = map(ImageCms.createProfile, ('sRGB', 'LAB'))
+  image = ImageCms.applyTransform(
+    Image.fromarray(pixels), ImageCms.buildTransform(*profiles, 'RGB', 'LAB')
+  )
+  file = io.BytesIO()
+  image.save(file, 'TIFF')
   return file.getvalue()
 
 

@@ -158,8 +158,8 @@ def test_other_modes_have_their_golden_means(name):
   pixels = preprocess.decode(create()[name][0], name)
   assert pixels.dtype == np.uint8
   found = describe(pixels)
-  # JPEG's rounding; the means themselves are 10 to 120 grey levels.
-  tolerance = 0.3 if name.endswith('.JPEG') else 0.001
+  # The rounding of JPEG and LAB; the means themselves are 10 to 120 levels.
+  tolerance = 0.3 if name.endswith(('.JPEG', 'lab.tif')) else 0.001
   assert found['shape'] == golden['shape']
   assert found['mean'] == pytest.approx(golden['mean'], abs=tolerance)
   assert found['quarter'] == pytest.approx(golden['quarter'], abs=tolerance)
@@ -172,7 +172,7 @@ def test_other_modes_have_their_golden_means(name):
   ):
     assert crop.shape == (16, 16, 3)
     # The centre of ramps has their mean.
-    assert crop.mean((0, 1)) == pytest.approx(golden['mean'], abs=3)
+    assert crop.mean((0, 1)) == pytest.approx(golden['mean'], abs=4)
 
 
 def test_the_golden_means_are_what_the_script_writes():

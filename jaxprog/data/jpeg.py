@@ -10,6 +10,7 @@ import ctypes.util
 import functools
 import importlib.metadata
 import math
+import re
 import threading
 from typing import Any, NamedTuple
 
@@ -18,16 +19,18 @@ import numpy as np
 # Of turbojpeg.h: what an instance does, its parameters, a pixel format.
 _DECOMPRESS = 1
 _SUBSAMPLING, _WIDTH, _HEIGHT, _PRECISION, _COLORSPACE = 4, 5, 6, 7, 8
-_SCAN_LIMIT, _LOSSLESS = 13, 15
+_LOSSLESS = 15
 _RGB = 0
 _CMYK, _YCCK = 3, 4
-# A progressive image of more scans than that is an attack on our time.
-_MAX_SCANS = 500
 # Pixels across one block of all components, by kind of subsampling.
 _BLOCK_WIDTHS = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8, 5: 32, 6: 8}
 # What interpolation between colour samples looks at beyond a region.
 _MARGIN = 2
+_START_OF_IMAGE = b'\xff\xd8'
 _END_OF_IMAGE = b'\xff\xd9'
+_SCAN = b'\xff\xda'
+# A marker; not what stands for a byte of pixels, or restarts their decoding.
+_MARKER = re.compile(rb'\xff+([^\x00\x01\xd0-\xd7\xff])')
 
 
 class Header(NamedTuple):
@@ -67,7 +70,6 @@ class _Decoder:
     self.handle = library.tj3Init(_DECOMPRESS)
     if not self.handle:
       raise MemoryError('TurboJPEG cannot start.')
-    library.tj3Set(self.handle, _SCAN_LIMIT, _MAX_SCANS)
     # What its header was last read of.
     self.data = b''
     self.memory = np.empty(0, np.uint8)
@@ -103,6 +105,21 @@ def version() -> str:
     return f'turbojpeg {importlib.metadata.version("turbojpeg")}'
   except importlib.metadata.PackageNotFoundError:
     return 'turbojpeg'
+
+
+def has_more_scans(data: bytes, limit: int) -> bool:
+  """Returns whether it is a JPEG whose pixels are gone through more often."""
+  if not data.startswith(_START_OF_IMAGE) or data.count(_SCAN) <= limit:
+    return False
+  count, position = 0, 2
+  while marker := _MARKER.search(data, position):
+    position = marker.end()
+    if marker[1] == _END_OF_IMAGE[1:]:
+      break
+    count += marker[1] == _SCAN[1:]
+    # What a segment holds are no markers: thumbnails have their own scans.
+    position += int.from_bytes(data[position : position + 2])
+  return count > limit
 
 
 def read_header(data: bytes) -> Header | None:
@@ -214,7 +231,6 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
   for name, result, *arguments in (
     ('tj3Init', pointer, number),
     ('tj3Destroy', None, pointer),
-    ('tj3Set', number, pointer, number, number),
     ('tj3Get', number, pointer, number),
     ('tj3DecompressHeader', number, pointer, bytes_, size),
     ('tj3SetScalingFactor', number, pointer, _Scale),

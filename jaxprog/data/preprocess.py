@@ -21,6 +21,9 @@ cv2.setNumThreads(0)
 # From a header alone, before any pixel is decoded: 178,956,970 pixels are
 # 512 MiB of RGB, and twice what Pillow starts to warn about.
 MAX_PIXELS = 178_956_970
+# Each scan of a progressive JPEG takes as long as all pixels do, and few bytes.
+# Encoders write 10, some up to 20; libtiff allows as many.
+MAX_SCANS = 100
 FORMATS = (
   *('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'PPM', 'TIFF'),
   *('AVIF', 'JPEG2000'),
@@ -34,6 +37,9 @@ DRAFT_RATIO = 2
 LITTLE = 5**0.5
 # torchvision's number of crops to try before it settles for a centre one.
 CROP_TRIES = 10
+# Tags of a TIFF and what they are where they are missing.
+_BITS, _KIND, _PHOTOMETRIC = (258, (16,)), (339, (1,)), (262, 1)
+_SIGNED = 2
 INTERPOLATIONS = {
   'bicubic': Image.Resampling.BICUBIC,
   'bilinear': Image.Resampling.BILINEAR,
@@ -80,7 +86,10 @@ def decode(image: Encoded, name: str = '') -> np.ndarray:
   """
   if isinstance(image, Pixels):
     return image.read_rows(0, image.height)
-  return np.asarray(_to_rgb(_open_any(image, name), name))
+  opened = open_image(image, name)
+  whole = (0.0, 0.0, float(opened.width), float(opened.height))
+  # Its memory is used again.
+  return opened.read(whole, 1)[0].copy()
 
 
 def random_crop(
@@ -224,6 +233,9 @@ def open_image(image: Encoded, name: str = '') -> Opened:
   """
   if isinstance(image, Pixels):
     return _open_pixels(image)
+  # Before any decoder sees it: the slow one would take what the fast refuses.
+  if jpeg.has_more_scans(image, MAX_SCANS):
+    raise BadImageError(f'{name}: more than {MAX_SCANS} scans')
   header = jpeg.read_header(image)
   if header is None:
     return _open_with_pillow(image, name)
@@ -312,12 +324,38 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
   """Returns the decoded image in mode RGB."""
   try:
     image.load()
-    if image.mode.startswith('I'):  # 16 bits a pixel.
-      high_byte = np.clip(np.asarray(image, np.int64) >> 8, 0, 255)
-      image = Image.fromarray(high_byte.astype(np.uint8))
+    if image.mode[0] in 'IF':
+      image = Image.fromarray(_to_bytes(image))
+    elif image.mode == 'La':  # Pillow takes two steps from there.
+      image = image.convert('LA')
     return image.convert('RGB')
   except Exception as e:  # Pillow's decoders raise what they like.
     raise BadImageError(f'{name}: {_reason(e)}') from e
+
+
+def _to_bytes(image: Image.Image) -> np.ndarray:
+  """Returns grey pixels of more than 8 bits, or of floats, as uint8.
+
+  A file of at most 16 bits says by them what is white. Of 32 bits nobody has
+  agreed on it: white is the smallest of 1 (floats alone), 255, 65,535 and all
+  bits that no pixel exceeds.
+  """
+  tags = getattr(image, 'tag_v2', {})  # Of a TIFF; others have 16 bits.
+  values = np.asarray(image)
+  if values.dtype.kind == 'f':
+    white = np.nanmax(values, initial=0)
+    white = next((x for x in (1, 255, 65_535) if white <= x), white)
+    grey = np.nan_to_num(np.rint(np.clip(values / white, 0, 1) * 255))
+  else:
+    (bits, *_), (kind, *_) = (tags.get(*x) for x in (_BITS, _KIND))
+    if bits == 32 and kind != _SIGNED:
+      values = values.view(np.uint32)
+    depth = bits - (kind == _SIGNED)
+    if depth > 16:
+      depth = next((x for x in (8, 16) if values.max() < 2**x), depth)
+    grey = np.clip(values.astype(np.int64) >> (depth - 8), 0, 255)
+  inverted = tags.get(*_PHOTOMETRIC) == 0
+  return (255 - grey if inverted else grey).astype(np.uint8)
 
 
 def _reason(error: Exception) -> str:

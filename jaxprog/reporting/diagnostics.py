@@ -153,12 +153,10 @@ def worst_mistakes(
 def create_thumbnail(encoded: bytes, size: int = THUMBNAIL_SIZE) -> str:
   """Returns a small JPEG of an encoded image in base64, '' if it is damaged."""
   try:
-    # Not all that Pillow could read: some of it calls other programs.
-    opened = Image.open(io.BytesIO(encoded), formats=preprocess.FORMATS)
-    image = opened.convert('RGB')
-    image.thumbnail((size, size))
-  except Exception:  # Pillow's parsers raise what they like.
+    image = Image.fromarray(preprocess.decode(encoded))
+  except preprocess.BadImageError:
     return ''
+  image.thumbnail((size, size))
   out = io.BytesIO()
   image.save(out, 'JPEG', quality=80)
   return base64.b64encode(out.getvalue()).decode()
