@@ -24,7 +24,7 @@ from data_archives_test import (
   write_zip,
   zip_link,
 )
-from data_fixtures import write_class_folders
+from data_fixtures import encode, photo, write_class_folders
 from image_fixtures import GOLDEN, create, describe, huge_png, write_pets
 
 from jaxprog.data import archives, preprocess, sources
@@ -127,6 +127,43 @@ def test_damaged_images_are_listed(run_main, config, data, tmp_path):
   changed = [x['name'] for x in found if x['kind'] == 'changed']
   assert f'train/n02/{flipped.name}' in changed
   assert len(changed) == 5
+
+
+def spoil(image):
+  image.write_bytes(image.read_bytes()[:-50])
+
+
+def edit(image):
+  image.write_bytes(encode(photo(20, 20, 900), 'JPEG'))
+
+
+@pytest.mark.parametrize('change', [None, spoil, edit, pathlib.Path.unlink])
+def test_what_the_publisher_ships_is_a_warning_and_damage_an_error(
+  config, data, change
+):
+  train, val = data / 'pets' / 'train', data / 'pets' / 'val'
+  shutil.copy(train / 'n01/n01_train_0.JPEG', train / 'n02/other.JPEG')
+  shutil.copy(train / 'n01/n01_train_1.JPEG', val / 'n01/leak.JPEG')
+  shutil.copy(train / 'n01/n01_train_2.JPEG', val / 'n03/both.JPEG')
+  arguments = (config, '--mode=verify', '--only=pets')
+  result = runs.call_main(*arguments)
+  assert result.returncode == 0, result.stdout
+  assert '0 errors, 4 warnings' in result.stdout
+  assert 'warning: duplicate, other label (2)' in result.stdout
+  assert 'warning: duplicate, other split (2)' in result.stdout
+  assert '--config.exclude_leaks=True keeps the training' in result.stdout
+  if change is None:
+    # As it says; those in training with two labels stay.
+    assert runs.call_main(config, '--mode=audit', '--only=pets').returncode == 1
+    result = runs.call_main(
+      config, '--mode=audit', '--only=pets', '--config.exclude_leaks=True'
+    )
+    assert result.returncode == 0
+    assert '2 training images kept out of training' in result.stdout
+    return
+  change(train / 'n03' / 'n03_train_0.JPEG')
+  result = runs.call_main(*arguments)
+  assert result.returncode == 1, result.stdout
 
 
 def test_many_problems_are_cut_short_in_print_alone(config, data):

@@ -44,6 +44,18 @@ KNOWN = {
   'tiny_imagenet': Known(200, 100_000, 10_000),
 }
 
+# What to do about what the publisher's own copy has as well.
+ADVICE = {
+  'duplicate, other label': (
+    'One label is wrong. Nothing leaves such training images out; remove the '
+    'wrong one from the raw folder, or live with it.'
+  ),
+  'duplicate, other split': (
+    '--config.exclude_leaks=True keeps the training image out of training, '
+    'whatever its label; --mode=audit shows what it finds.'
+  ),
+}
+
 Problem = dict[str, str]
 # Images submitted to each thread ahead of the results.
 AHEAD = 8
@@ -96,10 +108,11 @@ def verify_dataset(
 ) -> dict[str, Any]:
   """Returns what was found out about a dataset, ready to be written as JSON.
 
-  `errors` and `warnings` are lists of {kind, name, detail}. All images are
-  looked at, whatever is wrong with some. A number of images that differs from
-  the published one is an error until a manifest with exactly these images is
-  there; a missing class always is.
+  `errors` and `warnings` are lists of {kind, name, detail}: errors are what is
+  damaged, missing or changed, warnings what a publisher's own copy may have
+  too. All images are looked at, whatever is wrong with some. A number of images
+  that differs from the published one is an error until a manifest with exactly
+  these images is there; a missing class always is.
   """
   data_dir = pathlib.Path(data_dir)
   images, problems = _open_images(dataset, data_dir)
@@ -123,8 +136,7 @@ def verify_dataset(
   problems += _find_bad(seen)
   problems += _find_damaged_packs(images)
   problems += _find_missing_classes(images.path, report['splits'], num_classes)
-  duplicates, report['warnings'] = _find_duplicates(seen)
-  problems += duplicates
+  report['warnings'] = _find_duplicates(seen)
   if images.left_out:
     report['warnings'].append(
       _problem('left out', images.path, images.left_out)
@@ -349,27 +361,25 @@ def _find_missing_classes(
   return problems
 
 
-def _find_duplicates(
-  seen: Iterable[Seen],
-) -> tuple[list[Problem], list[Problem]]:
-  """Returns errors and warnings about images that are equal byte for byte."""
+def _find_duplicates(seen: Iterable[Seen]) -> list[Problem]:
+  """Returns warnings about images that are equal byte for byte."""
   groups = collections.defaultdict(list)
   for x in seen:
     if x.sha256 and x.kind != 'empty':
       groups[x.sha256].append(x)
-  wrong, harmless = [], []
+  found = []
   for group in groups.values():
     if len(group) == 1:
       continue
     names = ' = '.join(x.name for x in group[1:])
     splits = {x.split for x in group}
     if len({x.wnid for x in group}) > 1:
-      wrong.append(_problem('duplicate, other label', group[0].name, names))
+      found.append(_problem('duplicate, other label', group[0].name, names))
     if len(splits) > 1:
-      wrong.append(_problem('duplicate, other split', group[0].name, names))
+      found.append(_problem('duplicate, other split', group[0].name, names))
     if len(splits) == len({x.wnid for x in group}) == 1:
-      harmless.append(_problem('duplicate', group[0].name, names))
-  return wrong, harmless
+      found.append(_problem('duplicate', group[0].name, names))
+  return found
 
 
 def _hold_against_manifest(

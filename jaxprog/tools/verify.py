@@ -119,6 +119,8 @@ def _print_problems(
         say(f'    {problem["name"]}: {problem["detail"]}', '')
       if len(problems) > SHOWN:
         say(f'    and {len(problems) - SHOWN:,} more', '')
+      if kind in verification.ADVICE:
+        say(f'    {verification.ADVICE[kind]}', '')
 
 
 def _table(splits: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
@@ -142,9 +144,13 @@ def _print_summary(
   console: rich.console.Console, found: Mapping[str, Any]
 ) -> None:
   reports = found['datasets']
-  wrong = sum(len(report['errors']) for report in reports)
+  wrong, doubtful = (
+    sum(len(report[level]) for report in reports)
+    for level in ('errors', 'warnings')
+  )
   console.print(
-    f'{found["images"]:,} images, {wrong:,} errors, {found["seconds"]:.1f} s: '
+    f'{found["images"]:,} images, {wrong:,} errors, {doubtful:,} warnings, '
+    f'{found["seconds"]:.1f} s: '
     f'{found["images_per_second"]:,.0f} images/s, '
     f'{found["images_per_second_per_core"]:,.0f} images/s/core',
     highlight=False,
