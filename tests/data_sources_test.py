@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import pathlib
 import pickle
@@ -208,6 +209,22 @@ def test_a_file_written_anew_but_equal_is_prepared_no_second_time(raw):
   assert seen == []
   after = sources.load_dataset('imagenette', raw.parent)
   assert after.fingerprint == before.fingerprint
+
+
+def test_what_an_older_version_prepared_is_current(raw):
+  before = sources.load_dataset('imagenette', raw.parent)
+  (looks,) = (raw.parent / 'prepared').rglob('raw_folder.json')
+  looks.unlink()
+  metadata = looks.with_name('metadata.json')
+  known = json.loads(metadata.read_text())
+  del known['contents'], known['left_out']
+  metadata.write_text(json.dumps(known))
+  after = sources.load_dataset('imagenette', raw.parent)
+  assert after.fingerprint != before.fingerprint
+  assert sources.load_dataset('imagenette', raw.parent).left_out == ''
+  overwrite(raw / 'train' / 'n02' / 'n02_train_1.JPEG')
+  with pytest.raises(errors.UserError, match='written to'):
+    sources.check_dataset('imagenette', raw.parent)
 
 
 def test_a_start_looks_at_folders_only_for_a_while(raw):

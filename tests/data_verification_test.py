@@ -49,7 +49,8 @@ def test_a_dataset_in_order_is_counted_and_its_manifest_kept(pets):
 
 
 def test_the_manifest_is_sha256sums(pets):
-  for seed, odd in ((301, 'back\\slash.JPEG'), (302, 'new\nline.JPEG')):
+  odd_names = ('back\\slash.JPEG', 'new\nline.JPEG', 'a\rreturn\r\n.JPEG')
+  for seed, odd in enumerate(odd_names, 301):
     write_image(pets / 'train' / 'n01' / odd, seed)
   (pets / 'val').rename(pets / 'validation')  # As the split is called.
   assert verify(pets)['errors'] == []

@@ -134,7 +134,7 @@ def test_other_data_with_some_of_the_classes_goes_by_name(
   assert found['per_class'] == [own['4'], own['9']]
   assert found['count'] == own['4']['images'] + own['9']['images']
   captured = capsys.readouterr()
-  assert 'has 2 of the 10 classes' in captured.err.replace('\n', ' ')
+  assert 'has 2 of the 10 classes' in ' '.join(captured.err.split())
   assert not captured.out
   assert len(list((workdir / 'eval').glob('ten-best-some-*.csv'))) == 1
 

@@ -124,10 +124,8 @@ def carry_head_rows(
   """
   kernel, bias = np.array(fresh['kernel']), np.array(fresh['bias'])
   given: dict[str, list[str]] = {}
-  taken = {
-    name: next((head for head in heads if name in head.classes), None)
-    for name in classes
-  }
+  first = {name: head for head in reversed(heads) for name in head.classes}
+  taken = {name: first.get(name) for name in classes}
   norm = np.linalg.norm(kernel, axis=0).mean()
   some_are_fresh = None in taken.values()
   for head in heads:

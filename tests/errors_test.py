@@ -1,0 +1,24 @@
+import pytest
+
+from jaxprog import errors
+
+
+def test_a_mistake_has_three_lines_whatever_it_names():
+  found = errors.UserError('a\nb', 'caf\udce9\x1b[31m', 'c\r\u2028d')
+  lines = ['a\\nb', 'caf\\xe9\\x1b[31m', 'c\\r\\u2028d']
+  assert str(found).splitlines() == lines
+  assert [found.what, found.where, found.suggestion] == lines
+
+
+@pytest.mark.parametrize('text', ['', 'Zährte 猫', "it's \\ C:\\x"])
+def test_what_can_be_shown_is_shown_as_it_is(text):
+  assert errors.printable(text) == text
+
+
+def test_of_many_known_words_some_are_named():
+  words = [f'class_{i:04}' for i in range(8_000)]
+  assert errors.did_you_mean('clas_0007', words) == "Did you mean 'class_0007'?"
+  known = errors.did_you_mean('x', words)
+  assert known.startswith('Known: class_0000, class_0001, ')
+  assert known.endswith(', class_0019 and 7,980 more.')
+  assert errors.did_you_mean('x', ['b', 'a']) == 'Known: a, b.'
