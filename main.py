@@ -374,7 +374,7 @@ def list_workdirs(text: str) -> list[str]:
   """Returns the workdirs in A,B; a name with a comma is one if it is there."""
   if paths.expand(text, f'--workdir={text}').exists():
     return [text]
-  return [x for x in text.split(',') if x]
+  return [x for x in text.split(',') if x] or [text]
 
 
 def saved_config() -> str:

@@ -19,6 +19,6 @@ def test_of_many_known_words_some_are_named():
   words = [f'class_{i:04}' for i in range(8_000)]
   assert errors.did_you_mean('clas_0007', words) == "Did you mean 'class_0007'?"
   known = errors.did_you_mean('x', words)
-  assert known.startswith('Known: class_0000, class_0001, ')
-  assert known.endswith(', class_0019 and 7,980 more.')
+  assert known.startswith('8,000 are known, such as class_')
+  assert len(known) < 100
   assert errors.did_you_mean('x', ['b', 'a']) == 'Known: a, b.'

@@ -179,6 +179,7 @@ def test_only_and_skip(config, tmp_path):
     (['--mode=prepare', '--download=maybe'], 'takes true or false'),
     (['--topology=v5e:2x2'], '--mode=train takes no --topology'),
     (['--mode=check', '--process_id=0'], 'it is for --mode=train, eval.'),
+    (['--coordinator=here:99999'], 'is not HOST:PORT'),
     (['--mode=eval', '--only=three'], '--mode=eval takes no --only'),
     (['--mode=eval', '--download'], 'it is for --mode=prepare.'),
     (['--mode=verify', '--checkpoints', '--only=three'], 'takes no --only'),
@@ -225,6 +226,14 @@ def test_data_that_cannot_be_had_leaves_no_folder(tmp_path):
     )
     assert result.returncode == 2, result.stderr
     assert list(tmp_path.iterdir()) == []
+  result = runs.call_main(
+    '--mode=verify',
+    f'--config={CONFIG}:{tmp_path}/data',
+    '--config.stages[0].dataset=imagenet_mini',
+    '--only=three',
+  )
+  assert result.returncode == 1, result.stderr
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_every_flag_is_for_some_mode():

@@ -80,6 +80,12 @@ def check(config: config_dict.ConfigDict) -> None:
         f'config.{field}',
         'Start from configs/tune_default.py.',
       )
+  for field, least in (('num_trials', 1), ('timeout_minutes', 0)):
+    if not config[field] >= least:
+      raise errors.UserError(
+        f'{field} is {config[field]}; it must be at least {least}.',
+        f'config.{field}',
+      )
   if not config.search:
     raise errors.UserError(
       'There is nothing to search.',

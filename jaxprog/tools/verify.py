@@ -29,7 +29,8 @@ def verify(
   """Returns 0 if the datasets of the chosen stages are in order, else 1.
 
   Prints what was found and writes it to WORKDIR/verify.json, or else to
-  DATA_DIR/manifests/verify.json. See jaxprog.data.verification.
+  DATA_DIR/manifests/verify.json, if there is a DATA_DIR. See
+  jaxprog.data.verification.
 
   Raises:
     UserError: for a mistake in the config.
@@ -51,8 +52,9 @@ def verify(
     reports.append(report)
   found = _summarise(reports, num_threads)
   _print_summary(console, found)
-  folder = pathlib.Path(workdir or data_dir / 'manifests')
-  _write(console, folder / 'verify.json', found)
+  if workdir or data_dir.is_dir():
+    folder = pathlib.Path(workdir or data_dir / 'manifests')
+    _write(console, folder / 'verify.json', found)
   return 0 if found['ok'] else 1
 
 

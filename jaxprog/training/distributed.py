@@ -170,7 +170,10 @@ def check_place(place: Place, cluster: str = '') -> None:
     for name, value in place._asdict().items()
     if value is not None
   )
-  if coordinator is not None and not re.fullmatch(r'.+:\d{1,5}', coordinator):
+  if coordinator is not None and not (
+    re.fullmatch(r'.+:\d{1,5}', coordinator)
+    and int(coordinator.rpartition(':')[2]) < 2**16
+  ):
     raise errors.UserError(
       f'{coordinator!r} is not HOST:PORT.',
       flags,

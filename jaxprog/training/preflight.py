@@ -150,7 +150,8 @@ def claim_workdir(workdir: pathlib.Path) -> None:
       f'--workdir={workdir}',
       'orbax takes it for a pattern: choose another --workdir.',
     )
-  lock.check_free(workdir)  # First: what is another run's is not written to.
+  if jax.process_index() == 0:  # It takes the lock: it knows its host's dead.
+    lock.check_free(workdir)
   check_workdir(workdir)
 
 
