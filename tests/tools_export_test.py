@@ -319,5 +319,5 @@ def test_nothing_is_exported_of_a_stage_without_weights(exported):
   config = tiny_config.get_config()
   with pytest.raises(errors.UserError, match="'ten' has no best weights"):
     export.export(config, exported[0], stage='ten')
-  with pytest.raises(errors.UserError, match='No stage of this workdir'):
+  with pytest.raises(errors.UserError, match='no run in'):
     export.export(config, pathlib.Path(exported[0]) / 'nowhere')

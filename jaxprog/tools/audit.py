@@ -12,7 +12,6 @@ from ml_collections import config_dict
 from jaxprog import files, paths, stages
 from jaxprog.data import leaks, sources
 from jaxprog.reporting import bars
-from jaxprog.training import preflight, setup
 
 NUM_EXAMPLES = 10
 
@@ -35,6 +34,8 @@ def audit(
   """
   chosen = stages.select(stages.create_stages(config), only, skip)
   if workdir:
+    from jaxprog.training import preflight  # JAX, which prepare can do without.
+
     preflight.check_workdir(pathlib.Path(workdir))
   console = rich.console.Console(markup=False)
   datasets, absent = load_present(chosen, paths.data_dir(config))
@@ -57,6 +58,8 @@ def load_present(
   chosen: Iterable[stages.Stage], data_dir: str | pathlib.Path
 ) -> tuple[dict[str, sources.Dataset], dict[str, str]]:
   """Returns the datasets that are here, and the names of the others."""
+  from jaxprog.training import setup  # As above.
+
   chosen = list(chosen)
   absent = {
     stage.name: stage.dataset
