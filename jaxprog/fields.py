@@ -112,7 +112,9 @@ class Field:
     self, value: float, bounds: str, where: str
   ) -> errors.UserError:
     near = _on_devices(value)
-    shown = f'{value}' if near == value else f'{value} ({near:g} in float32)'
+    shown = f'{value}'
+    if near != value and (math.isinf(near) or near.is_integer()):
+      shown += f' ({near:g} in float32)'
     return errors.UserError(
       f'{self.name} is {shown}; it must be {bounds}.', where
     )
