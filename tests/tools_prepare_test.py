@@ -1,0 +1,235 @@
+"""What stands in the way of prepared data: disks, locks and names."""
+
+import contextlib
+import ctypes
+import platform
+import resource
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import runs
+from conftest import ROOT
+from data_archives_test import files_below
+from data_fixtures import encode
+from image_fixtures import write_pets
+
+from jaxprog.data import sources
+
+CONFIG = """
+from configs import default
+
+def get_config(root):
+  config = default.get_config()
+  config.data_dir = f'{root}/data'
+  config.model = 'resnet10'
+  config.num_filters = 4
+  config.tensorboard = False
+  config.exclude_leaks = True
+  config.stages = [
+    {'name': 'pets', 'dataset': f'folder:{root}/pets', 'image_size': 16,
+     'batch_size': 4, 'num_epochs': 1, 'storage': 'raw'},
+  ]
+  return config
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+  """A config of ROOT/pets, stored raw in ROOT/data."""
+  write_pets(tmp_path / 'pets')
+  (tmp_path / 'pets_config.py').write_text(CONFIG)
+  return f'--config={tmp_path}/pets_config.py:{tmp_path}'
+
+
+def add_noise(root, count):
+  """Adds PNGs of 30 kB that no writer can make smaller."""
+  rng = np.random.default_rng(0)
+  for i in range(count):
+    noise = encode(rng.integers(0, 256, (100, 100, 3), np.uint8))
+    (root / 'pets' / 'train' / 'n01' / f'noise_{i}.png').write_bytes(noise)
+
+
+@contextlib.contextmanager
+def mounted(path, *options):
+  """Mounts a file system at `path`, where one may."""
+  path.mkdir(exist_ok=True)
+  for arguments in options:
+    done = subprocess.run(['mount', *arguments, path], capture_output=True)
+    if done.returncode:
+      pytest.skip(f'Cannot mount: {done.stderr.decode()}')
+  try:
+    yield
+  finally:
+    # Lazily: readers may not have let go of their files.
+    subprocess.run(['umount', '--lazy', path], check=True)
+
+
+@contextlib.contextmanager
+def largest_file(size):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def assert_three_lines(result, *expected):
+  assert result.returncode == 2, result.stdout + result.stderr
+  assert len(result.stderr.strip().split('\n')) == 3
+  for text in expected:
+    assert text in result.stderr
+
+
+# Of which the records, or the pack alone, are too large.
+@pytest.mark.parametrize('what', ['records', 'pack'])
+@pytest.mark.parametrize('how', ['disk', 'file'])
+def test_a_full_disk_is_said(config, tmp_path, how, what):
+  add_noise(tmp_path, 20)
+  data = tmp_path / 'data'
+  if what == 'pack':
+    sources.prepare(f'folder:{tmp_path}/pets', data)
+  before = files_below(data) if data.is_dir() else {}
+  if how == 'file':
+    size = 100_000
+    full = largest_file(size)
+    reason = 'File too large'
+  else:
+    # What has been prepared is hidden below the small disk.
+    if what == 'pack':
+      pytest.skip('The room for a pack is looked at before.')
+    tmpfs = '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs'
+    full, reason = mounted(data, tmpfs), 'No space left on device'
+  with full:
+    result = runs.call_main(config, '--mode=prepare')
+    assert_three_lines(result, f'Cannot write prepared data: {reason}')
+    left = files_below(data)
+  left = {x for x in left if not x.endswith('.lock')}
+  assert left <= before.keys()
+  assert not list(data.rglob('incomplete*'))
+  assert runs.call_main(config, '--mode=prepare').returncode == 0
+
+
+def test_prepared_data_that_one_may_only_read_is_enough(config, tmp_path):
+  data = tmp_path / 'data'
+  assert runs.call_main(config, '--mode=prepare').returncode == 0
+  before = files_below(data)
+  bound = ('--bind', data), ('-o', 'remount,bind,ro')
+  with mounted(data, *bound):
+    with pytest.raises(OSError, match='Read-only'):
+      (data / 'x').touch()
+    result = runs.call_main(config, '--mode=prepare')
+    assert result.returncode == 0, result.stderr
+    assert runs.call_main(config, '--mode=audit').returncode == 0
+    result = runs.call_main(config, f'--workdir={tmp_path}/run')
+    assert result.returncode == 0, result.stderr
+    # What is not there cannot be made.
+    (tmp_path / 'pets' / 'train' / 'n01' / 'n01_train_0.JPEG').unlink()
+    result = runs.call_main(config, '--mode=prepare')
+    assert_three_lines(result, 'Read-only file system')
+  assert files_below(data) == before
+
+
+# In its process the kernel answers flock with ENOLCK.
+WITHOUT_FLOCK = """
+import sys
+sys.path[:0] = ['tests', '.']
+import tools_prepare_test
+tools_prepare_test.refuse_flock()
+tools_prepare_test.prepare_twice(sys.argv[1])
+"""
+
+
+def refuse_flock():
+  """Lets flock fail with ENOLCK in this process, for good."""
+  number = {'x86_64': 73, 'aarch64': 32}[platform.machine()]
+  program = b''.join(
+    struct.pack('<HBBI', *x)
+    for x in (
+      (0x20, 0, 0, 0),  # Load the number of the system call.
+      (0x15, 0, 1, number),
+      (0x06, 0, 0, 0x00050000 | 37),  # ENOLCK
+      (0x06, 0, 0, 0x7FFF0000),
+    )
+  )
+  memory = ctypes.create_string_buffer(program)
+  filter = struct.pack('HxxxxxxP', 4, ctypes.addressof(memory))
+  libc = ctypes.CDLL(None, use_errno=True)
+  assert libc.prctl(38, 1, 0, 0, 0) == 0  # No new privileges.
+  assert libc.prctl(22, 2, filter, 0, 0) == 0, ctypes.get_errno()
+
+
+def prepare_twice(root):
+  """Prepares, stores and unpacks; a second call of each overtakes the first."""
+  import hashlib
+  import pathlib
+
+  from jaxprog import stages
+  from jaxprog.data import archives
+  from jaxprog.training import lock
+
+  root = pathlib.Path(root)
+  name, data = f'folder:{root}/pets', root / 'data'
+  overtaken = []
+
+  def overtake(call):
+    def progress(*_):
+      if call not in overtaken:
+        overtaken.append(call)
+        call(progress)
+
+    call(progress)
+
+  overtake(lambda show: sources.prepare(name, data, progress=show))
+  dataset = sources.load_dataset(name, data)
+  raw = stages.parse_storage('raw')
+  overtake(lambda show: sources.store(dataset, raw, progress=show))
+  assert len(overtaken) == 2
+  stored = sources.store(sources.load_dataset(name, data), raw).train.records
+  assert stored.image(14)[:2] == (20, 20)
+  archive = root / 'pets.tar'
+  subprocess.run(['tar', '-cf', archive, 'pets'], cwd=root, check=True)
+  digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+  archives.extract(archive, root / 'unpacked', sha256=digest)
+  with lock.Lock(root / 'run') as held:
+    assert not held.has_flock
+
+
+@pytest.mark.skipif(
+  platform.machine() not in ('x86_64', 'aarch64'), reason='Another number.'
+)
+def test_without_flock_what_is_finished_first_stays(config, tmp_path):
+  del config
+  result = subprocess.run(
+    [sys.executable, '-c', WITHOUT_FLOCK, tmp_path],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert result.returncode == 0, result.stderr
+  assert len(list((tmp_path / 'unpacked').rglob('*.JPEG'))) == 21
+  assert not list(tmp_path.rglob('incomplete*'))
+
+
+@pytest.mark.parametrize(
+  ('name', 'expected'),
+  [
+    ('tfds:nosuch', 'are known, such as '),
+    ('tfds:mnist/nosuch', 'BuilderConfig nosuch not found'),
+    ('tfds:mnist:9.9.9', 'cannot be loaded at version 9.9.9'),
+    ('tfds:a b', "refuses 'tfds:a b'"),
+  ],
+)
+def test_what_tfds_does_not_have_is_said_in_three_lines(
+  config, tmp_path, name, expected
+):
+  result = runs.call_main(
+    config, '--mode=prepare', f'--config.stages[0].dataset={name}'
+  )
+  assert_three_lines(result, expected)
+  assert max(map(len, result.stderr.split('\n'))) < 400
+  assert not (tmp_path / 'data').exists()
