@@ -161,31 +161,29 @@ def test_done_is_written_after_the_last_save(tmp_path):
   }
 
 
-def list_weights(directory):
-  return sorted(int(path.name) for path in directory.glob('best/[0-9]*'))
-
-
-def test_the_weights_that_a_state_speaks_of_stay_beside_it(tmp_path):
+@pytest.mark.parametrize('name', ['best', 'ema'])
+def test_the_weights_that_a_state_speaks_of_stay_beside_it(name, tmp_path):
   directory = checkpoints.stage_directory(tmp_path, 'stage')
   with checkpoints.Checkpoints(directory) as manager:
     for step in (0, 3, 6, 9):
       if step:
         weights = create_small_state(step).variables
-        manager.save_weights('best', step, weights, {'step': step})
+        manager.save_weights(name, step, weights, {'step': step})
         manager.wait()
         # A kill here leaves a state that knows nothing of them.
-        assert step == 3 or step - 3 in list_weights(directory)
+        found = integrity.list_steps(directory / name)
+        assert step == 3 or step - 3 in found
       manager.save_latest(create_small_state(step), {'step': step})
-  assert list_weights(directory) == [6, 9]
+  assert integrity.list_steps(directory / name) == [6, 9]
   flip(largest_file(directory / 'latest/9'))
   assert restored_step(directory) == 6
-  found, meta = checkpoints.load_weights(tmp_path, 'stage', 'best')
+  variables, meta = checkpoints.load_weights(tmp_path, 'stage', name)
   assert meta == {'step': 6}
-  assert bits(found) == bits(create_small_state(6).variables)
+  assert bits(variables) == bits(create_small_state(6).variables)
   with checkpoints.Checkpoints(directory) as manager:
-    manager.save_weights('best', 9, create_small_state(9).variables, {})
+    manager.save_weights(name, 9, create_small_state(9).variables, {})
     manager.mark_done({})
-  assert list_weights(directory) == [9]
+  assert integrity.list_steps(directory / name) == [9]
 
 
 def create_small_state(step=0):
