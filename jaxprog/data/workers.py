@@ -260,8 +260,6 @@ def leave_if_starting() -> None:
 def _check_guard(pool: Any) -> None:
   """Raises UserError if workers of a broken pool left as they started."""
   workers = list((pool._processes or {}).values())
-  for worker in workers:
-    worker.join(1)
   if any(worker.exitcode == _UNGUARDED for worker in workers):
     raise errors.UserError(
       'Data workers are processes, which import the script that starts them, '
