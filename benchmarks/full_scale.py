@@ -221,7 +221,7 @@ def measure(command: Sequence[str], soft_limit: int = 1024) -> dict:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard))
 
-  began = time.perf_counter()
+  began, used = time.perf_counter(), cpu_seconds()
   process = subprocess.Popen(
     command,
     cwd=ROOT,
@@ -250,12 +250,19 @@ def measure(command: Sequence[str], soft_limit: int = 1024) -> dict:
     sys.exit(''.join(output))
   return {
     'seconds': time.perf_counter() - began,
+    'cpu': cpu_seconds() - used,
     'memory': peak['VmRSS'],
     # Without what is mapped from files, which the kernel may take back.
     'own_memory': peak['RssAnon'],
     'files': peak['files'],
     'output': ''.join(output),
   }
+
+
+def cpu_seconds() -> float:
+  """Returns what processes that have ended took of all cores."""
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return used.ru_utime + used.ru_stime
 
 
 def list_commands(folder: pathlib.Path) -> dict[str, list[str]]:
@@ -313,7 +320,8 @@ def main() -> None:
       path.write_text(json.dumps(results, indent=2))
     row = results[name]
     print(
-      f'{name}: {row["seconds"]:.1f} s, {row["memory"] / 1e6:,.0f} MB '
+      f'{name}: {row["seconds"]:.1f} s ({row["cpu"]:.1f} s of a core), '
+      f'{row["memory"] / 1e6:,.0f} MB '
       f'({row["own_memory"] / 1e6:,.0f} its own), {row["files"]:,} files\n'
       f'{row["output"]}'
     )

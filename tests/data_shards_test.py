@@ -5,7 +5,9 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent import futures
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from conftest import ROOT
@@ -105,7 +107,7 @@ def test_readers_of_a_split_share_its_files(many_files):
     folder = str(many_files)
     links = (f'/proc/self/fd/{x}' for x in os.listdir('/proc/self/fd'))
     found = (os.readlink(x) for x in links if os.path.islink(x))
-    return sum(x.startswith(folder) for x in found)
+    return sum(x.startswith(folder) and '-train.' in x for x in found)
 
   datasets = [sources.load_dataset('digits', many_files) for _ in range(3)]
   for dataset in datasets:
@@ -114,6 +116,19 @@ def test_readers_of_a_split_share_its_files(many_files):
   assert count() == NUM_FILES
   del dataset, datasets
   assert count() == 0
+
+
+def test_threads_read_each_its_own(many_files):
+  records = sources.load_dataset('digits', many_files).train.records
+  names = records.names()
+  positions = np.random.default_rng(0).integers(0, len(records), 2000).tolist()
+  with futures.ThreadPoolExecutor(8) as pool:
+    found = pool.map(lambda i: records[i]['file_name'], positions)
+    assert list(found) == [names[i] for i in positions]
+  with pytest.raises(IndexError):
+    records.source[len(records)]
+  with pytest.raises(IndexError):
+    records.source[-1]
 
 
 def test_prepared_anew_is_read_anew(tmp_path):
