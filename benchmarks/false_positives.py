@@ -20,7 +20,7 @@ from scipy import optimize, special
 from jaxprog.comparison import statistics
 
 # Standard deviations in logits: two runs disagree on 24% of all images at an
-# accuracy of 50%, on 10% at 90%; seeds differ by about 1.6, 0.8 and 0.1 points
+# accuracy of 50%, on 10% at 90%; seeds differ by about 1.7, 0.7 and 0.1 points
 # at 50, 90 and 99%.
 DIFFICULTY, TASTE, SEEDS = 3.0, 0.5, 0.15
 RUNS = 2, 3, 4, 5, 10
@@ -36,7 +36,7 @@ KINDS = 'by image', 'unpaired', 'binomial', 'seeds alone'
 def main() -> None:
   """Prints three tables in Markdown."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--trials', type=int, default=4_000)
+  parser.add_argument('--trials', type=int, default=5_000)
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args()
   rng = np.random.default_rng(args.seed)

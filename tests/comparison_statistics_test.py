@@ -178,6 +178,14 @@ def test_intervals_stay_where_accuracies_can_be():
   assert (found.low.min(), found.high.max()) == (0, 1)
 
 
+def test_what_the_images_alone_tell_apart():
+  """Of 400 images, two runs differ by 2.8 points by chance at 20%."""
+  assert not statistics.told_apart(0.2, 0.25, 400)
+  assert statistics.told_apart(0.2, 0.26, 400)
+  assert statistics.told_apart(0.2, 0.25, 4000)
+  assert not statistics.told_apart(1.0, 0.99, 90)
+
+
 def test_holm_equals_a_case_by_hand():
   # 0.01 * 4, 0.02 * 3, 0.03 * 2 (raised to the one before it), 0.5 * 1.
   adjusted = statistics.holm([0.03, 0.01, None, 0.5, 0.02])

@@ -128,7 +128,9 @@ def test_a_search_goes_on_where_it_was_stopped(run_main, data_dir, tmp_path):
   assert count == 5  # Those stopped, and those that went on with them.
 
 
-def test_a_trial_that_is_worse_than_the_others_is_pruned(data_dir, tmp_path):
+def test_a_trial_that_is_worse_than_the_others_is_pruned(
+  data_dir, tmp_path, capsys
+):
   config = create_config(
     data_dir,
     num_trials=3,
@@ -145,6 +147,16 @@ def test_a_trial_that_is_worse_than_the_others_is_pruned(data_dir, tmp_path):
   assert found['best']['parameters'] == {'stages[0].learning_rate': 0.01}
   assert set(by_rate) == {0.01, 1e-8}
   assert any(x['status'] == 'pruned' for x in found['trials'])
+  (whole,) = {x['top1'] for x in found['trials'] if x['status'] == 'complete'}
+  assert found['best']['top1'] == whole
+  # The same rate twice comes to the same: no image tells them apart.
+  best = found['best']['directory']
+  alike = {x['directory'] for x in found['trials'] if x['top1'] == whole}
+  assert set(found['alike']) == alike - {best}
+  shown = capsys.readouterr().out
+  count, images = len(found['alike']), found['num_images']
+  assert images == 143
+  assert f'{images} evaluation images do not tell {count} from' in shown
   assert tune.tune(config, tmp_path) == found
   config.base.stages[0]['batch_size'] = 24
   with pytest.raises(errors.UserError, match='began with another ladder'):

@@ -251,6 +251,15 @@ def is_difference(e: Estimate, null: float = 0.0) -> bool:
   return not e.low <= null <= e.high
 
 
+def told_apart(a: float, b: float, num_images: int) -> bool:
+  """Returns whether two top-1s differ by more than their images may make them.
+
+  Of one run each: what other seeds would change is not in it.
+  """
+  variance = sum(binomial_noise(x, num_images).own for x in (a, b))
+  return abs(a - b) > special.ndtri(0.5 + CONFIDENCE / 2) * math.sqrt(variance)
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
   """Returns the p-values adjusted for their number (Holm 1979).
 

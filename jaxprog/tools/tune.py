@@ -20,6 +20,7 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
+from jaxprog.comparison import statistics
 from jaxprog.data import workers
 from jaxprog.reporting import history as history_lib
 from jaxprog.training import ladder, lock, loop, preflight, signals
@@ -288,6 +289,7 @@ def _run_trial(
     trial.set_user_attr('error', str(e)[:500])
     return 0.0
   stage = history_lib.find_stage(history, last) or {}
+  trial.set_user_attr('num_images', stage.get('num_eval_images', 0))
   for row in stage.get('epochs', ()):
     if row['epoch'] not in reported:  # It was trained by an earlier start.
       report(row)
@@ -323,7 +325,21 @@ def _describe(study: Any) -> dict[str, Any]:
   ]
   whole = [x for x in trials if x['status'] == 'complete']
   best = max(whole, key=lambda x: x['top1'], default=None)
-  return {'version': 1, 'best': best, 'trials': trials}
+  attrs = [trial.user_attrs for trial in study.get_trials()]
+  images = max((x.get('num_images', 0) for x in attrs), default=0)
+  return {
+    'version': 1,
+    'best': best,
+    'num_images': images,
+    # Whole trials that the evaluation images do not tell from the best one.
+    'alike': [
+      x['directory']
+      for x in whole
+      if x != best
+      and not statistics.told_apart(x['top1'], best['top1'], images)
+    ],
+    'trials': trials,
+  }
 
 
 def _write(
@@ -365,9 +381,12 @@ def _show(
   console = rich.console.Console(markup=False)
   console.print(table)
   pruned = sum(x['status'] == 'pruned' for x in found['trials'])
+  alike = len(found['alike'])
   console.print(
-    f'{len(found["trials"])} trials, {pruned} of them pruned. The best of many '
-    'is partly luck: train it with other seeds before you believe it.\n'
+    f'{len(found["trials"])} trials, {pruned} of them pruned. Of the others '
+    f'{found["num_images"]:,} evaluation images do not tell {alike} from the '
+    'best. The best of many is partly luck: train it with other seeds before '
+    'you believe it.\n'
     f'{workdir / "best_config.json"}',
     highlight=False,
     markup=False,
