@@ -335,7 +335,8 @@ def _describe(study: Any) -> dict[str, Any]:
     'alike': [
       x['directory']
       for x in whole
-      if x != best
+      if best
+      and x != best
       and not statistics.told_apart(x['top1'], best['top1'], images)
     ],
     'trials': trials,

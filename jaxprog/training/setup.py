@@ -221,7 +221,10 @@ def prepare_training(
       where = f'stage {stage.name!r}'
       rule = holdout_rules.get(stage.name, sources.HOLDOUT_RULE)
       dataset = sources.hold_out(dataset, stage.holdout, where, rule)
-    ready[stage.name] = sources.store(dataset, stage.stored)
+    title = f'{stage.dataset}, {stage.storage}'
+    with bars.progress_bar(rich.console.Console(stderr=True), title) as show:
+      dataset = sources.store(dataset, stage.stored, progress=show)
+    ready[stage.name] = dataset
   return {stage.name: ready[stage.name] for stage in chosen}
 
 
