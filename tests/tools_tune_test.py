@@ -155,7 +155,7 @@ def test_a_trial_that_is_worse_than_the_others_is_pruned(
   assert set(found['alike']) == alike - {best}
   shown = capsys.readouterr().out
   count, images = len(found['alike']), found['num_images']
-  assert images == 143
+  assert images == 115
   assert f'{images} evaluation images do not tell {count} from' in shown
   assert tune.tune(config, tmp_path) == found
   config.base.stages[0]['batch_size'] = 24
