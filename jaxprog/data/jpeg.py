@@ -109,7 +109,13 @@ def version() -> str:
 
 def has_more_scans(data: bytes, limit: int) -> bool:
   """Returns whether it is a JPEG whose pixels are gone through more often."""
-  if not data.startswith(_START_OF_IMAGE) or data.count(_SCAN) <= limit:
+  if not data.startswith(_START_OF_IMAGE):
+    return False
+  # Most have fewer even with what is no marker; bytes.count takes five times as
+  # long.
+  values = np.frombuffer(data, np.uint8)
+  found = (values[:-1] == _SCAN[0]) & (values[1:] == _SCAN[1])
+  if np.count_nonzero(found) <= limit:
     return False
   count, position = 0, 2
   while marker := _MARKER.search(data, position):
