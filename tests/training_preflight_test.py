@@ -262,7 +262,8 @@ def test_what_a_workdir_holds_is_told_with_what_has_changed(config, tmp_path):
   latest = checkpoints.stage_directory(tmp_path, 'ten') / 'latest'
   for step in (9, 10, 11):
     (latest / str(step)).mkdir(parents=True)
-    integrity.write_manifest(latest / str(step))
+    if step < 11:
+      integrity.write_manifest(latest / str(step))
   # The save of step 11 was cut short.
   (latest / '.saving-11').write_text('')
   findings = find(preflight.inspect(config, tmp_path), 'run: ')
