@@ -164,7 +164,7 @@ def test_a_stage_goes_on_in_the_same_epoch(step, batch_size, expected):
 
 
 def test_with_growing_batches_it_goes_on_in_the_same_phase():
-  phases = (stages.PhaseStart(2, (('batch_size', 50),)),)
+  phases = (fields.PhaseStart(2, (('batch_size', 50),)),)
   old = count(150, batch_size=25, num_epochs=4, phases=phases)
   new = count(150, batch_size=75, num_epochs=4)
   assert [epochs.translate(x, old, new) for x in (6, 12, 14)] == [2, 4, 5]
