@@ -21,7 +21,7 @@ from absl import logging as absl_logging
 
 import jaxprog
 from jaxprog import errors, paths
-from jaxprog.training import signals
+from jaxprog.reliability import signals
 
 _STAGES = ('only', 'skip')
 _SAVED = ('stage', 'weights')

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprog.models import resnet
-from jaxprog.training import checkpoints, integrity
+from jaxprog.reliability import checkpoints, integrity
 from jaxprog.training import state as state_lib
 
 

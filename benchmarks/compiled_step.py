@@ -23,8 +23,9 @@ from flax import linen as nn
 
 import jaxprog
 from jaxprog.models import conv, norm, resnet
+from jaxprog.planning import chips, costs
 from jaxprog.tools import plan
-from jaxprog.training import costs, devices, hardware
+from jaxprog.training import devices
 from jaxprog.training import setup as setup_lib
 
 
@@ -41,7 +42,7 @@ def main() -> None:
   parser.add_argument('--hlo', help='where to write the compiled programs')
   args = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
-  topology = hardware.parse_topology(args.topology)
+  topology = chips.parse_topology(args.topology)
   if not args.no_plain:
     describe('plain Flax', lower_plain(args, topology), args)
   for batch_norm in args.batch_norm.split(','):
@@ -124,7 +125,7 @@ def trace_plain(args, topology):
     optax.add_decayed_weights(1e-4, kernels_alone),
     optax.sgd(0.1, 0.9),
   )
-  replicated, divided = devices.create_shardings(hardware.create_mesh(topology))
+  replicated, divided = devices.create_shardings(chips.create_mesh(topology))
   side, total = args.image_size, args.batch_size * topology.num_chips
   images = jax.ShapeDtypeStruct(
     (total, side, side, 3), jnp.bfloat16, sharding=divided

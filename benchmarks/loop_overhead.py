@@ -19,10 +19,11 @@ import jax
 import rich.console
 
 import jaxprog
-from jaxprog.reporting import profile
-from jaxprog.reporting import progress as progress_lib
+from jaxprog.monitoring import profile
+from jaxprog.monitoring import progress as progress_lib
+from jaxprog.reliability import signals
 from jaxprog.training import feed as feed_lib
-from jaxprog.training import loop, setup, signals
+from jaxprog.training import loop, setup
 
 
 def main() -> None:

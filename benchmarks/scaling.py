@@ -15,8 +15,7 @@ import pathlib
 import jax
 
 import jaxprog
-from jaxprog.reporting import hardware_plan
-from jaxprog.training import hardware
+from jaxprog.planning import chips, elsewhere
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
   jax.config.update('jax_platforms', 'cpu')
   plans = {}
   for sides in args.chips.split(','):
-    topology = hardware.parse_topology(f'{args.chip}:{sides}')
+    topology = chips.parse_topology(f'{args.chip}:{sides}')
     plans[topology.name] = plan_last_stage(args, topology)
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(plans))
@@ -54,7 +53,7 @@ def show(plans) -> None:
   for name, plan in plans.items():
     (stage,) = plan['stages']
     (step,) = stage['steps']
-    seconds = hardware_plan.Step(**step).seconds(plan['utilization'])
+    seconds = elsewhere.Step(**step).seconds(plan['utilization'])
     rate = step['batch_size'] / seconds / plan['num_chips']
     first = first or rate
     print(

@@ -3,7 +3,7 @@ import pytest
 
 from jaxprog import epochs, errors, stages
 from jaxprog.comparison import budgets
-from jaxprog.training import costs
+from jaxprog.planning import costs
 from jaxprog.training import setup as setup_lib
 
 NUM_IMAGES = 1437  # Digits that are trained on.

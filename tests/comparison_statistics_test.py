@@ -7,7 +7,7 @@ import scipy.stats
 
 from benchmarks import false_positives
 from jaxprog.comparison import statistics
-from jaxprog.reporting.outcomes import Outcomes
+from jaxprog.monitoring.outcomes import Outcomes
 
 run, scores = comparison_fixture.create_run, comparison_fixture.create_scores
 

@@ -28,18 +28,18 @@ LONGEST = (
   'faults_checkpoints_test',
   'tools_tune_test',
   'tools_compare_test',
-  'training_checkpoints_test',
+  'reliability_checkpoints_test',
   'training_distributed_test',
   'data_loader_test',
   'models_resnet_test',
-  'reporting_tensorboard_test',
-  'training_handover_test',
+  'monitoring_tensorboard_test',
+  'training_transfer_handover_test',
   'tools_evaluate_test',
   'tools_verify_test',
   'tools_export_test',
   'data_sources_test',
   'configs_test',
-  'training_watchdog_test',
+  'reliability_watchdog_test',
 )
 
 

@@ -11,7 +11,7 @@ from data_fixtures import encode, photo, real_data
 from PIL import Image
 
 from jaxprog.data import jpeg, preprocess
-from jaxprog.reporting import diagnostics
+from jaxprog.monitoring import diagnostics
 
 
 def crop(image, size=16, seed=0, **options):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import runs
 
-from jaxprog.training import checkpoints, integrity
+from jaxprog.reliability import checkpoints, integrity
 
 STAGE = 'three'
 ARGUMENTS = (

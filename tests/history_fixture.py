@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxprog.reporting import history as history_lib
+from jaxprog.monitoring import history as history_lib
 
 
 class Rung(NamedTuple):

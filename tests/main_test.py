@@ -9,7 +9,7 @@ import runs
 
 import main
 from jaxprog import files
-from jaxprog.training import lock
+from jaxprog.reliability import lock
 
 CONFIG = 'tests/tiny_config.py'
 

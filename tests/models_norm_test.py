@@ -18,7 +18,8 @@ from jax.sharding import AxisType
 from jaxprog import epochs, errors, stages
 from jaxprog.models import conv, norm, resnet
 from jaxprog.optim import optimizers
-from jaxprog.training import checkpoints, devices, setup, state, steps
+from jaxprog.reliability import checkpoints
+from jaxprog.training import devices, setup, state, steps
 
 PIXELS = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 NUM_CLASSES = 4

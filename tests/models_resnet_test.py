@@ -6,7 +6,7 @@ import pytest
 
 from jaxprog import fields
 from jaxprog.models import interchange, resnet
-from jaxprog.training import costs
+from jaxprog.planning import costs
 
 
 def create(name='resnet10', image_size=16, num_filters=4, **kwargs):

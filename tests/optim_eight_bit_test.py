@@ -12,7 +12,8 @@ import pytest
 
 from jaxprog.models import resnet
 from jaxprog.optim import eight_bit
-from jaxprog.training import checkpoints, state
+from jaxprog.reliability import checkpoints
+from jaxprog.training import state
 
 ADAM = optax.scale_by_adam(0.9, 0.999, 1e-8)
 ADAM_8BIT = eight_bit.scale_by_adam_8bit(0.9, 0.999, 1e-8, min_size=1)

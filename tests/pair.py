@@ -9,7 +9,8 @@ import sys
 import time
 
 from jaxprog import errors
-from jaxprog.training import distributed, signals
+from jaxprog.reliability import signals
+from jaxprog.training import distributed
 
 
 def main(port, index, how):

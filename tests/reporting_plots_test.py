@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxprog.reporting import history as history_lib
+from jaxprog.monitoring import history as history_lib
 from jaxprog.reporting import plots
 
 

@@ -6,7 +6,7 @@ import history_fixture
 import pytest
 import rich.console
 
-from jaxprog.reporting import history as history_lib
+from jaxprog.monitoring import history as history_lib
 from jaxprog.reporting import report as report_lib
 
 ENVIRONMENT = {

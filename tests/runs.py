@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import main
-from jaxprog.training import checkpoints
+from jaxprog.reliability import checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMES = (

@@ -15,8 +15,8 @@ from conftest import ROOT
 from jaxprog import config as config_lib
 from jaxprog import files, stages
 from jaxprog.data import leaks, sources
-from jaxprog.reporting import history as history_lib
-from jaxprog.reporting import incidents
+from jaxprog.monitoring import history as history_lib
+from jaxprog.monitoring import incidents
 from jaxprog.tools import check as check_lib
 
 CONFIG = 'tests/tiny_config.py'

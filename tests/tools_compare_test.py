@@ -12,9 +12,9 @@ import runs as run_lib
 
 from jaxprog import errors, files
 from jaxprog.comparison import cells, collect, runs
-from jaxprog.reporting import outcomes
+from jaxprog.monitoring import outcomes
+from jaxprog.reliability import checkpoints
 from jaxprog.tools import compare as tool
-from jaxprog.training import checkpoints
 
 # When a comparison is killed: once a run has saved this step of 58.
 KILLS = (

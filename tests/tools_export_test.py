@@ -20,8 +20,9 @@ import tiny_config
 
 from jaxprog import errors, stages
 from jaxprog.models import interchange
+from jaxprog.reliability import checkpoints
 from jaxprog.tools import export
-from jaxprog.training import checkpoints, setup
+from jaxprog.training import setup
 from jaxprog.training import trained as trained_lib
 
 # A process that knows nothing of this program.

@@ -10,8 +10,8 @@ from conftest import ROOT
 
 import jaxprog
 from jaxprog import errors
+from jaxprog.planning import chips, costs
 from jaxprog.tools import plan
-from jaxprog.training import costs, hardware
 from jaxprog.training import setup as setup_lib
 
 REASON = 'make test PARITY=1 installs libtpu beside torch'
@@ -78,7 +78,7 @@ def test_the_second_time_nothing_is_compiled(planned):
 def test_memory_is_that_of_the_step_that_training_compiles(planned, data_dir):
   folder, _, _ = planned
   config = load(data_dir, folder / 'cache')
-  topology = hardware.parse_topology('v5e:2x2')
+  topology = chips.parse_topology('v5e:2x2')
   setup = plan.create_setup(config, topology, ('three',), ())
   task = setup_lib.create_task(setup, setup.chosen[0])
   (program,) = task.train_steps
@@ -98,7 +98,7 @@ def test_memory_is_that_of_the_step_that_training_compiles(planned, data_dir):
 @needs_compiler
 def test_the_step_is_bfloat16_with_losses_in_float32(data_dir, tmp_path):
   config = load(data_dir, tmp_path)
-  topology = hardware.parse_topology('v5e:1x1')
+  topology = chips.parse_topology('v5e:1x1')
   setup = plan.create_setup(config, topology, ('three',), ())
   task = setup_lib.create_task(setup, setup.chosen[0])
   assert task.dtype == 'bfloat16'  # 'auto', for the target and not for here.

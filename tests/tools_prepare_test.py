@@ -163,7 +163,7 @@ def prepare_twice(root):
 
   from jaxprog import stages
   from jaxprog.data import archives
-  from jaxprog.training import lock
+  from jaxprog.reliability import lock
 
   root = pathlib.Path(root)
   name, data = f'folder:{root}/pets', root / 'data'

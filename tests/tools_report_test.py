@@ -15,8 +15,9 @@ import tiny_config
 
 import jaxprog
 from jaxprog import files
-from jaxprog.reporting import history as history_lib
-from jaxprog.reporting import outputs, rundir, side_by_side
+from jaxprog.monitoring import history as history_lib
+from jaxprog.reporting import outputs, rundir
+from jaxprog.reporting.page import side_by_side
 from jaxprog.tools import report
 
 REPORTS = 'training_report.txt', 'training_metrics.png', 'report.html'

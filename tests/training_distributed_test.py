@@ -14,7 +14,8 @@ import runs
 
 from jaxprog import config as config_lib
 from jaxprog import errors, fields
-from jaxprog.training import distributed, integrity, lock, preflight
+from jaxprog.reliability import integrity, lock
+from jaxprog.training import distributed, preflight
 
 CONFIG = 'tests/tiny_config.py'
 # 54 steps of the first stage.

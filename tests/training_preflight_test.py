@@ -12,8 +12,9 @@ import tiny_config
 from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
 from jaxprog.data import sources
-from jaxprog.reporting import history as history_lib
-from jaxprog.training import checkpoints, integrity, preflight
+from jaxprog.monitoring import history as history_lib
+from jaxprog.reliability import checkpoints, integrity
+from jaxprog.training import preflight
 from jaxprog.training import setup as setup_lib
 
 REPORTS = 20_000_000

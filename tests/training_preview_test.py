@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxprog.reporting import figures
+from jaxprog.monitoring import pictures
 from jaxprog.training import feed, preview, setup, steps
 from jaxprog.training import state as state_lib
 from tests import tiny_config
@@ -63,12 +63,12 @@ def test_the_picture_is_what_the_first_step_feeds_the_network(data_dir, mixed):
     batch = batches.next()
   before = {name: np.array(x) for name, x in batch.items()}
   (grid,) = preview.draw_augmented(task, batch, 0).values()
-  scale = figures.TILE // 8
-  step_y = figures.TILE + figures.GAP + figures.LINE * (2 if mixed else 1)
+  scale = pictures.TILE // 8
+  step_y = pictures.TILE + pictures.GAP + pictures.LINE * (2 if mixed else 1)
   for i, image in enumerate(see(task, batch)[: preview.MAX_IMAGES]):
-    y = figures.GAP + i // 8 * step_y
-    x = figures.GAP + i % 8 * (figures.TILE + figures.GAP)
-    tile = grid[y : y + figures.TILE, x : x + figures.TILE][::scale, ::scale]
+    y = pictures.GAP + i // 8 * step_y
+    x = pictures.GAP + i % 8 * (pictures.TILE + pictures.GAP)
+    tile = grid[y : y + pictures.TILE, x : x + pictures.TILE][::scale, ::scale]
     # One grey level: two compiled programs may round differently.
     np.testing.assert_allclose(tile.astype(int), image.astype(int), atol=1)
   for name, x in batch.items():

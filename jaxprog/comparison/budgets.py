@@ -15,7 +15,7 @@ from jaxprog import config as config_lib
 from jaxprog import epochs as epochs_lib
 from jaxprog import errors, fields
 from jaxprog import stages as stages_lib
-from jaxprog.training import costs
+from jaxprog.planning import costs
 from jaxprog.training import setup as setup_lib
 
 # Fields of a stage that are counted in its epochs.

@@ -23,8 +23,8 @@ from jaxprog.comparison.budgets import StageCost
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
 from jaxprog.comparison.statistics import Axis
-from jaxprog.reporting import history as history_lib
-from jaxprog.reporting import outcomes as outcomes_lib
+from jaxprog.monitoring import history as history_lib
+from jaxprog.monitoring import outcomes as outcomes_lib
 
 Record = dict[str, Any]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxprog import errors, files
 from jaxprog.comparison import tables
-from jaxprog.reporting import html, markup
-from jaxprog.reporting.markup import Html, join, tag
+from jaxprog.reporting.page import html, markup
+from jaxprog.reporting.page.markup import Html, join, tag
 
 # Of what comparison.json holds; see collect.write.
 VERSION = 2

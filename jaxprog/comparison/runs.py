@@ -22,8 +22,9 @@ from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
 from jaxprog.comparison.budgets import StageCost
 from jaxprog.comparison.cells import Cell
-from jaxprog.reporting import history as history_lib
-from jaxprog.training import checkpoints, integrity, ladder, loop
+from jaxprog.monitoring import history as history_lib
+from jaxprog.reliability import checkpoints, integrity
+from jaxprog.training import ladder, loop
 from jaxprog.training import setup as setup_lib
 
 Outcome = dict[str, Any]

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-from jaxprog.reporting import outcomes as outcomes_lib
-from jaxprog.reporting.outcomes import Outcomes
+from jaxprog.monitoring import outcomes as outcomes_lib
+from jaxprog.monitoring.outcomes import Outcomes
 
 CONFIDENCE = 0.95
 # Fewer runs on a side are called neither better nor worse, sooner nor later.

@@ -1,5 +1,1 @@
-"""What people see of a run: while it goes on, and afterwards.
-
-`history` is the data, the other modules show it; none of them knows how a
-network is trained.
-"""
+"""What people read of a run once it is written down."""

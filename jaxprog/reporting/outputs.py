@@ -7,7 +7,8 @@ from concurrent import futures
 from typing import Any
 
 from jaxprog import files
-from jaxprog.reporting import html, plots, report, rundir
+from jaxprog.reporting import plots, report, rundir
+from jaxprog.reporting.page import html
 
 
 def write_reports(

@@ -13,7 +13,7 @@ import matplotlib.ticker
 import numpy as np
 
 from jaxprog import files
-from jaxprog.reporting import history as history_lib
+from jaxprog.monitoring import history as history_lib
 
 # Okabe and Ito's blue and vermilion: apart for colour-blind readers too.
 TRAIN, VAL, TOP5 = '#0072b2', '#d55e00', '#e0a070'

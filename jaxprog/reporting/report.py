@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import rich.box
 import rich.table
 
+from jaxprog.monitoring import history as history_lib
+from jaxprog.monitoring import incidents as incidents_lib
+from jaxprog.monitoring import progress
 from jaxprog.reporting import baselines as baselines_lib
-from jaxprog.reporting import history as history_lib
-from jaxprog.reporting import incidents as incidents_lib
-from jaxprog.reporting import progress
 
 WIDTH = 80
 

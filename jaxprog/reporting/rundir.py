@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxprog import errors
-from jaxprog.reporting import history as history_lib
-from jaxprog.reporting import incidents as incidents_lib
+from jaxprog.monitoring import history as history_lib
+from jaxprog.monitoring import incidents as incidents_lib
 
 # Any of these in a folder shows that a run, a comparison or a search has begun.
 _SIGNS = (

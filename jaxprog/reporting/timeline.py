@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprog.reporting import history as history_lib
+from jaxprog.monitoring import history as history_lib
 
 # x in epochs of the whole ladder, and a value or None where there is none.
 Point = tuple[float, float | None]

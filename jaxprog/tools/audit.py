@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 from jaxprog import files, paths, stages
 from jaxprog.data import leaks, sources
-from jaxprog.reporting import bars
+from jaxprog.monitoring import bars
 
 NUM_EXAMPLES = 10
 

@@ -24,10 +24,11 @@ from ml_collections import config_dict
 from jaxprog import config as config_lib
 from jaxprog import errors, files, paths, stages
 from jaxprog.data import loader, packs, sources
-from jaxprog.reporting import plan as plan_lib
+from jaxprog.monitoring import progress as progress_lib
+from jaxprog.planning import costs
+from jaxprog.planning import here as plan_lib
 from jaxprog.reporting import plots
-from jaxprog.reporting import progress as progress_lib
-from jaxprog.training import costs, ladder, preflight
+from jaxprog.training import ladder, preflight
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import steps as steps_lib
 

@@ -35,8 +35,9 @@ from jaxprog.comparison import (
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
 from jaxprog.data import workers
-from jaxprog.reporting import environment
-from jaxprog.training import lock, preflight, signals
+from jaxprog.monitoring import environment
+from jaxprog.reliability import lock, signals
+from jaxprog.training import preflight
 
 
 @dataclasses.dataclass

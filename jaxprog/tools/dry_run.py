@@ -14,7 +14,8 @@ import rich.console
 from ml_collections import config_dict
 
 from jaxprog.data import sources
-from jaxprog.training import checkpoints, distributed, ladder, lock
+from jaxprog.reliability import checkpoints, lock
+from jaxprog.training import distributed, ladder
 from jaxprog.training import setup as setup_lib
 
 NUM_STEPS = 2

@@ -18,7 +18,8 @@ from ml_collections import config_dict
 from jaxprog import config as config_lib
 from jaxprog import epochs, errors, files, stages
 from jaxprog.data import sources
-from jaxprog.reporting import diagnostics, scores
+from jaxprog.monitoring import diagnostics
+from jaxprog.reporting import scores
 from jaxprog.training import devices, distributed, loop, preflight, steps
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import trained as trained_lib

@@ -22,8 +22,9 @@ import jaxprog
 from jaxprog import config as config_lib
 from jaxprog import files
 from jaxprog.models import conv, interchange, resnet
+from jaxprog.reliability import checkpoints
 from jaxprog.reporting import report
-from jaxprog.training import augment, checkpoints, preflight
+from jaxprog.training import augment, preflight
 from jaxprog.training import state as state_lib
 from jaxprog.training import trained as trained_lib
 

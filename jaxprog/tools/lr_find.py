@@ -14,8 +14,9 @@ from ml_collections import config_dict
 from jaxprog import errors, files, stages
 from jaxprog.reporting import plots
 from jaxprog.training import feed as feed_lib
-from jaxprog.training import handover, preflight
+from jaxprog.training import preflight
 from jaxprog.training import setup as setup_lib
+from jaxprog.training.transfer import handover
 
 # The test ends when the smoothed loss is this much above its least.
 _DIVERGED = 4.0

@@ -27,8 +27,8 @@ from ml_collections import config_dict
 from jaxprog import epochs, files, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import sources, verification
-from jaxprog.reporting import hardware_plan
-from jaxprog.training import costs, devices, hardware, preflight, xla_flags
+from jaxprog.planning import chips, costs, elsewhere
+from jaxprog.training import devices, preflight, xla_flags
 from jaxprog.training import setup as setup_lib
 
 FILE = 'hardware_plan.json'
@@ -68,7 +68,7 @@ def plan(
     UserError: for a mistake in the config or the topology, for a dataset that
       neither is here nor has known counts, or if the compiler is missing.
   """
-  asked = hardware.parse_topology(topology)
+  asked = chips.parse_topology(topology)
   if workdir:
     preflight.check_workdir(pathlib.Path(workdir))
   console = rich.console.Console(markup=False)
@@ -88,8 +88,8 @@ def plan(
     'chip_hour_price': config.chip_hour_price,
     'stages': [x.figures() for x in plans],
     'hours': sum(x.hours for x in plans),
-    'cost': hardware_plan.total_cost(plans),
-    'notes': hardware_plan.notes(plans),
+    'cost': elsewhere.total_cost(plans),
+    'notes': elsewhere.notes(plans),
   }
   if workdir:
     path = pathlib.Path(workdir) / FILE
@@ -113,7 +113,7 @@ def _without_jaxs_cache() -> Iterator[None]:
 
 def create_setup(
   config: config_dict.ConfigDict,
-  topology: hardware.Topology,
+  topology: chips.Topology,
   only: Sequence[str],
   skip: Sequence[str],
 ) -> setup_lib.Setup:
@@ -127,7 +127,7 @@ def create_setup(
   stages_lib.check_devices(chosen, topology.num_chips)
   stages_lib.check_batch_norm(config, topology.num_chips)
   datasets = {stage.name: _count_dataset(config, stage) for stage in chosen}
-  mesh = hardware.create_mesh(topology)
+  mesh = chips.create_mesh(topology)
   return setup_lib.Setup(
     config=config,
     stages=all_stages,
@@ -186,7 +186,7 @@ _Key = tuple[str, setup_lib.Program]
 
 def _compile_all(
   tasks: Sequence[setup_lib.Task],
-  topology: hardware.Topology,
+  topology: chips.Topology,
   console: rich.console.Console,
 ) -> dict[_Key, tuple[float, Compiled]]:
   """Returns the FLOPs and the compiled figures of each stage's programs.
@@ -226,7 +226,7 @@ def _compile_all(
 
 
 def _compiler_options(
-  task: setup_lib.Task, topology: hardware.Topology
+  task: setup_lib.Task, topology: chips.Topology
 ) -> dict[str, bool | int]:
   preset = task.config.xla_flags
   if topology.chip.platform == 'tpu':
@@ -264,7 +264,7 @@ def _cache_directory(config: config_dict.ConfigDict) -> pathlib.Path | None:
 
 
 def _digest(
-  lowered: Any, topology: hardware.Topology, options: Mapping[str, Any]
+  lowered: Any, topology: chips.Topology, options: Mapping[str, Any]
 ) -> str:
   """Returns what stands for a program, its target and who compiles it."""
   flags = os.environ.get('XLA_FLAGS', ''), str(sorted(options.items()))
@@ -293,9 +293,9 @@ def _read(path: pathlib.Path) -> Compiled | None:
 
 def _plan_stage(
   task: setup_lib.Task,
-  topology: hardware.Topology,
+  topology: chips.Topology,
   compiled: Mapping[_Key, tuple[float, Compiled]],
-) -> hardware_plan.StagePlan:
+) -> elsewhere.StagePlan:
   stage, config = task.stage, task.config
   create_step = functools.partial(_plan_step, task, topology)
   steps = [
@@ -314,7 +314,7 @@ def _plan_stage(
       f'{stage.dataset} is not here: {len(task.dataset.train):,} training and '
       f'{len(task.dataset.eval):,} evaluation images, as published'
     )
-  return hardware_plan.StagePlan(
+  return elsewhere.StagePlan(
     name=stage.name,
     dataset=stage.dataset,
     dtype=task.dtype.name,
@@ -336,12 +336,12 @@ def _plan_stage(
 
 def _plan_step(
   task: setup_lib.Task,
-  topology: hardware.Topology,
+  topology: chips.Topology,
   program: setup_lib.Program,
   steps: int,
   flops: float,
   compiled: Compiled,
-) -> hardware_plan.Step:
+) -> elsewhere.Step:
   """Returns what a program costs; its loop over micro-batches counts whole."""
   chip, micro = topology.chip, task.stage.micro_batch_size
   times = program.batch_size // micro if micro else 1
@@ -349,7 +349,7 @@ def _plan_step(
   sums = times * len(compiled.collectives)
   summed = times * sum(x.num_bytes for x in compiled.collectives)
   rate = chip.f32_flops if task.dtype == 'float32' else chip.bf16_flops
-  return hardware_plan.Step(
+  return elsewhere.Step(
     batch_size=program.batch_size,
     image_size=program.image_size,
     steps=steps,
@@ -376,8 +376,8 @@ def _images_per_core(stage: stages_lib.Stage) -> float:
 
 
 def _show(
-  plans: Sequence[hardware_plan.StagePlan],
-  topology: hardware.Topology,
+  plans: Sequence[elsewhere.StagePlan],
+  topology: chips.Topology,
   config: config_dict.ConfigDict,
   console: rich.console.Console,
 ) -> None:
@@ -389,18 +389,16 @@ def _show(
     console,
     'bold',
   )
-  for table in hardware_plan.tables(plans):
+  for table in elsewhere.tables(plans):
     console.print()
     console.print(table)
   console.print()
-  for note in hardware_plan.notes(plans):
+  for note in elsewhere.notes(plans):
     _say(note, console)
   _say(_explain(topology, config), console, 'dim')
 
 
-def _explain(
-  topology: hardware.Topology, config: config_dict.ConfigDict
-) -> str:
+def _explain(topology: chips.Topology, config: config_dict.ConfigDict) -> str:
   """Returns what the figures are, and what they assume."""
   chip = topology.chip
   price = '' if config.chip_hour_price else ' Set chip_hour_price for a cost.'

@@ -9,7 +9,7 @@ from ml_collections import config_dict
 
 from jaxprog import errors, paths, stages
 from jaxprog.data import archives, sources
-from jaxprog.reporting import bars
+from jaxprog.monitoring import bars
 from jaxprog.tools import audit
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from jaxprog import errors, files
 from jaxprog.comparison import page
-from jaxprog.reporting import outputs, rundir, side_by_side
+from jaxprog.reporting import outputs, rundir
+from jaxprog.reporting.page import side_by_side
 
 
 def write_report(workdirs: Sequence[str | pathlib.Path]) -> None:

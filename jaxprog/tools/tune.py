@@ -22,8 +22,9 @@ from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
 from jaxprog.comparison import statistics
 from jaxprog.data import workers
-from jaxprog.reporting import history as history_lib
-from jaxprog.training import ladder, lock, loop, preflight, signals
+from jaxprog.monitoring import history as history_lib
+from jaxprog.reliability import lock, signals
+from jaxprog.training import ladder, loop, preflight
 
 _KINDS = ('choice', 'integer', 'log', 'uniform')
 _SAMPLERS = ('random', 'tpe')

@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from jaxprog import files, paths, stages
 from jaxprog.data import verification
-from jaxprog.reporting import bars
+from jaxprog.monitoring import bars
 
 # Problems of one kind that are printed; the JSON has all.
 SHOWN = 10

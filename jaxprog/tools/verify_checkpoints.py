@@ -10,8 +10,8 @@ import rich.table
 import rich.text
 
 from jaxprog import errors
+from jaxprog.reliability import checkpoints, integrity
 from jaxprog.reporting import rundir
-from jaxprog.training import checkpoints, integrity
 
 _STYLES = {'intact': 'green', 'damaged': 'bold red', 'unfinished': 'yellow'}
 

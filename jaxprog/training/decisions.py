@@ -7,7 +7,7 @@ holds: a run that was resumed decides like one that was not.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxprog.reporting import history
+from jaxprog.monitoring import history
 from jaxprog.stages import Stage
 
 Rows = Sequence[Mapping[str, Any]]

@@ -38,7 +38,7 @@ import jaxprog
 from jaxprog import config as config_lib
 from jaxprog import errors, fields, stages
 from jaxprog.data import jpeg, sources
-from jaxprog.training import signals
+from jaxprog.reliability import signals
 
 # Seconds for the processes to find each other, as long as JAX itself waits.
 CONNECT_SECONDS = 300

@@ -17,31 +17,17 @@ from ml_collections import config_dict
 from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
 from jaxprog.data import jpeg, workers
-from jaxprog.reporting import (
-  diagnostics,
-  environment,
-  figures,
-  outputs,
-  report,
-  tensorboard,
-)
-from jaxprog.reporting import history as history_lib
-from jaxprog.reporting import incidents as incidents_lib
-from jaxprog.reporting import outcomes as outcomes_lib
-from jaxprog.reporting import progress as progress_lib
-from jaxprog.training import (
-  checkpoints,
-  distributed,
-  handover,
-  lock,
-  loop,
-  preflight,
-  resume,
-  signals,
-  watchdog,
-)
+from jaxprog.monitoring import diagnostics, environment, pictures, tensorboard
+from jaxprog.monitoring import history as history_lib
+from jaxprog.monitoring import incidents as incidents_lib
+from jaxprog.monitoring import outcomes as outcomes_lib
+from jaxprog.monitoring import progress as progress_lib
+from jaxprog.reliability import checkpoints, lock, signals, watchdog
+from jaxprog.reporting import outputs, report
+from jaxprog.training import distributed, loop, preflight, resume
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
+from jaxprog.training.transfer import handover
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,7 +425,7 @@ def finish_stage(
   found = record['diagnostics']
   out.writer.write_images(
     record['last_step'],
-    functools.partial(figures.draw_mistakes, task.stage.name, found),
+    functools.partial(pictures.draw_mistakes, task.stage.name, found),
   )
   saved.mark_done({**out.meta, 'record': record})
   run.save_stages()

@@ -17,14 +17,15 @@ import numpy as np
 from jaxprog import errors
 from jaxprog.data import batches as batches_lib
 from jaxprog.data import loader, preprocess, sources
-from jaxprog.reporting import diagnostics, tensorboard
-from jaxprog.reporting import history as history_lib
-from jaxprog.reporting import memory as memory_lib
-from jaxprog.reporting import profile as profile_lib
-from jaxprog.reporting import progress as progress_lib
-from jaxprog.reporting import step_times as step_times_lib
-from jaxprog.training import checkpoints as checkpoints_lib
-from jaxprog.training import decisions, preview, setup, signals, steps
+from jaxprog.monitoring import diagnostics, tensorboard
+from jaxprog.monitoring import history as history_lib
+from jaxprog.monitoring import memory as memory_lib
+from jaxprog.monitoring import profile as profile_lib
+from jaxprog.monitoring import progress as progress_lib
+from jaxprog.monitoring import step_times as step_times_lib
+from jaxprog.reliability import checkpoints as checkpoints_lib
+from jaxprog.reliability import signals
+from jaxprog.training import decisions, preview, setup, steps
 from jaxprog.training import feed as feed_lib
 from jaxprog.training import state as state_lib
 

@@ -23,9 +23,10 @@ from jaxprog import config as config_lib
 from jaxprog import errors, files, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import archives, builders, folders, packs, sources
+from jaxprog.monitoring import history as history_lib
 from jaxprog.optim import optimizers
-from jaxprog.reporting import history as history_lib
-from jaxprog.training import checkpoints, devices, integrity, lock
+from jaxprog.reliability import checkpoints, integrity, lock
+from jaxprog.training import devices
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprog import stages
-from jaxprog.reporting import figures
+from jaxprog.monitoring import pictures
 from jaxprog.training import augment, setup, steps
 
 MAX_IMAGES = 32
@@ -33,9 +33,9 @@ def draw_augmented(
     pixels=(tuple(task.config.mean_rgb), tuple(task.config.std_rgb)),
     num_classes=task.dataset.num_classes,
   )
-  names = list(map(figures.short_name, task.dataset.class_names))
+  names = list(map(pictures.short_name, task.dataset.class_names))
   captions = [name_target(target, names) for target in np.asarray(targets)[1:]]
-  grid = figures.draw_grid(list(np.asarray(images)[1:]), captions)
+  grid = pictures.draw_grid(list(np.asarray(images)[1:]), captions)
   return {f'images/{task.stage.name}/augmented': grid}
 
 

@@ -18,7 +18,8 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import epochs, errors, stages
-from jaxprog.training import checkpoints, decisions
+from jaxprog.reliability import checkpoints
+from jaxprog.training import decisions
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
 

@@ -19,8 +19,8 @@ from jaxprog import epochs, errors, fields, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import leaks, sources
 from jaxprog.models import resnet
+from jaxprog.monitoring import bars
 from jaxprog.optim import optimizers, schedules
-from jaxprog.reporting import bars
 from jaxprog.training import devices, distributed, xla_flags
 from jaxprog.training import state as state_lib
 from jaxprog.training import steps as steps_lib

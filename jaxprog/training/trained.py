@@ -14,8 +14,9 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, paths, stages
+from jaxprog.reliability import checkpoints
 from jaxprog.reporting import rundir
-from jaxprog.training import checkpoints, devices, setup
+from jaxprog.training import devices, setup
 from jaxprog.training import state as state_lib
 
 WEIGHTS = ('best', 'final', 'ema')

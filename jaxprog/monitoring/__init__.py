@@ -1,0 +1,1 @@
+"""Instruments of a running stage: what they note, others read and show."""

@@ -1,0 +1,692 @@
+"""What people see while a run goes on.
+
+On a terminal: one table row for each finished epoch, and below the rows a bar
+that is drawn anew at most eight times a second. Anywhere else, with NO_COLOR
+or on a dumb terminal: lines of `key=value`, to be searched with grep.
+"""
+
+import bisect
+import dataclasses
+import itertools
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import rich.console
+import rich.live
+import rich.progress_bar
+import rich.rule
+import rich.table
+import rich.text
+
+from jaxprog.monitoring import history as history_lib
+
+REFRESH_SECONDS = 1 / 8
+LINE_SECONDS = 30.0
+# The rate of the last minute or so: long enough to be steady, short enough to
+# follow a machine that slows down.
+RATE_SECONDS = 60.0
+
+
+class PlannedStage(NamedTuple):
+  """What follows from the config and the datasets, known before training."""
+
+  name: str
+  num_train_images: int
+  num_classes: int
+  image_size: int
+  batch_size: int
+  total_steps: int
+  warmup_steps: int
+  peak_learning_rate: float
+  final_learning_rate: float
+  parameters: int
+
+  @property
+  def pixels(self) -> float:
+    """All pixels the stage will see: what its time is taken to grow with."""
+    return self.total_steps * self.batch_size * self.image_size**2
+
+
+class Remaining(NamedTuple):
+  """Seconds left; None where there is nothing yet to tell it from."""
+
+  epoch: float | None = None
+  stage: float | None = None
+  run: float | None = None
+
+
+NOTHING_KNOWN = Remaining()
+
+
+@dataclasses.dataclass(frozen=True)
+class StageProgress:
+  """Where a stage stands; `step` counts its finished steps.
+
+  `epoch_ends` are the steps finished at the end of each epoch.
+  """
+
+  index: int
+  num_stages: int
+  name: str
+  epoch: int
+  step: int
+  epoch_ends: tuple[int, ...]
+  metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  remaining: Remaining = NOTHING_KNOWN
+  evaluating: tuple[int, int] | None = None
+  # Whether averaged weights are evaluated beside the others.
+  averages: bool = False
+
+  @property
+  def num_epochs(self) -> int:
+    """Epochs begun in the whole stage; the last one may be shorter."""
+    return len(self.epoch_ends)
+
+  @property
+  def total_steps(self) -> int:
+    """Steps of the whole stage."""
+    return self.epoch_ends[-1]
+
+  @property
+  def epoch_steps(self) -> tuple[int, int]:
+    """Steps done and to do in this epoch."""
+    begin, end = (0, *self.epoch_ends)[self.epoch - 1 : self.epoch + 1]
+    return self.step - begin, end - begin
+
+
+class Progress:
+  """Shows a run; close it, or use it in a `with` statement.
+
+  Time left comes from the steps of the last minute. The stages still to come
+  are taken to need, for each pixel of a training image, as long as this one;
+  evaluation costs what it cost last time. Larger images use a device better,
+  so this is a first estimate, which each stage corrects.
+  """
+
+  def __init__(
+    self,
+    num_stages: int,
+    *,
+    console: rich.console.Console | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    self._num_stages = num_stages
+    self._clock = clock
+    self._plan: Sequence[PlannedStage] = ()
+    self._at: StageProgress | None = None
+    self._timer = _Timer(clock)
+    console = console or rich.console.Console(markup=False)
+    self._view = _create_view(console)
+
+  def start_run(self, plan: Sequence[PlannedStage]) -> None:
+    """Shows what will be trained; `plan` lists the stages of this run."""
+    self._plan = plan
+    self._view.plan(plan)
+
+  def start_stage(
+    self,
+    index: int,
+    name: str,
+    epoch_ends: Sequence[int],
+    start_step: int = 0,
+    *,
+    averages: bool = False,
+    **details: Any,
+  ) -> None:
+    """Announces the stage at `index` (from 0); `details` are shown as given.
+
+    With `averages`, rows have ema_top1 too.
+    """
+    self._timer = _Timer(self._clock)
+    ends = tuple(epoch_ends)
+    epoch = bisect.bisect_right(ends[:-1], start_step) + 1
+    self._at = StageProgress(
+      index,
+      self._num_stages,
+      name,
+      epoch,
+      start_step,
+      ends,
+      averages=averages,
+    )
+    self._view.begin(self._at, details)
+    self._show()
+
+  def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Shows that `step` steps of the stage are done.
+
+    Args:
+      step: counts from the beginning of the stage, also after a resume.
+      metrics: loss, top1, learning_rate, grad_norm, images_per_second,
+        input_wait (a part of the epoch's time) and device_memory or
+        process_memory (bytes), as far as known; what is left out keeps its
+        last value.
+    """
+    at = self._require_stage()
+    self._timer.train(step)
+    self._at = dataclasses.replace(
+      at,
+      epoch=bisect.bisect_left(at.epoch_ends, step) + 1,
+      step=step,
+      metrics={**at.metrics, **metrics},
+      evaluating=None,
+    )
+    self._show()
+
+  def evaluate(self, step: int, total: int) -> None:
+    """Shows that `step` of `total` evaluation batches are done."""
+    self._timer.evaluate(finished=step >= total)
+    at = self._require_stage()
+    self._at = dataclasses.replace(at, evaluating=(step, total))
+    self._show()
+
+  def end_epoch(self, row: Mapping[str, Any], is_best: bool) -> None:
+    """Shows a row of the history, marked if it is the best so far."""
+    self._timer.pause()
+    at = self._require_stage()
+    self._view.row(at, row, is_best)
+    if at.epoch < at.num_epochs:
+      self._at = dataclasses.replace(at, epoch=at.epoch + 1, evaluating=None)
+    self._show()
+
+  def end_stage(self, stage: Mapping[str, Any]) -> None:
+    """Shows how a stage of the history ended."""
+    self._view.end(self._require_stage(), stage)
+    self._at = None
+
+  def message(self, text: rich.console.RenderableType) -> None:
+    """Prints `text`, or anything that rich can print, above the bar."""
+    self._view.message(text)
+
+  def close(self) -> None:
+    """Takes the bar away; everything else stays."""
+    self._view.close()
+
+  def __enter__(self) -> 'Progress':
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self.close()
+
+  def _require_stage(self) -> StageProgress:
+    if self._at is None:
+      raise ValueError('No stage is running: call start_stage first.')
+    return self._at
+
+  def _show(self) -> None:
+    at = self._require_stage()
+    at = dataclasses.replace(at, remaining=self._remaining(at))
+    self._at = at
+    self._view.update(at, self._clock())
+
+  def _remaining(self, at: StageProgress) -> Remaining:
+    per_step = self._timer.seconds_per_step()
+    if per_step is None:
+      return NOTHING_KNOWN
+    done, steps = at.epoch_steps
+    ahead = at.num_epochs - at.epoch
+    evaluation = self._timer.evaluation_seconds or 0.0
+    epoch = (steps - done) * per_step
+    if at.evaluating:
+      batch, batches = at.evaluating
+      epoch += evaluation * (1 - batch / batches if batches else 0.0)
+    else:
+      epoch += evaluation
+    stage = epoch + ahead * evaluation
+    stage += (at.total_steps - at.step - (steps - done)) * per_step
+    return Remaining(epoch, stage, self._run_left(at, stage, per_step))
+
+  def _run_left(
+    self, at: StageProgress, stage_left: float, per_step: float
+  ) -> float | None:
+    last = at.index + 1 >= self._num_stages
+    if last:
+      return stage_left
+    if len(self._plan) != self._num_stages:
+      return None
+    this = self._plan[at.index]
+    whole = at.total_steps * per_step
+    whole += at.num_epochs * (self._timer.evaluation_seconds or 0.0)
+    ahead = sum(stage.pixels for stage in self._plan[at.index + 1 :])
+    return stage_left + whole * ahead / this.pixels
+
+
+class _Timer:
+  """Seconds of a training step, and of an evaluation, in one stage."""
+
+  def __init__(self, clock: Callable[[], float]):
+    self._clock = clock
+    self._seconds = self._steps = 0.0
+    # The time and the number of the last step seen; None after a pause, and
+    # before the first step, which is spent on compilation.
+    self._last: tuple[float, int] | None = None
+    self._evaluation_began: float | None = None
+    self.evaluation_seconds: float | None = None
+
+  def train(self, step: int) -> None:
+    now = self._clock()
+    if self._last is not None and step > self._last[1]:
+      seconds, steps = now - self._last[0], step - self._last[1]
+      decay = math.exp(-seconds / RATE_SECONDS)
+      self._seconds = self._seconds * decay + seconds
+      self._steps = self._steps * decay + steps
+    self._last = now, step
+
+  def evaluate(self, finished: bool) -> None:
+    last, self._last = self._last, None
+    if self._evaluation_began is None:
+      self._evaluation_began = last[0] if last else self._clock()
+    if finished:
+      self.evaluation_seconds = self._clock() - self._evaluation_began
+      self._evaluation_began = None
+
+  def pause(self) -> None:
+    self._last = self._evaluation_began = None
+
+  def seconds_per_step(self) -> float | None:
+    return self._seconds / self._steps if self._steps else None
+
+
+def _create_view(
+  console: rich.console.Console,
+) -> '_LiveView | _PlainView':
+  """Returns the live view for a capable terminal, else the plain one."""
+  plain = not console.is_terminal or console.is_dumb_terminal
+  if plain or os.environ.get('NO_COLOR'):
+    return _PlainView(console)
+  return _LiveView(console)
+
+
+class _PlainView:
+  """Lines of `key=value`; a line on steps at most every `LINE_SECONDS`."""
+
+  def __init__(self, console: rich.console.Console):
+    self._console = console
+    self._next_line = 0.0
+
+  def plan(self, plan: Sequence[PlannedStage]) -> None:
+    for stage in plan:
+      values = stage._asdict()
+      self._print(event='plan', stage=values.pop('name'), **values)
+
+  def begin(self, at: StageProgress, details: Mapping[str, Any]) -> None:
+    self._next_line = -math.inf
+    self._print(
+      event='stage',
+      stage=at.name,
+      index=f'{at.index + 1}/{at.num_stages}',
+      total_steps=at.total_steps,
+      epochs=at.num_epochs,
+      start_step=at.step,
+      **details,
+    )
+
+  def update(self, at: StageProgress, now: float) -> None:
+    if now < self._next_line or at.evaluating or not at.metrics:
+      return
+    self._next_line = now + LINE_SECONDS
+    left = at.remaining._asdict().items()
+    self._print(
+      event='step',
+      stage=at.name,
+      epoch=f'{at.epoch}/{at.num_epochs}',
+      step=f'{at.step}/{at.total_steps}',
+      **at.metrics,
+      **{f'{k}_left': format_duration(v) for k, v in left if v is not None},
+    )
+
+  def row(self, at: StageProgress, row: Mapping[str, Any], best: bool) -> None:
+    values = {k: v for k, v in row.items() if k != 'epoch'}
+    epoch = f'{row["epoch"]}/{at.num_epochs}'
+    self._print(event='epoch', stage=at.name, epoch=epoch, **values, best=best)
+
+  def end(self, at: StageProgress, stage: Mapping[str, Any]) -> None:
+    best = stage['best'] or {'epoch': None, 'top1': None}
+    self._print(
+      event='stage_end',
+      stage=at.name,
+      status=stage['status'],
+      best_top1=best['top1'],
+      best_epoch=best['epoch'],
+      seconds=stage['seconds'],
+    )
+
+  def message(self, text: rich.console.RenderableType) -> None:
+    self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+  def close(self) -> None:
+    pass
+
+  def _print(self, **values: Any) -> None:
+    pairs = (f'{k}={_format_value(v)}' for k, v in values.items())
+    self.message(' '.join(pairs))
+
+
+class _LiveView:
+  """A bar below a growing table, for a terminal of any width."""
+
+  def __init__(self, console: rich.console.Console):
+    self._console = console
+    self._live: rich.live.Live | None = None
+    self._next_refresh = -math.inf
+    self._columns: tuple[_Column, ...] = ()
+    self._width = 0  # That the columns were chosen for.
+
+  def plan(self, plan: Sequence[PlannedStage]) -> None:
+    cells = [[f(stage) for _, _, f in _PLAN_COLUMNS] for stage in plan]
+    columns = [
+      _Column(title, max(len(c) for c in (title, *column)), rank)
+      for (title, rank, _), column in zip(
+        _PLAN_COLUMNS, zip(*cells, strict=True), strict=True
+      )
+    ]
+    shown = fit_columns(columns, self._console.width)
+    self._line(_join(shown, [c.title for c in columns], columns), 'bold')
+    for row in cells:
+      self._line(_join(shown, row, columns))
+    self._line('')
+
+  def begin(self, at: StageProgress, details: Mapping[str, Any]) -> None:
+    title = f'stage {at.index + 1}/{at.num_stages}  {at.name}'
+    self._console.print(
+      rich.rule.Rule(title, characters='-', align='left', style='dim')
+    )
+    for line in _pack(
+      [f'{k}: {v}' for k, v in details.items()],
+      self._console.width,
+    ):
+      self._line(line, 'dim')
+    self._begin_table(at)
+    self._next_refresh = -math.inf
+    self._live = rich.live.Live(
+      console=self._console, auto_refresh=False, transient=True
+    )
+    self._live.start()
+
+  def update(self, at: StageProgress, now: float) -> None:
+    if self._live and now >= self._next_refresh:
+      self._next_refresh = now + REFRESH_SECONDS
+      self._live.update(_StatusLines(at), refresh=True)
+
+  def row(self, at: StageProgress, row: Mapping[str, Any], best: bool) -> None:
+    if self._console.width != self._width:
+      self._begin_table(at)
+    epoch = f'{row["epoch"]}/{at.num_epochs}'
+    cells = [epoch, *(format_cell(c.field, row) for c in self._columns[1:])]
+    line = _join(self._columns, cells, self._columns)
+    self._line(f'{line} *' if best else line, 'green' if best else '')
+
+  def end(self, at: StageProgress, stage: Mapping[str, Any]) -> None:
+    self.close()
+    parts = [f'{at.name}: {stage["status"].replace("_", " ")}']
+    if best := stage['best']:
+      top1 = format_percent(best['top1'])
+      parts.append(f'best top-1 {top1} at epoch {best["epoch"]}')
+    parts.append(f'time {format_duration(stage["seconds"])}')
+    for line in _pack(parts, self._console.width):
+      self._line(line, 'bold')
+    self._line('')
+
+  def message(self, text: rich.console.RenderableType) -> None:
+    self._console.print(text, markup=False, highlight=False)
+
+  def close(self) -> None:
+    if self._live:
+      self._live.stop()
+      self._live = None
+
+  def _begin_table(self, at: StageProgress) -> None:
+    """Prints titles of as many columns as the terminal is wide for now."""
+    self._width = self._console.width
+    epoch_width = max(5, 2 * len(str(at.num_epochs)) + 1)
+    columns = (
+      _Column('epoch', epoch_width, 0),
+      *(c for c in _ROW_COLUMNS if at.averages or c.field != 'ema_top1'),
+    )
+    # Two more columns are for the mark of the best row.
+    self._columns = fit_columns(columns, self._width - 2)
+    for line in _row_header(self._columns):
+      self._line(line, 'bold')
+
+  def _line(self, text: str, style: str = '') -> None:
+    self._console.print(
+      rich.text.Text(text, style), no_wrap=True, overflow='crop', crop=True
+    )
+
+
+class _StatusLines:
+  """The bar, metrics and times left; laid out for the width at each drawing."""
+
+  def __init__(self, at: StageProgress):
+    self._at = at
+
+  def __rich_console__(
+    self,
+    console: rich.console.Console,
+    options: rich.console.ConsoleOptions,
+  ) -> rich.console.RenderResult:
+    at, width = self._at, options.max_width
+    done, total = at.evaluating or at.epoch_steps
+    task = 'eval ' if at.evaluating else 'epoch'
+    head = f'{task} {at.epoch}/{at.num_epochs} '
+    tail = f' {done:>{len(str(total))}}/{total}'
+    stage = f'stage {at.index + 1}/{at.num_stages}  '
+    if len(stage + head + tail) + _MIN_BAR <= width:
+      head = stage + head
+    grid = rich.table.Table.grid()
+    grid.add_row(
+      rich.text.Text(head, 'bold'),
+      rich.progress_bar.ProgressBar(
+        total=max(total, 1),
+        completed=done,
+        width=max(_MIN_BAR, width - len(head) - len(tail)),
+      ),
+      rich.text.Text(tail),
+    )
+    yield grid
+    for line in fit_phrases(_phrases(at), width, console.height - 2):
+      yield rich.text.Text(line, no_wrap=True, overflow='crop')
+
+
+_MIN_BAR = 4
+
+
+class _Phrase(NamedTuple):
+  """A part of the status; the highest `rank` goes first where room is short.
+
+  Phrases of one `group` begin a line of their own, unless there is room beside
+  the group before.
+  """
+
+  text: str
+  rank: int
+  group: int
+
+
+def _phrases(at: StageProgress) -> list[_Phrase]:
+  """Returns phrases of constant length, so that the lines never jump."""
+  values = at.metrics
+  if not values:
+    text = 'compiling the first step, which can take a minute'
+    return [_Phrase(text, 0, 0)]
+  left = [format_duration(s) for s in at.remaining]
+  kind = next((k for k in values if k.endswith('_memory')), 'memory')
+  label = kind.replace('_', ' ')
+  return [
+    _Phrase(f'loss {format_cell("loss", values):>7}', 0, 0),
+    _Phrase(f'top-1 {format_cell("top1", values):>6}', 1, 0),
+    _Phrase(f'lr {format_cell("learning_rate", values):>8}', 5, 0),
+    _Phrase(f'grad norm {format_cell("grad_norm", values):>7}', 7, 0),
+    _Phrase(f'images/s {format_cell("images_per_second", values):>6}', 4, 1),
+    _Phrase(f'input wait {format_cell("input_wait", values):>6}', 8, 1),
+    _Phrase(f'{label} {format_cell(kind, values):>7}', 9, 1),
+    _Phrase(f'left: epoch {left[0]:>8}', 6, 2),
+    _Phrase(f'stage {left[1]:>8}', 3, 2),
+    _Phrase(f'run {left[2]:>9}', 2, 2),
+  ]
+
+
+def fit_phrases(
+  phrases: Sequence[_Phrase], width: int, height: int
+) -> list[str]:
+  """Returns at most `height` lines of at most `width`, groups kept together."""
+  shown = list(phrases)
+  while True:
+    lines: list[str] = []
+    for _, group in itertools.groupby(shown, lambda p: p.group):
+      packed = _pack([p.text for p in group], width)
+      if len(packed) == 1:
+        packed = _pack([*lines[-1:], *packed], width)
+        del lines[-1:]
+      lines += packed
+    if len(lines) <= max(height, 1) or len(shown) == 1:
+      return lines
+    shown.remove(max(shown, key=lambda p: p.rank))
+
+
+class _Column(NamedTuple):
+  """A column; the highest `rank` is the first to go when width is short."""
+
+  title: str
+  width: int
+  rank: int
+  field: str = ''
+  group: str = ''
+
+
+_ROW_COLUMNS = (
+  _Column('loss', 7, 3, 'train_loss', 'train'),
+  _Column('top-1', 6, 2, 'train_top1', 'train'),
+  _Column('loss', 8, 3, 'val_loss', 'val'),
+  _Column('top-1', 6, 1, 'val_top1', 'val'),
+  _Column('ema', 6, 4, 'ema_top1', 'val'),
+  _Column('top-5', 6, 6, 'val_top5', 'val'),
+  _Column('lr', 8, 7, 'learning_rate'),
+  _Column('grad norm', 9, 9, 'grad_norm'),
+  _Column('images/s', 8, 8, 'images_per_second'),
+  _Column('input wait', 10, 10, 'input_wait'),
+  _Column('time', 8, 5, 'seconds'),
+)
+
+_PLAN_COLUMNS: tuple[tuple[str, int, Callable[[PlannedStage], str]], ...] = (
+  ('stage', 0, lambda s: s.name),
+  ('images', 2, lambda s: f'{s.num_train_images:,}'),
+  ('classes', 3, lambda s: str(s.num_classes)),
+  ('px', 1, lambda s: str(s.image_size)),
+  ('batch', 9, lambda s: str(s.batch_size)),
+  ('steps', 4, lambda s: str(s.total_steps)),
+  ('warmup', 6, lambda s: str(s.warmup_steps)),
+  ('peak lr', 5, lambda s: f'{s.peak_learning_rate:.3g}'),
+  ('last lr', 7, lambda s: f'{s.final_learning_rate:.2g}'),
+  ('params', 8, lambda s: format_count(s.parameters)),
+)
+
+
+def fit_columns(columns: Sequence[_Column], width: int) -> tuple[_Column, ...]:
+  """Returns the columns that fit into `width`, two spaces between them."""
+  shown = list(columns)
+  while len(shown) > 1 and sum(c.width + 2 for c in shown) - 2 > width:
+    shown.remove(max(shown, key=lambda c: c.rank))
+  return tuple(shown)
+
+
+def _join(
+  shown: Sequence[_Column], cells: Sequence[str], columns: Sequence[_Column]
+) -> str:
+  """Returns the cells of the shown columns; the first is aligned left."""
+  first, *rest = (
+    (column, cell)
+    for column, cell in zip(columns, cells, strict=True)
+    if column in shown
+  )
+  parts = [first[1].ljust(first[0].width)]
+  return '  '.join(parts + [cell.rjust(c.width) for c, cell in rest])
+
+
+def _row_header(columns: Sequence[_Column]) -> tuple[str, str]:
+  """Returns two lines: 'train' and 'val' above their columns, the titles."""
+  groups = [
+    column.group if column.group != before.group else ''
+    for before, column in itertools.pairwise(columns)
+  ]
+  return (
+    _join(columns, ['', *groups], columns).rstrip(),
+    _join(columns, [c.title for c in columns], columns),
+  )
+
+
+def _pack(parts: Sequence[str], width: int) -> list[str]:
+  """Returns lines of at most `width`, broken only between parts."""
+  lines: list[str] = []
+  for part in parts:
+    if lines and len(lines[-1]) + 3 + len(part) <= width:
+      lines[-1] += f'   {part}'
+    else:
+      lines.append(part)
+  return lines
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+  """Returns `values` as `width` bars, from 0 to the largest."""
+  top = max(values) or 1.0
+  at = [round(i * (len(values) - 1) / (width - 1)) for i in range(width)]
+  return ''.join('▁▂▃▄▅▆▇█'[round(7 * values[i] / top)] for i in at)
+
+
+def format_duration(seconds: float | None) -> str:
+  """Returns '0:41', '12:40', '3:21:10' or '2d 03:21'; '-' for None."""
+  if seconds is None or not math.isfinite(seconds):
+    return '-'
+  minutes, second = divmod(round(seconds), 60)
+  hours, minute = divmod(minutes, 60)
+  days, hour = divmod(hours, 24)
+  if days:
+    return f'{days}d {hour:02}:{minute:02}'
+  if hours:
+    return f'{hours}:{minute:02}:{second:02}'
+  return f'{minute}:{second:02}'
+
+
+def format_percent(fraction: float | None) -> str:
+  """Returns a fraction as '93.4%', '-' for None and NaN."""
+  return f'{fraction:.1%}' if history_lib.is_number(fraction) else '-'
+
+
+def format_count(count: int) -> str:
+  """Returns '812', '23.5k', '25.6M'."""
+  for size, suffix in ((10**9, 'G'), (10**6, 'M'), (10**3, 'k')):
+    if count >= size:
+      return f'{count / size:.1f}{suffix}'
+  return str(count)
+
+
+def format_cell(field: str, values: Mapping[str, Any]) -> str:
+  """Returns one value of a row or of a step's metrics as people read it."""
+  value = values.get(field)
+  if not history_lib.is_number(value):
+    return '-'
+  if field == 'seconds':
+    return format_duration(value)
+  if field.endswith(('top1', 'top5', 'input_wait')):
+    return format_percent(value)
+  if field == 'learning_rate':
+    return f'{value:.2e}'
+  if field.endswith('_memory'):
+    return f'{value / 1e9:.2f} GB' if value < 1e10 else f'{value / 1e9:.1f} GB'
+  if field == 'images_per_second':
+    return f'{value:,.0f}' if value >= 100 else f'{value:.1f}'
+  return f'{value:.4f}' if value < 100 else f'{value:.4g}'
+
+
+def _format_value(value: Any) -> str:
+  """Returns a value without spaces, quoted where it has some."""
+  if isinstance(value, float):
+    return f'{value:.6g}'
+  if isinstance(value, bool) or value is None:
+    return {True: 'true', False: 'false', None: '-'}[value]
+  text = str(value)
+  return f'"{text}"' if re.search(r'\s', text) else text

@@ -1,0 +1,1 @@
+"""What keeps a run from losing its work; it knows no data and no config."""

@@ -1,0 +1,238 @@
+"""The report's section about single classes and images, stage by stage."""
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxprog.monitoring import history as history_lib
+from jaxprog.monitoring import progress
+from jaxprog.reporting import report
+from jaxprog.reporting.page import charts, markup
+from jaxprog.reporting.page.markup import Html, join, tag
+
+# So many classes are listed each; of more, the extremes are.
+MAX_LISTED = 30
+_EXTREMES = 10
+# So many classes make a confusion matrix that can be read.
+MAX_MATRIX = 20
+_MAX_CONFUSIONS = 10
+
+
+def per_class(stages: Sequence[Mapping[str, Any]]) -> Html:
+  """Returns what the best weights of each stage see; the last one unfolded."""
+  seen = [stage for stage in stages if stage.get('diagnostics')]
+  if not seen:
+    return tag(
+      'p', 'No stage is over yet: its best weights are looked at then.'
+    )
+  return join(*(_stage(stage, stage is seen[-1]) for stage in seen))
+
+
+def _stage(stage: Mapping[str, Any], unfolded: bool) -> Html:
+  found = stage['diagnostics']
+  said = (
+    f' {progress.format_percent(found.get("top1"))} of '
+    f'{found.get("num_images", 0):,} images, weights of epoch '
+    f'{found.get("epoch", "–")}'
+  )
+  return tag(
+    'details',
+    tag('summary', stage['name'], tag('small', said)),
+    tag(
+      'div',
+      tag(
+        'div',
+        tag('h4', 'Accuracy by class'),
+        _accuracies(found),
+        _matrix(found),
+      ),
+      tag(
+        'div',
+        tag('h4', 'Calibration'),
+        _calibration(found),
+        tag('h4', 'Most frequent mistakes'),
+        _confusions(stage),
+      ),
+      class_='pair',
+    ),
+    _worst(found, stage.get('bad_images') or {}),
+    open='' if unfolded else None,
+  )
+
+
+def _accuracies(found: Mapping[str, Any]) -> Html:
+  counted = [
+    (name, right / count, count)
+    for name, (count, right) in zip(
+      found.get('classes', ()), found.get('per_class', ()), strict=False
+    )
+    if count
+  ]
+  if not counted:
+    return tag('p', 'Not known.', class_='note')
+  if len(counted) <= MAX_LISTED:
+    return _bar_list(counted)
+  ordered = sorted(counted, key=lambda x: x[1])
+  return join(
+    _distribution([part for _, part, _ in counted]),
+    tag('h4', f'The {_EXTREMES} worst'),
+    _bar_list(ordered[:_EXTREMES]),
+    tag('h4', f'The {_EXTREMES} best'),
+    _bar_list(ordered[: -_EXTREMES - 1 : -1]),
+  )
+
+
+def _bar_list(rows: Sequence[tuple[str, float, int]]) -> Html:
+  """Returns bars of (class, accuracy, images)."""
+  return tag(
+    'ul',
+    *(
+      tag(
+        'li',
+        tag('span', name),
+        tag(
+          'span',
+          tag('i', style=f'width:{100 * part:.1f}%'),
+          class_='track',
+          title=f'{round(part * count):,} of {count:,} right',
+        ),
+        tag('span', progress.format_percent(part), class_='num'),
+      )
+      for name, part, count in rows
+    ),
+    class_='bars',
+  )
+
+
+def _distribution(parts: Sequence[float]) -> Html:
+  """Returns how many classes reach which accuracy, in tenths."""
+  counts = [0] * 10
+  for part in parts:
+    counts[min(int(10 * part), 9)] += 1
+  bars = [(f'{10 * i}–{10 * i + 10}%', n) for i, n in enumerate(counts)]
+  return charts.histogram(
+    f'Classes by their accuracy, all {len(parts):,}',
+    bars,
+    summary='; '.join(f'{name}: {count}' for name, count in bars),
+  )
+
+
+def _calibration(found: Mapping[str, Any]) -> Html:
+  bins = found.get('calibration')
+  # The confidence of weights that are not finite is no number.
+  if not bins or not all(history_lib.is_number(x) for bin in bins for x in bin):
+    return tag('p', 'Not known.', class_='note')
+  error = progress.format_percent(found.get('ece'))
+  loss = progress.format_cell('nll', found)
+  said = f'Expected calibration error {error}, mean log-loss {loss} nats'
+  return join(
+    charts.reliability(bins, said),
+    tag(
+      'p',
+      f'{said}. Bars below the dashed line: too sure. Fainter bars hold fewer '
+      'images.',
+      class_='note',
+    ),
+  )
+
+
+def _matrix(found: Mapping[str, Any]) -> Html | None:
+  """Returns the confusion matrix, if it is complete and can be read."""
+  names = found.get('classes', ())
+  pairs = {
+    (x['label'], x['predicted']): x['count']
+    for x in found.get('confusions', ())
+  }
+  if not pairs or len(names) > MAX_MATRIX:
+    return None
+  said = 'Rows: the label. Columns: what it was taken for.'
+  matrix = charts.heat_map(names, pairs, said)
+  return join(
+    tag('h4', 'Confusion matrix'),
+    tag(
+      'div',
+      matrix,
+      class_='scroll',
+      tabindex=0,
+      role='region',
+      aria_label='Confusion matrix',
+    ),
+    tag('p', said, class_='note'),
+  )
+
+
+def _confusions(stage: Mapping[str, Any]) -> Html:
+  mistakes = report.confusions(stage, _MAX_CONFUSIONS)
+  if not mistakes:
+    return tag('p', _describe_none(stage['diagnostics']), class_='note')
+  return markup.table(
+    ['label', 'taken for', 'images', 'of', 'share'],
+    [
+      [label, taken, f'{n:,}', f'{of:,}', progress.format_percent(n / of)]
+      for label, taken, n, of in mistakes
+    ],
+    caption='Images of the label, how many of them were so mistaken',
+    left=(0, 1),
+  )
+
+
+def _describe_none(found: Mapping[str, Any]) -> str:
+  """Returns what is known where no mix-up is listed."""
+  per_class = found.get('per_class')
+  if not per_class:
+    return 'Not known.'
+  count, right = map(sum, zip(*per_class, strict=True))
+  if right == count:
+    return 'None: no image was mistaken.'
+  return (
+    f'{count - right:,} of {count:,} images were not recognised; what they '
+    'were taken for is not known.'
+  )
+
+
+def _worst(found: Mapping[str, Any], bad: Mapping[str, str]) -> Html | None:
+  """Returns the worst mistakes; `bad` are the images that are undecodable."""
+  mistakes = found.get('worst')
+  if not mistakes:
+    return None
+  names = found.get('classes', ())
+  return join(
+    tag('h4', 'Mistakes of the highest loss'),
+    tag(
+      'ul',
+      *(_mistake(x, names, x['name'] in bad) for x in mistakes),
+      class_='worst',
+    ),
+  )
+
+
+def _mistake(
+  mistake: Mapping[str, Any], names: Sequence[str], undecodable: bool
+) -> Html:
+  label, taken = names[mistake['label']], names[mistake['predicted']]
+  confidence = mistake['confidence']
+  sure = f'{confidence:.0%}' if history_lib.is_number(confidence) else '-'
+  short = f'taken for {taken}, {sure}'
+  said = f'{label}, taken for {taken} with {sure} confidence'
+  if undecodable:
+    short, said = 'cannot be decoded', f'{label}, cannot be decoded'
+  return tag(
+    'li',
+    _thumbnail(mistake.get('thumbnail', ''), said),
+    tag('b', label),
+    tag('br'),
+    short,
+    title=f'{mistake["name"]}: loss {progress.format_cell("loss", mistake)}',
+  )
+
+
+def _thumbnail(encoded: str, said: str) -> Html:
+  """Returns the image, or a box that says that there is none."""
+  try:
+    data = base64.b64decode(encoded, validate=True)
+  except (ValueError, binascii.Error):
+    data = b''
+  if not data:
+    return tag('span', 'no image', class_='no-image')
+  return tag('img', src=f'data:image/jpeg;base64,{encoded}', alt=said)

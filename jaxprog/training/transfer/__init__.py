@@ -1,0 +1,1 @@
+"""What a stage takes over from those before it, or from a file."""

@@ -1,0 +1,449 @@
+"""What a stage starts from: fresh weights, or those of a stage before it."""
+
+import contextlib
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprog import errors, stages
+from jaxprog.data import loader
+from jaxprog.reliability import checkpoints
+from jaxprog.training import augment, distributed
+from jaxprog.training import setup as setup_lib
+from jaxprog.training.transfer import carry, operators, pretrained
+
+Variables = dict[str, Any]
+
+
+class Source(NamedTuple):
+  """Weights to start from, and whose they are."""
+
+  name: str
+  # 'best', 'final' or 'ema', or the digest of a file.
+  weights: str
+  variables: Variables
+  classes: tuple[str, ...]
+
+
+def hand_over(
+  setup: setup_lib.Setup, workdir: pathlib.Path, task: setup_lib.Task
+) -> tuple[Variables, dict[str, Any]]:
+  """Returns a stage's first variables and a record of their origin.
+
+  They come from the nearest earlier stage that is done, or from the file that
+  `init_from` names, and go through the stage's operators: first the head is
+  chosen, then what was carried is shrunk, then blocks are reset, then the
+  statistics are made to fit.
+  """
+  stage = task.stage
+  source = load_source(setup, workdir, task)
+  if source is None:
+    fresh = task.init(task.init_rng)
+    modules = sorted(fresh['params'])
+    return fresh, {'from': None, 'carried': [], 'fresh': modules, 'dropped': []}
+  fresh = _draw_fresh(task)
+  result = carry.transfer(
+    source.variables,
+    fresh,
+    source.classes,
+    task.dataset.classes,
+    keep_head=False if stage.transfer_head in ('fresh', 'zero') else None,
+  )
+  origin = {
+    'from': source.name,
+    'weights': source.weights,
+    'carried': list(result.carried),
+    'fresh': list(result.fresh),
+    'dropped': list(result.dropped),
+  }
+  heads = _list_heads(setup, workdir, task, source)
+  variables, head = _choose_head(task, result, fresh, heads)
+  carried = [x for x in result.carried if x != 'head' or not head]
+  variables = _shrink(task, variables, fresh, carried)
+  variables, blocks = operators.reset_blocks(
+    variables, fresh, stage.reset_blocks
+  )
+  variables = _fit_statistics(task, variables)
+  return variables, {
+    **origin,
+    **head,
+    'carried': [x for x in origin['carried'] if x not in blocks],
+    'fresh': sorted({*origin['fresh'], *blocks}),
+    'operator': describe_operator(stage),
+    'statistics': stage.transfer_statistics,
+  }
+
+
+class Passes(NamedTuple):
+  """What a hand-over computes on training images: how many, and its traces.
+
+  Each trace is of one part of a batch, and runs `repeats` times.
+  """
+
+  num_images: int
+  repeats: int
+  traces: tuple[jax.stages.Traced, ...]
+
+
+def trace_passes(task: setup_lib.Task) -> Passes:
+  """Returns the passes over training images that a hand-over to `task` takes.
+
+  DASH asks for gradients, fresh statistics for a forward pass: that it is begun
+  with two starts is seen by the compiler, which runs it once.
+  """
+  functions: list[Callable[..., Any]] = []
+  if task.stage.transfer == 'dash':
+    functions.append(functools.partial(_gradient, task))
+  if task.stage.transfer_statistics == 'recalibrate':
+    functions.append(lambda variables, x: _apply(task, variables, x)[1])
+  if task.stage.transfer == 'none':
+    functions = []
+  parts, batches = _count_parts(task.stage), _count_batches(task)
+  first = task.program(0)
+  shapes = task.batch_shapes(
+    first.batch_size // parts, first.image_size, training=True
+  )
+  variables = task.state_shapes.variables
+  return Passes(
+    num_images=len(functions) * batches * first.batch_size,
+    repeats=batches * parts,
+    traces=tuple(jax.jit(f).trace(variables, shapes) for f in functions),
+  )
+
+
+def describe_operator(stage: stages.Stage) -> str:
+  """Returns what is done to carried weights, as a call."""
+  match stage.transfer:
+    case 'shrink_and_perturb':
+      return f'shrink_and_perturb({stage.shrink:g}, {stage.perturb:g})'
+    case 'dash':
+      return f'dash({stage.dash_least:g}, {stage.transfer_batches} batches)'
+  return stage.transfer
+
+
+def needs_backbone(stage: stages.Stage) -> bool:
+  """Returns whether a stage draws more fresh weights than a head."""
+  return bool(stage.reset_blocks) or stage.transfer in (
+    'none',
+    'shrink_and_perturb',
+  )
+
+
+def load_source(
+  setup: setup_lib.Setup, workdir: pathlib.Path, task: setup_lib.Task
+) -> Source | None:
+  """Returns the weights that `task` takes over, None if it starts afresh."""
+  name = find_source(setup, workdir, task.stage)
+  # A shared file system may show a new marker to one host before another.
+  distributed.compare(
+    f'source/{task.stage.name}', {f'the start of {task.stage.name}': name or ''}
+  )
+  if name is None:
+    return None
+  if task.stage.init_from:
+    found = pretrained.load(
+      task.stage, task.state_shapes.variables, task.dataset.classes
+    )
+    return Source(name, found.digest, found.variables, found.classes)
+  weights = task.stage.transfer_weights
+  variables, meta = checkpoints.load_weights(workdir, name, weights)
+  return Source(name, weights, variables, tuple(meta['classes']))
+
+
+def find_source(
+  setup: setup_lib.Setup, workdir: pathlib.Path, stage: stages.Stage
+) -> str | None:
+  """Returns the nearest earlier stage that is done, None if there is none.
+
+  A stage with `init_from` has that file in its place.
+  """
+  if stage.transfer == 'none':
+    return None
+  if stage.init_from:
+    return stage.init_from
+  return next(iter(_find_sources(setup, workdir, stage)), None)
+
+
+def _find_sources(
+  setup: setup_lib.Setup, workdir: pathlib.Path, stage: stages.Stage
+) -> list[str]:
+  """Returns the earlier stages that are done, the nearest one first.
+
+  Stages before it in this call come first (`--only` decides their order),
+  then those of the config that an earlier call may have trained.
+  """
+  called = [s.name for s in setup.chosen]
+  ladder = [s.name for s in setup.stages]
+  before = called[: called.index(stage.name)]
+  left_out = ladder[: ladder.index(stage.name)]
+  return [
+    name
+    for name in dict.fromkeys([*before[::-1], *left_out[::-1]])
+    if checkpoints.read_done(workdir, name) is not None
+  ]
+
+
+def check(
+  setup: setup_lib.Setup, tasks: Sequence[setup_lib.Task], workdir: pathlib.Path
+) -> None:
+  """Raises UserError for what stages yet to begin could not start from."""
+  before = None
+  for task in tasks:
+    stage, where = task.stage, f'stage {task.stage.name!r}'
+    if checkpoints.read_done(workdir, stage.name) is None:
+      _check_blocks(task, where)
+      _check_head(task, where)
+      starts_afresh = stage.transfer == 'none' or (
+        before is None and find_source(setup, workdir, stage) is None
+      )
+      if starts_afresh:
+        _check_frozen(setup, stage, where)
+      elif before is not None and not stage.init_from:
+        _check_averages(stage, before, where)
+    before = stage
+  pretrained.check(tasks, workdir)
+
+
+def _check_blocks(task: setup_lib.Task, where: str) -> None:
+  blocks = operators.list_blocks(task.state_shapes.params)
+  if task.stage.reset_blocks > len(blocks):
+    raise errors.UserError(
+      f'reset_blocks is {task.stage.reset_blocks}; the network has '
+      f'{len(blocks)} blocks.',
+      where,
+    )
+
+
+def _check_head(task: setup_lib.Task, where: str) -> None:
+  head = task.state_shapes.params['head']
+  if task.stage.transfer_head == 'by_class' and set(head) != {'kernel', 'bias'}:
+    raise errors.UserError(
+      f'transfer_head is by_class, and the head holds {", ".join(head)}.',
+      where,
+      'It needs a dense layer: kernel and bias.',
+    )
+
+
+def _check_averages(
+  stage: stages.Stage, before: stages.Stage, where: str
+) -> None:
+  if stage.transfer_weights == 'ema' and not before.ema_decay:
+    raise errors.UserError(
+      f"transfer_weights is 'ema', and {before.name!r} keeps no averages.",
+      where,
+      f'Set ema_decay of {before.name!r}, or take best or final.',
+    )
+
+
+def _check_frozen(
+  setup: setup_lib.Setup, stage: stages.Stage, where: str
+) -> None:
+  if setup.steps[stage.name].frozen:
+    raise errors.UserError(
+      'freeze_epochs would train a head on a backbone of fresh weights.',
+      where,
+      'Set it to 0, train a stage before this one, or set init_from.',
+    )
+
+
+def _draw_fresh(task: setup_lib.Task) -> Variables:
+  """Returns fresh weights; shapes of the backbone where only they matter."""
+  if needs_backbone(task.stage):
+    return task.init(task.init_rng)
+  shapes = task.state_shapes.variables
+  head = task.init_head(task.init_rng)
+  return {**shapes, 'params': {**shapes['params'], 'head': head}}
+
+
+def _choose_head(
+  task: setup_lib.Task,
+  result: carry.Transfer,
+  fresh: Variables,
+  heads: Sequence[operators.Head],
+) -> tuple[Variables, dict[str, Any]]:
+  """Returns the variables with the head asked for, and what became of it."""
+  rows: dict[str, list[str]] = {}
+  new = fresh['params']['head']
+  match task.stage.transfer_head:
+    case 'zero':
+      new = operators.zero_head(new)
+    case 'by_class':
+      new, rows = operators.carry_head_rows(new, task.dataset.classes, heads)
+    case _:
+      return result.variables, {}
+  params = {**result.variables['params'], 'head': new}
+  return {**result.variables, 'params': params}, {
+    'head': task.stage.transfer_head,
+    'head_rows': rows,
+  }
+
+
+def _list_heads(
+  setup: setup_lib.Setup,
+  workdir: pathlib.Path,
+  task: setup_lib.Task,
+  source: Source,
+) -> list[operators.Head]:
+  """Returns what a head by class may take rows from, the nearest first.
+
+  Rows fit the backbone that they were trained on: with a file of weights only
+  its own head counts.
+  """
+  if task.stage.transfer_head != 'by_class':
+    return []
+  heads = []
+  if head := source.variables['params'].get('head'):
+    heads.append(operators.Head(source.name, source.classes, head))
+  if task.stage.init_from:
+    return heads
+  for name in _find_sources(setup, workdir, task.stage)[1:]:
+    variables, meta = checkpoints.load_weights(workdir, name, 'best')
+    head = variables['params']['head']
+    heads.append(operators.Head(name, meta['classes'], head))
+  return heads
+
+
+def _shrink(
+  task: setup_lib.Task,
+  variables: Variables,
+  fresh: Variables,
+  carried: list[str],
+) -> Variables:
+  """Returns the variables with the operator applied to carried modules."""
+  stage, params = task.stage, variables['params']
+
+  def choose(tree):
+    return {name: tree[name] for name in carried}
+
+  match stage.transfer:
+    case 'shrink_and_perturb':
+      changed = operators.shrink_and_perturb(
+        choose(params),
+        choose(fresh['params']),
+        shrink=stage.shrink,
+        perturb=stage.perturb,
+      )
+    case 'dash':
+      grads = _mean_gradient(task, variables)
+      changed = operators.dash(
+        choose(params), choose(grads), least=stage.dash_least
+      )
+    case _:
+      return variables
+  return {**variables, 'params': {**params, **changed}}
+
+
+def _fit_statistics(task: setup_lib.Task, variables: Variables) -> Variables:
+  match task.stage.transfer_statistics:
+    case 'reset':
+      shapes = task.state_shapes.batch_stats
+      statistics = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.full(x.shape, path[-1].key == 'var', x.dtype),
+        shapes,
+      )
+    case 'recalibrate':
+      statistics = _measure_statistics(task, variables)
+    case _:
+      return variables
+  return {**variables, 'batch_stats': statistics}
+
+
+def _mean_gradient(task: setup_lib.Task, variables: Variables) -> Variables:
+  """Returns the mean gradient over `transfer_batches` training batches.
+
+  Each image that the loss may see counts once, whatever its batch hides.
+
+  The reference takes a moving average over a whole pass instead, with 0.3 for
+  the newest batch: some ten batches decide it.
+  """
+  grad = jax.jit(functools.partial(_gradient, task))
+  total: Any = jax.tree.map(jnp.zeros_like, variables['params']), 0
+  for batch in _batches(task):
+    total = jax.tree.map(jnp.add, total, grad(variables, batch))
+  grads, count = total
+  return jax.tree.map(lambda x: x / jnp.maximum(count, 1), grads)
+
+
+def _gradient(
+  task: setup_lib.Task, variables: Variables, batch: dict[str, jax.Array]
+) -> tuple[Variables, jax.Array]:
+  """Returns the gradient of the summed loss on a training batch, and its count.
+
+  The batch is not augmented; hidden images are in neither.
+  """
+
+  def loss(params):
+    logits, _ = _apply(task, {**variables, 'params': params}, batch)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['label']
+    )
+    return jnp.sum(losses, where=batch['mask']), jnp.sum(batch['mask'])
+
+  return jax.grad(loss, has_aux=True)(variables['params'])
+
+
+def _measure_statistics(task: setup_lib.Task, variables: Variables) -> Any:
+  """Returns BatchNorm's statistics over `transfer_batches` training batches."""
+  zeros = jax.tree.map(jnp.zeros_like, variables['batch_stats'])
+
+  @jax.jit
+  def measure(batch):
+    # With two starts, the step that a running average takes can be told.
+    _, after = _apply(task, {**variables, 'batch_stats': zeros}, batch)
+    ones = jax.tree.map(jnp.ones_like, zeros)
+    _, other = _apply(task, {**variables, 'batch_stats': ones}, batch)
+    return jax.tree.map(
+      lambda low, high: low / (1 - (high - low)), after, other
+    )
+
+  return operators.average_statistics([measure(x) for x in _batches(task)])
+
+
+def _apply(
+  task: setup_lib.Task, variables: Variables, batch: dict[str, jax.Array]
+) -> tuple[Any, Any]:
+  """Returns f32 logits and statistics of a training batch, not augmented."""
+  pixels = task.config.mean_rgb, task.config.std_rgb
+  images = augment.normalise(batch['image'], *pixels)
+  logits, changed = task.model.apply(
+    variables, images, train=True, mutable=['batch_stats']
+  )
+  return logits, changed['batch_stats']
+
+
+def _count_parts(stage: stages.Stage) -> int:
+  return stage.batch_size // (stage.micro_batch_size or stage.batch_size)
+
+
+def _count_batches(task: setup_lib.Task) -> int:
+  return min(task.stage.transfer_batches, task.steps.phases[0].per_epoch)
+
+
+def _batches(task: setup_lib.Task) -> Iterator[dict[str, jax.Array]]:
+  """Yields the stage's first training batches on the devices, in parts.
+
+  What fits in training only as micro-batches does so here.
+  """
+  reader = loader.train_batches(
+    task.dataset.train,
+    task.stage,
+    seed=task.seed,
+    steps=task.steps,
+    num_workers=task.num_workers,
+    worker_kind=task.config.worker_kind,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  parts = _count_parts(task.stage)
+  with contextlib.closing(reader):
+    placed = loader.prefetch_to_device(reader, task.shardings.batch)
+    for batch in itertools.islice(placed, _count_batches(task)):
+      for part in range(parts):
+        # Every device keeps what it has: each parts-th example.
+        yield {name: x[part::parts] for name, x in batch.items()}

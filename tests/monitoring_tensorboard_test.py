@@ -1,0 +1,300 @@
+"""What TensorBoard's own server shows of a run."""
+
+import contextlib
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.util import tensor_util
+
+import jaxprog
+from jaxprog.monitoring import pictures, tensorboard
+from jaxprog.monitoring import profile as profile_lib
+from jaxprog.training import preview
+from tests import tiny_config
+
+# Its server and TensorFlow take a minute to start.
+pytestmark = pytest.mark.slow
+
+SCALARS = {
+  'train/loss',
+  'train/top1',
+  'train/learning_rate',
+  'train/grad_norm',
+  'train/skipped_steps',
+  'train/epoch_loss',
+  'train/epoch_top1',
+  'perf/images_per_second',
+  'perf/input_wait',
+  'perf/step_seconds',
+  'perf/memory_bytes',
+  'perf/eval_seconds',
+  'perf/handover_seconds',
+  'ckpt/save_seconds',
+  'ckpt/interval_seconds',
+  'ckpt/weights_seconds',
+}
+
+
+def create_config(data_dir):
+  """Returns two stages: averages and mixed images, then neither."""
+  config = tiny_config.get_config(data_dir)
+  config.tensorboard = True
+  config.log_every_steps = 4
+  config.profile_steps = 3
+  config.stages = [
+    {
+      'name': 'three',
+      'classes': ('1', '3', '5'),
+      'num_epochs': 2,
+      'ema_decay': 0.9,
+      'mixup_alpha': 0.4,
+      'brightness': 0.4,
+    },
+    {'name': 'ten', 'num_epochs': 1},
+  ]
+  return config
+
+
+@pytest.fixture(scope='module')
+def trained(data_dir, tmp_path_factory):
+  """Returns the config, the workdir and the history of a finished run."""
+  workdir = tmp_path_factory.mktemp('trained')
+  config = create_config(data_dir)
+  return config, workdir, jaxprog.train(config, workdir)
+
+
+class Server:
+  """TensorBoard, answering at a free port."""
+
+  def __init__(self, logdir):
+    with contextlib.closing(socket.socket()) as probe:
+      probe.bind(('localhost', 0))
+      port = probe.getsockname()[1]
+    self._url = f'http://localhost:{port}/'
+    self._process = subprocess.Popen(
+      [
+        *(sys.executable, '-m', 'tensorboard.main', '--logdir', str(logdir)),
+        *('--port', str(port), '--load_fast=false', '--reload_interval=1'),
+      ],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+    )
+
+  def get(self, path, body=None, **query):
+    url = self._url + path + '?' + urllib.parse.urlencode(query)
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(
+      url, data, {'Content-Type': 'application/json'}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+      return answer.headers['Content-Type'], answer.read()
+
+  def get_json(self, path, body=None, **query):
+    return json.loads(self.get(path, body, **query)[1])
+
+  def wait_for_tag(self, tag):
+    """Waits until all is read: `tag` is the last one that was written."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+      with contextlib.suppress(urllib.error.URLError, ConnectionError):
+        if tag in self.get_json('data/plugin/images/tags').get('.', {}):
+          return
+      assert self._process.poll() is None, self._process.communicate()[0]
+      time.sleep(0.2)
+    raise AssertionError('TensorBoard does not show the run.')
+
+  def close(self):
+    self._process.terminate()
+    self._process.communicate(timeout=20)
+
+
+@pytest.fixture(scope='module')
+def server(trained):
+  with contextlib.closing(Server(trained[1] / 'tensorboard')) as running:
+    running.wait_for_tag('images/ten/confusion')
+    yield running
+
+
+def test_the_server_lists_every_scalar(server):
+  tags = set(server.get_json('data/plugin/scalars/tags')['.'])
+  expected = SCALARS | {
+    f'eval/{stage}/{name}'
+    for stage in ('three', 'ten')
+    for name in ('loss', 'top1', 'top5')
+  }
+  expected |= {f'eval/three/ema_{name}' for name in ('loss', 'top1', 'top5')}
+  assert tags == expected
+
+
+def test_scalars_are_those_of_the_history_on_a_step_over_all_stages(
+  server, trained
+):
+  def points(tag):
+    found = server.get_json('data/plugin/scalars/scalars', run='.', tag=tag)
+    return [(step, value) for _, step, value in found]
+
+  three, ten = trained[2]['stages']
+  rows = [*three['epochs'], *ten['epochs']]
+  for tag, field, some in (
+    ('train/epoch_loss', 'train_loss', rows),
+    ('eval/three/ema_top1', 'ema_top1', three['epochs']),
+    ('eval/ten/top1', 'val_top1', ten['epochs']),
+    ('perf/eval_seconds', 'eval_seconds', rows),
+  ):
+    assert points(tag) == [
+      (row['global_step'], pytest.approx(row[field], rel=1e-6)) for row in some
+    ]
+  first = three['epochs'][-1]['global_step']
+  handover = pytest.approx(ten['handover_seconds'], rel=1e-6)
+  assert points('perf/handover_seconds') == [(first + 1, handover)]
+  steps = [step for step, _ in points('train/loss')]
+  assert steps == sorted(set(steps))
+  assert steps[-1] > first
+  assert all(1e6 < size < 1e12 for _, size in points('perf/memory_bytes'))
+
+
+def test_the_server_has_hparams_of_every_stage(server):
+  body = {
+    'experimentName': '',
+    'allowedStatuses': ['STATUS_UNKNOWN', 'STATUS_RUNNING', 'STATUS_SUCCESS'],
+    'colParams': [],
+    'startIndex': 0,
+    'sliceSize': 10,
+  }
+  path = 'data/plugin/hparams/session_groups'
+  (group,) = server.get_json(path, body)['sessionGroups']
+  assert group['hparams']['num_filters'] == 4
+  assert group['hparams']['three.mixup_alpha'] == 0.4
+  assert group['hparams']['three.classes'] == '1 3 5'
+  assert group['hparams']['ten.optimizer'] == 'adamw'
+
+
+@pytest.mark.parametrize('stage', ['three', 'ten'])
+def test_the_server_shows_the_pictures_of_a_stage(server, trained, stage):
+  record = next(s for s in trained[2]['stages'] if s['name'] == stage)
+  found = record['diagnostics']
+  rows = -(-preview.MAX_IMAGES // 8)
+  lines = 2 if stage == 'three' else 1  # Both classes of a mixed image.
+  step = pictures.TILE + pictures.GAP
+  height = rows * (step + lines * pictures.LINE) + pictures.GAP
+  expected = {
+    'augmented': (height, 8 * step + pictures.GAP),
+    'worst': pictures.draw_worst(found).shape[:2],
+    'confusion': pictures.draw_confusion(found).shape[:2],
+  }
+  for name, shape in expected.items():
+    tag = f'images/{stage}/{name}'
+    (info,) = server.get_json(
+      'data/plugin/images/images', run='.', tag=tag, sample=0
+    )
+    path = 'data/plugin/images/individualImage'
+    kind, encoded = server.get(f'{path}?{info["query"]}&')
+    assert kind == 'image/png'
+    image = Image.open(io.BytesIO(encoded))
+    assert (image.height, image.width) == shape
+    if name != 'augmented':
+      drawn = pictures.draw_mistakes(stage, found)[tag]
+      np.testing.assert_array_equal(np.asarray(image), drawn)
+
+
+def test_each_stage_is_traced(trained):
+  root = trained[1] / 'tensorboard' / 'plugins' / 'profile'
+  traces = list(root.glob('*/*.xplane.pb'))
+  assert len({path.parent for path in traces}) == 2
+  assert all(path.stat().st_size > 1000 for path in traces)
+
+
+def test_step_times_are_counted_once_an_interval(trained):
+  for stage in trained[2]['stages']:
+    edges, counts = zip(*stage['step_seconds'], strict=True)
+    steps = stage['steps_per_epoch'] * stage['num_epochs']
+    assert sum(counts) == steps - stage['num_epochs']
+    assert list(edges) == sorted(edges)
+    # Nothing took longer than all of it.
+    assert edges[-1] < 2**0.25 * stage['seconds']
+
+
+def read_steps(logdir, tag):
+  """Returns {step: value} as TensorBoard's reader in Python has them."""
+  events = plugin_event_accumulator.EventAccumulator(str(logdir))
+  events.Reload()
+  points = [
+    (x.step, float(tensor_util.make_ndarray(x.tensor_proto)))
+    for x in events.Tensors(tag)
+  ]
+  assert len(dict(points)) == len(points), 'A step is drawn twice.'
+  return dict(points)
+
+
+def test_steps_trained_again_replace_those_of_before(tmp_path):
+  with contextlib.closing(tensorboard.Writer(tmp_path)) as writer:
+    writer.forget_after(0)
+    for step in range(1, 7):
+      writer.write_scalars(step, {'train/loss': 1.0})
+  with contextlib.closing(tensorboard.Writer(tmp_path)) as writer:
+    writer.forget_after(3)
+    writer.write_scalars(4, {'train/loss': 2.0})
+    writer.write_scalars(5, {'train/loss': 2.0})
+    writer.forget_after(4)  # A rollback.
+    writer.write_scalars(5, {'train/loss': 3.0})
+  expected = {1: 1.0, 2: 1.0, 3: 1.0, 4: 2.0, 5: 3.0}
+  assert read_steps(tmp_path, 'train/loss') == expected
+
+
+def test_pictures_are_drawn_in_another_thread_whose_errors_come_back(tmp_path):
+  threads = []
+
+  def draw():
+    threads.append(threading.current_thread())
+    raise ValueError('no picture')
+
+  writer = tensorboard.Writer(tmp_path)
+  writer.write_images(1, draw)
+  with pytest.raises(ValueError, match='no picture'):
+    writer.close()
+  assert threads != [threading.current_thread()]
+
+
+@pytest.mark.parametrize(
+  ('total_steps', 'traced'), [(100, (10, 13)), (12, (9, 12)), (2, (0, 2))]
+)
+def test_a_short_stage_has_its_last_steps_traced(tmp_path, total_steps, traced):
+  profile = profile_lib.Profile(tmp_path, 3, total_steps)
+  assert (profile.first, profile.end) == traced
+
+
+def test_a_trace_ends_with_what_went_wrong(tmp_path):
+  def fail():
+    profile = profile_lib.Profile(tmp_path, 3, 100)
+    with contextlib.closing(profile):
+      for step in range(12):
+        profile.begin_step(step)
+        profile.end_step(step, jax.numpy.ones(3) + step)
+      raise RuntimeError('out of luck')
+
+  for _ in range(2):  # A trace still under way would refuse the second one.
+    with pytest.raises(RuntimeError, match='out of luck'):
+      fail()
+  assert list(tmp_path.glob('plugins/profile/*/*.xplane.pb'))
+
+
+def test_nothing_is_traced_unless_asked_for(tmp_path):
+  for logdir, num_steps in ((tmp_path, 0), (None, 3)):
+    profile = profile_lib.Profile(logdir, num_steps, 100)
+    for step in range(100):
+      profile.begin_step(step)
+      profile.end_step(step, None)
+  assert not list(tmp_path.iterdir())

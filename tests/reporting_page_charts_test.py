@@ -1,0 +1,241 @@
+import html.parser
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from jaxprog.reporting import timeline
+from jaxprog.reporting.page import charts, markup
+
+HEIGHT = 220.0
+# The plot leaves 10 pixels above and 8 below: see charts._TOP and _BOTTOM.
+TOP, FOOT = 10.0, 212.0
+
+
+def draw(points, **arguments):
+  """Returns the chart of one line as a tree; y runs from 0 to 100."""
+  arguments = {
+    'y': charts.Scale(0, 100),
+    'x_end': 10,
+    'x_label': 'epochs',
+    'format_y': '{:g}'.format,
+    'summary': 'A line.',
+    **arguments,
+  }
+  text = charts.line_chart(
+    'Loss', [charts.Series('train', 'train', points)], **arguments
+  )
+  return ET.fromstring(text)
+
+
+def find(tree, name, style):
+  return [x for x in tree.iter(name) if style in x.get('class', '').split()]
+
+
+def path(tree):
+  (found,) = find(tree, 'path', 'line')
+  return [
+    (pen, float(x), float(y))
+    for pen, x, y in re.findall(r'([ML])(\S+) (\S+)', found.get('d'))
+  ]
+
+
+def percent(element, field='cx'):
+  return float(element.get(field).removesuffix('%'))
+
+
+def test_a_point_lies_where_its_values_say():
+  drawn = path(draw([(0, 0.0), (5, 50.0), (10, 100.0)]))
+  # x in thousandths of the width; y from the top.
+  assert drawn == [
+    ('M', 0.0, FOOT),
+    ('L', 500.0, (TOP + FOOT) / 2),
+    ('L', 1000.0, TOP),
+  ]
+
+
+def test_a_logarithmic_axis_has_equal_factors_at_equal_distances():
+  y = charts.Scale(0.001, 10.0, log=True)
+  drawn = path(draw([(1, 0.001), (2, 0.1), (3, 10.0)], y=y))
+  assert [at for _, _, at in drawn] == [FOOT, (TOP + FOOT) / 2, TOP]
+
+
+def test_lines_break_where_there_is_no_value():
+  drawn = path(draw([(1, 1.0), (2, 2.0), (3, None), (4, 4.0), (5, 5.0)]))
+  assert [pen for pen, _, _ in drawn] == ['M', 'L', 'M', 'L']
+
+
+def test_a_point_without_neighbours_is_a_dot():
+  tree = draw([(1, 1.0), (2, None), (4, 50.0), (5, None), (6, 1.0), (7, 1.0)])
+  dots = find(tree, 'circle', 'dot')
+  assert [percent(dot) for dot in dots] == [10.0, 40.0]
+  assert float(dots[1].get('cy')) == (TOP + FOOT) / 2
+
+
+def test_of_labels_that_would_touch_the_last_one_stays():
+  labels = [charts.Label(x, 50.0, f'{x}', 'val') for x in (1, 4, 4.5, 9)]
+  tree = draw([(0, 0.0), (10, 1.0)], labels=labels)
+  assert len(find(tree, 'circle', 'best')) == 4
+  texts = [x.text for x in find(tree, 'text', 'best-label')]
+  assert sorted(texts) == ['1', '4.5', '9']
+
+
+def test_marks_and_hints_say_what_they_stand_for():
+  tree = draw(
+    [(0, 0.0), (10, 1.0)],
+    marks=[charts.Mark('resume', 2.5, 'resumed at 100')],
+    hints=[(2, 'epoch 2'), (6, 'epoch 6')],
+    bands=[charts.Band('a', 0, 6), charts.Band('b', 6, 10)],
+  )
+  (mark,) = find(tree, 'g', 'mark')
+  assert mark.find('title').text == 'resumed at 100'
+  assert percent(mark.find('line'), 'x1') == 25.0
+  first, second = find(tree, 'g', 'hint')
+  assert [x.find('title').text for x in (first, second)] == [
+    'epoch 2',
+    'epoch 6',
+  ]
+  # Each strip reaches half way to the next one.
+  assert percent(first.find('rect'), 'width') == 40.0
+  assert percent(second.find('rect'), 'x') == 40.0
+  (band,) = find(tree, 'rect', 'band')
+  assert (percent(band, 'x'), percent(band, 'width')) == (60.0, 40.0)
+
+
+@pytest.mark.parametrize(
+  ('low', 'high', 'count', 'expected'),
+  [
+    (0, 10, 5, [0, 2, 4, 6, 8, 10]),
+    (0, 0.83, 4, [0, 0.5]),
+    (0, 150, 6, [0, 50, 100, 150]),
+    (0, 1.5, 6, [0, 0.5, 1, 1.5]),
+    (3, 3, 5, [3]),
+  ],
+)
+def test_ticks_are_round_and_inside(low, high, count, expected):
+  assert charts.ticks(low, high, count) == pytest.approx(expected)
+
+
+def test_logarithmic_ticks_are_powers_of_ten():
+  assert charts.log_ticks(1e-5, 0.3) == pytest.approx(
+    [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+  )
+
+
+def test_a_scale_is_logarithmic_only_where_values_are_far_apart():
+  assert not charts.fit_scale([0.1, 1.9], log=True).log
+  scale = charts.fit_scale([1e-9, 0.1, 0.0], log=True)
+  assert scale.log
+  assert math.log10(scale.high / scale.low) < 6
+  assert charts.fit_scale([]) == charts.Scale(0.0, 1.08)
+
+
+def test_parts_of_a_bar_add_up_and_lie_end_to_end():
+  bar = ET.fromstring(
+    charts.stacked_bar([('a', 's', 1.0), ('b', 's', 0.0), ('c', 's', 3.0)], 'x')
+  )
+  rects = [(percent(r, 'x'), percent(r, 'width')) for r in bar.iter('rect')]
+  assert rects == [(0.0, 25.0), (25.0, 75.0)]
+  titles = [title.text for title in bar.iter('title')]
+  assert titles == ['a: 25.0%', 'c: 75.0%']
+  ET.fromstring(charts.stacked_bar([('a', 's', 0.0)], 'nothing'))
+
+
+def test_bars_of_a_histogram_are_as_high_as_their_counts():
+  tree = ET.fromstring(
+    charts.histogram('t', [('1', 10), ('2', 5), ('3', 0)], summary='s')
+  )
+  heights = [float(r.get('height')) for r in find(tree, 'rect', 'bar')]
+  assert heights == [116.0, 58.0, 0.0]
+
+
+def test_calibration_bars_leave_out_empty_bins():
+  bins = [(0, 0.0, 0.0), (10, 0.75, 0.5)]
+  (bar,) = find(ET.fromstring(charts.reliability(bins, 's')), 'rect', 'bar')
+  assert (float(bar.get('y')), float(bar.get('height'))) == (120.0, 120.0)
+  assert '10 images: confidence 75.0%, accuracy 50.0%' in bar.find('title').text
+
+
+def test_a_heat_map_has_a_row_a_label():
+  counts = {(0, 0): 9, (0, 1): 1, (1, 1): 5}
+  tree = ET.fromstring(charts.heat_map(['cat', 'dog'], counts, 's'))
+  (wrong,) = find(tree, 'rect', 'wrong')
+  assert wrong.find('title').text == 'cat taken for dog: 1 of 10'
+  # First row, second column.
+  assert float(wrong.get('x')) > float(wrong.get('y'))
+  assert len(find(tree, 'rect', 'right')) == 2
+  assert len(find(tree, 'rect', 'none')) == 1
+
+
+def test_a_range_bar_marks_the_run_in_its_range():
+  tree = ET.fromstring(
+    charts.range_bar((0.85, 0.95), [('other', 0.935)], 0.91, 's')
+  )
+  (expected,) = find(tree, 'rect', 'expected')
+  assert (percent(expected, 'x'), percent(expected, 'width')) == (85.0, 10.0)
+  (run,) = find(tree, 'circle', 'best')
+  assert percent(run) == 91.0
+  (other,) = find(tree, 'line', 'reference')
+  assert percent(other, 'x1') == 93.5
+
+
+def test_what_is_not_made_here_is_escaped():
+  evil = '<script>alert("1")</script>&'
+  text = markup.tag('p', evil, markup.tag('b', 'x'), title=evil)
+  seen = []
+
+  class Reader(html.parser.HTMLParser):
+    def handle_starttag(self, tag, attrs):
+      seen.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+      seen.append(data)
+
+  Reader().feed(text)
+  assert seen[0] == ('p', {'title': evil})
+  assert evil in ''.join(x for x in seen if isinstance(x, str))
+  assert [x[0] for x in seen if isinstance(x, tuple)] == ['p', 'b']
+
+
+def stage(rows, **fields):
+  epochs = [
+    {'epoch': i, 'global_step': step, 'learning_rate': 0.1}
+    for i, step in enumerate(rows, 1)
+  ]
+  return {
+    'name': 'a',
+    'epochs': epochs,
+    'steps_per_epoch': 100,
+    'num_epochs': len(rows),
+    'image_size': 32,
+    **fields,
+  }
+
+
+def test_steps_lie_between_the_epochs_that_they_belong_to():
+  first, second = timeline.spans(
+    [stage([100, 200]), stage([], name='none'), stage([300, 400, 500])]
+  )
+  assert (second.begin, second.end, second.number) == (2.0, 5.0, 3)
+  assert second.first_step() == 200
+  assert second.position(350) == 3.5
+  assert first.position(50) == 0.5
+  assert first.position(10_000) == 2.0
+
+
+def test_a_stage_shorter_than_an_epoch_begins_where_it_began():
+  (span,) = timeline.spans([stage([1050], num_epochs=0.5)])
+  assert span.first_step() == 1000
+
+
+def test_phases_cut_the_axis_and_rates_end_with_the_training():
+  phased = stage(
+    [100, 200, 300],
+    phases=[[2, {'image_size': 64}], [9, {'image_size': 96}]],
+    learning_rates=[0.0, 0.1, 0.2, 0.3, 0.4],
+    num_epochs=4,
+  )
+  _, span = timeline.spans([stage([1]), phased])
+  assert span.segments('image_size') == [(1.0, 3.0, 32), (3.0, 4.0, 64)]
+  assert span.rates() == [(1.0, 0.0), (2.0, 0.1), (3.0, 0.2), (4.0, 0.3)]

@@ -1,0 +1,539 @@
+import base64
+import io
+import math
+import re
+import time
+from html import parser
+
+import chromium
+import history_fixture
+import pytest
+from PIL import Image
+
+from configs import quickstart
+from jaxprog import config as config_lib
+from jaxprog import stages
+from jaxprog.reporting import baselines, rundir
+from jaxprog.reporting import timeline as timeline_lib
+from jaxprog.reporting.page import html, overview, sections
+
+# Without --mode=plan there is no section of it.
+SECTIONS = [name for name, _, _ in html.SECTIONS if name != 'plan']
+EVIL = '<script>alert("1")</script>&'
+ENVIRONMENT = {
+  'time': '2026-11-24T12:00:00+00:00',
+  'host': 'machine',
+  'versions': {'jax': '0.10.2'},
+  'devices': {'kind': 'NVIDIA A100-SXM4-80GB', 'count': 4},
+  'git': {'commit': 'c0ffee', 'dirty': True},
+  'command': f'python main.py --config={EVIL}',
+}
+
+
+class Reader(parser.HTMLParser):
+  """Collects a page's elements, texts and ids; checks that it is nested."""
+
+  def __init__(self, page):
+    super().__init__()
+    self.elements, self.texts, self._open = [], [], []
+    self.feed(page)
+    assert not self._open
+
+  def handle_starttag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs)))
+    self._open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs)))
+
+  def handle_endtag(self, tag):
+    assert self._open.pop() == tag
+
+  def handle_data(self, data):
+    if self._open and self._open[-1] != 'style':
+      self.texts.append(data)
+
+  def ids(self):
+    return [x['id'] for _, x in self.elements if 'id' in x]
+
+  def words(self):
+    return ' '.join(' '.join(self.texts).split())
+
+
+def read(history, **fields):
+  return Reader(html.page(rundir.Run('run', history, **fields)))
+
+
+def quickstart_config():
+  return config_lib.to_json(stages.complete(quickstart.get_config()))
+
+
+def jpeg():
+  out = io.BytesIO()
+  Image.new('RGB', (32, 24), (200, 30, 30)).save(out, 'JPEG')
+  return base64.b64encode(out.getvalue()).decode()
+
+
+def diagnose(classes, thumbnail=None):
+  """Returns the diagnostics of 10 images a class, 2 of each mistaken."""
+  n = len(classes)
+  pairs = [(i, i, 8) for i in range(n)] + [
+    (i, (i + 1) % n, 2) for i in range(n)
+  ]
+  return {
+    'weights': 'best',
+    'epoch': 4,
+    'num_images': 10 * n,
+    'top1': 0.8,
+    'nll': 0.5,
+    'ece': 0.0321,
+    'calibration': [[0, 0.0, 0.0]] * 14 + [[10 * n, 0.97, 0.8]],
+    'per_class': [[10, 8]] * n,
+    'confusions': [
+      {'label': a, 'predicted': b, 'count': count} for a, b, count in pairs
+    ][:400],
+    'classes': classes,
+    'worst': [
+      {
+        'index': 3,
+        'name': 'a/3.png',
+        'label': 0,
+        'predicted': 1,
+        'confidence': 0.987,
+        'loss': 4.25,
+        'thumbnail': jpeg() if thumbnail is None else thumbnail,
+      }
+    ],
+  }
+
+
+def eventful():
+  """Returns the ladder with all that may befall it, and its incidents."""
+  history = history_fixture.create_history()
+  first, second, third, last = history['stages']
+  first['diagnostics'] = diagnose([f'class {i}' for i in range(10)])
+  second['diagnostics'] = diagnose([f'class {i}' for i in range(200)])
+  second['resumed_at_steps'] = [12_000, 15_000]
+  third.update(status='stopped_early', stopped='out of patience')
+  third['epochs'] = third['epochs'][:12]
+  third['rollbacks'] = [{'at': 700, 'to': 600}]
+  last['status'] = 'running'
+  for row in last['epochs']:
+    row['ema_top1'] = row['val_top1']
+  last['epochs'][7]['train_loss'] = None
+  last['step_seconds'] = [[0.0625, 3], [0.125, 4], [0.25, 1]]
+  incident = {
+    'time': '2026-11-24T13:00:00+00:00',
+    'kind': 'skipped_step',
+    'stage': 'tiny_imagenet',
+    'step': 30,
+    'message': 'step 30 was not finite',
+  }
+  return history, [incident]
+
+
+def test_every_section_is_there_and_listed():
+  page = read(history_fixture.create_history())
+  names = SECTIONS
+  assert [x for x in page.ids() if x in names] == names
+  links = [x['href'] for tag, x in page.elements if tag == 'a']
+  assert links == [f'#{name}' for name in names]
+  assert len(set(page.ids())) == len(page.ids())
+
+
+def test_figures_are_those_of_the_history():
+  history = history_fixture.create_history()
+  page = read(history)
+  words = page.words()
+  for stage in history['stages']:
+    best = stage['best']
+    assert f'{best["top1"]:.1%} top-1, epoch {best["epoch"]}' in words
+    for row in stage['epochs']:
+      figures = (
+        f'{row["epoch"]} {row["global_step"]:,} {row["train_loss"]:.4f} '
+        f'{row["train_top1"]:.1%} {row["val_loss"]:.4f} {row["val_top1"]:.1%}'
+      )
+      assert figures in words
+  last = history['stages'][-1]
+  assert words.index(f'{last["best"]["top1"]:.1%}') < words.index('imagenette')
+
+
+def test_the_headline_is_the_one_look_at_validation_after_a_holdout():
+  history = history_fixture.create_history((3,))
+  history['stages'][0]['eval_split'] = 'holdout:2%'
+  history['stages'][0]['validation'] = {
+    'top1': 0.4321,
+    'num_images': 3925,
+    'epoch': 2,
+  }
+  words = read(history).words()
+  assert '43.2% top-1 of imagenette on 3,925 validation images' in words
+  assert '43.2% top-1, epoch' in words  # The card.
+  assert words.count('43.2%') >= 5  # And the scorecard's figure and tables.
+  assert 'on a hold-out' not in words
+  assert 'epoch 2 was chosen on holdout:2%' in words
+
+
+def test_before_the_look_at_validation_it_is_said_that_a_holdout_chose():
+  history = history_fixture.create_history((3,))
+  history['stages'][0].update(eval_split='holdout:2%', num_eval_images=189)
+  words = read(history).words()
+  assert 'on 189 training images held out' in words
+  assert '9,469 train, 189 held out' in words
+  assert 'top-1, epoch 3, on a hold-out' in words
+  assert 'validation images, here on a hold-out' in words
+
+
+def test_none_was_mistaken_only_if_all_were_right():
+  history = history_fixture.create_history((3,))
+  found = diagnose(['a', 'b'])
+  found['confusions'] = found['confusions'][:2]  # The right ones alone.
+  history['stages'][0]['diagnostics'] = found
+  words = read(history).words()
+  assert '4 of 20 images were not recognised' in words
+  assert 'no image was mistaken' not in words
+  found['per_class'] = [[10, 10], [10, 10]]
+  assert 'None: no image was mistaken.' in read(history).words()
+
+
+def test_a_mistake_that_cannot_be_decoded_was_taken_for_nothing():
+  history = history_fixture.create_history((3,))
+  found = diagnose(['a', 'b'], thumbnail='')
+  history['stages'][0].update(
+    diagnostics=found, bad_images={'a/3.png': 'truncated'}
+  )
+  words = read(history).words()
+  assert 'cannot be decoded' in words
+  assert 'taken for b, 99%' not in words
+
+
+def test_what_is_not_finite_of_the_best_weights_is_a_dash():
+  history = history_fixture.create_history((3,))
+  found = diagnose(['a', 'b'])
+  # JSON has null where a number is not finite.
+  found.update(nll=None, ece=None, calibration=[[0, 0.0, 0.0], [20, None, 0.8]])
+  found['worst'][0].update(confidence=None, loss=None)
+  history['stages'][0]['diagnostics'] = found
+  page = read(history)
+  assert 'taken for b, -' in page.words()
+  assert 'a/3.png: loss -' in [x.get('title') for _, x in page.elements]
+
+
+def test_the_time_says_what_is_in_no_figure():
+  history = history_fixture.create_history((2,))
+  assert 'compiling the first stage is in no figure' in read(history).words()
+  history['stages'][0]['resumed_at_steps'] = [100]
+  words = read(history).words()
+  assert 'resumed in its middle counts only the time since' in words
+
+
+def test_interrupted_resumed_and_stopped_runs_say_so():
+  history, incidents = eventful()
+  config = {**quickstart_config(), 'model': 'resnet50'}
+  page = read(history, incidents=incidents, config=config)
+  words = page.words()
+  assert '3 of 4 stages finished, one under way or interrupted' in words
+  assert 'resumed 2 times' in words
+  assert 'stopped early: imagenet_mini' in words
+  assert 'interrupted and resumed 2 times, at global step 12,000, 15,0' in words
+  assert 'after 12 of 40 epochs (out of patience)' in words
+  assert 'imagenet: not finished, 60 of 60 epochs' in words
+  assert "Not run, of this config's stages: four, seven" in words
+  assert '1 skipped step: first' in words or '1 skipped step:' in words
+  assert 'step 30 was not finite' in words
+  quiet = read(history_fixture.create_history()).words()
+  for word in ('resumed', 'stopped early', 'interrupted', 'not finite'):
+    assert word not in quiet
+
+
+def test_events_lie_where_their_steps_were():
+  history, incidents = eventful()
+  run = rundir.Run('run', history, incidents=incidents)
+  spans = timeline_lib.spans(history['stages'])
+  marks = sections.events(run, spans, spans[-1].end)
+  found = sorted((mark.x, mark.style) for mark in marks)
+  first, second, third, _ = history['stages']
+  per_epoch = second['steps_per_epoch']
+  begin = first['epochs'][-1]['global_step']
+  expected = [
+    (20 + 30 / per_epoch, 'incident'),
+    (20 + (12_000 - begin) / per_epoch, 'resume'),
+    (20 + (15_000 - begin) / per_epoch, 'resume'),
+    (50 + 700 / third['steps_per_epoch'], 'incident'),
+  ]
+  assert [x for _, x in found] == [x for _, x in expected]
+  for (at, _), (wanted, _) in zip(found, expected, strict=True):
+    assert at == pytest.approx(wanted)
+
+
+def test_many_incidents_at_one_place_become_one_mark():
+  history = history_fixture.create_history()
+  incidents = [
+    {'kind': 'skipped_step', 'stage': 'imagenet', 'step': i, 'message': f'm{i}'}
+    for i in range(500)
+  ]
+  run = rundir.Run('run', history, incidents=incidents)
+  spans = timeline_lib.spans(history['stages'])
+  (mark,) = sections.events(run, spans, spans[-1].end)
+  assert mark.text.endswith('and 497 more')
+  assert 'The last 60 of 500' in read(history, incidents=incidents).words()
+
+
+def test_names_from_outside_are_escaped():
+  history, _ = eventful()
+  stage = history['stages'][0]
+  stage.update(name=EVIL, dataset=EVIL, description=EVIL, status='running')
+  stage['diagnostics'] = diagnose([EVIL] * 10, thumbnail='"><script>')
+  stage['transfer'] = {'from': EVIL, 'carried': [EVIL, EVIL], 'fresh': [EVIL]}
+  incidents = [
+    {'kind': EVIL, 'time': EVIL, 'stage': EVIL, 'step': 3, 'message': EVIL}
+  ]
+  config = quickstart_config()
+  config['stages'][0]['name'] = config['model'] = EVIL
+  page = read(
+    history, incidents=incidents, config=config, environment=ENVIRONMENT
+  )
+  assert 'script' not in {tag for tag, _ in page.elements}
+  attributes = {name for _, x in page.elements for name in x}
+  assert not any(name.startswith('on') for name in attributes)
+  assert page.words().count(EVIL) > 20
+
+
+def test_an_unreadable_thumbnail_is_a_box_and_a_good_one_an_image():
+  history, _ = eventful()
+  stage = history['stages'][0]
+  page = read(history)
+  (image,) = [x for tag, x in page.elements if tag == 'img'][:1]
+  assert image['src'] == f'data:image/jpeg;base64,{jpeg()}'
+  assert image['alt'] == 'class 0, taken for class 1 with 99% confidence'
+  for other in history['stages']:
+    if other.get('diagnostics'):
+      other['diagnostics']['worst'][0]['thumbnail'] = ''
+  assert stage['diagnostics']['worst']
+  page = read(history)
+  assert not [x for tag, x in page.elements if tag == 'img']
+  assert 'no image' in page.words()
+
+
+def test_few_classes_are_listed_and_many_are_counted():
+  history, _ = eventful()
+  few, many = history['stages'][:2]
+  of_few = read({**history, 'stages': [few]}).words()
+  of_many = read({**history, 'stages': [many]}).words()
+  assert 'Confusion matrix' in of_few
+  assert 'Confusion matrix' not in of_many
+  assert 'Classes by their accuracy, all 200' in of_many
+  assert 'The 10 worst' in of_many
+  assert 'Expected calibration error 3.2%' in of_few
+  assert 'class 0 class 1 2 10 20.0%' in of_few
+
+
+def create_row(**values):
+  return history_fixture.create_row(1, **values)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'epochs': [], 'best': None},
+    {'epochs': [create_row()], 'best': {'epoch': 1, 'top1': 0.5}},
+    {'transfer': None},
+    {'num_epochs': 0.5, 'epochs': [create_row()]},
+    {
+      'best': None,
+      'epochs': [
+        create_row(
+          train_loss=math.nan,
+          train_top1=None,
+          val_loss=None,
+          val_top1=None,
+          val_top5=None,
+          learning_rate=0.0,
+          grad_norm=math.inf,
+          seconds=None,
+          images_per_second=None,
+          input_wait=None,
+        )
+      ],
+    },
+    {'diagnostics': {}},
+    {'diagnostics': {'weights': 'best', 'top1': None}},
+    {'step_seconds': [[0.3, 4], [None, 1]]},
+    {'handover_seconds': None, 'resumed_at_steps': None, 'rollbacks': None},
+    {'best': {'epoch': 1, 'top1': 0.0}},
+  ],
+)
+def test_a_page_is_made_of_whatever_is_there(change):
+  history = history_fixture.create_history((3, 2))
+  history['stages'][1].update(change)
+  page = read(history)
+  assert set(SECTIONS) <= set(page.ids())
+  assert 'nan' not in page.words().lower().split()
+  assert 'inf' not in page.words().lower().split()
+  read({**history, 'stages': history['stages'][1:]})
+
+
+def test_a_page_is_made_of_a_run_that_has_no_stage_yet():
+  words = read({'config_hash': '', 'stages': []}).words()
+  assert 'No epoch is finished yet.' in words
+
+
+def test_the_config_is_shown_where_it_is_not_the_default():
+  config = quickstart_config()
+  words = ' '.join(Reader(overview.config_difference(config)).texts)
+  assert 'num_filters 64 16' in words
+  # A default, then the four stages.
+  assert 'learning_rate 0.001 0.004 0.003 0.05 0.2' in words
+  assert 'end_factor 0 0 0 0 0.01' in words
+  assert 'momentum' not in words.split()
+  assert 'seed' not in words.split()
+  assert 'no config.json' in overview.config_difference(None)
+
+
+def test_baselines_are_of_the_same_data_at_the_nearest_setting():
+  history = history_fixture.create_history()
+  found = baselines.compare(history, 'resnet50')
+  imagenette = [x for x in found if x.stage == 'imagenette']
+  assert [x.baseline.top1 for x in imagenette] == [(0.935, 0.935)]
+  assert imagenette[0].differs == (
+    'xresnext50, here resnet50',
+    '256 px, here 224 px',
+    'tested at 256 px, here at 224 px',
+  )
+  tiny = [x for x in found if x.stage == 'tiny_imagenet']
+  assert [x.baseline.model for x in tiny] == ['resnet50']
+  assert tiny[0].differs == (
+    '100 epochs, here 30',
+    'from scratch, here from an earlier stage',
+  )
+  ffcv = [x for x in found if 'ffcv' in x.baseline.source]
+  assert [x.baseline.num_epochs for x in ffcv] == [56]
+  both = baselines.compare(history, 'resnet34')
+  assert len([x for x in both if x.stage == 'tiny_imagenet']) == 2
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'top1'), [((160, 224), 0.781), ((160, 160), 0.76), ((160,), 0.76)]
+)
+def test_a_baseline_was_tested_at_the_size_it_is_compared_at(sizes, top1):
+  history = history_fixture.create_history()
+  stage = history['stages'][-1]
+  stage |= dict(zip(('image_size', 'eval_image_size'), sizes, strict=False))
+  found = {
+    x.baseline.source: x
+    for x in baselines.compare(history, 'resnet50')
+    if x.stage == stage['name']
+  }
+  a3 = found['timm, ResNet-50 A3']
+  assert a3.baseline.top1 == (top1, top1)
+  assert a3.baseline[4:6] == (160, sizes[-1])
+  assert not any('px' in x for x in a3.differs)
+  # Tested larger than trained, as its configs say.
+  ffcv = next(x for source, x in found.items() if 'ffcv' in source)
+  assert ffcv.baseline[4:6] == (192, 256)
+  assert f'tested at 256 px, here at {sizes[-1]} px' in ffcv.differs
+  page = read(history, config={**quickstart_config(), 'model': 'resnet50'})
+  assert 'tested at' in page.words()
+
+
+def test_baselines_of_other_classes_or_subsets_are_not_passed_off():
+  history = history_fixture.create_history((2,))
+  history['stages'][0]['num_train_images'] = 500
+  (one,) = baselines.compare(history, None)
+  assert '9,469 training images, here 500' in one.differs
+  assert 'xresnext50, here an unknown network' in one.differs
+  assert not any('evaluation images' in x for x in one.differs)
+  history['stages'][0]['num_eval_images'] = 500
+  (one,) = baselines.compare(history, None)
+  assert '3,925 evaluation images, here 500' in one.differs
+  history['stages'][0]['num_classes'] = 3
+  assert baselines.compare(history, None) == []
+  assert 'None is known for the data' in read(history).words()
+
+
+def test_speed_is_compared_on_the_same_device_only():
+  history = history_fixture.create_history((2,))
+  config = {**quickstart_config(), 'model': 'resnet50'}
+  words = read(history, config=config, environment=ENVIRONMENT).words()
+  assert 'images/s a device, published for A100: 2,470' in words
+  # A core of a TPU v3 is a device, of whose chips the speeds are published.
+  tpu = {**ENVIRONMENT, 'devices': {'kind': 'TPU v3', 'count': 8}}
+  assert 'a device' not in read(history, config=config, environment=tpu).words()
+  cpu = {**ENVIRONMENT, 'devices': {'kind': 'cpu', 'count': 1}}
+  assert 'a device' not in read(history, config=config, environment=cpu).words()
+
+
+def test_the_page_refers_to_nothing_outside_itself():
+  history, incidents = eventful()
+  page = html.page(
+    rundir.Run('run', history, quickstart_config(), ENVIRONMENT, incidents)
+  )
+  references = re.findall(r'(?:src|href)="([^"]*)"', page)
+  assert references
+  assert all(x.startswith(('#', 'data:')) for x in references)
+  assert not re.search(r'url\(|@import|<script|https?://', page)
+
+
+def test_a_long_ladder_takes_less_than_three_tenths_of_a_second():
+  history, incidents = eventful()
+  run = rundir.Run('run', history, quickstart_config(), ENVIRONMENT, incidents)
+  assert sum(len(stage['epochs']) for stage in run.stages) > 120
+  times = []
+  for _ in range(5):
+    began = time.process_time()
+    html.page(run)
+    times.append(time.process_time() - began)
+  assert min(times) < 0.3
+
+
+@pytest.fixture(scope='module')
+def browser(tmp_path_factory):
+  if not chromium.PATH:
+    pytest.skip('there is no Chromium on PATH')
+  found = chromium.Browser(tmp_path_factory.mktemp('profile'))
+  yield found
+  found.close()
+
+
+@pytest.mark.parametrize('width', [1280, 400])
+def test_chromium_shows_it_without_errors_network_or_overflow(
+  browser, tmp_path, width
+):
+  history, incidents = eventful()
+  run = rundir.Run('run', history, quickstart_config(), ENVIRONMENT, incidents)
+  path = tmp_path / 'report.html'
+  path.write_text(html.page(run), encoding='utf-8')
+  browser.open(path, width, dark=width == 400)
+  # Folded parts count too.
+  browser.evaluate('document.querySelectorAll("details").forEach(x=>x.open=1)')
+  assert browser.evaluate('document.documentElement.scrollWidth') <= width
+  present = browser.evaluate(
+    '[...document.querySelectorAll("section")].map(x=>x.id)'
+  )
+  assert present == SECTIONS
+  heights = browser.evaluate(
+    '[...document.querySelectorAll("section")].map(x=>x.offsetHeight)'
+  )
+  assert min(heights) > 50
+  said = browser.events_of(
+    'Log.entryAdded', 'Runtime.consoleAPICalled', 'Runtime.exceptionThrown'
+  )
+  assert said == []
+  asked = browser.events_of('Network.requestWillBeSent')
+  urls = [x['request']['url'] for x in asked]
+  assert [x for x in urls if not x.startswith('data:')] == [
+    path.resolve().as_uri()
+  ]
+
+
+def test_chromium_draws_light_and_dark(browser, tmp_path):
+  path = tmp_path / 'report.html'
+  history = history_fixture.create_history((2,))
+  path.write_text(html.page(rundir.Run('run', history)), encoding='utf-8')
+  shades = []
+  for dark in (False, True):
+    browser.open(path, 400, dark=dark)
+    shot = browser.screenshot(x=0, y=0, width=400, height=50)
+    shades.append(Image.open(io.BytesIO(shot)).convert('L').getpixel((2, 2)))
+  assert shades[0] > 240
+  assert shades[1] < 40
