@@ -257,14 +257,14 @@ def processes() -> contextlib.AbstractContextManager[None]:
   """Returns what makes this one of the processes of a run, if it is."""
   if FLAGS.help or 'process_id' not in MODES[FLAGS.mode]:
     return contextlib.nullcontext()
-  from jaxprog.training import distributed
+  from jaxprog.reliability import cluster
 
   place = FLAGS.coordinator, FLAGS.process_count, FLAGS.process_id
   names = ('mode', 'only', 'skip', 'stage', 'weights', 'input', 'dry_run')
   values = [f'--{name}={FLAGS[name].value}' for name in names]
   command = ' '.join([*values, f'--allow={FLAGS.allow_config_change}'])
-  return distributed.processes(
-    distributed.Place(*place), command, FLAGS.connect_seconds
+  return cluster.processes(
+    cluster.Place(*place), command, FLAGS.connect_seconds
   )
 
 

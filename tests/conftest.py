@@ -29,7 +29,7 @@ LONGEST = (
   'tools_tune_test',
   'tools_compare_test',
   'reliability_checkpoints_test',
-  'training_distributed_test',
+  'reliability_peers_test',
   'data_loader_test',
   'models_resnet_test',
   'monitoring_tensorboard_test',

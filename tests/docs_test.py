@@ -1,7 +1,7 @@
 """Every command that the documentation shows is run, on small data.
 
 A command that needs more says so in a comment: `# needs a TPU`. Those of
-several hosts are run by training_distributed_test.
+several hosts are run by reliability_peers_test.
 """
 
 import pathlib

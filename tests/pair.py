@@ -9,15 +9,14 @@ import sys
 import time
 
 from jaxprog import errors
-from jaxprog.reliability import signals
-from jaxprog.training import distributed
+from jaxprog.reliability import cluster, signals
 
 
 def main(port, index, how):
-  place = distributed.Place(f'localhost:{port}', 2, int(index))
+  place = cluster.Place(f'localhost:{port}', 2, int(index))
   with (
     signals.StopRequest(owns_process=True) as stop,
-    distributed.processes(place, how, 60),
+    cluster.processes(place, how, 60),
     stop.deferred(),
   ):
     for step in range(1, 6000):

@@ -25,10 +25,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from jaxprog import errors, files
-from jaxprog.reliability import integrity
-from jaxprog.training import distributed
-from jaxprog.training import state as state_lib
+from jaxprog.reliability import integrity, peers
 
+# A dataclass that is a pytree and has a `step`.
+State = Any
 Meta = dict[str, Any]
 
 # Weights that training chooses as it goes; a 'latest' says which they are.
@@ -63,7 +63,7 @@ class Checkpoints:
     _on_first_process(functools.partial(_sweep, directory))
 
   def save_latest(
-    self, state: state_lib.TrainState, meta: Meta, step: int | None = None
+    self, state: State, meta: Meta, step: int | None = None
   ) -> None:
     """Saves all of `state`, with what `restore_latest` needs beside it.
 
@@ -80,8 +80,8 @@ class Checkpoints:
     self._save(name, step, variables, meta)
 
   def restore_latest(
-    self, like: state_lib.TrainState, renewable: Collection[str] = ()
-  ) -> tuple[state_lib.TrainState, Meta] | None:
+    self, like: State, renewable: Collection[str] = ()
+  ) -> tuple[State, Meta] | None:
     """Returns the latest intact state, placed as `like` is, None if it is new.
 
     Damaged steps are moved to quarantine/ on the way. Weights of later steps
@@ -144,7 +144,7 @@ class Checkpoints:
   def wait(self) -> None:
     """Waits until every save has committed and has its manifest."""
     self._await_own()
-    distributed.wait_for_all('saved')  # The manifest is process 0's.
+    peers.wait_for_all('saved')  # The manifest is process 0's.
 
   def mark_done(self, meta: Meta) -> None:
     """Declares the stage finished, once every save has committed."""
@@ -289,7 +289,7 @@ def _on_first_process(change: Callable[[], None]) -> None:
   """Lets one process change files, and the others see them only then."""
   if jax.process_index() == 0:
     change()
-  distributed.wait_for_all('checkpoints')
+  peers.wait_for_all('checkpoints')
 
 
 def quarantine_latest(

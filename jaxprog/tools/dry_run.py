@@ -14,8 +14,8 @@ import rich.console
 from ml_collections import config_dict
 
 from jaxprog.data import sources
-from jaxprog.reliability import checkpoints, lock
-from jaxprog.training import distributed, ladder
+from jaxprog.reliability import checkpoints, lock, peers
+from jaxprog.training import ladder
 from jaxprog.training import setup as setup_lib
 
 NUM_STEPS = 2
@@ -56,7 +56,7 @@ def dry_run(
 
   if jax.process_index() == 0:
     _begin(workdir, folder)
-  distributed.wait_for_all('dry_run')
+  peers.wait_for_all('dry_run')
   try:
     history = ladder.train(
       config,

@@ -20,7 +20,7 @@ from jaxprog import epochs, errors, files, stages
 from jaxprog.data import sources
 from jaxprog.monitoring import diagnostics
 from jaxprog.reporting import scores
-from jaxprog.training import devices, distributed, loop, preflight, steps
+from jaxprog.training import alike, devices, loop, preflight, steps
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import trained as trained_lib
 
@@ -108,7 +108,7 @@ def load_dataset(trained: trained_lib.Trained, dataset: str) -> sources.Dataset:
     stage = _with_dataset(trained.config, stage.name, dataset)
   data = setup_lib.load_datasets(trained.config, [stage])[stage.name]
   check_images(data)
-  distributed.check_alike(trained.config, {stage.name: data}, [stage.name])
+  alike.check_alike(trained.config, {stage.name: data}, [stage.name])
   return data
 
 

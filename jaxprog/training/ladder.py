@@ -22,9 +22,9 @@ from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents as incidents_lib
 from jaxprog.monitoring import outcomes as outcomes_lib
 from jaxprog.monitoring import progress as progress_lib
-from jaxprog.reliability import checkpoints, lock, signals, watchdog
+from jaxprog.reliability import checkpoints, lock, peers, signals, watchdog
 from jaxprog.reporting import outputs, report
-from jaxprog.training import distributed, loop, preflight, resume
+from jaxprog.training import alike, loop, preflight, resume
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
 from jaxprog.training.transfer import handover
@@ -104,13 +104,13 @@ def train(
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.StopRequest())
-    stack.enter_context(distributed.join(stop))
+    stack.enter_context(peers.join(stop))
     preflight.launch(config, workdir, only=only, skip=skip)
-    distributed.wait_for_all('preflight')  # It removes folders that it made.
+    peers.wait_for_all('preflight')  # It removes folders that it made.
     owner = lock.Lock(workdir)
     if jax.process_index() == 0:
       stack.enter_context(owner)
-    distributed.check_workdir(workdir)
+    alike.check_workdir(workdir)
     setup = setup_lib.create_setup(
       config,
       only=only,

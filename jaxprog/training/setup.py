@@ -21,7 +21,7 @@ from jaxprog.data import leaks, sources
 from jaxprog.models import resnet
 from jaxprog.monitoring import bars
 from jaxprog.optim import optimizers, schedules
-from jaxprog.training import devices, distributed, xla_flags
+from jaxprog.training import alike, devices, xla_flags
 from jaxprog.training import state as state_lib
 from jaxprog.training import steps as steps_lib
 
@@ -150,7 +150,7 @@ def create_setup(
     datasets = prepare_training(
       config, all_stages, chosen, datasets, holdout_rules or {}
     )
-  distributed.check_alike(config, datasets, [stage.name for stage in chosen])
+  alike.check_alike(config, datasets, [stage.name for stage in chosen])
   shardings = devices.create_shardings(devices.create_mesh())
   return Setup(
     config=config,

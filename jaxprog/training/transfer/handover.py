@@ -13,8 +13,8 @@ import optax
 
 from jaxprog import errors, stages
 from jaxprog.data import loader
-from jaxprog.reliability import checkpoints
-from jaxprog.training import augment, distributed
+from jaxprog.reliability import checkpoints, peers
+from jaxprog.training import augment
 from jaxprog.training import setup as setup_lib
 from jaxprog.training.transfer import carry, operators, pretrained
 
@@ -141,7 +141,7 @@ def load_source(
   """Returns the weights that `task` takes over, None if it starts afresh."""
   name = find_source(setup, workdir, task.stage)
   # A shared file system may show a new marker to one host before another.
-  distributed.compare(
+  peers.compare(
     f'source/{task.stage.name}', {f'the start of {task.stage.name}': name or ''}
   )
   if name is None:

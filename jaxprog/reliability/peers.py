@@ -15,33 +15,21 @@ to stop at, and hear of each other's end; no device takes part in that.
 
 import contextlib
 import hashlib
-import importlib.metadata
-import importlib.util
 import itertools
 import json
-import os
-import pathlib
 import platform
 import re
-import socket
 import threading
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
-from ml_collections import config_dict
 
-import jaxprog
-from jaxprog import config as config_lib
-from jaxprog import errors, fields, stages
-from jaxprog.data import jpeg, sources
+from jaxprog import errors
 from jaxprog.reliability import signals
 
-# Seconds for the processes to find each other, as long as JAX itself waits.
-CONNECT_SECONDS = 300
 # Seconds between two signs of life, and how many of them may be missing until
 # a process counts as dead: the first where all seems well, the second where
 # contact to some process has been lost.
@@ -52,18 +40,9 @@ _FAREWELL_SECONDS = 5.0
 # How much later than the others process 0 leaves: JAX aborts whoever finds the
 # coordination service gone.
 _LAST_SECONDS = 1.0
-# Seconds for a shared workdir to show what process 0 has written: NFS and
-# gcsfuse remember for a while what was not there.
-_VISIBLE_SECONDS = 20.0
 # Waiting for a key or a barrier ends with the process, not by time.
 _FOREVER_MS = 7 * 24 * 3_600_000
 _PREFIX = 'jaxprog'
-# Fields in which hosts may differ: where data lies and what reads it.
-_LOCAL = {'stage_defaults', *fields.names(fields.CONFIG, 'local')}
-SLURM = ('JOB_ID', 'STEP_NODELIST', 'NTASKS', 'PROCID', 'LOCALID')
-_METADATA = (
-  'http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints'
-)
 # What errors say when it is the other side that has failed.
 _LOST = re.compile(
   r'gloo|nccl|unavailable|connection (reset|closed|refused)|socket closed|'
@@ -75,182 +54,6 @@ _LOST = re.compile(
 _active: 'Peers | None' = None
 # How often each barrier was passed: its name must be a new one every time.
 _passed: Counter[str] = Counter()
-
-
-class Place(NamedTuple):
-  """Where the processes meet; None: the cluster says it."""
-
-  coordinator: str | None = None
-  process_count: int | None = None
-  process_id: int | None = None
-
-
-@contextlib.contextmanager
-def processes(
-  place: Place, command: str, connect_seconds: int = CONNECT_SECONDS
-) -> Iterator[None]:
-  """Makes this one of the processes of a run, if it is of several.
-
-  `command` must be the same in all of them.
-
-  Raises:
-    UserError: if `place` cannot be, another process holds its port, or the
-      commands differ.
-  """
-  cluster = detect(os.environ)
-  check_place(place, cluster)
-  if place.process_count == 1 or not (cluster or place.coordinator):
-    yield
-    return
-  _initialize(place, connect_seconds)
-  with signals.StopRequest() as stop:  # Again: JAX may have its own handlers.
-    peers = Peers(stop)
-    try:
-      with peers:
-        peers.compare('command', {'the command': command})
-        yield
-    finally:
-      if peers.closed:  # Else process 0 leaves last, and ends it that way.
-        jax.distributed.shutdown()
-
-
-def detect(environ: Mapping[str, str]) -> str:
-  """Returns what has started several processes, '' if this is the only one.
-
-  It waits for nothing, but on a Cloud TPU VM, which alone can say how many
-  there are, at most 2 s for the metadata server.
-  """
-  # As jax looks for them, in its order.
-  if 'OMPI_MCA_orte_hnp_uri' in environ:
-    count = environ.get('OMPI_COMM_WORLD_SIZE', '1')
-    return 'Open MPI' if _is_several(count) else ''
-  if all(f'SLURM_{name}' in environ for name in SLURM):
-    return 'SLURM' if _is_several(environ['SLURM_NTASKS']) else ''
-  if not _has_tpu():
-    return ''
-  several_slices = _is_several(environ.get('MEGASCALE_NUM_SLICES', '1'))
-  for name in ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES'):
-    if name in environ:
-      return 'GKE' if several_slices or ',' in environ[name] else ''
-  if 'TPU_SKIP_MDS_QUERY' in environ:
-    return ''
-  return 'Cloud TPU' if several_slices or _count_workers(environ) > 1 else ''
-
-
-def _is_several(count: str) -> bool:
-  return count.isdecimal() and int(count) > 1
-
-
-def _has_tpu() -> bool:
-  """Returns whether JAX would look for the other hosts of a TPU slice."""
-  chips = any(
-    os.path.exists(path) for path in ('/dev/accel0', '/dev/vfio/0')
-  ) or any(pathlib.Path('/dev/vfio').glob('[1-9]*'))
-  return chips and importlib.util.find_spec('libtpu') is not None
-
-
-def _count_workers(environ: Mapping[str, str]) -> int:
-  """Returns the hosts of this Cloud TPU slice, 1 if nobody says."""
-  host = environ.get('GCE_METADATA_IP', 'metadata.google.internal')
-  request = urllib.request.Request(
-    _METADATA.format(host), headers={'Metadata-Flavor': 'Google'}
-  )
-  try:
-    with urllib.request.urlopen(request, timeout=2) as answer:
-      return len(answer.read().split(b','))
-  except OSError:
-    return 1
-
-
-def check_place(place: Place, cluster: str = '') -> None:
-  """Raises UserError unless `place`, with what `cluster` knows, is one."""
-  coordinator, count, index = place
-  flags = ' '.join(
-    f'--{name}={value}'
-    for name, value in place._asdict().items()
-    if value is not None
-  )
-  if coordinator is not None and not (
-    re.fullmatch(r'.+:\d{1,5}', coordinator)
-    and int(coordinator.rpartition(':')[2]) < 2**16
-  ):
-    raise errors.UserError(
-      f'{coordinator!r} is not HOST:PORT.',
-      flags,
-      'Name both.',
-    )
-  if count is not None and count < 1:
-    raise errors.UserError(f'There cannot be {count} processes.', flags)
-  if index is not None and (index < 0 or (count and index >= count)):
-    raise errors.UserError(
-      f'There is no process {index}' + (f' among {count}.' if count else '.'),
-      flags,
-      'They count from 0: --process_id=0 is the one at --coordinator.',
-    )
-  missing = [f'--{k}' for k, v in place._asdict().items() if v is None]
-  if flags and missing and not cluster and count != 1:
-    raise errors.UserError(
-      f'Several processes need {" and ".join(missing)} too.',
-      flags,
-      'Only Cloud TPU, GKE, SLURM and Open MPI say them without being asked.',
-    )
-
-
-def _initialize(place: Place, connect_seconds: int) -> None:
-  """Waits for all processes; ends this one with code 2 if some do not come.
-
-  JAX itself would abort it.
-  """
-  if place.process_id == 0 and place.coordinator:
-    _check_port(place.coordinator)
-  # Its SIGTERM handler would take the place of ours.
-  jax.config.update('jax_enable_preemption_service', False)
-  late = threading.Timer(connect_seconds, _give_up, (place, connect_seconds))
-  late.daemon = True
-  late.start()
-  try:
-    jax.distributed.initialize(
-      *place,
-      initialization_timeout=connect_seconds + 60,
-    )
-  except (RuntimeError, ValueError, OSError) as e:
-    message = ' '.join(str(e).split())[:200]
-    raise errors.UserError(
-      f'The processes cannot meet: {message}', _say(place)
-    ) from e
-  finally:
-    late.cancel()
-
-
-def _check_port(coordinator: str) -> None:
-  port = int(coordinator.rpartition(':')[2])
-  try:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-      probe.bind(('', port))
-  except (OSError, OverflowError) as e:
-    raise errors.UserError(
-      f'Process 0 cannot listen on port {port}: '
-      f'{getattr(e, "strerror", None) or e}.',
-      f'--coordinator={coordinator}',
-      'Name another port, the same one for all processes.',
-    ) from None
-
-
-def _give_up(place: Place, seconds: int) -> None:
-  text = (
-    f'Not all processes came within {seconds} s.',
-    _say(place),
-    'Is each of them started, and does process 0 run at that address, which '
-    'the others can reach?',
-  )
-  signals.leave_now('\n'.join(text), 2)
-
-
-def _say(place: Place) -> str:
-  where = place.coordinator or 'the coordinator that the cluster names'
-  index = '?' if place.process_id is None else place.process_id
-  return f'process {index} at {where}'
 
 
 @contextlib.contextmanager
@@ -530,32 +333,9 @@ class Watch:
     return [i for i, (_, at) in self._last.items() if now - at >= seconds]
 
 
-def check_alike(
-  config: config_dict.ConfigDict,
-  datasets: Mapping[str, sources.Dataset],
-  chosen: Sequence[str],
-) -> None:
-  """Raises UserError in all processes unless all are about to do the same.
-
-  Config, data, devices and code are compared, `chosen` are names of stages.
-  """
-  if _active is None:
-    return
-  described = {'the stages': ', '.join(chosen), **_describe_config(config)}
-  for name, dataset in datasets.items():
-    described |= {
-      f'{name}: {field}': text
-      for field, text in _describe_data(dataset).items()
-    }
-  local = jax.local_devices()
-  described |= {
-    'the code of jaxprog': f'{jaxprog.__version__} {_hash_code()}',
-    'the version of jax': jax.__version__,
-    'the version of jaxlib': importlib.metadata.version('jaxlib'),
-    'the decoder': jpeg.version(),
-    'the devices': f'{len(local)} x {local[0].device_kind}',
-  }
-  _active.compare('run', described)
+def joined() -> bool:
+  """Returns whether this is one of several processes of a run."""
+  return _active is not None
 
 
 def compare(name: str, described: Mapping[str, str]) -> None:
@@ -565,66 +345,6 @@ def compare(name: str, described: Mapping[str, str]) -> None:
   """
   if _active is not None:
     _active.compare(name, described)
-
-
-def check_workdir(workdir: pathlib.Path) -> None:
-  """Raises UserError in all processes unless `workdir` is the same to all.
-
-  Process 0 has locked it: all must see its name there.
-  """
-  if _active is not None:
-    wait_for_all('locked')
-    _active.compare('workdir', {'the workdir': _describe_owner(workdir)})
-
-
-def _describe_config(config: config_dict.ConfigDict) -> dict[str, str]:
-  """Returns each field that must be the same, 'STAGE.FIELD' for a stage's."""
-  plain = config_lib.to_json(stages.complete(config))
-  fields = {k: v for k, v in plain.items() if k not in _LOCAL}
-  described: dict[str, str] = {}
-  for stage in fields.pop('stages'):
-    described |= {f'{stage["name"]}.{k}': repr(v) for k, v in stage.items()}
-  return described | {f'config.{k}': repr(v) for k, v in fields.items()}
-
-
-def _describe_data(dataset: sources.Dataset) -> dict[str, str]:
-  """Returns what decides the examples of a stage."""
-  records = dataset.train.records
-  return {
-    'the number of classes': str(dataset.num_classes),
-    'the number of images': f'{len(dataset.train)} + {len(dataset.selection)}',
-    'the data': dataset.fingerprint[:16],
-    'the training images': _digest(
-      records.positions.tobytes(),
-      records.labels.tobytes(),
-      dataset.version.encode(),
-    ),
-  }
-
-
-def _hash_code() -> str:
-  root = pathlib.Path(jaxprog.__file__).parent
-  return _digest(*(path.read_bytes() for path in sorted(root.rglob('*.py'))))
-
-
-def _describe_owner(workdir: pathlib.Path) -> str:
-  """Returns who has locked a workdir; process 0 has, before all compare."""
-  deadline = time.monotonic() + _VISIBLE_SECONDS
-  while True:
-    with contextlib.suppress(OSError):
-      owner = (workdir / 'run.lock').read_bytes()
-      if owner:
-        return _digest(owner)
-    if time.monotonic() > deadline:
-      return 'not locked'
-    time.sleep(0.2)
-
-
-def _digest(*parts: bytes) -> str:
-  digest = hashlib.sha256()
-  for part in parts:
-    digest.update(hashlib.sha256(part).digest())
-  return digest.hexdigest()[:16]
 
 
 def _difference(

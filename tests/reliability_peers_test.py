@@ -14,8 +14,8 @@ import runs
 
 from jaxprog import config as config_lib
 from jaxprog import errors, fields
-from jaxprog.reliability import integrity, lock
-from jaxprog.training import distributed, preflight
+from jaxprog.reliability import cluster, integrity, lock, peers
+from jaxprog.training import alike, preflight
 
 CONFIG = 'tests/tiny_config.py'
 # 54 steps of the first stage.
@@ -39,13 +39,13 @@ def free_port():
 
 def test_hosts_may_differ_in_what_is_local_alone():
   config = config_lib.load_config(CONFIG)
-  described = distributed._describe_config(config)
+  described = alike._describe_config(config)
   for field in fields.CONFIG:
     other = config_lib.load_config(CONFIG)
     with other.ignore_type():
       other[field] = 'another'
-    alike = distributed._describe_config(other) == described
-    assert alike == (field in fields.names(fields.CONFIG, 'local')), field
+    is_alike = alike._describe_config(other) == described
+    assert is_alike == (field in fields.names(fields.CONFIG, 'local')), field
 
 
 def start(*arguments, devices=1, **environment):
@@ -353,10 +353,10 @@ def test_a_port_that_is_taken(tmp_path):
   with socket.socket() as taken:
     taken.bind(('', 0))
     taken.listen()
-    place = distributed.Place(f'localhost:{taken.getsockname()[1]}', 2, 0)
+    place = cluster.Place(f'localhost:{taken.getsockname()[1]}', 2, 0)
     with (
       pytest.raises(errors.UserError, match='cannot listen on port'),
-      distributed.processes(place, ''),
+      cluster.processes(place, ''),
     ):
       pass
 
@@ -375,17 +375,17 @@ def test_a_port_that_is_taken(tmp_path):
 )
 def test_wrong_flags(place, expected):
   with pytest.raises(errors.UserError, match=re.escape(expected)) as found:
-    distributed.check_place(distributed.Place(*place))
+    cluster.check_place(cluster.Place(*place))
   assert len(str(found.value).split('\n')) <= 3
 
 
 def test_a_cluster_says_what_flags_leave_out():
-  distributed.check_place(distributed.Place('localhost:1'), 'SLURM')
-  distributed.check_place(distributed.Place())
-  distributed.check_place(distributed.Place(process_count=1))
+  cluster.check_place(cluster.Place('localhost:1'), 'SLURM')
+  cluster.check_place(cluster.Place())
+  cluster.check_place(cluster.Place(process_count=1))
 
 
-SLURM = {f'SLURM_{name}': '0' for name in distributed.SLURM}
+SLURM = {f'SLURM_{name}': '0' for name in cluster.SLURM}
 OMPI = {'OMPI_MCA_orte_hnp_uri': '1.0;tcp://10.0.0.1:1'}
 
 
@@ -404,12 +404,12 @@ OMPI = {'OMPI_MCA_orte_hnp_uri': '1.0;tcp://10.0.0.1:1'}
   ],
 )
 def test_what_started_several_processes(environ, expected):
-  assert distributed.detect(environ) == expected
+  assert cluster.detect(environ) == expected
 
 
 def test_whose_beat_has_stopped():
   now = 0.0
-  watch = distributed.Watch(2, lambda: now)
+  watch = peers.Watch(2, lambda: now)
   for now in (0.0, 2.0, 4.0):
     watch.look({0: str(now), 1: 'the same'})
   assert watch.silent(3.0) == [1]

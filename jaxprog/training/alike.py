@@ -1,0 +1,111 @@
+"""Are all processes of a run about to do the same?"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+from ml_collections import config_dict
+
+import jaxprog
+from jaxprog import config as config_lib
+from jaxprog import fields, stages
+from jaxprog.data import jpeg, sources
+from jaxprog.reliability import peers
+
+# Seconds for a shared workdir to show what process 0 has written: NFS and
+# gcsfuse remember for a while what was not there.
+_VISIBLE_SECONDS = 20.0
+# Fields in which hosts may differ: where data lies and what reads it.
+_LOCAL = {'stage_defaults', *fields.names(fields.CONFIG, 'local')}
+
+
+def check_alike(
+  config: config_dict.ConfigDict,
+  datasets: Mapping[str, sources.Dataset],
+  chosen: Sequence[str],
+) -> None:
+  """Raises UserError in all processes unless all are about to do the same.
+
+  Config, data, devices and code are compared, `chosen` are names of stages.
+  """
+  if not peers.joined():
+    return
+  described = {'the stages': ', '.join(chosen), **_describe_config(config)}
+  for name, dataset in datasets.items():
+    described |= {
+      f'{name}: {field}': text
+      for field, text in _describe_data(dataset).items()
+    }
+  local = jax.local_devices()
+  described |= {
+    'the code of jaxprog': f'{jaxprog.__version__} {_hash_code()}',
+    'the version of jax': jax.__version__,
+    'the version of jaxlib': importlib.metadata.version('jaxlib'),
+    'the decoder': jpeg.version(),
+    'the devices': f'{len(local)} x {local[0].device_kind}',
+  }
+  peers.compare('run', described)
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+  """Raises UserError in all processes unless `workdir` is the same to all.
+
+  Process 0 has locked it: all must see its name there.
+  """
+  if peers.joined():
+    peers.wait_for_all('locked')
+    peers.compare('workdir', {'the workdir': _describe_owner(workdir)})
+
+
+def _describe_config(config: config_dict.ConfigDict) -> dict[str, str]:
+  """Returns each field that must be the same, 'STAGE.FIELD' for a stage's."""
+  plain = config_lib.to_json(stages.complete(config))
+  fields = {k: v for k, v in plain.items() if k not in _LOCAL}
+  described: dict[str, str] = {}
+  for stage in fields.pop('stages'):
+    described |= {f'{stage["name"]}.{k}': repr(v) for k, v in stage.items()}
+  return described | {f'config.{k}': repr(v) for k, v in fields.items()}
+
+
+def _describe_data(dataset: sources.Dataset) -> dict[str, str]:
+  """Returns what decides the examples of a stage."""
+  records = dataset.train.records
+  return {
+    'the number of classes': str(dataset.num_classes),
+    'the number of images': f'{len(dataset.train)} + {len(dataset.selection)}',
+    'the data': dataset.fingerprint[:16],
+    'the training images': _digest(
+      records.positions.tobytes(),
+      records.labels.tobytes(),
+      dataset.version.encode(),
+    ),
+  }
+
+
+def _hash_code() -> str:
+  root = pathlib.Path(jaxprog.__file__).parent
+  return _digest(*(path.read_bytes() for path in sorted(root.rglob('*.py'))))
+
+
+def _describe_owner(workdir: pathlib.Path) -> str:
+  """Returns who has locked a workdir; process 0 has, before all compare."""
+  deadline = time.monotonic() + _VISIBLE_SECONDS
+  while True:
+    with contextlib.suppress(OSError):
+      owner = (workdir / 'run.lock').read_bytes()
+      if owner:
+        return _digest(owner)
+    if time.monotonic() > deadline:
+      return 'not locked'
+    time.sleep(0.2)
+
+
+def _digest(*parts: bytes) -> str:
+  digest = hashlib.sha256()
+  for part in parts:
+    digest.update(hashlib.sha256(part).digest())
+  return digest.hexdigest()[:16]
