@@ -425,39 +425,3 @@ def test_bar_is_taken_away_when_training_fails():
   text = console.file.getvalue()
   assert '\x1b[?25h' in text  # The cursor is back.
   assert not any('━' in x for x in Screen(80).feed(text).lines())
-
-
-@pytest.mark.parametrize(
-  ('seconds', 'text'),
-  [
-    (None, '-'),
-    (float('nan'), '-'),
-    (0, '0:00'),
-    (59.6, '1:00'),
-    (3599.4, '59:59'),
-    (3600, '1:00:00'),
-    (86_399.9, '1d 00:00'),
-    (2 * 86_400 + 3 * 3600 + 60, '2d 03:01'),
-  ],
-)
-def test_durations(seconds, text):
-  assert progress_lib.format_duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-  ('field', 'value', 'text'),
-  [
-    ('val_top1', 0.9344, '93.4%'),
-    ('val_top1', None, '-'),
-    ('train_loss', float('nan'), '-'),
-    ('train_loss', 0.12345, '0.1235'),
-    ('train_loss', 123456.0, '1.235e+05'),
-    ('learning_rate', 0.0, '0.00e+00'),
-    ('images_per_second', 12_345.6, '12,346'),
-    ('images_per_second', 9.26, '9.3'),
-    ('input_wait', 0.015, '1.5%'),
-    ('process_memory', 1_234_000_000, '1.23 GB'),
-  ],
-)
-def test_cells(field, value, text):
-  assert progress_lib.format_cell(field, {field: value}) == text

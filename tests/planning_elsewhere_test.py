@@ -104,21 +104,3 @@ def test_the_tables_name_memory_flops_and_whether_it_fits():
   for word in ('HBM', 'fits', 'FLOPs', '10.0 GB', '24 G', '312 MB', '~1,792'):
     assert word in text, word
   assert max(map(len, text.splitlines())) <= 80
-
-
-@pytest.mark.parametrize(
-  ('hours', 'text'), [(31.24, '31.2 h'), (0.125, '7.5 min'), (0.01, '36 s')]
-)
-def test_hours_have_the_unit_that_people_use(hours, text):
-  assert elsewhere.format_hours(hours) == text
-
-
-def test_what_was_measured_stands_beside_what_was_planned():
-  stage = {
-    'seconds': 7200.0,
-    'epochs': [{'images_per_second': 3000.0}, {'images_per_second': 5000.0}],
-  }
-  found = elsewhere.measured(PLAN.figures(), stage)
-  assert found['images_per_second'] == 1000.0
-  assert found['hours'] == 2.0
-  assert found['planned_images_per_second'] == PLAN.images_per_second

@@ -10,7 +10,7 @@ import statistics as mean_lib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from jaxprog import files
+from jaxprog import files, formats
 from jaxprog.comparison import (
   figures,
   page,
@@ -138,7 +138,7 @@ def _read_curve(
         'images': spent['images'] + images,
         'flops': spent['flops'] + flops,
         'seconds': seconds,
-        'top1': top1 if history_lib.is_number(top1) else None,
+        'top1': top1 if formats.is_number(top1) else None,
       }
     )
   return curve

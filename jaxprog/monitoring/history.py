@@ -8,12 +8,11 @@ all stages. The functions change the dicts they are given and return them.
 """
 
 import json
-import math
 import os
 import pathlib
-from typing import Any, TypeGuard
+from typing import Any
 
-from jaxprog import errors, files
+from jaxprog import errors, files, formats
 
 History = dict[str, Any]
 Stage = dict[str, Any]
@@ -143,7 +142,7 @@ def best_epoch(
 
   None where no row has a finite one.
   """
-  rated = [r for r in rows if is_number(r.get(field))]
+  rated = [r for r in rows if formats.is_number(r.get(field))]
   if not rated:
     return None
   best = max(rated, key=lambda r: r[field])
@@ -198,11 +197,6 @@ def load_history(path: str | os.PathLike[str]) -> History:
       str(path),
     )
   return history
-
-
-def is_number(value: float | None) -> TypeGuard[float]:
-  """Returns whether `value` can be compared and drawn: not None, NaN, inf."""
-  return value is not None and math.isfinite(value)
 
 
 def _check_fields(

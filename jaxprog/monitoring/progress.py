@@ -22,7 +22,7 @@ import rich.rule
 import rich.table
 import rich.text
 
-from jaxprog.monitoring import history as history_lib
+from jaxprog import formats
 
 REFRESH_SECONDS = 1 / 8
 LINE_SECONDS = 30.0
@@ -336,7 +336,7 @@ class _PlainView:
       epoch=f'{at.epoch}/{at.num_epochs}',
       step=f'{at.step}/{at.total_steps}',
       **at.metrics,
-      **{f'{k}_left': format_duration(v) for k, v in left if v is not None},
+      **{f'{k}_left': formats.duration(v) for k, v in left if v is not None},
     )
 
   def row(self, at: StageProgress, row: Mapping[str, Any], best: bool) -> None:
@@ -416,7 +416,7 @@ class _LiveView:
     if self._console.width != self._width:
       self._begin_table(at)
     epoch = f'{row["epoch"]}/{at.num_epochs}'
-    cells = [epoch, *(format_cell(c.field, row) for c in self._columns[1:])]
+    cells = [epoch, *(formats.cell(c.field, row) for c in self._columns[1:])]
     line = _join(self._columns, cells, self._columns)
     self._line(f'{line} *' if best else line, 'green' if best else '')
 
@@ -424,9 +424,9 @@ class _LiveView:
     self.close()
     parts = [f'{at.name}: {stage["status"].replace("_", " ")}']
     if best := stage['best']:
-      top1 = format_percent(best['top1'])
+      top1 = formats.percent(best['top1'])
       parts.append(f'best top-1 {top1} at epoch {best["epoch"]}')
-    parts.append(f'time {format_duration(stage["seconds"])}')
+    parts.append(f'time {formats.duration(stage["seconds"])}')
     for line in _pack(parts, self._console.width):
       self._line(line, 'bold')
     self._line('')
@@ -513,17 +513,17 @@ def _phrases(at: StageProgress) -> list[_Phrase]:
   if not values:
     text = 'compiling the first step, which can take a minute'
     return [_Phrase(text, 0, 0)]
-  left = [format_duration(s) for s in at.remaining]
+  left = [formats.duration(s) for s in at.remaining]
   kind = next((k for k in values if k.endswith('_memory')), 'memory')
   label = kind.replace('_', ' ')
   return [
-    _Phrase(f'loss {format_cell("loss", values):>7}', 0, 0),
-    _Phrase(f'top-1 {format_cell("top1", values):>6}', 1, 0),
-    _Phrase(f'lr {format_cell("learning_rate", values):>8}', 5, 0),
-    _Phrase(f'grad norm {format_cell("grad_norm", values):>7}', 7, 0),
-    _Phrase(f'images/s {format_cell("images_per_second", values):>6}', 4, 1),
-    _Phrase(f'input wait {format_cell("input_wait", values):>6}', 8, 1),
-    _Phrase(f'{label} {format_cell(kind, values):>7}', 9, 1),
+    _Phrase(f'loss {formats.cell("loss", values):>7}', 0, 0),
+    _Phrase(f'top-1 {formats.cell("top1", values):>6}', 1, 0),
+    _Phrase(f'lr {formats.cell("learning_rate", values):>8}', 5, 0),
+    _Phrase(f'grad norm {formats.cell("grad_norm", values):>7}', 7, 0),
+    _Phrase(f'images/s {formats.cell("images_per_second", values):>6}', 4, 1),
+    _Phrase(f'input wait {formats.cell("input_wait", values):>6}', 8, 1),
+    _Phrase(f'{label} {formats.cell(kind, values):>7}', 9, 1),
     _Phrase(f'left: epoch {left[0]:>8}', 6, 2),
     _Phrase(f'stage {left[1]:>8}', 3, 2),
     _Phrase(f'run {left[2]:>9}', 2, 2),
@@ -582,7 +582,7 @@ _PLAN_COLUMNS: tuple[tuple[str, int, Callable[[PlannedStage], str]], ...] = (
   ('warmup', 6, lambda s: str(s.warmup_steps)),
   ('peak lr', 5, lambda s: f'{s.peak_learning_rate:.3g}'),
   ('last lr', 7, lambda s: f'{s.final_learning_rate:.2g}'),
-  ('params', 8, lambda s: format_count(s.parameters)),
+  ('params', 8, lambda s: formats.count(s.parameters)),
 )
 
 
@@ -635,51 +635,6 @@ def sparkline(values: Sequence[float], width: int) -> str:
   top = max(values) or 1.0
   at = [round(i * (len(values) - 1) / (width - 1)) for i in range(width)]
   return ''.join('▁▂▃▄▅▆▇█'[round(7 * values[i] / top)] for i in at)
-
-
-def format_duration(seconds: float | None) -> str:
-  """Returns '0:41', '12:40', '3:21:10' or '2d 03:21'; '-' for None."""
-  if seconds is None or not math.isfinite(seconds):
-    return '-'
-  minutes, second = divmod(round(seconds), 60)
-  hours, minute = divmod(minutes, 60)
-  days, hour = divmod(hours, 24)
-  if days:
-    return f'{days}d {hour:02}:{minute:02}'
-  if hours:
-    return f'{hours}:{minute:02}:{second:02}'
-  return f'{minute}:{second:02}'
-
-
-def format_percent(fraction: float | None) -> str:
-  """Returns a fraction as '93.4%', '-' for None and NaN."""
-  return f'{fraction:.1%}' if history_lib.is_number(fraction) else '-'
-
-
-def format_count(count: int) -> str:
-  """Returns '812', '23.5k', '25.6M'."""
-  for size, suffix in ((10**9, 'G'), (10**6, 'M'), (10**3, 'k')):
-    if count >= size:
-      return f'{count / size:.1f}{suffix}'
-  return str(count)
-
-
-def format_cell(field: str, values: Mapping[str, Any]) -> str:
-  """Returns one value of a row or of a step's metrics as people read it."""
-  value = values.get(field)
-  if not history_lib.is_number(value):
-    return '-'
-  if field == 'seconds':
-    return format_duration(value)
-  if field.endswith(('top1', 'top5', 'input_wait')):
-    return format_percent(value)
-  if field == 'learning_rate':
-    return f'{value:.2e}'
-  if field.endswith('_memory'):
-    return f'{value / 1e9:.2f} GB' if value < 1e10 else f'{value / 1e9:.1f} GB'
-  if field == 'images_per_second':
-    return f'{value:,.0f}' if value >= 100 else f'{value:.1f}'
-  return f'{value:.4f}' if value < 100 else f'{value:.4g}'
 
 
 def _format_value(value: Any) -> str:

@@ -1,12 +1,13 @@
 """What a ladder will take on hardware that nobody has yet."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import rich.table
 import rich.text
 
+from jaxprog import formats
 from jaxprog.planning import here as plan_lib
 
 
@@ -193,11 +194,11 @@ def tables(plans: Sequence[StagePlan]) -> Iterator[rich.table.Table]:
       f'{step.image_size}',
       f'{step.batch_size:,}',
       f'{step.batch_size / plan.num_chips:g}',
-      plan_lib.format_bytes(step.memory_bytes),
+      formats.size(step.memory_bytes),
       rich.text.Text('yes' if plan.fits else 'NO', '' if plan.fits else 'red'),
       f'~{plan.largest_batch:,}',
       f'{step.collectives or "-"}',
-      plan_lib.format_bytes(step.collective_bytes or None) or '-',
+      formats.size(step.collective_bytes or None) or '-',
     )
   yield needs
   takes = plan_lib.create_table(
@@ -213,19 +214,19 @@ def tables(plans: Sequence[StagePlan]) -> Iterator[rich.table.Table]:
   for plan in plans:
     takes.add_row(
       plan.name,
-      plan_lib.format_flops(plan.flops_per_image),
-      plan_lib.format_bytes(plan.traffic_per_image),
+      formats.flops(plan.flops_per_image),
+      formats.size(plan.traffic_per_image),
       plan.bound_by,
       f'{plan.images_per_second:,.0f}',
       f'{plan.cores_needed:.1f}',
-      format_hours(plan.hours),
-      format_cost(plan.cost),
+      formats.hours(plan.hours),
+      formats.cost(plan.cost),
     )
   takes.add_row(
     'ladder',
     *[''] * 5,
-    format_hours(sum(plan.hours for plan in plans)),
-    format_cost(total_cost(plans)),
+    formats.hours(sum(plan.hours for plan in plans)),
+    formats.cost(total_cost(plans)),
     style='bold',
   )
   yield takes
@@ -245,8 +246,8 @@ def notes(plans: Sequence[StagePlan]) -> list[str]:
     if not plan.fits:
       found.append(
         f'{plan.name}: does not fit: a step needs '
-        f'{plan_lib.format_bytes(step.memory_bytes)} of '
-        f"{plan_lib.format_bytes(plan.chip_bytes)}. Set remat='blocks', or a "
+        f'{formats.size(step.memory_bytes)} of '
+        f"{formats.size(plan.chip_bytes)}. Set remat='blocks', or a "
         'smaller micro_batch_size or batch_size.'
       )
     if plan.bound_by == 'input':
@@ -258,37 +259,3 @@ def notes(plans: Sequence[StagePlan]) -> list[str]:
       )
     found += [f'{plan.name}: {note}' for note in plan.notes]
   return found
-
-
-def format_hours(hours: float) -> str:
-  """Returns '12 s', '7.5 min' or '31.2 h'."""
-  for size, unit, digits in ((1, 'h', 1), (1 / 60, 'min', 1)):
-    if hours >= size:
-      return f'{hours / size:,.{digits}f} {unit}'
-  return f'{3600 * hours:.0f} s'
-
-
-def format_cost(cost: float | None) -> str:
-  """Returns '412' or '0.31'; '' for None."""
-  if cost is None:
-    return ''
-  return f'{cost:,.0f}' if cost >= 10 else f'{cost:.2f}'
-
-
-def measured(
-  plan: Mapping[str, Any], stage: Mapping[str, Any]
-) -> dict[str, float]:
-  """Returns planned and measured images/s a chip and hours of a stage.
-
-  Args:
-    plan: of a stage, as `figures` gives it.
-    stage: its record in a run's history, trained on such chips.
-  """
-  rows = stage['epochs']
-  rate = sum(x['images_per_second'] for x in rows) / max(len(rows), 1)
-  return {
-    'planned_images_per_second': plan['images_per_second'],
-    'images_per_second': rate / plan['num_chips'],
-    'planned_hours': plan['hours'],
-    'hours': stage['seconds'] / 3600,
-  }

@@ -8,8 +8,8 @@ from typing import Any
 import rich.table
 import rich.text
 
+from jaxprog import formats
 from jaxprog import stages as stages_lib
-from jaxprog.monitoring import progress
 from jaxprog.reporting import report
 
 # Columns of the plan, in characters: names of the rows; least and most of one
@@ -143,15 +143,15 @@ _ROWS: tuple[tuple[str, Callable[[StagePlan], str]], ...] = (
   ('peak rate', lambda p: f'{p.stage.peak_learning_rate:.3g}'),
   ('last rate', lambda p: f'{p.final_learning_rate:.2g}'),
   ('augmentation', lambda p: describe_augmentation(p.stage)),
-  ('parameters', lambda p: progress.format_count(p.parameters)),
-  ('FLOPs/image', lambda p: format_flops(p.flops_per_image)),
+  ('parameters', lambda p: formats.count(p.parameters)),
+  ('FLOPs/image', lambda p: formats.flops(p.flops_per_image)),
   ('memory', lambda p: _about(p.memory_bytes, p.memory_compiled)),
-  ('device has', lambda p: format_bytes(p.device_bytes)),
+  ('device has', lambda p: formats.size(p.device_bytes)),
   ('fits', lambda p: _describe_fit(p)),
-  ('compile', lambda p: format_seconds(p.compile_seconds)),
+  ('compile', lambda p: formats.seconds(p.compile_seconds)),
   ('step', lambda p: _estimated(p.step_seconds, p.step_measured)),
-  ('input', lambda p: format_seconds(p.input_seconds)),
-  ('evaluation', lambda p: format_seconds(p.evaluation_seconds)),
+  ('input', lambda p: formats.seconds(p.input_seconds)),
+  ('evaluation', lambda p: formats.seconds(p.evaluation_seconds)),
   ('stage takes', lambda p: _estimated(p.seconds, p.step_measured, whole=True)),
 )
 
@@ -186,7 +186,7 @@ def notes(plans: Sequence[StagePlan]) -> list[str]:
     if plan.fits is False:
       found.append(
         f'{name}: does not fit: a step needs {_about_bytes(plan)}, there are '
-        f'{format_bytes(plan.device_bytes)}. Set micro_batch_size, or lower '
+        f'{formats.size(plan.device_bytes)}. Set micro_batch_size, or lower '
         'batch_size or image_size.'
       )
     found += [f'{name}: {note}' for note in plan.notes]
@@ -212,9 +212,9 @@ def model_table(layers: Sequence[Mapping[str, Any]]) -> rich.table.Table:
 
   def figures(row: Mapping[str, Any]) -> list[str]:
     return [
-      progress.format_count(row['parameters']),
+      formats.count(row['parameters']),
       f'{row["parameters"] / max(parameters, 1):.1%}',
-      format_flops(row['flops']),
+      formats.flops(row['flops']),
       f'{row["flops"] / max(flops, 1):.1%}',
     ]
 
@@ -301,7 +301,7 @@ def _describe_sizes(stage: stages_lib.Stage) -> str:
 
 
 def _about(count: int | None, exact: bool) -> str:
-  return '' if count is None else f'{"" if exact else "~"}{format_bytes(count)}'
+  return '' if count is None else f'{"" if exact else "~"}{formats.size(count)}'
 
 
 def _about_bytes(plan: StagePlan) -> str:
@@ -313,34 +313,5 @@ def _estimated(
 ) -> str:
   if seconds is None:
     return ''
-  text = progress.format_duration(seconds) if whole else format_seconds(seconds)
+  text = formats.duration(seconds) if whole else formats.seconds(seconds)
   return text if measured else f'~{text}'
-
-
-def format_flops(flops: float | None) -> str:
-  """Returns '24.3 G', '850 M', '1.20 T'; '' for None."""
-  if flops is None:
-    return ''
-  for size, suffix in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-    if flops >= size:
-      return f'{flops / size:.3g} {suffix}'
-  return f'{flops:.0f}'
-
-
-def format_bytes(count: float | None) -> str:
-  """Returns '3.2 GB', '409 MB', '12 kB'; '' for None."""
-  if count is None:
-    return ''
-  for size, unit, digits in ((1e9, 'GB', 1), (1e6, 'MB', 0)):
-    if count >= size:
-      return f'{count / size:,.{digits}f} {unit}'
-  return f'{count / 1e3:.0f} kB'
-
-
-def format_seconds(seconds: float | None) -> str:
-  """Returns '83 ms', '2.4 s' or, from a minute on, '12:40'; '' for None."""
-  if seconds is None:
-    return ''
-  if seconds >= 60:
-    return progress.format_duration(seconds)
-  return f'{seconds:.1f} s' if seconds >= 1 else f'{1e3 * seconds:.3g} ms'

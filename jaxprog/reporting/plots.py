@@ -12,8 +12,7 @@ import matplotlib.text
 import matplotlib.ticker
 import numpy as np
 
-from jaxprog import files
-from jaxprog.monitoring import history as history_lib
+from jaxprog import files, formats
 
 # Okabe and Ito's blue and vermilion: apart for colour-blind readers too.
 TRAIN, VAL, TOP5 = '#0072b2', '#d55e00', '#e0a070'
@@ -42,7 +41,7 @@ class _Span(NamedTuple):
     """Returns a value for each row, NaN where the history has none."""
     values = [row[field] for row in self.stage['epochs']]
     return np.array(
-      [v if history_lib.is_number(v) else np.nan for v in values], float
+      [v if formats.is_number(v) else np.nan for v in values], float
     )
 
 

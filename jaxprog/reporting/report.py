@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import rich.box
 import rich.table
 
+from jaxprog import formats
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents as incidents_lib
-from jaxprog.monitoring import progress
 from jaxprog.reporting import baselines as baselines_lib
 
 WIDTH = 80
@@ -131,10 +131,10 @@ def summary_table(history: Mapping[str, Any]) -> rich.table.Table:
     table.add_row(
       stage['name'],
       str(stage['image_size']),
-      progress.format_percent(baselines_lib.best_top1(stage)),
+      formats.percent(baselines_lib.best_top1(stage)),
       epoch,
-      progress.format_percent(top5),
-      progress.format_duration(stage['seconds']),
+      formats.percent(top5),
+      formats.duration(stage['seconds']),
       stage['status'].replace('_', ' '),
     )
   return table
@@ -198,7 +198,7 @@ def median_speed(stage: Mapping[str, Any]) -> float | None:
   speeds = [
     row['images_per_second']
     for row in stage['epochs']
-    if history_lib.is_number(row['images_per_second'])
+    if formats.is_number(row['images_per_second'])
   ]
   return statistics.median(speeds) if speeds else None
 
@@ -265,7 +265,7 @@ def describe_run(
       ('command', environment.get('command', '-')),
     ]
   total = sum(stage['seconds'] for stage in history['stages'])
-  pairs.append(('trained', progress.format_duration(total)))
+  pairs.append(('trained', formats.duration(total)))
   return pairs
 
 
@@ -303,12 +303,12 @@ def _result_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     rows.append(
       (
         stage['name'],
-        progress.format_percent(best['top1']),
+        formats.percent(best['top1']),
         str(best['epoch']),
-        progress.format_percent(last.get('val_top1')),
-        progress.format_percent(last.get('val_top5')),
-        progress.format_duration(stage['seconds']),
-        progress.format_cell('images_per_second', speed),
+        formats.percent(last.get('val_top1')),
+        formats.percent(last.get('val_top5')),
+        formats.duration(stage['seconds']),
+        formats.cell('images_per_second', speed),
         stage['status'].replace('_', ' '),
       )
     )
@@ -346,11 +346,13 @@ def _scorecard_lines(history: Mapping[str, Any]) -> list[str]:
     rows.append(
       (
         score.stage,
-        progress.format_percent(score.top1),
-        _percents(expected.top1) if expected else 'no expectation stated',
+        formats.percent(score.top1),
+        formats.percents(expected.top1)
+        if expected
+        else 'no expectation stated',
         score.top1_verdict + (star if score.top1_verdict else ''),
-        progress.format_duration(score.minutes * 60),
-        format_minutes(expected.minutes) if expected else '',
+        formats.duration(score.minutes * 60),
+        formats.minutes(expected.minutes) if expected else '',
         score.minutes_verdict + (star if expected else ''),
       )
     )
@@ -391,8 +393,8 @@ def _time_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     rows.append(
       (
         stage['name'],
-        progress.format_duration(sum(split)),
-        *(progress.format_percent(seconds / total) for seconds in split),
+        formats.duration(sum(split)),
+        *(formats.percent(seconds / total) for seconds in split),
       )
     )
   titles = 'stage', 'time', 'training', 'input wait', 'evaluation', 'hand-over'
@@ -416,7 +418,7 @@ def describe_comparison(x: baselines_lib.Comparison) -> str:
   reached = f'{100 * low:.1f}' + (f'-{100 * high:.1f}' if high > low else '')
   differs = f' Differs: {"; ".join(x.differs)}.' if x.differs else ''
   return (
-    f'{x.stage}: {progress.format_percent(x.top1)} here, {reached}% by '
+    f'{x.stage}: {formats.percent(x.top1)} here, {reached}% by '
     f'{x.baseline.model} tested at {x.baseline.eval_size} px '
     f'({x.baseline.source}).{differs}'
   )
@@ -472,7 +474,7 @@ def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
   if average := history_lib.best_epoch(stage['epochs'], 'ema_top1'):
     notes.append(
       f'{name}: its averaged weights reach '
-      f'{progress.format_percent(average["top1"])} at epoch '
+      f'{formats.percent(average["top1"])} at epoch '
       f'{average["epoch"]}.'
     )
   if skipped := sum(r.get('skipped_steps', 0) for r in stage['epochs']):
@@ -505,7 +507,7 @@ def _input_notes(stage: Mapping[str, Any]) -> list[str]:
     notes.append(
       f'{name}: the best epoch was chosen on {stage["eval_split"]} of the '
       f'training images; its weights, of epoch {validation["epoch"]}, reach '
-      f'{progress.format_percent(validation["top1"])} on the '
+      f'{formats.percent(validation["top1"])} on the '
       f'{validation["num_images"]:,} validation images, looked at once.'
     )
   if excluded := sum(stage.get('excluded_images', {}).values()):
@@ -584,13 +586,13 @@ def _best_row(stage: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _gap(row: Mapping[str, Any]) -> float | None:
   train, val = row['train_top1'], row['val_top1']
-  if history_lib.is_number(train) and history_lib.is_number(val):
+  if formats.is_number(train) and formats.is_number(val):
     return train - val
   return None
 
 
 def _is_broken(row: Mapping[str, Any]) -> bool:
-  return not history_lib.is_number(row['train_loss'])
+  return not formats.is_number(row['train_loss'])
 
 
 def _names(value: Any) -> str:
@@ -602,18 +604,6 @@ def _names(value: Any) -> str:
   names = list(value)
   text = ', '.join(names)
   return (text or 'none') if len(text) <= 24 else f'{len(names)} modules'
-
-
-def _percents(bounds: tuple[float, float]) -> str:
-  return f'{100 * bounds[0]:g}-{100 * bounds[1]:g}%'
-
-
-def format_minutes(bounds: tuple[float, float]) -> str:
-  """Returns a range of minutes as '30 min' or '1-2 h'."""
-  low, high = bounds
-  if low == high:
-    return f'{low:g} min'
-  return f'{low / 60:g}-{high / 60:g} h'
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprog.monitoring import history as history_lib
+from jaxprog import formats
 
 # x in epochs of the whole ladder, and a value or None where there is none.
 Point = tuple[float, float | None]
@@ -82,4 +82,4 @@ def spans(stages: Sequence[Mapping[str, Any]]) -> list[Span]:
 
 
 def _scaled(value: float | None, scale: float) -> float | None:
-  return scale * value if history_lib.is_number(value) else None
+  return scale * value if formats.is_number(value) else None

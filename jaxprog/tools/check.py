@@ -22,7 +22,7 @@ import rich.text
 from ml_collections import config_dict
 
 from jaxprog import config as config_lib
-from jaxprog import errors, files, paths, stages
+from jaxprog import errors, files, formats, paths, stages
 from jaxprog.data import loader, packs, sources
 from jaxprog.monitoring import progress as progress_lib
 from jaxprog.planning import costs
@@ -272,7 +272,7 @@ def _show_costs(
   if seconds is not None:
     measured = all(plan.step_measured for plan in plans)
     about = 'about ' if measured else 'very roughly '
-    took = progress_lib.format_duration(seconds)
+    took = formats.duration(seconds)
     _say(f'The ladder will take {about}{took}.', console, 'bold')
   _say(
     "\nwhat the scorecard will compare: the mission's range", console, 'bold'
@@ -417,7 +417,7 @@ def _is_too_much(
   if plan.device_bytes and needed > plan.device_bytes:
     why = 'it would not fit'
   elif a_step > _LONGEST_STEP:
-    why = f'one step would take about {plan_lib.format_seconds(a_step)} here'
+    why = f'one step would take about {formats.seconds(a_step)} here'
   else:
     return False
   plan.memory_bytes = needed

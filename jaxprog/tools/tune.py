@@ -19,7 +19,7 @@ import rich.table
 from ml_collections import config_dict
 
 from jaxprog import config as config_lib
-from jaxprog import errors, files, stages
+from jaxprog import errors, files, formats, stages
 from jaxprog.comparison import statistics
 from jaxprog.data import workers
 from jaxprog.monitoring import history as history_lib
@@ -264,7 +264,7 @@ def _run_trial(
   reported = set()
 
   def report(row):
-    if history_lib.is_number(row['val_top1']):
+    if formats.is_number(row['val_top1']):
       reported.add(row['epoch'])
       trial.report(row['val_top1'], row['epoch'])
 

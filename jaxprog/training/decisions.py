@@ -7,7 +7,7 @@ holds: a run that was resumed decides like one that was not.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxprog.monitoring import history
+from jaxprog import formats
 from jaxprog.stages import Stage
 
 Rows = Sequence[Mapping[str, Any]]
@@ -60,7 +60,7 @@ def _gains(rows: Rows, metric: str) -> list[float | None]:
   """Returns the metric so that more is better; None where it is not finite."""
   sign = -1.0 if metric == 'val_loss' else 1.0
   values = [row[metric] for row in rows]
-  return [sign * x if history.is_number(x) else None for x in values]
+  return [sign * x if formats.is_number(x) else None for x in values]
 
 
 def _is_better(

@@ -20,7 +20,7 @@ from ml_collections import config_dict
 from packaging import requirements, specifiers
 
 from jaxprog import config as config_lib
-from jaxprog import errors, files, paths
+from jaxprog import errors, files, formats, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import archives, builders, folders, packs, sources
 from jaxprog.monitoring import history as history_lib
@@ -194,13 +194,14 @@ def quick(
   need, free = bytes_to_write(path, sizes), _free(path)
   if need > free:
     raise errors.UserError(
-      f'The run needs {_gigabytes(need)} of disk; {_gigabytes(free)} are free.',
+      f'The run needs {formats.size(need)} of disk; {formats.size(free)} are '
+      'free.',
       f'--workdir={workdir}',
       'Free some, or name a --workdir on a larger disk.',
     )
   return [
     f'devices: {_describe_devices()}',
-    f'disk: {_gigabytes(need)} to be written, {_gigabytes(free)} free',
+    f'disk: {formats.size(need)} to be written, {formats.size(free)} free',
     *(f'run: {line}' for line in _describe_run(path)),
   ]
 
@@ -416,7 +417,7 @@ def _describe_devices() -> str:
   # Not every backend counts.
   with contextlib.suppress(RuntimeError, NotImplementedError):
     memory = (first.memory_stats() or {}).get('bytes_limit')
-  return text + (f', {_gigabytes(memory)} each' if memory else '')
+  return text + (f', {formats.size(memory)} each' if memory else '')
 
 
 def _check_cache(config: config_dict.ConfigDict) -> Iterator[Finding]:
@@ -677,7 +678,9 @@ def _check_disk(
     yield Finding(False, f'data: {data_dir} cannot be written to', fix)
   needs = [(data_dir, 'prepared data', prepared)]
   if path is None:
-    yield Finding(True, f'disk: a run will write {_gigabytes(run)} of results')
+    yield Finding(
+      True, f'disk: a run will write {formats.size(run)} of results'
+    )
   else:
     needs.append((path, 'results', run))
   by_disk: dict[int, list[tuple[pathlib.Path, str, int]]] = {}
@@ -691,10 +694,10 @@ def _check_disk(
 def _compare_disk(needs: Sequence[tuple[pathlib.Path, str, int]]) -> Finding:
   where = needs[-1][0]
   total, free = sum(need for _, _, need in needs), _free(where)
-  parts = ' and '.join(f'{_gigabytes(x)} of {what}' for _, what, x in needs)
+  parts = ' and '.join(f'{formats.size(x)} of {what}' for _, what, x in needs)
   return Finding(
     total <= free,
-    f'disk: {parts} to be written, {_gigabytes(free)} free at {where}',
+    f'disk: {parts} to be written, {formats.size(free)} free at {where}',
     '' if total <= free else 'Free some, or name a folder on a larger disk.',
   )
 
@@ -772,7 +775,3 @@ def _nearest(path: pathlib.Path) -> pathlib.Path:
   """Returns the nearest folder that exists."""
   path = path.absolute()
   return next(x for x in (path, *path.parents) if x.is_dir())
-
-
-def _gigabytes(count: float) -> str:
-  return f'{count / 1e9:.1f} GB' if count >= 1e9 else f'{count / 1e6:.0f} MB'

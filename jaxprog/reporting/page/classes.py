@@ -5,8 +5,7 @@ import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxprog.monitoring import history as history_lib
-from jaxprog.monitoring import progress
+from jaxprog import formats
 from jaxprog.reporting import report
 from jaxprog.reporting.page import charts, markup
 from jaxprog.reporting.page.markup import Html, join, tag
@@ -32,7 +31,7 @@ def per_class(stages: Sequence[Mapping[str, Any]]) -> Html:
 def _stage(stage: Mapping[str, Any], unfolded: bool) -> Html:
   found = stage['diagnostics']
   said = (
-    f' {progress.format_percent(found.get("top1"))} of '
+    f' {formats.percent(found.get("top1"))} of '
     f'{found.get("num_images", 0):,} images, weights of epoch '
     f'{found.get("epoch", "–")}'
   )
@@ -97,7 +96,7 @@ def _bar_list(rows: Sequence[tuple[str, float, int]]) -> Html:
           class_='track',
           title=f'{round(part * count):,} of {count:,} right',
         ),
-        tag('span', progress.format_percent(part), class_='num'),
+        tag('span', formats.percent(part), class_='num'),
       )
       for name, part, count in rows
     ),
@@ -121,10 +120,10 @@ def _distribution(parts: Sequence[float]) -> Html:
 def _calibration(found: Mapping[str, Any]) -> Html:
   bins = found.get('calibration')
   # The confidence of weights that are not finite is no number.
-  if not bins or not all(history_lib.is_number(x) for bin in bins for x in bin):
+  if not bins or not all(formats.is_number(x) for bin in bins for x in bin):
     return tag('p', 'Not known.', class_='note')
-  error = progress.format_percent(found.get('ece'))
-  loss = progress.format_cell('nll', found)
+  error = formats.percent(found.get('ece'))
+  loss = formats.cell('nll', found)
   said = f'Expected calibration error {error}, mean log-loss {loss} nats'
   return join(
     charts.reliability(bins, said),
@@ -169,7 +168,7 @@ def _confusions(stage: Mapping[str, Any]) -> Html:
   return markup.table(
     ['label', 'taken for', 'images', 'of', 'share'],
     [
-      [label, taken, f'{n:,}', f'{of:,}', progress.format_percent(n / of)]
+      [label, taken, f'{n:,}', f'{of:,}', formats.percent(n / of)]
       for label, taken, n, of in mistakes
     ],
     caption='Images of the label, how many of them were so mistaken',
@@ -212,7 +211,7 @@ def _mistake(
 ) -> Html:
   label, taken = names[mistake['label']], names[mistake['predicted']]
   confidence = mistake['confidence']
-  sure = f'{confidence:.0%}' if history_lib.is_number(confidence) else '-'
+  sure = f'{confidence:.0%}' if formats.is_number(confidence) else '-'
   short = f'taken for {taken}, {sure}'
   said = f'{label}, taken for {taken} with {sure} confidence'
   if undecodable:
@@ -223,7 +222,7 @@ def _mistake(
     tag('b', label),
     tag('br'),
     short,
-    title=f'{mistake["name"]}: loss {progress.format_cell("loss", mistake)}',
+    title=f'{mistake["name"]}: loss {formats.cell("loss", mistake)}',
   )
 
 

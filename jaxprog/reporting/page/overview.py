@@ -5,7 +5,7 @@ from typing import Any
 
 from configs import default
 from jaxprog import config as config_lib
-from jaxprog.monitoring import progress
+from jaxprog import formats
 from jaxprog.reporting import baselines, report
 from jaxprog.reporting.page import charts, markup
 from jaxprog.reporting.page.markup import Html, join, tag
@@ -71,7 +71,7 @@ def _headline(run: Run) -> Html:
   over = sum(stage['status'] != 'running' for stage in run.stages)
   total = max(len(run.planned), len(run.stages))
   tiles += [
-    (progress.format_duration(seconds), 'trained and evaluated'),
+    (formats.duration(seconds), 'trained and evaluated'),
     (f'{over} of {total}', 'stages finished'),
     (f'{epochs:,}', 'epochs'),
   ]
@@ -92,7 +92,7 @@ def _headline_result(stage: Mapping[str, Any]) -> tuple[str, str]:
   """Returns the top-1 that a stage stands for, and what it is."""
   if validation := stage.get('validation'):
     return (
-      progress.format_percent(validation['top1']),
+      formats.percent(validation['top1']),
       f'top-1 of {stage["name"]} on {validation["num_images"]:,} validation '
       f'images, looked at once; epoch {validation["epoch"]} was chosen on '
       f'{stage["eval_split"]}',
@@ -100,7 +100,7 @@ def _headline_result(stage: Mapping[str, Any]) -> tuple[str, str]:
   best = stage['best']
   held = baselines.is_on_holdout(stage)
   return (
-    progress.format_percent(best['top1']),
+    formats.percent(best['top1']),
     f'best top-1 of {stage["name"]}, epoch {best["epoch"]} of '
     f'{report.planned_epochs(stage)}, on {stage["num_eval_images"]:,} '
     + ('training images held out' if held else 'validation images'),
@@ -127,12 +127,12 @@ def _card(number: int, stage: Mapping[str, Any]) -> Html:
     ),
     (
       'time',
-      f'{progress.format_duration(stage["seconds"])}, '
-      f'{progress.format_cell("images_per_second", speed)} images/s',
+      f'{formats.duration(stage["seconds"])}, '
+      f'{formats.cell("images_per_second", speed)} images/s',
     ),
   ]
   if 'num_params' in stage:
-    pairs.append(('weights', progress.format_count(stage['num_params'])))
+    pairs.append(('weights', formats.count(stage['num_params'])))
   points = [(float(r['epoch']), r['val_top1']) for r in stage['epochs']]
   return tag(
     'article',
@@ -140,7 +140,7 @@ def _card(number: int, stage: Mapping[str, Any]) -> Html:
     _description(stage),
     tag(
       'div',
-      progress.format_percent(baselines.best_top1(stage)),
+      formats.percent(baselines.best_top1(stage)),
       tag('small', at),
       class_='score',
     ),

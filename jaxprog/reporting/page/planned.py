@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxprog.planning import elsewhere
-from jaxprog.planning import here as plan_lib
+from jaxprog import formats
 from jaxprog.reporting.page import markup
 from jaxprog.reporting.page.markup import Html, join, tag
 from jaxprog.reporting.rundir import Run
@@ -58,15 +57,15 @@ def _plan_row(stage: Mapping[str, Any]) -> list[str]:
   return [
     stage['name'],
     f'{largest["batch_size"]:,}',
-    plan_lib.format_bytes(largest['memory_bytes']),
+    formats.size(largest['memory_bytes']),
     'yes' if stage['fits'] else 'NO',
-    plan_lib.format_flops(stage['flops_per_image']),
-    plan_lib.format_bytes(stage['traffic_per_image']),
+    formats.flops(stage['flops_per_image']),
+    formats.size(stage['traffic_per_image']),
     stage['bound_by'],
     f'{stage["images_per_second"]:,.0f}',
     f'{stage["cores_needed"]:.1f}',
-    elsewhere.format_hours(stage['hours']),
-    elsewhere.format_cost(stage['cost']),
+    formats.hours(stage['hours']),
+    formats.cost(stage['cost']),
   ]
 
 
@@ -103,13 +102,32 @@ def _compare(
   for stage in stages:
     if stage['name'] not in by_name or not stage['epochs']:
       continue
-    found = elsewhere.measured(by_name[stage['name']], stage)
+    found = measured(by_name[stage['name']], stage)
     ratio = found['images_per_second'] / found['planned_images_per_second']
     yield [
       stage['name'],
       f'{found["images_per_second"]:,.0f}',
       f'{found["planned_images_per_second"]:,.0f}',
       f'{ratio:.2f}x',
-      elsewhere.format_hours(found['hours']),
-      elsewhere.format_hours(found['planned_hours']),
+      formats.hours(found['hours']),
+      formats.hours(found['planned_hours']),
     ]
+
+
+def measured(
+  plan: Mapping[str, Any], stage: Mapping[str, Any]
+) -> dict[str, float]:
+  """Returns planned and measured images/s a chip and hours of a stage.
+
+  Args:
+    plan: of a stage, as `figures` gives it.
+    stage: its record in a run's history, trained on such chips.
+  """
+  rows = stage['epochs']
+  rate = sum(x['images_per_second'] for x in rows) / max(len(rows), 1)
+  return {
+    'planned_images_per_second': plan['images_per_second'],
+    'images_per_second': rate / plan['num_chips'],
+    'planned_hours': plan['hours'],
+    'hours': stage['seconds'] / 3600,
+  }

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxprog import formats
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents as incidents_lib
-from jaxprog.monitoring import progress
 from jaxprog.reporting import baselines, report, timeline
 from jaxprog.reporting.page import charts, markup
 from jaxprog.reporting.page.markup import Html, join, tag
@@ -203,8 +203,8 @@ def _ranges(
     expected = score.expectation.top1 if score.expectation else None
     if not expected and not mine:
       continue
-    reached = progress.format_percent(score.top1)
-    said = f', expected {_percents(expected)}' if expected else ''
+    reached = formats.percent(score.top1)
+    said = f', expected {formats.percents(expected)}' if expected else ''
     bar = charts.range_bar(
       expected,
       [(_name(x.baseline), x.baseline.top1[1]) for x in mine],
@@ -254,21 +254,13 @@ def _score_row(score: report.Score) -> list[object]:
   star = ' *' if expected and not score.comparable else ''
   return [
     score.stage,
-    progress.format_percent(score.top1),
-    _percents(expected.top1) if expected else 'no expectation stated',
+    formats.percent(score.top1),
+    formats.percents(expected.top1) if expected else 'no expectation stated',
     score.top1_verdict + star if score.top1_verdict else '',
-    progress.format_duration(score.minutes * 60),
-    report.format_minutes(expected.minutes) if expected else '',
+    formats.duration(score.minutes * 60),
+    formats.minutes(expected.minutes) if expected else '',
     score.minutes_verdict + star if expected else '',
   ]
-
-
-def _percents(bounds: tuple[float, float]) -> str:
-  """Returns '85–95%'; a published figure keeps its one decimal."""
-  low, high = bounds
-  if low == high:
-    return f'{100 * low:.1f}%'
-  return f'{100 * low:g}–{100 * high:g}%'
 
 
 def _baseline_table(compared: Sequence[baselines.Comparison]) -> Html:
@@ -279,8 +271,8 @@ def _baseline_table(compared: Sequence[baselines.Comparison]) -> Html:
   rows: list[list[object]] = [
     [
       x.stage,
-      progress.format_percent(x.top1),
-      _percents(x.baseline.top1),
+      formats.percent(x.top1),
+      formats.percents(x.baseline.top1),
       x.baseline.model,
       str(x.baseline.image_size),
       str(x.baseline.eval_size),
@@ -344,7 +336,7 @@ def _describe_row(stage: Mapping[str, Any], row: Mapping[str, Any]) -> str:
   """Returns the figures of an epoch, a line each."""
 
   def cell(field: str) -> str:
-    return progress.format_cell(field, row)
+    return formats.cell(field, row)
 
   average = f'\naverage: top-1 {cell("ema_top1")}' if 'ema_top1' in row else ''
   return (
@@ -387,8 +379,8 @@ def _loss_chart(draw: Draw, spans: Sequence[timeline.Span]) -> Html:
     series,
     y=y,
     format_y='{:g}'.format,
-    summary=f'Ends at {progress.format_cell("train_loss", last)} in training, '
-    f'{progress.format_cell("val_loss", last)} in validation.',
+    summary=f'Ends at {formats.cell("train_loss", last)} in training, '
+    f'{formats.cell("val_loss", last)} in validation.',
   )
 
 
@@ -413,7 +405,7 @@ def _top1_chart(draw: Draw, spans: Sequence[timeline.Span]) -> Html:
     if (best := span.stage['best'])
   ]
   reached = ', '.join(
-    f'{x.stage["name"]} {progress.format_percent(x.stage["best"]["top1"])}'
+    f'{x.stage["name"]} {formats.percent(x.stage["best"]["top1"])}'
     for x in spans
     if x.stage['best']
   )
@@ -476,7 +468,7 @@ def _epoch_tables(stages: Sequence[Mapping[str, Any]]) -> Html:
   }
 
   def row(values: Mapping[str, Any]) -> list[object]:
-    cells = [progress.format_cell(x, values) for x in list(fields.values())[2:]]
+    cells = [formats.cell(x, values) for x in list(fields.values())[2:]]
     return [values['epoch'], f'{values["global_step"]:,}', *cells]
 
   tables = [
@@ -508,9 +500,9 @@ def _hand_over_row(run: Run, stage: Mapping[str, Any]) -> list[object]:
     stage['name'],
     origin,
     *(_modules(transfer.get(x)) for x in ('carried', 'fresh', 'dropped')),
-    f'{seconds:.1f}' if history_lib.is_number(seconds) else '–',
-    progress.format_percent(before),
-    progress.format_percent(first.get('val_top1')),
+    f'{seconds:.1f}' if formats.is_number(seconds) else '–',
+    formats.percent(before),
+    formats.percent(first.get('val_top1')),
     tag('span', _stage_difference(source, stage), class_='long'),
   ]
 
@@ -557,7 +549,7 @@ def _split_bars(stages: Sequence[Mapping[str, Any]]) -> Html:
       (name, style, x) for (name, style), x in zip(_SPLIT, split, strict=True)
     ]
     said = ', '.join(f'{name} {x:.1f} s' for name, _, x in parts)
-    duration = progress.format_duration(total)
+    duration = formats.duration(total)
     bar = charts.stacked_bar(parts, f'{stage["name"]}: {said}')
     bars.append(_row(stage['name'], bar, duration))
     rows.append(
@@ -565,7 +557,7 @@ def _split_bars(stages: Sequence[Mapping[str, Any]]) -> Html:
         stage['name'],
         duration,
         *(f'{x:,.1f}' for x in split),
-        progress.format_percent(split.input_wait / total if total else None),
+        formats.percent(split.input_wait / total if total else None),
       ]
     )
   key = [
@@ -634,7 +626,7 @@ def _fill(bins: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
 
 
 def _milliseconds(edge: float | None) -> str:
-  if not history_lib.is_number(edge):
+  if not formats.is_number(edge):
     return 'more'
   return f'{edge:.3g} s' if edge >= 1 else f'{1000 * edge:.3g} ms'
 

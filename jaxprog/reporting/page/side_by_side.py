@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxprog import formats
 from jaxprog.monitoring import history as history_lib
-from jaxprog.monitoring import progress
 from jaxprog.reporting import baselines, report
 from jaxprog.reporting.page import charts, html, markup, overview
 from jaxprog.reporting.page.markup import Html, join, tag
@@ -165,7 +165,7 @@ def _stage_figures(stage: Mapping[str, Any] | None) -> dict[str, str]:
   speed = {'images_per_second': report.median_speed(stage)}
   return {
     'status': stage['status'].replace('_', ' '),
-    'best top-1': progress.format_percent(baselines.best_top1(stage)),
+    'best top-1': formats.percent(baselines.best_top1(stage)),
     'best top-1 on': 'a hold-out'
     if baselines.is_on_holdout(stage)
     else 'validation',
@@ -173,12 +173,12 @@ def _stage_figures(stage: Mapping[str, Any] | None) -> dict[str, str]:
     'epochs evaluated on': 'a hold-out'
     if baselines.chooses_on_holdout(stage)
     else 'validation',
-    'last top-1': progress.format_percent(last.get('val_top1')),
-    'last val loss': progress.format_cell('val_loss', last),
+    'last top-1': formats.percent(last.get('val_top1')),
+    'last val loss': formats.cell('val_loss', last),
     'epochs': f'{report.trained_epochs(stage)} of '
     f'{report.planned_epochs(stage)}',
-    'time': progress.format_duration(stage['seconds']),
-    'images/s': progress.format_cell('images_per_second', speed),
+    'time': formats.duration(stage['seconds']),
+    'images/s': formats.cell('images_per_second', speed),
     'train images': f'{stage["num_train_images"]:,}',
     'px': str(stage['image_size']),
     'resumes': str(len(stage.get('resumed_at_steps') or ())),
@@ -224,4 +224,4 @@ def _stage_chart(runs: Sequence[Run], name: str) -> Html | None:
 
 
 def _percent(value: float | None) -> float | None:
-  return 100 * value if history_lib.is_number(value) else None
+  return 100 * value if formats.is_number(value) else None
