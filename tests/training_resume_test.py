@@ -236,6 +236,9 @@ def test_a_stage_of_an_earlier_version_goes_on(arguments, tmp_path):
   history = runs.read_history(tmp_path)
   del history['stages'][0]['holdout']
   path.write_text(json.dumps(history))
+  check = '--mode=check', '--config.check_steps=0', f'--workdir={tmp_path}'
+  looked = runs.call_main(*arguments, *check)
+  assert looked.returncode == 0, looked.stdout
   stage = go_on(arguments[:-3], tmp_path, *arguments[-2:], batch_size=36)
   (change,) = stage['config_changes']
   assert change['fields'] == {'batch_size': [72, 36]}

@@ -24,6 +24,7 @@ from ml_collections import config_dict
 from jaxprog import config as config_lib
 from jaxprog import errors, files, formats, paths, stages
 from jaxprog.data import loader, packs, sources
+from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import progress as progress_lib
 from jaxprog.planning import costs
 from jaxprog.planning import here as plan_lib
@@ -173,9 +174,16 @@ def show_plan(
     UserError: for any mistake in the config, the devices or the data.
   """
   cheap = _cheap(config, only, skip)
-  setup = setup_lib.create_setup(cheap, only=only, skip=skip, model=model)
   # Below no folder no stage has begun.
-  tasks = ladder.create_tasks(setup, pathlib.Path(workdir or os.devnull))
+  run = pathlib.Path(workdir or os.devnull)
+  setup = setup_lib.create_setup(
+    cheap,
+    only=only,
+    skip=skip,
+    model=model,
+    holdout_rules=history_lib.holdout_rules(ladder.read_history(run)),
+  )
+  tasks = ladder.create_tasks(setup, run)
   rates = {task.stage.name: ladder.sample_learning_rate(task) for task in tasks}
   if not console.is_terminal:  # To be searched with grep.
     with progress_lib.Progress(len(tasks), console=console) as progress:

@@ -116,7 +116,7 @@ def train(
       only=only,
       skip=skip,
       model=model,
-      holdout_rules=history_lib.holdout_rules(_read_history(workdir)),
+      holdout_rules=history_lib.holdout_rules(read_history(workdir)),
     )
     run = open_run(
       setup,
@@ -702,7 +702,7 @@ def sample_learning_rate(task: setup_lib.Task) -> list[float]:
   return jax.vmap(task.learning_rate_fn)(at).tolist()
 
 
-def _read_history(workdir: pathlib.Path) -> dict[str, Any]:
+def read_history(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the history of `workdir`, a new one where there is none."""
   path = workdir / 'training_history.json'
   if not path.exists():
@@ -722,7 +722,7 @@ def _load_history(
   Raises:
     UserError: if the run there began with another config.
   """
-  history = _read_history(workdir)
+  history = read_history(workdir)
   saved = preflight.saved_configs(config, workdir)
   if saved and jax.process_index() == 0:
     table = config_lib.difference_table(*saved)
