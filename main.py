@@ -341,7 +341,7 @@ def check_flags() -> None:
       modes = [mode for mode in MODES if name in MODES[mode]]
       raise errors.UserError(
         f'{describe_mode()} takes no --{name}.',
-        f'--{name}={flag.serialize().partition("=")[2]}',
+        flag.serialize(),
         f'Leave it out; it is for --mode={", ".join(modes)}.',
       )
 

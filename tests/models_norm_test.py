@@ -212,6 +212,7 @@ def step_by_numpy(variables, data, groups, parts):
   images = (data['image'] / 255 - PIXELS[0]) / PIXELS[1]
   targets = np.eye(NUM_CLASSES)[data['label']]
   total, grads = 0.0, jax.tree.map(np.zeros_like, params)
+  count = data['mask'].sum()
   for i in range(parts):
     x, target, mask = (
       images[i::parts],
@@ -227,8 +228,8 @@ def step_by_numpy(variables, data, groups, parts):
     logits = features @ params['head']['kernel'] + params['head']['bias']
     p = np.exp(logits)
     p /= p.sum(1, keepdims=True)
-    total -= (mask * np.log((p * target).sum(1))).sum() / mask.sum() / parts
-    d = mask[:, None] * (p - target) / mask.sum() / parts
+    total -= (mask * np.log((p * target).sum(1))).sum() / count
+    d = mask[:, None] * (p - target) / count
     dy = np.repeat(d @ params['head']['kernel'].T / 4, 4, 0)
     dy = dy.reshape(y.shape) * (y > 0)
     dhat = dy * params['norm']['scale']
@@ -441,7 +442,7 @@ def test_groups_must_divide_the_devices():
   assert "'groups:2'" in str(caught.value)
 
 
-@pytest.mark.parametrize('name', ['groups', 'groups:0', 'per-device', 4])
+@pytest.mark.parametrize('name', ['groups', 'groups:0', 'per-device'])
 def test_unknown_batch_norms_are_named(name):
   config = tiny_config.get_config()
   with config.ignore_type():

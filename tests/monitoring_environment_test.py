@@ -28,7 +28,7 @@ def test_describes_this_process():
 def describe(root, **variables):
   """Returns what a fresh process finds, from the copy of the program there."""
   code = (
-    'import json, sys; from jaxprog.reporting import environment; '
+    'import json, sys; from jaxprog.monitoring import environment; '
     'found = environment.environment(); '
     "print(json.dumps([found, 'jax' in sys.modules]))"
   )

@@ -92,7 +92,7 @@ def test_damaged_bytes_are_left_out(tmp_path):
 def test_nothing_that_was_added_is_lost_by_a_kill(tmp_path):
   script = (
     'import os, sys, itertools\n'
-    'from jaxprog.reporting import incidents\n'
+    'from jaxprog.monitoring import incidents\n'
     'log = incidents.Incidents(sys.argv[1])\n'
     'for i in itertools.count():\n'
     "  log.add('bad_image', 'x', step=i)\n"

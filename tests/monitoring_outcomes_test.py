@@ -1,34 +1,17 @@
 import numpy as np
 import pytest
 
-from jaxprog.data import sources
 from jaxprog.monitoring import outcomes
-
-
-class Records:
-  """Records that know their names and labels, in some order."""
-
-  def __init__(self, names, labels):
-    self._names = names
-    self.labels = np.array(labels)
-
-  def names(self):
-    return self._names
-
 
 CLASSES = ('ant', 'bee')
 
 
-def split(names, labels):
-  return sources.Split(Records(names, labels))
-
-
 def test_images_are_known_by_class_and_name_however_they_are_stored(tmp_path):
   """Each class numbers its own."""
-  first = outcomes.sort_images(split(['0', '1', '0'], [1, 0, 0]), CLASSES)
-  other = outcomes.sort_images(split(['0', '0', '1'], [0, 1, 0]), CLASSES)
+  first = outcomes.sort_images(['0', '1', '0'], [1, 0, 0], CLASSES)
+  other = outcomes.sort_images(['0', '0', '1'], [0, 1, 0], CLASSES)
   assert first.images == other.images
-  changed = outcomes.sort_images(split(['0', '1', '0'], [1, 0, 1]), CLASSES)
+  changed = outcomes.sort_images(['0', '1', '0'], [1, 0, 1], CLASSES)
   assert changed.images != first.images
   outcomes.write(tmp_path / 'a', first, np.array([True, False, False]), 1)
   outcomes.write(tmp_path / 'b', other, np.array([False, True, False]), 1)
@@ -42,7 +25,7 @@ def test_images_are_known_by_class_and_name_however_they_are_stored(tmp_path):
 def test_json_holds_what_came_of_each_image(tmp_path, count):
   right = np.random.default_rng(0).random(count) < 0.5
   names = [f'{i:03}.jpg' for i in range(count)]
-  order = outcomes.sort_images(split(names, [0] * count), CLASSES)
+  order = outcomes.sort_images(names, [0] * count, CLASSES)
   outcomes.write(tmp_path / 'x.npz', order, right, 2.5)
   found = outcomes.read(tmp_path / 'x.npz', 2.5)
   again = outcomes.from_json(outcomes.to_json(found))
@@ -54,7 +37,7 @@ def test_json_holds_what_came_of_each_image(tmp_path, count):
 def test_what_is_missing_damaged_or_of_another_epoch_is_not_known(tmp_path):
   path = tmp_path / 'x.npz'
   assert outcomes.read(path, 1) is None
-  order = outcomes.sort_images(split(['a'], [0]), CLASSES)
+  order = outcomes.sort_images(['a'], [0], CLASSES)
   outcomes.write(path, order, np.array([True]), 1)
   assert outcomes.read(path, 2) is None
   whole = path.read_bytes()

@@ -22,7 +22,7 @@ from jaxprog.reliability import lock
 ROOT = pathlib.Path(__file__).parent.parent
 OWNER = """
 import sys, time
-from jaxprog.training import lock
+from jaxprog.reliability import lock
 with lock.Lock(sys.argv[1]):
   print('locked', flush=True)
   sys.stdin.read()
@@ -30,7 +30,7 @@ with lock.Lock(sys.argv[1]):
 SECOND = """
 import sys
 from jaxprog import errors
-from jaxprog.training import lock
+from jaxprog.reliability import lock
 try:
   with lock.Lock(sys.argv[1]) as held:
     print(held.taken_over)
@@ -177,7 +177,7 @@ def test_many_that_start_at_once_are_one_after_another():
   script = """
 import pathlib, sys
 from jaxprog import errors
-from jaxprog.training import lock
+from jaxprog.reliability import lock
 path = pathlib.Path(sys.argv[1], 'number')
 done = 0
 while done < 50:

@@ -19,7 +19,7 @@ PROGRAM = """
 import contextlib, hashlib, queue, sys, threading, time
 from concurrent import futures
 from jaxprog import errors
-from jaxprog.training import signals
+from jaxprog.reliability import signals
 
 def say(text):
   print(text, flush=True)

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PROGRAM = """
 import ctypes, hashlib, sys, threading, time
 from concurrent import futures
-from jaxprog.training import watchdog
+from jaxprog.reliability import watchdog
 
 def say_why(text):
   print('why:', text)  # Not flushed.

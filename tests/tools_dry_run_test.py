@@ -67,4 +67,4 @@ def test_leftovers_are_removed_and_other_modes_refuse(config, tmp_path):
   assert list(tmp_path.iterdir()) == []
   result = runs.call_main(*arguments, '--mode=prepare')
   assert result.returncode == 2
-  assert '--mode=prepare has no dry run.' in result.stderr
+  assert '--mode=prepare takes no --dry_run.' in result.stderr

@@ -9,13 +9,12 @@ import hashlib
 import io
 import pathlib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprog import files
-from jaxprog.data import sources
 
 
 class Outcomes(NamedTuple):
@@ -36,9 +35,11 @@ class Order(NamedTuple):
   images: str
 
 
-def sort_images(split: sources.Split, classes: Sequence[str]) -> Order:
-  """Returns the order of the images of `split` by class and file name."""
-  pairs = zip(split.labels, split.records.names(), strict=True)
+def sort_images(
+  names: Sequence[str], labels: Iterable[int], classes: Sequence[str]
+) -> Order:
+  """Returns the order of images by class and file name, given one by one."""
+  pairs = zip(labels, names, strict=True)
   names = [f'{classes[label]}/{name}' for label, name in pairs]
   positions = sorted(range(len(names)), key=names.__getitem__)
   text = '\n'.join(names[i] for i in positions)

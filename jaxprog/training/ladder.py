@@ -395,7 +395,9 @@ def _create_keeper(
 
   @functools.cache
   def order():
-    return outcomes_lib.sort_images(dataset.selection, dataset.classes)
+    split = dataset.selection
+    names = split.records.names()
+    return outcomes_lib.sort_images(names, split.labels, dataset.classes)
 
   def keep(right, epoch):
     if jax.process_index() == 0:
