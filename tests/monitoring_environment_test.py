@@ -51,7 +51,7 @@ def describe(root, **variables):
 @pytest.fixture
 def copy(tmp_path):
   """The module where no checkout is."""
-  package = tmp_path / 'jaxprog' / 'reporting'
+  package = tmp_path / 'jaxprog' / 'monitoring'
   package.mkdir(parents=True)
   (tmp_path / 'jaxprog' / '__init__.py').touch()
   (package / '__init__.py').touch()
