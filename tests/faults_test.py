@@ -1,9 +1,8 @@
 """Runs that are killed, and end as if they had not been.
 
-`make test-faults` tries every interruption often; `make test` has a quick form
-of the kills, and the signals' own tests.
-JAXPROG_FAULTS is the number of runs killed at random, JAXPROG_FAULTS_SEED
-draws other moments.
+`make test-faults` tries every interruption often; `make test` has one kill, of
+the command line, and the signals' own tests. JAXPROG_FAULTS is the number of
+runs killed at random, JAXPROG_FAULTS_SEED draws other moments.
 """
 
 import os
@@ -15,7 +14,7 @@ import faults_kills as kills
 import pytest
 import runs
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 CONFIG = 'tests/faults_config.py'
 TRIALS = int(os.environ.get('JAXPROG_FAULTS', 0))
