@@ -219,7 +219,8 @@ def call(config: Any) -> int:
       allow = {'allow_config_change': FLAGS.allow_config_change}
       return jaxprog.check(config, FLAGS.workdir or None, **stages, **allow)
     case 'train' if FLAGS.dry_run:
-      jaxprog.dry_run(config, require_workdir(), **stages)
+      allow = {'allow_config_change': FLAGS.allow_config_change}
+      jaxprog.dry_run(config, require_workdir(), **stages, **allow)
     case 'train':
       allow = {'allow_config_change': FLAGS.allow_config_change}
       jaxprog.train(config, require_workdir(), **stages, **allow)
@@ -372,7 +373,7 @@ def one_stage() -> str:
 
 def list_workdirs(text: str) -> list[str]:
   """Returns the workdirs in A,B; a name with a comma is one if it is there."""
-  if paths.expand(text, f'--workdir={text}').exists():
+  if os.path.exists(paths.expand(text, f'--workdir={text}')):
     return [text]
   return [x for x in text.split(',') if x] or [text]
 

@@ -148,11 +148,19 @@ def dry_run(
   only: Sequence[str] = (),
   skip: Sequence[str] = (),
   model: Callable[..., Any] | None = None,
+  allow_config_change: bool = False,
 ) -> dict[str, float]:
   """Returns the seconds of each stage; see jaxprog.tools.dry_run.dry_run."""
   from jaxprog.tools import dry_run as tool
 
-  return tool.dry_run(config, workdir, only=only, skip=skip, model=model)
+  return tool.dry_run(
+    config,
+    workdir,
+    only=only,
+    skip=skip,
+    model=model,
+    allow_config_change=allow_config_change,
+  )
 
 
 def train_stage(

@@ -21,6 +21,10 @@ class UserError(Exception):
     super().__init__('\n'.join(x for x in (what, where, suggestion) if x))
     self.what, self.where, self.suggestion = what, where, suggestion
 
+  def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+    """A worker process's mistake reaches its parent as it was."""
+    return type(self), (self.what, self.where, self.suggestion)
+
 
 class Stopped(Exception):  # noqa: N818, nothing went wrong.
   """A signal asked the run to stop; `saved`: it has saved what it had."""

@@ -216,7 +216,9 @@ def test_what_lists_say_twice_or_of_no_image_is_no_contradiction(tmp_path):
 
 def test_a_csv_may_have_no_header(tmp_path):
   write_flat_val(tmp_path)
-  (tmp_path / 'LOC_val_solution.csv').write_text(CSV.split('\n', 1)[1])
+  # Nor is a spreadsheet's empty line one of it.
+  lines = f',\n{CSV.split(chr(10), 1)[1]}'
+  (tmp_path / 'LOC_val_solution.csv').write_text(lines)
   assert builders.list_imagenet(tmp_path).num_images == 18
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import json
 import pathlib
 import pickle
 import shutil
@@ -139,6 +140,20 @@ def test_too_large_a_pack_is_refused(tmp_path, monkeypatch):
   )
   with pytest.raises(errors.UserError, match="such as 'raw:256'"):
     store(dataset, 'raw')
+
+
+def test_a_pack_of_a_version_that_decoded_otherwise_is_not_used(tmp_path):
+  dataset = split(tmp_path)
+  store(dataset, 'raw')
+  (path,) = tmp_path.rglob('pack.json')
+  info = json.loads(path.read_text())
+  del info['decoding']
+  path.write_text(json.dumps(info))
+  (path.parent / 'images.bin').write_bytes(b'')
+  records = store(dataset, 'raw').train.records
+  assert 'decoding' in json.loads(path.read_text())
+  assert (path.parent / 'images.bin').stat().st_size > 0
+  assert records.image(0)[:2] != (0, 0)
 
 
 def test_a_pack_of_other_data_is_not_used(tmp_path):

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 
 from jaxprog import errors
@@ -22,3 +24,8 @@ def test_of_many_known_words_some_are_named():
   assert known.startswith('8,000 are known, such as class_')
   assert len(known) < 100
   assert errors.did_you_mean('x', ['b', 'a']) == 'Known: a, b.'
+
+
+def test_a_mistake_in_a_worker_reaches_its_parent_as_it_was():
+  found = pickle.loads(pickle.dumps(errors.UserError('a', 'b', 'c')))
+  assert str(found) == 'a\nb\nc'

@@ -250,3 +250,26 @@ def test_a_stage_of_an_earlier_version_goes_on(arguments, tmp_path):
     'part': 0.2,
     'images': stage['num_eval_images'],
   }
+
+
+def test_damage_that_training_sets_aside_hides_no_plan(arguments, workdir):
+  latest = workdir / 'checkpoints' / 'three' / 'latest'
+  newest = max((x for x in latest.iterdir() if x.name.isdigit()), key=by_step)
+  for path in (newest / 'meta').iterdir():
+    path.write_text('{')
+  (workdir / 'checkpoints' / 'ten').mkdir()
+  (workdir / 'checkpoints' / 'ten' / 'done.json').write_text('{}')
+  looked = runs.call_main(
+    *with_batch(arguments, 72),
+    '--mode=check',
+    '--config.check_steps=0',
+    f'--workdir={workdir}',
+  )
+  assert looked.returncode == 0, looked.stdout + looked.stderr
+  assert f'step {newest.name} is damaged' in looked.stdout
+  assert 'ten/done.json is damaged' in looked.stdout
+  assert '\nstage  ' in looked.stdout
+
+
+def by_step(path):
+  return int(path.name)

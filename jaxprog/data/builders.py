@@ -490,7 +490,8 @@ class _Listing:
     if self._has(solution := 'LOC_val_solution.csv'):
       # ImageId,PredictionString: the wnid, then boxes.
       lines = self._read_lines(solution)
-      rows = [x.replace(',', ' ', 1).split() for x in lines]
+      # Spreadsheets write lines of commas.
+      rows = [y for x in lines if (y := x.replace(',', ' ', 1).split())]
       if rows and rows[0][0] == 'ImageId':
         rows = rows[1:]
       return self._read_pairs(

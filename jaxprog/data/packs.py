@@ -24,6 +24,8 @@ from jaxprog.stages import Storage
 
 # Of which the size of a pack is guessed before it is written.
 _SAMPLE = 64
+# Raised whenever some image would be decoded otherwise.
+_DECODING = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,8 @@ def open_pack(path: pathlib.Path, fingerprint: str) -> Pack | None:
     info = json.loads((path / 'pack.json').read_text())
   except (OSError, ValueError):
     return None
-  if info['fingerprint'] != fingerprint:
+  made_of = info['fingerprint'], info.get('decoding')
+  if made_of != (fingerprint, _DECODING):
     return None
   return Pack(path, info['kind'])
 
@@ -129,6 +132,7 @@ def write_pack(
         **storage._asdict(),
         'count': count,
         'fingerprint': fingerprint,
+        'decoding': _DECODING,
         'sha256': digest,
       },
     )

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import shutil
+import uuid
 
 import numpy as np
 from PIL import Image
@@ -30,7 +31,7 @@ DECODED_SIDE = 64
 # 10^26 times.
 DIGEST_BYTES = 16
 # Raised whenever signatures of the same image would differ.
-VERSION = 1
+VERSION = 2
 
 SIGNATURE = np.dtype(
   [
@@ -144,7 +145,7 @@ def _compute(
     return {'signatures': table}
 
   folder = file.with_name(f'incomplete.{file.stem}')
-  whole = file.with_name(f'{folder.name}.{os.getpid()}.npy')
+  whole = file.with_name(f'{folder.name}.{uuid.uuid4().hex}.npy')
   table = _allocate(whole, len(records))
   start = 0
   for part in parts.read_parts(
@@ -186,7 +187,7 @@ def _remove_others(file: pathlib.Path) -> None:
   prefix = file.name.rpartition('-')[0]
   for old in file.parent.glob(f'{prefix}-*.npy'):
     if old != file:
-      old.unlink()
+      old.unlink(missing_ok=True)
   for old in file.parent.glob(f'incomplete.{prefix}-*'):
     if old.is_dir():
       shutil.rmtree(old, ignore_errors=True)

@@ -288,7 +288,13 @@ def prepare(
   if current := _find_current(dataset, data_dir, raw):
     open_prepared(dataset, current, progress)  # Indexes the labels.
     if raw is not None:
-      _write_looks(current, raw.looks)
+      written = _written_to(current, raw)
+      if not _write_looks(current, raw.looks) and written:
+        raise errors.UserError(
+          'The prepared copy is right, but that cannot be noted there.',
+          str(current.data_dir),
+          'Prepare it where you may write, or move the raw folder away.',
+        )
     return left_out
   builder = None
   if raw is None:
@@ -398,7 +404,7 @@ def find_prepared(
     builder_class = _local_class(dataset)
     path = root / builder_class.name / folder_config(dataset)
     path /= str(builder_class.VERSION)
-    if (path / 'dataset_info.json').is_file():
+    if os.path.isfile(path / 'dataset_info.json'):
       return tfds.builder_from_directory(path)
     spec = FROM_TFDS.get(dataset, '')
   if not spec or find_raw(dataset, data_dir):
@@ -507,9 +513,13 @@ def _read_looks(prepared: tfds.core.DatasetBuilder) -> builders.Looks | None:
 
 def _write_looks(
   prepared: tfds.core.DatasetBuilder, looks: builders.Looks
-) -> None:
-  with contextlib.suppress(OSError):  # Prepared data may be read-only.
+) -> bool:
+  """Returns whether it could be noted how the raw folder looks."""
+  try:
     files.write_json(_looks_file(prepared), looks._asdict())
+  except OSError:  # Prepared data may be read-only.
+    return False
+  return True
 
 
 def _looks_file(prepared: tfds.core.DatasetBuilder) -> pathlib.Path:

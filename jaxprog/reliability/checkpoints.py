@@ -446,6 +446,17 @@ def read_done(workdir: pathlib.Path, stage: str) -> Meta | None:
   return integrity.read_signed(path) if path.is_file() else None
 
 
+def is_done(workdir: pathlib.Path, stage: str) -> bool:
+  """Returns whether a stage is done; a damaged marker is none.
+
+  Training sets it aside and finishes such a stage again from its last save.
+  """
+  try:
+    return read_done(workdir, stage) is not None
+  except integrity.DamagedError:
+    return False
+
+
 def load_weights(
   workdir: pathlib.Path, stage: str, name: str
 ) -> tuple[dict[str, Any], Meta]:

@@ -28,6 +28,7 @@ from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import progress as progress_lib
 from jaxprog.planning import costs
 from jaxprog.planning import here as plan_lib
+from jaxprog.reliability import checkpoints
 from jaxprog.reporting import plots
 from jaxprog.training import ladder, preflight
 from jaxprog.training import setup as setup_lib
@@ -174,8 +175,13 @@ def show_plan(
     UserError: for any mistake in the config, the devices or the data.
   """
   cheap = _cheap(config, only, skip)
-  # Below no folder no stage has begun.
   run = pathlib.Path(workdir or os.devnull)
+  if workdir and any(
+    x.name == 'latest' and x.status == 'damaged'
+    for x in checkpoints.check_workdir(run)
+  ):
+    # Training sets it aside first; below no folder no stage has begun.
+    run = pathlib.Path(os.devnull)
   setup = setup_lib.create_setup(
     cheap,
     only=only,

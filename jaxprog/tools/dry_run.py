@@ -30,6 +30,7 @@ def dry_run(
   only: Sequence[str] = (),
   skip: Sequence[str] = (),
   model: setup_lib.ModelFn | None = None,
+  allow_config_change: bool = False,
 ) -> dict[str, float]:
   """Returns the seconds that each stage took which was tried, and says them.
 
@@ -42,8 +43,8 @@ def dry_run(
     UserError: for what would end the run.
   """
   workdir = pathlib.Path(workdir)
-  folder = workdir.absolute().with_name(f'.{workdir.name}.dry_run')
-  made = [x for x in folder.parents if not x.exists()]
+  beside = workdir.absolute().with_name(f'.{workdir.name}.dry_run')
+  folder = beside / 'run'
   seconds: dict[str, float] = {}
   began = left = time.monotonic()
 
@@ -54,25 +55,22 @@ def dry_run(
     seconds[name] = seconds.get(name, 0.0) + now - left
     left = now
 
-  if jax.process_index() == 0:
-    _begin(workdir, folder)
-  peers.wait_for_all('dry_run')
-  try:
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(lock.Lock(beside))  # Another dry run is refused.
+      stack.callback(shutil.rmtree, beside, ignore_errors=True)
+      _begin(workdir, folder)
+    peers.wait_for_all('dry_run')
     history = ladder.train(
       config,
       folder,
       only=only,
       skip=skip,
       model=model,
+      allow_config_change=allow_config_change,
       on_epoch=on_epoch,
       shorten=_shorten,
     )
-  finally:
-    if jax.process_index() == 0:
-      shutil.rmtree(folder, ignore_errors=True)
-      for parent in made:
-        with contextlib.suppress(OSError):  # Something else is in it.
-          parent.rmdir()
   if jax.process_index() == 0:
     console = rich.console.Console()
     for record in history['stages']:
@@ -86,14 +84,15 @@ def dry_run(
 
 
 def _begin(workdir: pathlib.Path, folder: pathlib.Path) -> None:
-  """Empties `folder`, and lets what is done in `workdir` be done there."""
-  if folder.exists():
-    with lock.Lock(folder):  # Another dry run is refused.
-      pass
-    shutil.rmtree(folder)
+  """Empties `folder`, and lets what is known of `workdir` be known there."""
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir()
+  for name in ('config.json', 'training_history.json'):
+    with contextlib.suppress(FileNotFoundError):
+      shutil.copy(workdir / name, folder)
   for marker in workdir.glob('checkpoints/*/done.json'):
     name = marker.parent.name
-    if checkpoints.read_done(workdir, name) is not None:
+    if checkpoints.is_done(workdir, name):
       shutil.copytree(
         marker.parent,
         checkpoints.stage_directory(folder, name),

@@ -11,7 +11,7 @@ import rich.console
 import rich.table
 from ml_collections import config_dict
 
-from jaxprog import files, paths, stages
+from jaxprog import errors, files, paths, stages
 from jaxprog.data import verification
 from jaxprog.monitoring import bars
 
@@ -88,7 +88,11 @@ def _print_report(
 ) -> None:
   def say(text: str, style: str = '') -> None:
     console.print(
-      text, style=style, highlight=False, markup=False, soft_wrap=True
+      errors.printable(text),
+      style=style,
+      highlight=False,
+      markup=False,
+      soft_wrap=True,
     )
 
   about = f'{report["kind"]}, {report["path"]}' if 'kind' in report else '-'

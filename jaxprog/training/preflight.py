@@ -145,7 +145,7 @@ def launch(
 
 def claim_workdir(workdir: pathlib.Path) -> None:
   """Raises UserError if no run can begin or go on in `workdir`."""
-  if '[' in str(workdir.resolve()):
+  if '[' in os.path.realpath(workdir):
     raise errors.UserError(
       'Checkpoints cannot be saved below a folder with [ in its name.',
       f'--workdir={workdir}',
@@ -234,7 +234,7 @@ def bytes_to_write(workdir: pathlib.Path | None, sizes: Iterable[Size]) -> int:
   """
   total = replaced = 0
   for size in sizes:
-    if workdir and _is_done(workdir, size.stage):
+    if workdir and checkpoints.is_done(workdir, size.stage):
       continue
     there = _folder_bytes(workdir, size.stage) if workdir else 0
     total += max(0, 2 * size.state + size.copies * size.variables - there)
@@ -601,7 +601,7 @@ def _check_run(
     yield Finding(True, f'run: {line}')
   for marker in sorted(workdir.glob('checkpoints/*/done.json')):
     name = marker.parent.name
-    if not _is_done(workdir, name):
+    if not checkpoints.is_done(workdir, name):
       yield Finding(
         None,
         f'run: {name}/done.json is damaged: the stage is finished again from '
@@ -624,17 +624,6 @@ def _check_checkpoints(workdir: pathlib.Path) -> Iterator[Finding]:
     yield Finding(False, f'run: {checkpoints.lost_error(stage)}')
 
 
-def _is_done(workdir: pathlib.Path, stage: str) -> bool:
-  """Returns whether a stage is done; a damaged marker is none.
-
-  Training finishes such a stage again from its last save.
-  """
-  try:
-    return checkpoints.read_done(workdir, stage) is not None
-  except integrity.DamagedError:
-    return False
-
-
 def _describe_run(workdir: pathlib.Path) -> list[str]:
   """Returns a line on the stages that are done or interrupted, or none."""
   path = workdir / 'training_history.json'
@@ -649,7 +638,7 @@ def _describe_run(workdir: pathlib.Path) -> list[str]:
       for step in integrity.list_steps(latest)
       if not integrity.is_unfinished(latest, step)
     ]
-    if _is_done(workdir, name):
+    if checkpoints.is_done(workdir, name):
       parts.append(f'{name} done')
     elif saved:
       parts.append(f'{name} interrupted, saved at step {max(saved)}')

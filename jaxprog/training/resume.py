@@ -68,7 +68,7 @@ def check(tasks: Iterable[setup_lib.Task], workdir: pathlib.Path) -> None:
   """
   for task in tasks:
     name = task.stage.name
-    if checkpoints.read_done(workdir, name) is not None:
+    if checkpoints.is_done(workdir, name):
       continue
     if found := checkpoints.read_latest(workdir, name):
       number, saved, meta = found

@@ -185,7 +185,7 @@ def _find_sources(
   return [
     name
     for name in dict.fromkeys([*before[::-1], *left_out[::-1]])
-    if checkpoints.read_done(workdir, name) is not None
+    if checkpoints.is_done(workdir, name)
   ]
 
 
@@ -196,7 +196,7 @@ def check(
   before = None
   for task in tasks:
     stage, where = task.stage, f'stage {task.stage.name!r}'
-    if checkpoints.read_done(workdir, stage.name) is None:
+    if not checkpoints.is_done(workdir, stage.name):
       _check_blocks(task, where)
       _check_head(task, where)
       starts_afresh = stage.transfer == 'none' or (

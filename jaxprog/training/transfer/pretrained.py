@@ -81,8 +81,8 @@ def check(tasks: Iterable[setup_lib.Task], workdir: pathlib.Path) -> None:
   for task in tasks:
     stage = task.stage
     latest = checkpoints.stage_directory(workdir, stage.name) / 'latest'
-    begun = integrity.list_steps(latest) or (
-      checkpoints.read_done(workdir, stage.name) is not None
+    begun = integrity.list_steps(latest) or checkpoints.is_done(
+      workdir, stage.name
     )
     if stage.init_from and not begun:
       load(stage, task.state_shapes.variables, task.dataset.classes)
