@@ -155,6 +155,13 @@ def _step_at(phases: tuple[Phase, ...], epochs: float) -> int:
 
 def _check_steps(stage: Stage, steps: Steps) -> None:
   """Raises UserError for what rounds to no step, or fills the whole stage."""
+  if steps.total > MAX_STEP:
+    raise errors.UserError(
+      f'The stage has {steps.total:,} steps; they are counted up to '
+      f'{MAX_STEP:,}.',
+      f'stage {stage.name!r}',
+      'Lower num_epochs.',
+    )
   warmup = 'warmup_steps' if stage.warmup_steps else 'warmup_epochs'
   for field, found, rest in (
     (warmup, (steps.warmup,), 'leaves no step to decay in'),

@@ -610,9 +610,12 @@ def _parse(text: str, kind: Any) -> Any:
 
 
 def _on_devices(value: float) -> float:
-  """Returns a number as float32: the least of them are 0, the largest inf."""
+  """Returns a number as float32: the least of them are 0, the largest inf.
+
+  Whole numbers stay, up to 64 bits.
+  """
   if not isinstance(value, float):
-    return value
+    return value if abs(value) < 2**63 else math.inf
   try:
     (near,) = struct.unpack('f', struct.pack('f', value))
   except OverflowError:

@@ -169,3 +169,8 @@ def test_with_growing_batches_it_goes_on_in_the_same_phase():
   new = count(150, batch_size=75, num_epochs=4)
   assert [epochs.translate(x, old, new) for x in (6, 12, 14)] == [2, 4, 5]
   assert [epochs.translate(x, new, old) for x in (2, 4, 5)] == [6, 12, 13]
+
+
+def test_more_steps_than_can_be_counted_are_refused():
+  with pytest.raises(errors.UserError, match='counted up to 2,147,483,647'):
+    count(720, num_epochs=1e9)

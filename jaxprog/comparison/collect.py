@@ -50,7 +50,7 @@ def read_record(
   that was resumed in its middle only those since. Accuracies are those
   of the images that choose the best weights, parts of one, None where there
   are none; `num_images` is their number, `outcomes` says which of them were
-  right in the end, as `reporting.outcomes.to_json` does, None where that is not
+  right in the end, as `outcomes.to_json` does, None where that is not
   known. `learning_rate` and `num_epochs` are the last stage's.
 
   Args:

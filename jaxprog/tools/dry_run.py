@@ -14,7 +14,7 @@ import rich.console
 from ml_collections import config_dict
 
 from jaxprog.data import sources
-from jaxprog.reliability import checkpoints, lock, peers
+from jaxprog.reliability import checkpoints, lock, peers, signals
 from jaxprog.training import ladder
 from jaxprog.training import setup as setup_lib
 
@@ -56,6 +56,8 @@ def dry_run(
     left = now
 
   with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(signals.StopRequest())
+    stack.enter_context(peers.join(stop))
     if jax.process_index() == 0:
       stack.enter_context(lock.Lock(beside))  # Another dry run is refused.
       stack.callback(shutil.rmtree, beside, ignore_errors=True)

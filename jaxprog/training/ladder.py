@@ -140,7 +140,6 @@ def open_run(
   stop: signals.StopRequest,
   stack: contextlib.ExitStack,
   *,
-  quiet: bool = False,
   allow_config_change: bool = False,
   on_epoch: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
   shorten: Callable[[setup_lib.Task], setup_lib.Task] = lambda task: task,
@@ -151,7 +150,7 @@ def open_run(
     UserError: for mistakes in the data or the workdir.
   """
   config = setup.config
-  progress = stack.enter_context(_create_progress(len(setup.chosen), quiet))
+  progress = stack.enter_context(_create_progress(len(setup.chosen)))
   incidents = _create_incidents(workdir, owner)
 
   def on_incident(kind, message, **fields):
@@ -765,11 +764,10 @@ def _write_inputs(plain: dict[str, Any], workdir: pathlib.Path) -> None:
     ) from None
 
 
-def _create_progress(num_stages: int, quiet: bool) -> progress_lib.Progress:
+def _create_progress(num_stages: int) -> progress_lib.Progress:
   """Returns what people see, or nothing; only process 0 shows it."""
-  console = rich.console.Console(
-    quiet=quiet or jax.process_index() != 0, markup=False
-  )
+  quiet = jax.process_index() != 0
+  console = rich.console.Console(quiet=quiet, markup=False)
   return progress_lib.Progress(num_stages, console=console)
 
 

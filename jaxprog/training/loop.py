@@ -268,20 +268,6 @@ def evaluate(
   `split`, a dict of arrays (batch_size,) a batch; the last one is padded.
   """
   sums = jax.device_put(steps.zero_eval_sums(), task.shardings.replicated)
-  sums = add_up(task, variables, split, sums, on_batch, on_bad, outcomes)
-  return mean_scores(sums, len(split))
-
-
-def add_up(
-  task: setup.Task,
-  variables: dict[str, Any],
-  split: sources.Split,
-  sums: steps.Metrics,
-  on_batch: Callable[[int, int], None] | None = None,
-  on_bad: Callable[[dict[str, str]], None] | None = None,
-  outcomes: list[steps.Outcomes] | None = None,
-) -> steps.Metrics:
-  """Returns `sums` with those of every image of `split`; see `evaluate`."""
   local_batches = loader.eval_batches(
     split,
     task.stage,
@@ -302,15 +288,10 @@ def add_up(
         on_batch(i + 1, -(-len(split) // len(batch['label'])))
   if on_bad and local_batches.bad:
     on_bad(local_batches.bad)
-  return sums
-
-
-def mean_scores(sums: steps.Metrics, num_images: int) -> dict[str, float]:
-  """Returns mean loss, top1 and top5 from an evaluation's sums."""
   totals = {name: float(x) for name, x in sums.items()}
   count = totals.pop('count')
-  if count != num_images:
-    raise AssertionError(f'Evaluated {count:g} of {num_images} images.')
+  if count != len(split):
+    raise AssertionError(f'Evaluated {count:g} of {len(split)} images.')
   return {name: x / count for name, x in totals.items()}
 
 
