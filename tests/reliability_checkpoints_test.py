@@ -72,11 +72,33 @@ def test_every_optimizers_state_comes_back(name, dtype, tmp_path):
   with checkpoints.Checkpoints(tmp_path) as manager:
     manager.save_latest(saved, META)
   like = create_state(1, tx)
-  like = jax.eval_shape(lambda: like.replace(ema=like.variables))
+  like = like.replace(ema=like.variables)
   with checkpoints.Checkpoints(tmp_path) as manager:
     found, _ = manager.restore_latest(like)
   assert bits(found) == bits(saved)
   assert jax.tree.structure(found) == jax.tree.structure(saved)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'weight_decay': 0.0},
+    {'weight_decay_kind': 'coupled'},
+    {'adaptive_clipping': 0.01},
+  ],
+)
+def test_moments_come_back_to_an_optimizer_with_other_options(
+  tmp_path, changes
+):
+  stage = stages.create_stages(tiny_config.get_config())[0]
+  changed = dataclasses.replace(stage, **changes)
+  saved = create_state(tx=optimizers.create_optimizer(stage))
+  like = create_state(1, optimizers.create_optimizer(changed))
+  with checkpoints.Checkpoints(tmp_path) as manager:
+    manager.save_latest(saved, META)
+    found, _ = manager.restore_latest(like, ('opt_state',))
+  assert bits(found) == bits(saved)
+  assert jax.tree.structure(found) == jax.tree.structure(like)
 
 
 def test_two_latest_are_kept_and_the_newest_is_used(tmp_path):

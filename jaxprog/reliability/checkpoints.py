@@ -106,27 +106,17 @@ class Checkpoints:
     found = _read_metadata(manager, steps[-1])
     directory = self._directory / 'latest'
     unfit = check_matches(found, like, directory, renewable)
-    # What does not fit is read in the shape that it has, and left.
-    item = dataclasses.replace(like, **{x: found[x] for x in unfit})
-    in_numpy = bool(unfit) or jax.process_count() > 1
-    restore_args = (
-      _as_numpy(item)
-      if in_numpy
-      else ocp.checkpoint_utils.construct_restore_args(like)
-    )
+    # Read in the shape that it has: orbax takes states of equal leaves for
+    # different ones where what holds no leaf differs, such as a decay of 0.
     restored = manager.restore(
       steps[-1],
       args=ocp.args.Composite(
-        tree=ocp.args.PyTreeRestore(item=item, restore_args=restore_args),
+        tree=ocp.args.PyTreeRestore(restore_args=_as_numpy(found)),
         meta=ocp.args.JsonRestore(),
       ),
     )
-    state = restored.tree
-    if in_numpy:
-      fitting = (
-        dataclasses.replace(x, **dict.fromkeys(unfit)) for x in (state, like)
-      )
-      state = jax.tree.map(_place_like, *fitting)
+    fitting = dataclasses.replace(like, **dict.fromkeys(unfit))
+    state = _place_like(restored.tree, fitting)
     _on_first_process(
       functools.partial(_forget_after, self._directory, steps[-1])
     )
@@ -563,9 +553,20 @@ def _as_numpy(tree: Any) -> Any:
   return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
 
 
-def _place_like(x: Any, like: Any) -> Any:
-  """Returns an array of NumPy on the devices of `like`, of all processes."""
-  return jax.make_array_from_callback(like.shape, like.sharding, lambda i: x[i])
+def _place_like(tree: Any, like: Any) -> Any:
+  """Returns the leaves of `tree`, in NumPy, as and where those of `like` are.
+
+  Leaves are found by their paths, and devices may be of all processes.
+  """
+  leaves = _leaves(tree)
+
+  def place(path, like):
+    x = leaves[_name(path)]
+    return jax.make_array_from_callback(
+      like.shape, like.sharding, lambda i: x[i]
+    )
+
+  return jax.tree_util.tree_map_with_path(place, like)
 
 
 def _read_metadata(manager: ocp.CheckpointManager, step: int) -> Any:
@@ -602,7 +603,7 @@ def check_matches(
   Raises:
     UserError: if another one does not.
   """
-  found, wanted = _leaves(saved), _leaves(like)
+  found, wanted = _describe_leaves(saved), _describe_leaves(like)
   unfit = [
     path
     for path in sorted({*found, *wanted})
@@ -619,11 +620,20 @@ def check_matches(
   return sorted({path.split('/')[0] for path in unfit})
 
 
-def _leaves(tree: Any) -> dict[str, str]:
-  """Returns 'path': 'dtype[shape]', paths alike for objects and for dicts."""
+def _describe_leaves(tree: Any) -> dict[str, str]:
+  """Returns 'path': 'dtype[shape]'."""
   return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): (
-      f'{np.dtype(x.dtype)}{list(x.shape)}'
-    )
-    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    path: f'{np.dtype(x.dtype)}{list(x.shape)}'
+    for path, x in _leaves(tree).items()
   }
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+  """Returns each leaf by its path, paths alike for objects and for dicts."""
+  return {
+    _name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _name(path: Sequence[Any]) -> str:
+  return jax.tree_util.keystr(tuple(path), simple=True, separator='/')
