@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing import plugin_event_accumulator
 
 import jaxprog
 from jaxprog.data import sources
-from jaxprog.training import ladder
+from jaxprog.reliability import checkpoints, integrity
+from jaxprog.training import ladder, trained
 from jaxprog.training import setup as setup_lib
 
 FOUR = '--config.stages[0].num_epochs=4'
@@ -73,6 +74,23 @@ def load_config(arguments):
 @pytest.fixture
 def workdir(left, tmp_path):
   return shutil.copytree(left, tmp_path / 'run')
+
+
+@pytest.fixture(scope='module')
+def left_early(arguments, tmp_path_factory):
+  """Three of the six steps of the first epoch."""
+  workdir = tmp_path_factory.mktemp('early')
+  often = '--config.checkpoint_every_steps=3'
+  start((*with_batch(arguments, 72), often), workdir, epochs=1)
+  latest = workdir / 'checkpoints' / 'three' / 'latest'
+  integrity.remove(latest, 6)
+  assert integrity.list_steps(latest) == [3]
+  return workdir
+
+
+@pytest.fixture
+def early(left_early, tmp_path):
+  return shutil.copytree(left_early, tmp_path / 'early')
 
 
 def go_on(arguments, workdir, *changes, batch_size=72):
@@ -162,6 +180,9 @@ def test_rates_schedule_and_length_go_on_in_the_same_epoch(arguments, workdir):
     ('stages[0].classes', "('1','3')", 'classes of the dataset'),
     ('stages[0].eval_split', 'holdout:20%', 'another eval_split'),
     ('stages[0].num_epochs', 1, '2 epochs are trained already'),
+    ('stages[0].eval_crop', 0.5, 'another eval_crop'),
+    ('stages[0].eval_interpolation', 'bicubic', 'another eval_interpolation'),
+    ('stages[0].image_size', 16, 'Set its eval_image_size to 8'),
   ],
 )
 def test_what_cannot_go_on_is_named_and_nothing_is_lost(
@@ -183,6 +204,47 @@ def test_what_cannot_go_on_is_named_and_nothing_is_lost(
     path: path.read_bytes() for path in left.glob('*.json*') if path.is_file()
   }
   assert after == before
+
+
+def test_an_open_epoch_does_not_end_without_a_step(arguments, early):
+  result = runs.call_main(
+    *with_batch(arguments, 72),
+    f'--workdir={early}',
+    '--allow_config_change',
+    '--config.stages[0].num_epochs=0.5',
+  )
+  assert result.returncode == 2, result.stderr
+  assert '0.5 epochs are trained already' in result.stderr
+  # The one step of 0.6 epochs is half an epoch, which is trained already.
+  stage = go_on(
+    arguments,
+    early,
+    '--config.stages[0].num_epochs=0.6',
+    '--config.stages[0].optimizer=lamb',
+    batch_size=216,
+  )
+  assert [row['epoch'] for row in stage['epochs']] == [1]
+  (change,) = stage['config_changes']
+  assert change['epoch'] == 0.5
+  # Those of adamw have the same shapes.
+  assert change['renewed'] == ['opt_state']
+
+
+def test_the_best_weights_stay_in_use_with_another_image_size(
+  arguments, workdir
+):
+  """Until there are better ones, trained with the new size."""
+  path = workdir / 'config.json'
+  config = json.loads(path.read_text())
+  config['stages'][0] |= {'image_size': 16, 'eval_image_size': 8}
+  path.write_text(json.dumps(config))
+  found = trained.load_trained(
+    jaxprog.load_config(str(path)), workdir, stage='three'
+  )
+  assert found.trained_stage.image_size == 8
+  other = load_config((*arguments, '--config.stages[0].image_size=24'))
+  with pytest.raises(jaxprog.UserError, match='trained with image_size 8'):
+    trained.load_trained(other, workdir, stage='three')
 
 
 def test_stages_of_separate_calls_do_not_erase_each_other(
@@ -239,9 +301,24 @@ def test_a_stage_of_an_earlier_version_goes_on(arguments, tmp_path):
   check = '--mode=check', '--config.check_steps=0', f'--workdir={tmp_path}'
   looked = runs.call_main(*arguments, *check)
   assert looked.returncode == 0, looked.stdout
-  stage = go_on(arguments[:-3], tmp_path, *arguments[-2:], batch_size=36)
+  looked = runs.call_main(
+    *arguments, *check, '--allow_config_change', '--config.blur_pool=True'
+  )
+  assert 'another blur_pool' in looked.stdout
+  changes = (
+    '--config.stages[0].label_smoothing=0.1',
+    '--config.stages[0].ema_decay=0.5',
+  )
+  stage = go_on(
+    arguments[:-3], tmp_path, *arguments[-2:], *changes, batch_size=36
+  )
   (change,) = stage['config_changes']
-  assert change['fields'] == {'batch_size': [72, 36]}
+  assert change['fields'] == {
+    'batch_size': [72, 36],
+    'ema_decay': [0.0, 0.5],
+    'label_smoothing': [0.0, 0.1],
+  }
+  assert change['renewed'] == ['ema']
   per_epoch = stage['num_train_images'] // 72
   rows = [row['global_step'] for row in stage['epochs']]
   assert rows[1] - rows[0] in (2 * per_epoch, 2 * per_epoch + 1)
@@ -250,6 +327,39 @@ def test_a_stage_of_an_earlier_version_goes_on(arguments, tmp_path):
     'part': 0.2,
     'images': stage['num_eval_images'],
   }
+
+
+def test_what_an_earlier_version_left_keeps_its_place_and_its_config(
+  arguments, early
+):
+  """Neither its states nor its marker tell a config or a first step."""
+  stage_directory = early / 'checkpoints' / 'three'
+  saved = stage_directory / 'latest' / '3'
+  path = saved / 'meta' / 'metadata'
+  meta = json.loads(path.read_text())
+  del meta['config'], meta['record']['first_step'], meta['record']['last_step']
+  path.write_text(json.dumps(meta))
+  integrity.write_manifest(saved)
+  history = runs.read_history(early)
+  (before,) = history['stages']
+  del before['last_step']
+  history['stages'].insert(0, {**before, 'name': 'ten'})
+  (early / 'training_history.json').write_text(json.dumps(history))
+  shown = *with_batch(arguments, 72), f'--workdir={early}'
+  shown += '--config.stages[0].num_epochs=1', '--allow_config_change'
+  result = runs.call_main(*shown)
+  assert result.returncode == 0, result.stderr
+  stage = runs.read_history(early)['stages'][1]
+  assert stage['resumed_at_steps'] == [9]
+  assert [row['global_step'] for row in stage['epochs']] == [12]
+
+  done = checkpoints.read_done(early, 'three')
+  del done['config']
+  (stage_directory / 'done.json').write_text(json.dumps(integrity.sign(done)))
+  result = runs.call_main(*shown, '--config.stages[0].label_smoothing=0.1')
+  assert result.returncode == 0, result.stderr
+  config = json.loads((early / 'config.json').read_text())
+  assert config['stages'][0]['label_smoothing'] == 0.0
 
 
 def test_damage_that_training_sets_aside_hides_no_plan(arguments, workdir):

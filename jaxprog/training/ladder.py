@@ -51,6 +51,8 @@ class Run:
   # Told the name of a stage and each row of its history.
   on_epoch: Callable[[str, dict[str, Any]], object]
   reporter: outputs.Reporter
+  # What the workdir's config was when the run began.
+  before: config_dict.ConfigDict | None
   # By stage, at even distances in epochs; sampled by the compiler's thread.
   rates: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
@@ -164,7 +166,8 @@ def open_run(
     progress.message(line)
   if changes:
     incidents.add('config_change', '; '.join(changes))
-  plain = _as_trained(config, workdir)
+  before = resume.read_config(workdir)
+  plain = _as_trained(config, workdir, before)
   history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
   _write_inputs(plain, workdir)
   run = Run(
@@ -186,6 +189,7 @@ def open_run(
     reporter=outputs.Reporter(
       _create_executor('reporter', stack), workdir, incidents.entries
     ),
+    before=before,
   )
   run.writer.write_hparams(tensorboard.flatten_config(plain))
   return run
@@ -476,11 +480,12 @@ def _resume(
 
   And whether that is what was saved: a changed config changes it.
   """
-  restored = resume.restore(task, saved)
+  restored = resume.restore(task, saved, run.before)
   if restored is None:
     return None
   state, record, change = restored
   name, step = task.stage.name, int(state.step)
+  record.setdefault('first_step', history_lib.next_step(run.history, name))
   offset = before = record.get('step_offset', record['first_step'])
   if change is not None:
     offset += change.was - change.now
@@ -734,13 +739,21 @@ def _load_history(
 
 
 def _as_trained(
-  config: config_dict.ConfigDict, workdir: pathlib.Path
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  before: config_dict.ConfigDict | None,
 ) -> dict[str, Any]:
-  """Returns `config` complete, for JSON; stages that are done as they were."""
+  """Returns `config` complete, for JSON; stages that are done as they were.
+
+  Once `before` alone, the run's config so far, told how they were.
+  """
   plain = config_lib.to_json(stages.complete(config))
+  so_far = config_lib.to_json(before) if before else {}
   for i, stage in enumerate(plain['stages']):
-    done = checkpoints.read_done(workdir, stage['name']) or {}
-    for was in done.get('config', {}).get('stages', ()):
+    done = checkpoints.read_done(workdir, stage['name'])
+    if done is None:
+      continue
+    for was in done.get('config', so_far).get('stages', ()):
       if was['name'] == stage['name']:
         plain['stages'][i] = {**stage, **was}
   return plain

@@ -24,10 +24,19 @@ from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
 
 # With another one the weights, or what chose the best of them, mean nothing.
-_FIXED = ('blur_pool', 'eval_split', 'model', 'num_filters', 'stem_kernel')
+_FIXED = (
+  'blur_pool',
+  'eval_crop',
+  'eval_interpolation',
+  'eval_split',
+  'model',
+  'num_filters',
+  'stem_kernel',
+)
 # Fields of a state that may begin anew.
 _RENEWABLE = ('ema', 'opt_state')
-# What a record tells of a stage that was saved without its config.
+# What a state and its record tell of a stage that was saved without its config.
+_SAVED = ('blur_pool', 'model', 'num_filters', 'stem_kernel')
 _RECORDED = (
   'batch_size',
   'eval_split',
@@ -66,41 +75,59 @@ def check(tasks: Iterable[setup_lib.Task], workdir: pathlib.Path) -> None:
 
   Nothing is changed: the workdir still tells what it was trained with.
   """
+  before = read_config(workdir)
   for task in tasks:
     name = task.stage.name
     if checkpoints.is_done(workdir, name):
       continue
     if found := checkpoints.read_latest(workdir, name):
       number, saved, meta = found
-      config, record = _config_of(task, meta), meta['record']
+      config, record = _config_of(task, meta, before), meta['record']
       _check_fields(task, config)
       _check_data(task, meta)
       directory = checkpoints.stage_directory(workdir, name)
       checkpoints.check_matches(saved, task.state_shapes, directory, _RENEWABLE)
       first = record.get('first_step', 0)
       step = number + first - record.get('step_offset', first)
-      _find_step(task, _find_place(task, config, record, step))
+      place = _find_place(task, config, record, step)
+      _check_eval_size(task, place)
+      _find_step(task, place)
+
+
+def read_config(workdir: pathlib.Path) -> config_dict.ConfigDict | None:
+  """Returns the config that a run has had so far, None where there is none."""
+  path = workdir / 'config.json'
+  return config_lib.load_config(str(path)) if path.is_file() else None
 
 
 def restore(
-  task: setup_lib.Task, saved: checkpoints.Checkpoints
+  task: setup_lib.Task,
+  saved: checkpoints.Checkpoints,
+  before: config_dict.ConfigDict | None,
 ) -> tuple[state_lib.TrainState, dict[str, Any], Change | None] | None:
-  """Returns state, record and what has changed; None if the stage is new."""
+  """Returns state, record and what has changed; None if the stage is new.
+
+  `before` is what `read_config` returned before the run wrote its own: once
+  states were saved without the config that they were trained with.
+  """
   restored = saved.restore_latest(task.state_shapes, _RENEWABLE)
   if restored is None:
     return None
   state, meta = restored
-  config, record = _config_of(task, meta), meta['record']
+  config, record = _config_of(task, meta, before), meta['record']
   place = _find_place(task, config, record, int(state.step))
-  record.setdefault('first_step', _guess_first_step(place, record))
+  if 'first_step' not in record and place.epoch:
+    record['first_step'] = _guess_first_step(place, record)
   fields = _differences(task, config)
-  if not fields:
-    return state, record, None
-  now = _find_step(task, place)
-  if place.step <= place.steps.frozen and now > task.steps.frozen:
-    # As where a stage unfreezes: moments know nothing of the backbone.
+  now = _find_step(task, place) if fields else place.step
+  unfrozen = place.step <= place.steps.frozen and now > task.steps.frozen
+  # Moments know nothing of a backbone that unfreezes, and what another
+  # optimizer made of them may have the same shape.
+  if 'optimizer' in fields or (fields and unfrozen):
     state = dataclasses.replace(state, opt_state=None)
   renewed = [x for x in _RENEWABLE if getattr(state, x) is None]
+  if not fields and not renewed:
+    return state, record, None
   if renewed:
     fresh = task.create_state(state.variables)
     new = {x: getattr(fresh, x) for x in renewed}
@@ -142,10 +169,25 @@ def _check_fields(task: setup_lib.Task, config: config_dict.ConfigDict) -> None:
       )
 
 
+def _check_eval_size(task: setup_lib.Task, place: _Place) -> None:
+  was, now = place.stage.eval_size, task.stage.eval_size
+  if was != now:
+    raise errors.UserError(
+      'A stage under way cannot go on with another size of evaluation images.',
+      f'stage {task.stage.name!r}: {was} -> {now}',
+      f'Set its eval_image_size to {was}, or use another --workdir.',
+    )
+
+
 def _config_of(
-  task: setup_lib.Task, meta: checkpoints.Meta
+  task: setup_lib.Task,
+  meta: checkpoints.Meta,
+  before: config_dict.ConfigDict | None,
 ) -> config_dict.ConfigDict:
-  """Returns the config that a state was trained with, as far as it is known."""
+  """Returns the config that a state was trained with, as far as it is known.
+
+  `before` is that of the run, for states that were saved without theirs.
+  """
   if 'config' in meta:
     return config_lib.restore(meta['config'])
   record = meta['record']
@@ -154,7 +196,9 @@ def _config_of(
     known['phases'] = tuple(
       {'from_epoch': epoch, **changes} for epoch, changes in record['phases']
     )
-  config = stages.complete(task.config)
+  names = [fields.name for fields in before.stages] if before else []
+  config = stages.complete(before if task.stage.name in names else task.config)
+  config.update({field: meta[field] for field in _SAVED if field in meta})
   for fields in config.stages:
     if fields.name == task.stage.name:
       fields.update(known)
@@ -208,6 +252,13 @@ def _find_step(task: setup_lib.Task, place: _Place) -> int:
     step = steps.epoch_start(place.epoch)
   else:
     step = epochs.translate(place.step, place.steps, steps)
+    epoch = place.steps.epoch(place.step)
+    is_open = place.step > place.steps.epoch_start(epoch)
+    if is_open and step >= steps.total:
+      # It is evaluated only after a step of it, even if none would be left.
+      rest = stage.num_epochs > _count_epochs(place)
+      last = max(steps.total - 1, steps.epoch_start(epoch))
+      step = last if rest else steps.total + 1
   if step > steps.total:
     trained = _count_epochs(place)
     raise errors.UserError(
@@ -229,7 +280,5 @@ def _count_epochs(place: _Place) -> float:
 
 def _guess_first_step(place: _Place, record: dict[str, Any]) -> int:
   """Returns the global step before a stage, which once was not recorded."""
-  if not place.epoch:
-    return 0
   row = record['epochs'][-1]
   return row['global_step'] - place.steps.epoch_ends[place.epoch - 1]

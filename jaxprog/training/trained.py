@@ -123,7 +123,8 @@ def load_trained(
     )
   chosen = by_name[name]
   variables, meta = checkpoints.load_weights(workdir, name, weights)
-  meta = {**_read_config(workdir), **meta}
+  of_run = _read_config(workdir)
+  meta = {**of_run, **meta}
   trained = Trained(
     config=config,
     stage=chosen,
@@ -132,7 +133,7 @@ def load_trained(
     meta=meta,
     model_fn=model or setup.create_model_fn(config),
   )
-  _check_meta(trained, () if model else _OF_NETWORK)
+  _check_meta(trained, () if model else _OF_NETWORK, of_run)
   used = {field: getattr(chosen, field) for field in _OF_USE}
   stage_of_run = dataclasses.replace(trained.trained_stage, **used)
   trained = dataclasses.replace(trained, stage=stage_of_run)
@@ -147,6 +148,12 @@ def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
   with contextlib.suppress(OSError, ValueError):
     return {'config': json.loads((workdir / 'config.json').read_bytes())}
   return {}
+
+
+def _image_sizes(of_run: dict[str, Any], name: str) -> list[int]:
+  """Returns the image_size of a stage in the run's config, if it is there."""
+  ladder = of_run.get('config', {}).get('stages', ())
+  return [x['image_size'] for x in ladder if x['name'] == name]
 
 
 def _find_stage(
@@ -171,14 +178,21 @@ def last_done_stage(
   )
 
 
-def _check_meta(trained: Trained, of_network: tuple[str, ...]) -> None:
-  """Raises UserError if the weights were trained with other values."""
+def _check_meta(
+  trained: Trained, of_network: tuple[str, ...], of_run: dict[str, Any]
+) -> None:
+  """Raises UserError if the weights were trained with other values.
+
+  Since then their stage may have gone on with another image_size: `of_run`,
+  what `_read_config` returned, is no other config.
+  """
   config, meta, stage = trained.config, trained.meta, trained.stage
   here = {
     **{field: config[field] for field in of_network},
     **{field: list(config[field]) for field in _OF_PIXELS},
-    'image_size': stage.image_size,
   }
+  if stage.image_size not in _image_sizes(of_run, stage.name):
+    here['image_size'] = stage.image_size
   wrong = [
     f'{field} {meta[field]} (config: {value})'
     for field, value in here.items()
@@ -190,7 +204,7 @@ def _check_meta(trained: Trained, of_network: tuple[str, ...]) -> None:
       f'stage {stage.name!r}, {trained.weights}',
       'Leave --config out to use the one of --workdir. Evaluation at another '
       'size is eval_image_size.'
-      if meta.get('image_size') != stage.image_size
+      if 'image_size' in here and meta.get('image_size') != stage.image_size
       else 'Leave --config out to use the one of --workdir.',
     )
 
