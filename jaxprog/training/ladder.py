@@ -167,6 +167,7 @@ def open_run(
   if changes:
     incidents.add('config_change', '; '.join(changes))
   before = resume.read_config(workdir)
+  peers.wait_for_all('config')  # One of them replaces it.
   plain = _as_trained(config, workdir, before)
   history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
   _write_inputs(plain, workdir)

@@ -29,8 +29,10 @@ _FIXED = (
   'eval_crop',
   'eval_interpolation',
   'eval_split',
+  'mean_rgb',
   'model',
   'num_filters',
+  'std_rgb',
   'stem_kernel',
 )
 # Fields of a state that may begin anew.
@@ -123,7 +125,7 @@ def restore(
   unfrozen = place.step <= place.steps.frozen and now > task.steps.frozen
   # Moments know nothing of a backbone that unfreezes, and what another
   # optimizer made of them may have the same shape.
-  if 'optimizer' in fields or (fields and unfrozen):
+  if 'optimizer' in fields or unfrozen:
     state = dataclasses.replace(state, opt_state=None)
   renewed = [x for x in _RENEWABLE if getattr(state, x) is None]
   if not fields and not renewed:
