@@ -195,6 +195,11 @@ def _remove_others(file: pathlib.Path) -> None:
       old.unlink(missing_ok=True)
 
 
+def is_kept(records: sources.Records) -> bool:
+  """Returns whether these images were described before."""
+  return _cache_file(records).is_file()
+
+
 def _cache_file(records: sources.Records) -> pathlib.Path:
   """Returns where signatures are kept; another name for other images.
 

@@ -349,6 +349,15 @@ def find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
   return next((folder for folder in folders if folder.is_dir()), None)
 
 
+def is_here(dataset: str, data_dir: pathlib.Path) -> bool:
+  """Returns whether a dataset is here, raw or prepared."""
+  return bool(
+    dataset == 'digits'
+    or find_raw(dataset, data_dir)
+    or find_prepared(dataset, data_dir)
+  )
+
+
 def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
   """Returns the raw images of a dataset, None if they are not here.
 
@@ -829,20 +838,19 @@ def store(
   records = dataset.train.records
   if storage.kind == 'original' or records.pack is not None:
     return dataset
-  directory = records.directory.parent / 'packed'
-  path = directory / f'{records.directory.name}+{packs.pack_name(storage)}'
+  path = _pack_path(records, storage)
   whole = dataclasses.replace(
     records, positions=np.arange(len(records.source)), labels=np.empty(0)
   )
   # Before it is locked: one may not be allowed to write there.
-  pack = packs.open_pack(path, records.fingerprint)
+  pack = find_pack(records, storage)
   if pack is None:
-    with _writing(directory) as is_locked:
-      pack = packs.open_pack(path, records.fingerprint)
+    with _writing(path.parent) as is_locked:
+      pack = find_pack(records, storage)
       if pack is None:
         _remove(path)
         if is_locked:
-          _remove_leftovers(directory)
+          _remove_leftovers(path.parent)
         packs.write_pack(
           path,
           whole.original,
@@ -851,9 +859,19 @@ def store(
           fingerprint=records.fingerprint,
           progress=progress,
         )
-        pack = packs.open_pack(path, records.fingerprint)
+        pack = find_pack(records, storage)
   packed = dataclasses.replace(records, pack=pack)
   return dataclasses.replace(dataset, train=Split(packed))
+
+
+def find_pack(records: Records, storage: Storage) -> packs.Pack | None:
+  """Returns what `store` has made of `records`, None if it has not."""
+  return packs.open_pack(_pack_path(records, storage), records.fingerprint)
+
+
+def _pack_path(records: Records, storage: Storage) -> pathlib.Path:
+  name = f'{records.directory.name}+{packs.pack_name(storage)}'
+  return records.directory.parent / 'packed' / name
 
 
 def list_packs(directory: pathlib.Path) -> list[pathlib.Path]:

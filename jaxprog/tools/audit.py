@@ -64,7 +64,7 @@ def load_present(
   absent = {
     stage.name: stage.dataset
     for stage in chosen
-    if not _is_here(stage.dataset, pathlib.Path(data_dir))
+    if not sources.is_here(stage.dataset, pathlib.Path(data_dir))
   }
   if len(absent) == len(chosen):
     absent = {}  # Loading the first one says where it should be.
@@ -74,14 +74,6 @@ def load_present(
     if stage.name not in absent
   }
   return datasets, absent
-
-
-def _is_here(dataset: str, data_dir: pathlib.Path) -> bool:
-  return bool(
-    dataset == 'digits'
-    or sources.find_raw(dataset, data_dir)
-    or sources.find_prepared(dataset, data_dir)
-  )
 
 
 def find_leaks(

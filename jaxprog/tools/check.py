@@ -23,7 +23,7 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, formats, paths, stages
-from jaxprog.data import loader, packs, sources
+from jaxprog.data import loader, sources
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import progress as progress_lib
 from jaxprog.planning import costs
@@ -603,11 +603,7 @@ def _cheap(
     if stage.name not in stored:
       stage.storage = 'original'
   if config.exclude_leaks:
-    config.exclude_leaks = all(
-      preflight.is_signed(sources.load_dataset(dataset, data_dir))
-      for dataset in {stage.dataset for stage in config.stages}
-      if sources.find_prepared(dataset, data_dir)
-    )
+    config.exclude_leaks = preflight.leaks_are_known(config)
   return config
 
 
@@ -617,11 +613,7 @@ def _is_stored(stage: stages.Stage, data_dir: pathlib.Path) -> bool:
   if prepared is None:
     return False
   records = sources.open_prepared(stage.dataset, prepared).train.records
-  name = f'{records.directory.name}+{packs.pack_name(stage.stored)}'
-  return any(
-    path.name == name and packs.open_pack(path, records.fingerprint)
-    for path in sources.list_packs(records.directory)
-  )
+  return sources.find_pack(records, stage.stored) is not None
 
 
 def _describe_shortcuts(

@@ -22,7 +22,7 @@ from packaging import requirements, specifiers
 from jaxprog import config as config_lib
 from jaxprog import errors, files, formats, paths
 from jaxprog import stages as stages_lib
-from jaxprog.data import archives, builders, folders, packs, sources
+from jaxprog.data import archives, builders, folders, signatures, sources
 from jaxprog.monitoring import history as history_lib
 from jaxprog.optim import optimizers
 from jaxprog.reliability import checkpoints, integrity, lock
@@ -95,7 +95,7 @@ def inspect(
   data = {stage.name: x for stage, (x, _) in zip(chosen, looked, strict=True)}
   found += _gather(_check_left_out(chosen, data))
   found += _gather(_check_packs(chosen, data))
-  found += _gather(_check_leaks(config, chosen, data))
+  found += _gather(_check_leaks(config, chosen))
   if workdir:
     path = pathlib.Path(workdir)
     found += _gather(_check_workdir(path))
@@ -132,7 +132,7 @@ def launch(
   devices.check_platform(config.platform)
   data_dir = _data_dir(config)
   for stage in chosen:
-    if _is_here(stage.dataset, data_dir):
+    if sources.is_here(stage.dataset, data_dir):
       continue
     try:
       sources.check_dataset(stage.dataset, data_dir)
@@ -522,14 +522,6 @@ def _check_left_out(
       yield Finding(None, errors.printable(f'{dataset}: left out: {what}'))
 
 
-def _is_here(dataset: str, data_dir: pathlib.Path) -> bool:
-  return bool(
-    dataset == 'digits'
-    or sources.find_raw(dataset, data_dir)
-    or sources.find_prepared(dataset, data_dir)
-  )
-
-
 def _mend(dataset: str, suggestion: str) -> str:
   """Returns a dataset's suggestion with the command that it speaks of."""
   missing = suggestion.startswith('Put ')
@@ -550,41 +542,42 @@ def _check_packs(
     if stage.stored.kind == 'original' or not (dataset or raw):
       continue
     where = f'stage {stage.name!r}'
-    if dataset and _is_packed(dataset.train.records, stage.stored):
+    if dataset and sources.find_pack(dataset.train.records, stage.stored):
       yield Finding(True, f'{where}: images are stored as {stage.storage}')
     else:
       what = f'{where}: images will be stored as {stage.storage} first'
       yield Finding(None, what, prepare_command())
 
 
-def _is_packed(records: sources.Records, storage: stages_lib.Storage) -> bool:
-  name = f'{records.directory.name}+{packs.pack_name(storage)}'
-  return any(
-    path.name == name and packs.open_pack(path, records.fingerprint)
-    for path in sources.list_packs(records.directory)
-  )
-
-
 def _check_leaks(
-  config: config_dict.ConfigDict,
-  chosen: Sequence[stages_lib.Stage],
-  data: Mapping[str, _Data],
+  config: config_dict.ConfigDict, chosen: Sequence[stages_lib.Stage]
 ) -> Iterator[Finding]:
   if not config.exclude_leaks or not chosen:
     return
-  if all(x.dataset and is_signed(x.dataset) for x in data.values()):
+  if leaks_are_known(config):
     yield Finding(True, 'leaks: looked for before, left out')
   else:
     what = 'leaks: every image will be compared first'
     yield Finding(None, what, prepare_command())
 
 
-def is_signed(dataset: sources.Dataset) -> bool:
-  """Returns whether images were described, so that leaks are found soon."""
-  return all(
-    any(x.directory.glob(f'signatures-{x.name}-*.npy'))
-    for x in (dataset.train.records, dataset.eval.records)
-  )
+def leaks_are_known(config: config_dict.ConfigDict) -> bool:
+  """Returns whether all images that are here were described before.
+
+  Those of every stage: a stage leaves out what any other is evaluated on.
+  """
+  data_dir = paths.data_dir(config)
+  for dataset in {x.dataset for x in stages_lib.create_stages(config)}:
+    prepared = sources.find_prepared(dataset, data_dir)
+    if prepared is None:
+      if sources.is_here(dataset, data_dir):
+        return False
+      continue
+    opened = sources.open_prepared(dataset, prepared)
+    for split in (opened.train, opened.eval):
+      if not signatures.is_kept(split.records):
+        return False
+  return True
 
 
 def _check_workdir(workdir: pathlib.Path) -> Iterator[Finding]:
