@@ -128,7 +128,7 @@ def test_check_shows_the_rates_before_anything_is_trained(
   assert result.returncode == 0, result.stderr
   assert 'three: learning rate 0.01 x 48 / 96 = 0.005' in result.stdout
   assert 'event=plan stage=ten' in result.stdout
-  assert '  three  █' in result.stdout
+  assert '  ten    █' in result.stdout
   assert 'plateau' in result.stdout
   written = sorted(p.name for p in tmp_path.iterdir())
   assert written == ['learning_rates.png', 'plan.json']
