@@ -12,7 +12,7 @@ import shutil
 import pytest
 from PIL import Image
 
-import main
+from jaxprog import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ('README.md', *sorted(f'docs/{p.name}' for p in ROOT.glob('docs/*.md')))
@@ -51,9 +51,9 @@ def adapt(command, data_dir, root):
 
 def run(arguments):
   """Runs the command line in this process; returns the exit code."""
-  for name in main.FLAGS:
-    main.FLAGS[name].unparse()
-  return main.main(arguments)
+  for name in cli.FLAGS:
+    cli.FLAGS[name].unparse()
+  return cli.main(arguments)
 
 
 @pytest.fixture(scope='module')
@@ -99,5 +99,5 @@ def test_links_lead_somewhere(page):
 
 def test_modes_are_all_documented():
   text = ''.join((ROOT / page).read_text() for page in PAGES)
-  for mode in main.MODES:
+  for mode in cli.MODES:
     assert f'--mode={mode}' in text or mode == 'train'

@@ -115,7 +115,7 @@ def test_all_damaged_ends_the_run_again_and_again(config, workdir):
 # Ends where better weights are whole, and the state that knows of them is not.
 KILLED_BETWEEN = """
 import os, signal, sys
-import main
+from jaxprog import cli
 from jaxprog.reliability import checkpoints
 
 save_latest = checkpoints.Checkpoints.save_latest
@@ -130,7 +130,7 @@ def save_or_die(self, state, meta, *rest):
   save_latest(self, state, meta, *rest)
 
 checkpoints.Checkpoints.save_latest = save_or_die
-main.main(['main.py', *sys.argv[1:]])
+cli.main(['main.py', *sys.argv[1:]])
 """
 
 

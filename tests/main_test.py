@@ -7,8 +7,7 @@ import signal
 import pytest
 import runs
 
-import main
-from jaxprog import files
+from jaxprog import cli, files
 from jaxprog.reliability import lock
 
 CONFIG = 'tests/tiny_config.py'
@@ -237,14 +236,14 @@ def test_data_that_cannot_be_had_leaves_no_folder(tmp_path):
 
 
 def test_every_flag_is_for_some_mode():
-  known = {'config', 'workdir', 'mode', 'help'}.union(*main.MODES.values())
-  assert set(main.FLAGS) == known
+  known = {'config', 'workdir', 'mode', 'help'}.union(*cli.MODES.values())
+  assert set(cli.FLAGS) == known
 
 
 @pytest.mark.parametrize(
   'mode',
   ['train', 'verify --checkpoints', 'predict --input=docs/digit.png']
-  + [x for x in main.MODES if x not in ('train', 'predict', 'compare', 'tune')],
+  + [x for x in cli.MODES if x not in ('train', 'predict', 'compare', 'tune')],
 )
 def test_a_run_that_is_not_there_is_said_with_what_is_near(tmp_path, mode):
   files.write_json(tmp_path / 'first' / 'config.json', {})
@@ -279,7 +278,7 @@ def test_a_refused_second_process_writes_nothing(data_dir, tmp_path, mode):
 def test_what_fails_unexpectedly_makes_no_workdir_for_its_traceback(
   config, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(main, 'run', lambda overrides: 1 / 0)
+  monkeypatch.setattr(cli, 'run', lambda overrides: 1 / 0)
   arguments = config, f'--workdir={tmp_path}/run'
   result = runs.call_main(*arguments)
   assert result.returncode == 1

@@ -18,6 +18,8 @@ ROWS = (
   ('planning',),
   ('comparison',),
   ('tools',),
+  ('cli',),
+  ('__main__',),
 )
 LEVELS = {room: level for level, row in enumerate(ROWS) for room in row}
 

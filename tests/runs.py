@@ -13,7 +13,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-import main
+from jaxprog import cli
 from jaxprog.reliability import checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -52,15 +52,15 @@ def call_main(*arguments):
   A process of its own takes 2 s of a core to import JAX.
   """
   out, err = io.StringIO(), io.StringIO()
-  for name in main.FLAGS:
-    main.FLAGS[name].unparse()
+  for name in cli.FLAGS:
+    cli.FLAGS[name].unparse()
   with (
     contextlib.chdir(ROOT),
     mock.patch.dict(os.environ, COLUMNS='80'),
     contextlib.redirect_stdout(out),
     contextlib.redirect_stderr(err),
   ):
-    code = main.main(['main.py', *map(str, arguments)])
+    code = cli.main(['main.py', *map(str, arguments)])
   return subprocess.CompletedProcess(
     arguments, code, out.getvalue(), err.getvalue()
   )
