@@ -15,7 +15,7 @@ from jaxprog import config as config_lib
 from jaxprog import stages
 from jaxprog.reporting import baselines, rundir
 from jaxprog.reporting import timeline as timeline_lib
-from jaxprog.reporting.page import html, overview, sections
+from jaxprog.reporting.page import curves, html, overview
 
 # Without --mode=plan there is no section of it.
 SECTIONS = [name for name, _, _ in html.SECTIONS if name != 'plan']
@@ -250,7 +250,7 @@ def test_events_lie_where_their_steps_were():
   history, incidents = eventful()
   run = rundir.Run('run', history, incidents=incidents)
   spans = timeline_lib.spans(history['stages'])
-  marks = sections.events(run, spans, spans[-1].end)
+  marks = curves.events(run, spans, spans[-1].end)
   found = sorted((mark.x, mark.style) for mark in marks)
   first, second, third, _ = history['stages']
   per_epoch = second['steps_per_epoch']
@@ -274,7 +274,7 @@ def test_many_incidents_at_one_place_become_one_mark():
   ]
   run = rundir.Run('run', history, incidents=incidents)
   spans = timeline_lib.spans(history['stages'])
-  (mark,) = sections.events(run, spans, spans[-1].end)
+  (mark,) = curves.events(run, spans, spans[-1].end)
   assert mark.text.endswith('and 497 more')
   assert 'The last 60 of 500' in read(history, incidents=incidents).words()
 

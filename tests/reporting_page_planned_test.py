@@ -7,7 +7,7 @@ import history_fixture
 from planning_elsewhere_test import PLAN
 
 from jaxprog.planning import elsewhere
-from jaxprog.reporting import rundir
+from jaxprog.reporting import facts, rundir
 from jaxprog.reporting.page import html, planned
 
 TPUS = {'devices': {'kind': 'TPU v5 lite', 'count': 4}}
@@ -72,7 +72,7 @@ def test_what_was_measured_stands_beside_what_was_planned():
     'seconds': 7200.0,
     'epochs': [{'images_per_second': 3000.0}, {'images_per_second': 5000.0}],
   }
-  found = planned.measured(PLAN.figures(), stage)
+  found = facts.measured(PLAN.figures(), stage)
   assert found['images_per_second'] == 1000.0
   assert found['hours'] == 2.0
   assert found['planned_images_per_second'] == PLAN.images_per_second

@@ -7,6 +7,7 @@ import pytest
 import rich.console
 
 from jaxprog.monitoring import history as history_lib
+from jaxprog.reporting import facts
 from jaxprog.reporting import report as report_lib
 
 ENVIRONMENT = {
@@ -29,7 +30,7 @@ def create_stage(**fields):
 
 def score(**fields):
   history = {'config_hash': '', 'stages': [create_stage(**fields)]}
-  return report_lib.scorecard(history)[0]
+  return facts.scorecard(history)[0]
 
 
 def in_words(*stages, **arguments):
@@ -64,9 +65,7 @@ def test_time_verdict_is_in_minutes(seconds, verdict):
 
 
 def test_expectations_are_the_missions():
-  ranges = {
-    name: (e.top1, e.minutes) for name, e in report_lib.EXPECTATIONS.items()
-  }
+  ranges = {name: (e.top1, e.minutes) for name, e in facts.EXPECTATIONS.items()}
   assert ranges == {
     'imagenette': ((0.85, 0.95), (30, 30)),
     'tiny_imagenet': ((0.60, 0.70), (60, 120)),
@@ -230,7 +229,7 @@ def test_says_where_the_time_went():
     for e in (1, 2)
   ]
   stage = create_stage(epochs=rows, handover_seconds=2.0)
-  assert report_lib.time_split(stage) == (12.0, 4.0, 6.0, 2.0)
+  assert facts.time_split(stage) == (12.0, 4.0, 6.0, 2.0)
   words = in_words(stage)
   assert 'imagenette 0:24 50.0% 16.7% 25.0% 8.3%' in words
   assert 'compiling the first stage is in no figure' in words

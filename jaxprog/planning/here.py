@@ -10,7 +10,7 @@ import rich.text
 
 from jaxprog import formats
 from jaxprog import stages as stages_lib
-from jaxprog.reporting import report
+from jaxprog.reporting import facts
 
 # Columns of the plan, in characters: names of the rows; least and most of one
 # stage. So four stages are 80 wide.
@@ -232,7 +232,7 @@ def is_comparable(plan: StagePlan) -> bool | None:
 
   None where the mission says nothing of its dataset.
   """
-  expected = report.EXPECTATIONS.get(plan.stage.dataset)
+  expected = facts.EXPECTATIONS.get(plan.stage.dataset)
   if expected is None:
     return None
   size = expected.num_train_images, expected.num_epochs
@@ -244,7 +244,7 @@ def expectation_table(plans: Sequence[StagePlan]) -> rich.table.Table:
   titles = 'stage', 'top-1', 'minutes', 'planned', 'comparable'
   table = create_table(*titles, left=(0, 4))
   for plan in plans:
-    expected = report.EXPECTATIONS.get(plan.stage.dataset)
+    expected = facts.EXPECTATIONS.get(plan.stage.dataset)
     if expected is None:
       missing = f'no range is stated for {plan.stage.dataset}'
       table.add_row(plan.stage.name, '-', '-', '-', missing)
@@ -261,7 +261,7 @@ def expectation_table(plans: Sequence[StagePlan]) -> rich.table.Table:
   return table
 
 
-def _describe_comparison(plan: StagePlan, expected: report.Expectation) -> str:
+def _describe_comparison(plan: StagePlan, expected: facts.Expectation) -> str:
   if is_comparable(plan):
     return 'yes'
   return (

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from jaxprog.reporting import facts
+
 
 class Baseline(NamedTuple):
   """A published accuracy; top-1 as a fraction, the range a source gives.
@@ -179,30 +181,6 @@ SPEEDS = (
 )
 
 
-def best_top1(stage: Mapping[str, Any]) -> float | None:
-  """Returns the top-1 that a stage stands for, None before its first epoch.
-
-  That of its best weights on the validation images. Where a hold-out chooses
-  them, it is theirs until validation is looked at, once, at the stage's end;
-  see `is_on_holdout`.
-  """
-  found = stage.get('validation') or stage['best']
-  return found['top1'] if found else None
-
-
-def is_on_holdout(stage: Mapping[str, Any]) -> bool:
-  """Returns whether `best_top1` is of training images that were set aside."""
-  return chooses_on_holdout(stage) and not stage.get('validation')
-
-
-def chooses_on_holdout(stage: Mapping[str, Any]) -> bool:
-  """Returns whether a part of the training images decides which epoch is best.
-
-  Then the stage's evaluations, epoch by epoch, are on that part.
-  """
-  return str(stage.get('eval_split') or '').startswith('holdout')
-
-
 def compare(history: Mapping[str, Any], model: str | None) -> list[Comparison]:
   """Returns each stage beside the baselines of the same data and classes.
 
@@ -214,7 +192,7 @@ def compare(history: Mapping[str, Any], model: str | None) -> list[Comparison]:
   return [
     Comparison(
       stage['name'],
-      best_top1(stage),
+      facts.best_top1(stage),
       baseline,
       tuple(_differences(stage, model, baseline)),
     )
@@ -277,7 +255,7 @@ def _differences(
       f'{baseline.num_train_images:,} training images, here '
       f'{stage["num_train_images"]:,}'
     )
-  if is_on_holdout(stage):
+  if facts.is_on_holdout(stage):
     yield 'validation images, here on a hold-out'
   else:
     yield from _fewer_eval_images(stage)

@@ -23,7 +23,7 @@ from jaxprog import config as config_lib
 from jaxprog import files
 from jaxprog.models import conv, interchange, resnet
 from jaxprog.reliability import checkpoints
-from jaxprog.reporting import report
+from jaxprog.reporting import facts
 from jaxprog.training import augment, preflight
 from jaxprog.training import state as state_lib
 from jaxprog.training import trained as trained_lib
@@ -341,7 +341,7 @@ def _describe_training(
     f'{stage.schedule}, peak rate {stage.peak_learning_rate:g}, weight decay '
     f'{stage.weight_decay:g}.'
     + ''.join(
-      f' {x[0].upper()}{x[1:]}.' for x in report.describe_changes(record)
+      f' {x[0].upper()}{x[1:]}.' for x in facts.describe_changes(record)
     )
   )
 

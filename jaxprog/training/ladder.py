@@ -23,7 +23,7 @@ from jaxprog.monitoring import incidents as incidents_lib
 from jaxprog.monitoring import outcomes as outcomes_lib
 from jaxprog.monitoring import progress as progress_lib
 from jaxprog.reliability import checkpoints, lock, peers, signals, watchdog
-from jaxprog.reporting import outputs, report
+from jaxprog.reporting import facts, outputs, report
 from jaxprog.training import alike, loop, preflight, resume
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
@@ -527,7 +527,7 @@ def _note_change(
   record |= _describe_stage(task)
   record['learning_rates'] = rates
   record['config_changes'] = [*record.get('config_changes', []), noted]
-  for line in report.describe_changes(record)[-1:]:
+  for line in facts.describe_changes(record)[-1:]:
     run.progress.message(f'{task.stage.name}: {line}')
 
 

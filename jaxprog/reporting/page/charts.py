@@ -531,6 +531,13 @@ def sparkline(points: Sequence[Point], style: str, height: float = 36) -> Html:
   )
 
 
+def row(name: str, chart: Html, value: str) -> Html:
+  """Returns three cells of a grid."""
+  return join(
+    tag('span', name, title=name), chart, tag('span', value, class_='num')
+  )
+
+
 def shorten(text: str, width: int) -> str:
   """Returns `text`, its end cut off where it is longer than `width`."""
   return text if len(text) <= width else f'{text[: width - 1]}…'

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxprog import formats
-from jaxprog.reporting import report
+from jaxprog.reporting import facts
 from jaxprog.reporting.page import charts, markup
 from jaxprog.reporting.page.markup import Html, join, tag
 
@@ -162,7 +162,7 @@ def _matrix(found: Mapping[str, Any]) -> Html | None:
 
 
 def _confusions(stage: Mapping[str, Any]) -> Html:
-  mistakes = report.confusions(stage, _MAX_CONFUSIONS)
+  mistakes = facts.confusions(stage, _MAX_CONFUSIONS)
   if not mistakes:
     return tag('p', _describe_none(stage['diagnostics']), class_='note')
   return markup.table(

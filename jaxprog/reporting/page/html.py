@@ -2,7 +2,17 @@
 
 from collections.abc import Callable
 
-from jaxprog.reporting.page import classes, overview, planned, sections, style
+from jaxprog.reporting.page import (
+  classes,
+  curves,
+  hand_over,
+  notes,
+  overview,
+  planned,
+  scorecard,
+  style,
+  time,
+)
 from jaxprog.reporting.page.markup import Html, join, tag
 from jaxprog.reporting.rundir import Run
 
@@ -10,17 +20,17 @@ from jaxprog.reporting.rundir import Run
 # none.
 SECTIONS: tuple[tuple[str, str, Callable[[Run], Html]], ...] = (
   ('overview', 'Overview', overview.overview),
-  ('scorecard', 'Scorecard', sections.scorecard),
-  ('curves', 'Curves', sections.curves),
-  ('hand-over', 'Hand-over', sections.hand_over),
-  ('time', 'Time', sections.time),
+  ('scorecard', 'Scorecard', scorecard.scorecard),
+  ('curves', 'Curves', curves.curves),
+  ('hand-over', 'Hand-over', hand_over.hand_over),
+  ('time', 'Time', time.time),
   ('plan', 'Planned elsewhere', planned.planned),
   (
     'classes',
     'Classes and mistakes',
     lambda run: classes.per_class(run.stages),
   ),
-  ('notes', 'Notes and incidents', sections.notes),
+  ('notes', 'Notes and incidents', notes.notes),
 )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from configs import default
 from jaxprog import config as config_lib
 from jaxprog import formats
-from jaxprog.reporting import baselines, report
+from jaxprog.reporting import facts
 from jaxprog.reporting.page import charts, markup
 from jaxprog.reporting.page.markup import Html, join, tag
 from jaxprog.reporting.rundir import Run
@@ -98,20 +98,20 @@ def _headline_result(stage: Mapping[str, Any]) -> tuple[str, str]:
       f'{stage["eval_split"]}',
     )
   best = stage['best']
-  held = baselines.is_on_holdout(stage)
+  held = facts.is_on_holdout(stage)
   return (
     formats.percent(best['top1']),
     f'best top-1 of {stage["name"]}, epoch {best["epoch"]} of '
-    f'{report.planned_epochs(stage)}, on {stage["num_eval_images"]:,} '
+    f'{facts.planned_epochs(stage)}, on {stage["num_eval_images"]:,} '
     + ('training images held out' if held else 'validation images'),
   )
 
 
 def _card(number: int, stage: Mapping[str, Any]) -> Html:
-  best, held = stage['best'], baselines.chooses_on_holdout(stage)
+  best, held = stage['best'], facts.chooses_on_holdout(stage)
   at = ' top-1' + (f', epoch {best["epoch"]}' if best else '')
-  at += ', on a hold-out' if baselines.is_on_holdout(stage) else ''
-  speed = {'images_per_second': report.median_speed(stage)}
+  at += ', on a hold-out' if facts.is_on_holdout(stage) else ''
+  speed = {'images_per_second': facts.median_speed(stage)}
   pairs = [
     ('data', f'{stage["dataset"]}, {stage["num_classes"]:,} classes'),
     (
@@ -123,7 +123,7 @@ def _card(number: int, stage: Mapping[str, Any]) -> Html:
     ('recipe', f'{stage["optimizer"]}, {stage["schedule"]}'),
     (
       'epochs',
-      f'{report.trained_epochs(stage)} of {report.planned_epochs(stage)}',
+      f'{facts.trained_epochs(stage)} of {facts.planned_epochs(stage)}',
     ),
     (
       'time',
@@ -140,7 +140,7 @@ def _card(number: int, stage: Mapping[str, Any]) -> Html:
     _description(stage),
     tag(
       'div',
-      formats.percent(baselines.best_top1(stage)),
+      formats.percent(facts.best_top1(stage)),
       tag('small', at),
       class_='score',
     ),
@@ -163,7 +163,7 @@ def definitions(pairs: Sequence[tuple[str, object]], style: str = '') -> Html:
 
 def _facts(run: Run) -> Html:
   pairs: list[tuple[str, object]] = []
-  for name, text in report.describe_run(run.history, run.environment):
+  for name, text in facts.describe_run(run.history, run.environment):
     value = tag('code', text) if name in ('command', 'commit') else text
     pairs.append((name, value))
   if run.environment is None:

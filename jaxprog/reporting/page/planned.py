@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprog import formats
+from jaxprog.reporting import facts
 from jaxprog.reporting.page import markup
 from jaxprog.reporting.page.markup import Html, join, tag
 from jaxprog.reporting.rundir import Run
@@ -102,7 +103,7 @@ def _compare(
   for stage in stages:
     if stage['name'] not in by_name or not stage['epochs']:
       continue
-    found = measured(by_name[stage['name']], stage)
+    found = facts.measured(by_name[stage['name']], stage)
     ratio = found['images_per_second'] / found['planned_images_per_second']
     yield [
       stage['name'],
@@ -112,22 +113,3 @@ def _compare(
       formats.hours(found['hours']),
       formats.hours(found['planned_hours']),
     ]
-
-
-def measured(
-  plan: Mapping[str, Any], stage: Mapping[str, Any]
-) -> dict[str, float]:
-  """Returns planned and measured images/s a chip and hours of a stage.
-
-  Args:
-    plan: of a stage, as `figures` gives it.
-    stage: its record in a run's history, trained on such chips.
-  """
-  rows = stage['epochs']
-  rate = sum(x['images_per_second'] for x in rows) / max(len(rows), 1)
-  return {
-    'planned_images_per_second': plan['images_per_second'],
-    'images_per_second': rate / plan['num_chips'],
-    'planned_hours': plan['hours'],
-    'hours': stage['seconds'] / 3600,
-  }

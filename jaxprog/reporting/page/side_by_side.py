@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxprog import formats
 from jaxprog.monitoring import history as history_lib
-from jaxprog.reporting import baselines, report
+from jaxprog.reporting import facts
 from jaxprog.reporting.page import charts, html, markup, overview
 from jaxprog.reporting.page.markup import Html, join, tag
 from jaxprog.reporting.rundir import Run
@@ -68,13 +68,13 @@ def _facts(runs: Sequence[Run]) -> Html:
     {
       'n': '1',
       'status': overview.describe_status(run)[0],
-      **dict(report.describe_run(run.history, run.environment)),
+      **dict(facts.describe_run(run.history, run.environment)),
     }
     for run in runs
   ]
   names = dict.fromkeys(itertools.chain.from_iterable(described))
   rows: list[list[object]] = [
-    [name, *(facts.get(name, '–') for facts in described)] for name in names
+    [name, *(one.get(name, '–') for one in described)] for name in names
   ]
   return _table(runs, rows, 'What ran on what')
 
@@ -162,21 +162,20 @@ def _stage_figures(stage: Mapping[str, Any] | None) -> dict[str, str]:
     return {'status': 'not run'}
   best = stage['best'] or {'epoch': '–'}
   last = stage['epochs'][-1] if stage['epochs'] else {}
-  speed = {'images_per_second': report.median_speed(stage)}
+  speed = {'images_per_second': facts.median_speed(stage)}
   return {
     'status': stage['status'].replace('_', ' '),
-    'best top-1': formats.percent(baselines.best_top1(stage)),
+    'best top-1': formats.percent(facts.best_top1(stage)),
     'best top-1 on': 'a hold-out'
-    if baselines.is_on_holdout(stage)
+    if facts.is_on_holdout(stage)
     else 'validation',
     'at epoch': str(best['epoch']),
     'epochs evaluated on': 'a hold-out'
-    if baselines.chooses_on_holdout(stage)
+    if facts.chooses_on_holdout(stage)
     else 'validation',
     'last top-1': formats.percent(last.get('val_top1')),
     'last val loss': formats.cell('val_loss', last),
-    'epochs': f'{report.trained_epochs(stage)} of '
-    f'{report.planned_epochs(stage)}',
+    'epochs': f'{facts.trained_epochs(stage)} of {facts.planned_epochs(stage)}',
     'time': formats.duration(stage['seconds']),
     'images/s': formats.cell('images_per_second', speed),
     'train images': f'{stage["num_train_images"]:,}',
