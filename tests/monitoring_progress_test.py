@@ -89,7 +89,7 @@ def colored(monkeypatch):
 
 def create_plan(history):
   return [
-    progress_lib.PlannedStage(
+    progress_lib.Description(
       name=stage['name'],
       num_train_images=stage['num_train_images'],
       num_classes=stage['num_classes'],

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing import plugin_event_accumulator
 import jaxprog
 from jaxprog.data import sources
 from jaxprog.reliability import checkpoints, integrity
-from jaxprog.training import ladder, trained
+from jaxprog.training import described, ladder, trained
 from jaxprog.training import setup as setup_lib
 
 FOUR = '--config.stages[0].num_epochs=4'
@@ -280,19 +280,19 @@ def test_stages_of_separate_calls_do_not_erase_each_other(
 
 def test_a_stage_of_an_earlier_version_goes_on(arguments, tmp_path):
   """One that held out by names alone, and saved no config beside states."""
-  describe = ladder._describe_weights
+  describe = described.weights_meta
   arguments = (
     *with_batch(arguments, 72),
     '--config.stages[0].eval_split=holdout:20%',
     '--config.stages[0].num_epochs=2',
   )
 
-  def describe_less(run, task):
-    return {k: v for k, v in describe(run, task).items() if k != 'config'}
+  def describe_less(task):
+    return {k: v for k, v in describe(task).items() if k != 'config'}
 
   with (
     mock.patch.object(sources, 'HOLDOUT_RULE', 1),
-    mock.patch.object(ladder, '_describe_weights', describe_less),
+    mock.patch.object(described, 'weights_meta', describe_less),
   ):
     start(arguments, tmp_path, epochs=1)
   path = tmp_path / 'training_history.json'

@@ -31,7 +31,7 @@ LINE_SECONDS = 30.0
 RATE_SECONDS = 60.0
 
 
-class PlannedStage(NamedTuple):
+class Description(NamedTuple):
   """What follows from the config and the datasets, known before training."""
 
   name: str
@@ -116,13 +116,13 @@ class Progress:
   ):
     self._num_stages = num_stages
     self._clock = clock
-    self._plan: Sequence[PlannedStage] = ()
+    self._plan: Sequence[Description] = ()
     self._at: StageProgress | None = None
     self._timer = _Timer(clock)
     console = console or rich.console.Console(markup=False)
     self._view = _create_view(console)
 
-  def start_run(self, plan: Sequence[PlannedStage]) -> None:
+  def start_run(self, plan: Sequence[Description]) -> None:
     """Shows what will be trained; `plan` lists the stages of this run."""
     self._plan = plan
     self._view.plan(plan)
@@ -308,7 +308,7 @@ class _PlainView:
     self._console = console
     self._next_line = 0.0
 
-  def plan(self, plan: Sequence[PlannedStage]) -> None:
+  def plan(self, plan: Sequence[Description]) -> None:
     for stage in plan:
       values = stage._asdict()
       self._print(event='plan', stage=values.pop('name'), **values)
@@ -376,7 +376,7 @@ class _LiveView:
     self._columns: tuple[_Column, ...] = ()
     self._width = 0  # That the columns were chosen for.
 
-  def plan(self, plan: Sequence[PlannedStage]) -> None:
+  def plan(self, plan: Sequence[Description]) -> None:
     cells = [[f(stage) for _, _, f in _PLAN_COLUMNS] for stage in plan]
     columns = [
       _Column(title, max(len(c) for c in (title, *column)), rank)
@@ -572,7 +572,7 @@ _ROW_COLUMNS = (
   _Column('time', 8, 5, 'seconds'),
 )
 
-_PLAN_COLUMNS: tuple[tuple[str, int, Callable[[PlannedStage], str]], ...] = (
+_PLAN_COLUMNS: tuple[tuple[str, int, Callable[[Description], str]], ...] = (
   ('stage', 0, lambda s: s.name),
   ('images', 2, lambda s: f'{s.num_train_images:,}'),
   ('classes', 3, lambda s: str(s.num_classes)),

@@ -30,7 +30,8 @@ from jaxprog.planning import costs
 from jaxprog.planning import here as plan_lib
 from jaxprog.reliability import checkpoints
 from jaxprog.reporting import plots
-from jaxprog.training import ladder, preflight
+from jaxprog.training import described, preflight
+from jaxprog.training import run as run_lib
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import steps as steps_lib
 
@@ -187,13 +188,15 @@ def show_plan(
     only=only,
     skip=skip,
     model=model,
-    holdout_rules=history_lib.holdout_rules(ladder.read_history(run)),
+    holdout_rules=history_lib.holdout_rules(run_lib.read_history(run)),
   )
-  tasks = ladder.create_tasks(setup, run)
-  rates = {task.stage.name: ladder.sample_learning_rate(task) for task in tasks}
+  tasks = run_lib.create_tasks(setup, run)
+  rates = {
+    task.stage.name: described.sample_learning_rate(task) for task in tasks
+  }
   if not console.is_terminal:  # To be searched with grep.
     with progress_lib.Progress(len(tasks), console=console) as progress:
-      progress.start_run([ladder.plan(task) for task in tasks])
+      progress.start_run([described.describe(task) for task in tasks])
   layers = costs.summarise_layers(
     tasks[-1].model,
     tasks[-1].state_shapes.variables,
@@ -328,7 +331,7 @@ def _describe_load() -> str:
 
 def _plan_stage(task: setup_lib.Task) -> plan_lib.StagePlan:
   """Returns what is known of a stage without its costs."""
-  stage, planned = task.stage, ladder.plan(task)
+  stage, planned = task.stage, described.describe(task)
   evaluations = len(task.steps.epoch_ends) * (2 if stage.ema_decay else 1)
   plan = plan_lib.StagePlan(
     stage=stage,

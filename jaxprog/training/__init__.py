@@ -1,1 +1,1 @@
-"""State, steps, loop and ladder."""
+"""One run: its setup and state, the steps, the loop, the ladder of stages."""

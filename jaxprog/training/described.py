@@ -1,0 +1,150 @@
+"""What is said and noted of a stage, as its task and its record tell it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprog import config as config_lib
+from jaxprog import stages
+from jaxprog.data import jpeg
+from jaxprog.monitoring import progress as progress_lib
+from jaxprog.training import resume
+from jaxprog.training import setup as setup_lib
+from jaxprog.training import state as state_lib
+
+
+def describe(task: setup_lib.Task) -> progress_lib.Description:
+  """Returns what is printed of a stage before the run starts."""
+  stage = task.stage
+  return progress_lib.Description(
+    name=stage.name,
+    num_train_images=len(task.dataset.train),
+    num_classes=len(task.dataset.classes),
+    image_size=stage.image_size,
+    batch_size=stage.batch_size,
+    total_steps=task.steps.total,
+    warmup_steps=task.steps.warmup,
+    peak_learning_rate=stage.peak_learning_rate,
+    final_learning_rate=float(task.learning_rate_fn(task.steps.total - 1)),
+    parameters=state_lib.count_params(task.state_shapes.params),
+  )
+
+
+def sample_learning_rate(task: setup_lib.Task) -> list[float]:
+  """Returns 200 rates at even distances in epochs, first to last.
+
+  Without what the plateau schedule will lower them by: nobody knows yet.
+  """
+  steps = task.steps
+  at = np.array(
+    [
+      min(steps.step_at(epoch), steps.total - 1)
+      for epoch in np.linspace(0, task.stage.num_epochs, 200)
+    ],
+    np.int32,
+  )
+  return jax.vmap(task.learning_rate_fn)(at).tolist()
+
+
+def join_rates(
+  task: setup_lib.Task,
+  record: Mapping[str, Any],
+  new: Sequence[float],
+  change: resume.Change,
+) -> list[float]:
+  """Returns the rates that a stage has had, and those that it will have.
+
+  None where either are not known beforehand.
+  """
+  old = record.get('learning_rates') or []
+  if not old or not new:
+    return []
+  at = np.linspace(0, task.stage.num_epochs, len(new))
+  had = np.interp(at, np.linspace(0, record['num_epochs'], len(old)), old)
+  return np.where(at < change.epoch, had, new).tolist()
+
+
+def fields(task: setup_lib.Task) -> dict[str, Any]:
+  """Returns the fields of a stage's record that are known beforehand."""
+  stage = task.stage
+  stem = getattr(task.model, 'stem', None)
+  return {
+    'name': stage.name,
+    'description': stage.description,
+    'dataset': stage.dataset,
+    'num_classes': len(task.dataset.classes),
+    'image_size': stage.image_size,
+    'batch_size': stage.batch_size,
+    'optimizer': stage.optimizer,
+    'schedule': stage.schedule,
+    'learning_rate': stage.peak_learning_rate,
+    'num_epochs': stage.num_epochs,
+    'steps_per_epoch': task.steps.phases[0].per_epoch,
+    'num_train_images': len(task.dataset.train),
+    'num_eval_images': len(task.dataset.selection),
+    'eval_split': stage.eval_split,
+    'holdout': _describe_holdout(task),
+    'eval_image_size': stage.eval_size,
+    'data_version': task.dataset.version,
+    'decoder': jpeg.version(),
+    'excluded_images': dict(task.dataset.excluded),
+    'phases': [[x.from_epoch, dict(x.changes)] for x in stage.phases],
+    'num_params': state_lib.count_params(task.state_shapes.params),
+    'dtype': task.dtype.name,
+    'stem': stem._asdict() if stem is not None else None,
+  }
+
+
+def _describe_holdout(task: setup_lib.Task) -> dict[str, Any] | None:
+  """Returns what was set aside for selection, and by which rule."""
+  dataset = task.dataset
+  if dataset.holdout is None:
+    return None
+  return {
+    'rule': dataset.holdout_rule,
+    'part': task.stage.holdout,
+    'images': len(dataset.holdout),
+  }
+
+
+def weights_meta(task: setup_lib.Task) -> dict[str, Any]:
+  """Returns what is stored with weights, so that they can be used alone."""
+  config = task.config
+  return {
+    'stage': task.stage.name,
+    'classes': list(task.dataset.classes),
+    'class_names': list(task.dataset.class_names),
+    'model': config.model,
+    'num_filters': config.num_filters,
+    'stem_kernel': config.stem_kernel,
+    'blur_pool': config.blur_pool,
+    'image_size': task.stage.image_size,
+    'mean_rgb': list(config.mean_rgb),
+    'std_rgb': list(config.std_rgb),
+    # All that they were trained with, as complete as config.json.
+    'config': config_lib.to_json(stages.complete(config)),
+  }
+
+
+def start(record: Mapping[str, Any]) -> str:
+  """Returns where the weights come from, for a person."""
+  origin = record['transfer']
+  if record.get('resumed_at_steps'):
+    return f'resumed at step {record["resumed_at_steps"][-1]}'
+  if origin['from'] is None:
+    return 'fresh weights'
+  head = 'fresh head' if 'head' in origin['fresh'] else 'head carried'
+  match origin.get('head'):
+    case 'zero':
+      head = 'head of zeros'
+    case 'by_class':
+      rows = sum(map(len, origin['head_rows'].values()))
+      head = f'{rows} of {record["num_classes"]} head rows carried'
+  done = [head]
+  if origin['operator'] != 'plain':
+    done.append(origin['operator'])
+  if origin['statistics'] != 'carry':
+    done.append(f'statistics {origin["statistics"]}')
+  return f'from {origin["from"]}, {", ".join(done)}'

@@ -1,0 +1,270 @@
+"""The run that is under way: what it is made of, where it reports to."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any
+
+import jax
+import rich.console
+from ml_collections import config_dict
+
+from jaxprog import config as config_lib
+from jaxprog import errors, files, stages
+from jaxprog.monitoring import environment, tensorboard
+from jaxprog.monitoring import history as history_lib
+from jaxprog.monitoring import incidents as incidents_lib
+from jaxprog.monitoring import progress as progress_lib
+from jaxprog.reliability import checkpoints, lock, peers, signals, watchdog
+from jaxprog.reporting import outputs
+from jaxprog.training import preflight, resume
+from jaxprog.training import setup as setup_lib
+from jaxprog.training.transfer import handover
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A ladder on its way: what it is made of and where it reports to."""
+
+  setup: setup_lib.Setup
+  tasks: tuple[setup_lib.Task, ...]
+  workdir: pathlib.Path
+  history: dict[str, Any]
+  progress: progress_lib.Progress
+  writer: tensorboard.Writer
+  stop: signals.StopRequest
+  incidents: incidents_lib.Incidents
+  # Notes an incident and says it: on_incident(kind, message, **fields).
+  on_incident: Callable[..., None]
+  owner: lock.Lock
+  dog: watchdog.Watchdog
+  # Compiles the next stage while this one trains.
+  compiler: futures.Executor
+  # Told the name of a stage and each row of its history.
+  on_epoch: Callable[[str, dict[str, Any]], object]
+  reporter: outputs.Reporter
+  # What the workdir's config was when the run began.
+  before: config_dict.ConfigDict | None
+  # By stage, at even distances in epochs; sampled by the compiler's thread.
+  rates: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+  def save_history(self) -> None:
+    """Writes training_history.json, on the process that writes."""
+    if jax.process_index() == 0:
+      path = self.workdir / 'training_history.json'
+      history_lib.save_history(path, self.history)
+      self.reporter.refresh()
+
+  def save_stages(self, running: str = '') -> None:
+    """Writes stages.json: which stages are pending, running and done.
+
+    A stage is done once its last save has committed.
+    """
+    if jax.process_index() != 0:
+      return
+    rows = []
+    for stage in self.setup.stages:
+      done = checkpoints.read_done(self.workdir, stage.name) is not None
+      status = 'running' if stage.name == running else 'pending'
+      rows.append({'name': stage.name, 'status': 'done' if done else status})
+    files.write_json(self.workdir / 'stages.json', {'stages': rows})
+
+
+def open_run(
+  setup: setup_lib.Setup,
+  workdir: pathlib.Path,
+  owner: lock.Lock,
+  stop: signals.StopRequest,
+  stack: contextlib.ExitStack,
+  *,
+  allow_config_change: bool = False,
+  on_epoch: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
+  shorten: Callable[[setup_lib.Task], setup_lib.Task] = lambda task: task,
+) -> Run:
+  """Returns a run of `setup`, all checked; `stack` closes what it has opened.
+
+  Raises:
+    UserError: for mistakes in the data or the workdir.
+  """
+  config = setup.config
+  progress = stack.enter_context(_create_progress(len(setup.chosen)))
+  incidents = _create_incidents(workdir, owner)
+
+  def on_incident(kind, message, **fields):
+    incidents.add(kind, message, **fields)
+    progress.message(message)
+
+  checkpoints.verify_all(workdir, on_incident)
+  history, changes = _load_history(config, workdir, allow_config_change)
+  tasks = create_tasks(setup, workdir, shorten)
+  for line in preflight.quick(tasks, workdir):
+    progress.message(line)
+  if changes:
+    incidents.add('config_change', '; '.join(changes))
+  before = resume.read_config(workdir)
+  peers.wait_for_all('config')  # One of them replaces it.
+  plain = _as_trained(config, workdir, before)
+  history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
+  _write_inputs(plain, workdir)
+  run = Run(
+    setup=setup,
+    tasks=tasks,
+    workdir=workdir,
+    history=history,
+    progress=progress,
+    writer=stack.enter_context(
+      contextlib.closing(_create_writer(config, workdir))
+    ),
+    stop=stop,
+    incidents=incidents,
+    on_incident=on_incident,
+    owner=owner,
+    dog=stack.enter_context(_create_watchdog(config, workdir, incidents)),
+    compiler=_create_executor('compiler', stack),
+    on_epoch=on_epoch,
+    reporter=outputs.Reporter(
+      _create_executor('reporter', stack), workdir, incidents.entries
+    ),
+    before=before,
+  )
+  run.writer.write_hparams(tensorboard.flatten_config(plain))
+  return run
+
+
+def create_tasks(
+  setup: setup_lib.Setup,
+  workdir: pathlib.Path,
+  shorten: Callable[[setup_lib.Task], setup_lib.Task] = lambda task: task,
+) -> tuple[setup_lib.Task, ...]:
+  """Returns what each chosen stage trains with.
+
+  Raises:
+    UserError: for what a stage yet to begin in `workdir` cannot start from, or
+      one under way cannot go on with.
+  """
+  tasks = tuple(
+    shorten(setup_lib.create_task(setup, stage)) for stage in setup.chosen
+  )
+  handover.check(setup, tasks, workdir)
+  resume.check(tasks, workdir)
+  return tasks
+
+
+def read_history(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the history of `workdir`, a new one where there is none."""
+  path = workdir / 'training_history.json'
+  if not path.exists():
+    return history_lib.new_history('')
+  return history_lib.load_history(path)
+
+
+def _load_history(
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  allow_config_change: bool,
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns the history of `workdir`, and what the config changes.
+
+  Shows how the config differs from the one that the run began with.
+
+  Raises:
+    UserError: if the run there began with another config.
+  """
+  history = read_history(workdir)
+  saved = preflight.saved_configs(config, workdir)
+  if saved and jax.process_index() == 0:
+    table = config_lib.difference_table(*saved)
+    if table.row_count:
+      rich.console.Console(markup=False).print(table)
+  changes = preflight.check_changes(config, workdir, allow_config_change)
+  return history, changes
+
+
+def _as_trained(
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  before: config_dict.ConfigDict | None,
+) -> dict[str, Any]:
+  """Returns `config` complete, for JSON; stages that are done as they were.
+
+  Once `before` alone, the run's config so far, told how they were.
+  """
+  plain = config_lib.to_json(stages.complete(config))
+  so_far = config_lib.to_json(before) if before else {}
+  for i, stage in enumerate(plain['stages']):
+    done = checkpoints.read_done(workdir, stage['name'])
+    if done is None:
+      continue
+    for was in done.get('config', so_far).get('stages', ()):
+      if was['name'] == stage['name']:
+        plain['stages'][i] = {**stage, **was}
+  return plain
+
+
+def _write_inputs(plain: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Writes what runs and on what, before anything is compiled."""
+  if jax.process_index() != 0:
+    return
+  try:
+    for pattern in ('.*.tmp', 'checkpoints/*/.*.tmp'):  # Of killed writes.
+      for path in workdir.glob(pattern):
+        path.unlink(missing_ok=True)
+    files.write_json(workdir / 'config.json', plain)
+    files.write_json(workdir / 'environment.json', environment.environment())
+  except OSError as e:
+    raise errors.UserError(
+      f'Cannot write to the workdir: {e.strerror}.',
+      f'--workdir={workdir}',
+      'Name a directory that you may write to.',
+    ) from None
+
+
+def _create_progress(num_stages: int) -> progress_lib.Progress:
+  """Returns what people see, or nothing; only process 0 shows it."""
+  quiet = jax.process_index() != 0
+  console = rich.console.Console(quiet=quiet, markup=False)
+  return progress_lib.Progress(num_stages, console=console)
+
+
+def _create_incidents(
+  workdir: pathlib.Path, owner: lock.Lock
+) -> incidents_lib.Incidents:
+  """Returns the log of what goes wrong; only process 0 writes it."""
+  writes = jax.process_index() == 0
+  incidents = incidents_lib.Incidents(
+    workdir / 'incidents.jsonl' if writes else None
+  )
+  if owner.taken_over:
+    incidents.add('lock', owner.taken_over)
+  return incidents
+
+
+def _create_writer(
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> tensorboard.Writer:
+  """Returns TensorBoard's writer; only process 0 writes."""
+  writes = config.tensorboard and jax.process_index() == 0
+  return tensorboard.Writer(workdir / 'tensorboard' if writes else None)
+
+
+def _create_watchdog(
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  incidents: incidents_lib.Incidents,
+) -> watchdog.Watchdog:
+  return watchdog.Watchdog(
+    config.watchdog_minutes,
+    log=workdir / 'watchdog.log',
+    on_timeout=lambda text: incidents.add('watchdog', text),
+  )
+
+
+def _create_executor(
+  name: str, stack: contextlib.ExitStack
+) -> futures.ThreadPoolExecutor:
+  """Returns one thread that nobody waits for: it may compile for minutes."""
+  executor = futures.ThreadPoolExecutor(1, name)
+  stack.callback(executor.shutdown, wait=False, cancel_futures=True)
+  return executor
