@@ -1,8 +1,9 @@
-"""Files that are either whole or not there, and locks on them."""
+"""Files that are either whole or not there, locks on them and their sums."""
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -77,6 +78,21 @@ def folder(path: pathlib.Path) -> Iterator[None]:
     for x in made:
       with contextlib.suppress(OSError):
         x.rmdir()
+
+
+def digest(path: str | os.PathLike[str]) -> str:
+  """Returns the SHA-256 of a file, in hex."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def digest_parts(*parts: str | bytes) -> str:
+  """Returns the SHA-256 of all `parts`, in hex, in order and kept apart."""
+  digest = hashlib.sha256()
+  for part in parts:
+    encoded = part.encode() if isinstance(part, str) else part
+    digest.update(f'{len(encoded)}\0'.encode() + encoded)
+  return digest.hexdigest()
 
 
 def _jsonable(value: Any) -> Any:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 
@@ -31,3 +32,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     files.write_bytes(path, b'new')
   assert path.read_bytes() == b'old'
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_digests(tmp_path):
+  (tmp_path / 'x').write_bytes(b'abc')
+  assert files.digest(tmp_path / 'x') == hashlib.sha256(b'abc').hexdigest()
+  assert files.digest_parts('ab', b'c') == files.digest_parts(b'ab', 'c')
+  assert files.digest_parts('ab', 'c') != files.digest_parts('a', 'bc')

@@ -97,8 +97,7 @@ def is_intact(path: pathlib.Path) -> bool:
   """Returns whether the images are those that were written, to the bit."""
   try:
     expected = json.loads((path / 'pack.json').read_text())['sha256']
-    with open(path / 'images.bin', 'rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest() == expected
+    return files.digest(path / 'images.bin') == expected
   except (OSError, ValueError, KeyError):
     return False
 

@@ -217,9 +217,7 @@ def _describe(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
 def _hash(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():  # Reading from a pipe would never end.
     return {'sha256': 'not a file', 'size': 0}
-  with open(path, 'rb') as file:
-    digest = hashlib.file_digest(file, 'sha256').hexdigest()
-    return {'sha256': digest, 'size': os.fstat(file.fileno()).st_size}
+  return {'sha256': files.digest(path), 'size': path.stat().st_size}
 
 
 def _encode(described: dict[str, dict[str, Any]]) -> bytes:

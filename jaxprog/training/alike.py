@@ -1,7 +1,6 @@
 """Are all processes of a run about to do the same?"""
 
 import contextlib
-import hashlib
 import importlib.metadata
 import pathlib
 import time
@@ -12,7 +11,7 @@ from ml_collections import config_dict
 
 import jaxprog
 from jaxprog import config as config_lib
-from jaxprog import fields, stages
+from jaxprog import fields, files, stages
 from jaxprog.data import jpeg, sources
 from jaxprog.reliability import peers
 
@@ -78,17 +77,15 @@ def _describe_data(dataset: sources.Dataset) -> dict[str, str]:
     'the number of classes': str(dataset.num_classes),
     'the number of images': f'{len(dataset.train)} + {len(dataset.selection)}',
     'the data': dataset.fingerprint[:16],
-    'the training images': _digest(
-      records.positions.tobytes(),
-      records.labels.tobytes(),
-      dataset.version.encode(),
-    ),
+    'the training images': files.digest_parts(
+      records.positions.tobytes(), records.labels.tobytes(), dataset.version
+    )[:16],
   }
 
 
 def _hash_code() -> str:
   root = pathlib.Path(jaxprog.__file__).parent
-  return _digest(*(path.read_bytes() for path in sorted(root.rglob('*.py'))))
+  return files.digest_parts(*map(files.digest, sorted(root.rglob('*.py'))))[:16]
 
 
 def _describe_owner(workdir: pathlib.Path) -> str:
@@ -98,14 +95,7 @@ def _describe_owner(workdir: pathlib.Path) -> str:
     with contextlib.suppress(OSError):
       owner = (workdir / 'run.lock').read_bytes()
       if owner:
-        return _digest(owner)
+        return files.digest_parts(owner)[:16]
     if time.monotonic() > deadline:
       return 'not locked'
     time.sleep(0.2)
-
-
-def _digest(*parts: bytes) -> str:
-  digest = hashlib.sha256()
-  for part in parts:
-    digest.update(hashlib.sha256(part).digest())
-  return digest.hexdigest()[:16]

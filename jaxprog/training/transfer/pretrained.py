@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import safetensors
 
-from jaxprog import errors, paths, stages
+from jaxprog import errors, files, paths, stages
 from jaxprog.models import interchange
 from jaxprog.reliability import checkpoints, integrity
 from jaxprog.training import setup as setup_lib
@@ -69,7 +69,7 @@ def load(
       name: _read(file, name, where) for name in _describe(like, where)
     }
   return Pretrained(
-    interchange.from_state_dict(tensors, like), known, _digest(path)
+    interchange.from_state_dict(tensors, like), known, files.digest(path)[:16]
   )
 
 
@@ -215,11 +215,6 @@ def _read(file: Any, name: str, where: str) -> np.ndarray:
       f'{name} is not finite in the file.', where, 'Fetch or export it again.'
     )
   return tensor
-
-
-def _digest(path: pathlib.Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()[:16]
 
 
 def _one_line(error: Exception) -> str:
