@@ -310,14 +310,14 @@ def quarantine_latest(
 
 
 def find_lost(
-  workdir: pathlib.Path, findings: Iterable[integrity.Finding]
+  workdir: pathlib.Path, conditions: Iterable[integrity.Condition]
 ) -> list[pathlib.Path]:
   """Returns the stages under way that have no intact state.
 
-  `findings` are those of `check_workdir`.
+  `conditions` are those of `check_workdir`.
   """
   statuses = collections.defaultdict(list)
-  for found in findings:
+  for found in conditions:
     if found.name == 'latest':
       statuses[found.stage].append(found.status)
   return [x for x in _stages(workdir) if _is_lost(x, statuses[x.name])]
@@ -377,21 +377,21 @@ def _report_damage(directory: pathlib.Path, on_incident: OnIncident) -> None:
       )
 
 
-def check_workdir(workdir: pathlib.Path) -> list[integrity.Finding]:
+def check_workdir(workdir: pathlib.Path) -> list[integrity.Condition]:
   """Returns what became of each checkpoint in `workdir`; changes nothing."""
-  findings: list[integrity.Finding] = []
+  conditions: list[integrity.Condition] = []
   for stage in _stages(workdir):
     for part in _parts(stage):
-      findings += integrity.inspect(part)
+      conditions += integrity.inspect(part)
     path = stage / 'done.json'
     if path.exists():
       damage = _done_damage(path)
       status = 'damaged' if damage else 'intact'
       size = path.stat().st_size
-      findings.append(
-        integrity.Finding(stage.name, 'done.json', -1, status, damage, size)
+      conditions.append(
+        integrity.Condition(stage.name, 'done.json', -1, status, damage, size)
       )
-  return findings
+  return conditions
 
 
 def _done_damage(path: pathlib.Path) -> str:

@@ -31,7 +31,7 @@ class SaveError(RuntimeError):
   """A checkpoint could not be written."""
 
 
-class Finding(NamedTuple):
+class Condition(NamedTuple):
   """What became of one checkpoint; `status` is intact, damaged, unfinished."""
 
   stage: str
@@ -98,18 +98,18 @@ def is_unfinished(directory: pathlib.Path, step: int) -> bool:
   return not written and _marker(directory, step).exists()
 
 
-def inspect(directory: pathlib.Path) -> Iterator[Finding]:
+def inspect(directory: pathlib.Path) -> Iterator[Condition]:
   """Yields what became of each step in STAGE/NAME; nothing is changed."""
   stage, name = directory.parent.name, directory.name
   for step in list_steps(directory):
     status, detail = _inspect_step(directory, step)
     path = directory / str(step)
     if path.is_dir():  # A run may have removed it meanwhile.
-      yield Finding(stage, name, step, status, detail, _size(path))
+      yield Condition(stage, name, step, status, detail, _size(path))
   for path in _leftovers(directory):
     detail = f'left behind: {path.name}'
     step = int(''.join(re.findall(r'\d+', path.name)[:1]) or -1)
-    yield Finding(stage, name, step, 'unfinished', detail, _size(path))
+    yield Condition(stage, name, step, 'unfinished', detail, _size(path))
 
 
 def _inspect_step(directory: pathlib.Path, step: int) -> tuple[str, str]:

@@ -46,7 +46,7 @@ def verify_checkpoints(workdir: str | pathlib.Path) -> int:
   return 1 if any(found.status == 'damaged' for found in findings) else 0
 
 
-def _table(findings: Sequence[integrity.Finding]) -> rich.table.Table:
+def _table(findings: Sequence[integrity.Condition]) -> rich.table.Table:
   table = rich.table.Table(box=rich.box.SIMPLE, show_edge=False)
   table.add_column(' stage', overflow='fold')
   table.add_column('checkpoint', no_wrap=True)
@@ -64,11 +64,11 @@ def _table(findings: Sequence[integrity.Finding]) -> rich.table.Table:
   return table
 
 
-def _name(found: integrity.Finding) -> str:
+def _name(found: integrity.Condition) -> str:
   step = f'/{found.step}' if found.step >= 0 else ''
   return f'{found.stage}/{found.name}{step}'
 
 
-def _summary(findings: Sequence[integrity.Finding]) -> str:
+def _summary(findings: Sequence[integrity.Condition]) -> str:
   counts = collections.Counter(found.status for found in findings)
   return ', '.join(f'{counts[status]} {status}' for status in _STYLES)
