@@ -22,6 +22,8 @@ from ml_collections import config_dict
 from jaxprog import errors
 
 T = TypeVar('T')
+# Pixels, at least 8.
+_SIDE = r'0*([89]|[1-9]\d+)'
 Declared = Mapping[str, 'Field']
 
 
@@ -35,7 +37,9 @@ class Field:
     default: what it is where nobody says otherwise.
     unit: what it counts.
     within: where its numbers lie, such as '(0, 1]' or '0 or [8, inf)'.
-    choices: all that it can be; (): anything of its type.
+    choices: all that it can be, or with a `pattern` what it may look like; ():
+      anything of its type.
+    pattern: a regular expression of what it can be besides.
     free: whether it may change between two starts of one run: on the same
       hardware the same bits come out.
     local: whether the hosts of one run may differ in it.
@@ -53,6 +57,7 @@ class Field:
   unit: str = ''
   within: str = '[0, inf)'
   choices: tuple[Any, ...] = ()
+  pattern: str = ''
   free: bool = False
   local: bool = False
   phase: bool = False
@@ -73,14 +78,11 @@ class Field:
     value = self.widen(value)
     if not _fits(value, self.kind):
       raise self._wrong_type(value, where)
-    if self.choices and value not in self.choices:
+    if self.choices and not self._is_known(value):
       raise unknown(value, self.choices, self.name, where)
-    numbers = value if isinstance(value, tuple) else (value,)
-    for x in filter(_is_number, numbers):
-      if not math.isfinite(_on_devices(x)):
-        raise self._out_of_range(x, 'a finite number', where)
-      if not _lies_within(x, self.within):
-        raise self._out_of_range(x, describe_range(self.within), where)
+    for x in value if isinstance(value, tuple) else (value,):
+      if isinstance(x, int | float):
+        self._check_range(x, where)
     return value
 
   def parse(self, text: str, where: str) -> Any:
@@ -108,14 +110,20 @@ class Field:
       f'{self.name} must be {wanted}, not {value!r}.', where
     )
 
-  def _out_of_range(
-    self, value: float, bounds: str, where: str
-  ) -> errors.UserError:
-    near = _on_devices(value)
+  def _is_known(self, value: Any) -> bool:
+    shape = self.pattern and re.fullmatch(self.pattern, value)
+    return value in self.choices or bool(shape)
+
+  def _check_range(self, value: float, where: str) -> None:
+    near, bounds = _on_devices(value), 'a finite number'
+    if math.isfinite(near):
+      if _lies_within(value, self.within):
+        return
+      bounds = _describe_range(self.within)
     shown = f'{value}'
     if near != value and (math.isinf(near) or near.is_integer()):
       shown += f' ({near:g} in float32)'
-    return errors.UserError(
+    raise errors.UserError(
       f'{self.name} is {shown}; it must be {bounds}.', where
     )
 
@@ -132,6 +140,35 @@ def field(default: T, **facts: Any) -> T:
   """Declares a field; `facts` as in `Field`."""
   declared: Any = dataclasses.field(default=default, metadata=facts)
   return declared
+
+
+class Optimizer(NamedTuple):
+  """What an optimizer can do; all that asks about one asks here."""
+
+  # With weight_decay_kind 'auto', decay is part of the gradient.
+  coupled: bool = False
+  # Its first moment is plain momentum: none is kept where that is 0.
+  trace: bool = False
+  nesterov: bool = False
+  # The linear scaling rule is about it.
+  scales: bool = False
+  eight_bit: bool = False
+
+
+OPTIMIZERS = {
+  'adamw': Optimizer(),
+  'adamw_8bit': Optimizer(eight_bit=True),
+  'lamb': Optimizer(),
+  'lars': Optimizer(coupled=True, trace=True, nesterov=True, scales=True),
+  'muon': Optimizer(nesterov=True),
+  'rmsprop': Optimizer(coupled=True, trace=True),
+  'sgd_momentum': Optimizer(
+    coupled=True, trace=True, nesterov=True, scales=True
+  ),
+  'sgd_momentum_8bit': Optimizer(
+    coupled=True, trace=True, nesterov=True, scales=True, eight_bit=True
+  ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +203,11 @@ class ConfigFields:
   # Which images of a training batch BatchNorm normalises together: 'global',
   # all of them; 'per_device', those of each device; 'groups:K', those of K
   # neighbouring devices. Running statistics are the mean over the groups.
-  batch_norm: str = 'global'
+  batch_norm: str = field(
+    'global',
+    choices=('global', 'groups:2', 'per_device'),
+    pattern=r'groups:[1-9]\d*',
+  )
   # 'blocks': the backward pass computes each residual block again instead of
   # keeping what it held: less memory, a third more FLOPs. 'none': it keeps all.
   remat: str = field('none', choices=('blocks', 'none'))
@@ -314,7 +355,11 @@ class StageFields:
   # How training images are kept: 'original', as they came; 'jpeg:N' with the
   # shorter side at most N pixels, quality 90 ('jpeg:N:QUALITY'); 'raw' or
   # 'raw:N', decoded, three bytes a pixel.
-  storage: str = 'original'
+  storage: str = field(
+    'original',
+    choices=('original', 'raw', 'raw:256', 'jpeg:512'),
+    pattern=rf'raw:{_SIDE}|jpeg:{_SIDE}(:0*(\d\d?|100))?',
+  )
 
   # Side of the square the network sees, in pixels.
   image_size: int = field(224, unit='pixels', within='[8, inf)', phase=True)
@@ -355,7 +400,11 @@ class StageFields:
 
   # What decides which weights are best: 'validation', or 'holdout:2%' of the
   # training images; then the validation images are looked at once, at the end.
-  eval_split: str = 'validation'
+  eval_split: str = field(
+    'validation',
+    choices=('validation', 'holdout:2%'),
+    pattern=r'holdout:(?=.*[1-9])0*\d{1,2}(\.\d+)?%',
+  )
   # Side of evaluation images; 0: the largest the stage trains on.
   eval_image_size: int = field(0, unit='pixels', within='0 or [8, inf)')
   # Evaluation resizes the shorter side to eval_image_size / eval_crop and takes
@@ -385,19 +434,7 @@ class StageFields:
   scale_learning_rate: bool = False
   base_batch_size: int = field(256, unit='images', within='[1, inf)')
   # What makes an update of a gradient.
-  optimizer: str = field(
-    'adamw',
-    choices=(
-      'adamw',
-      'adamw_8bit',
-      'lamb',
-      'lars',
-      'muon',
-      'rmsprop',
-      'sgd_momentum',
-      'sgd_momentum_8bit',
-    ),
-  )
+  optimizer: str = field('adamw', choices=tuple(OPTIMIZERS))
   # How the learning rate goes.
   schedule: str = field(
     'cosine_warmup',
@@ -565,20 +602,14 @@ _WORDS = {
 
 def _fits(value: Any, kind: Any) -> bool:
   """Returns whether `value` is of a type; booleans are no numbers."""
-  if kind in (int, float):
-    return isinstance(value, kind) and _is_number(value)
-  if kind in (bool, str):
-    return isinstance(value, kind)
+  if kind in (bool, int, float, str):
+    return isinstance(value, kind) and isinstance(value, bool) <= (kind is bool)
   first, *others = typing.get_args(kind)
   return (
     isinstance(value, tuple)
     and (others == [...] or len(value) == 1 + len(others))
     and all(_fits(x, first) for x in value)
   )
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _widen(value: Any) -> Any:
@@ -640,7 +671,7 @@ def _lies_within(value: float, within: str) -> bool:
   )
 
 
-def describe_range(within: str) -> str:
+def _describe_range(within: str) -> str:
   """Returns '[0, 1)' in words: 'at least 0 and below 1'."""
   zero, low_in, low, high, high_in = _read_range(within)
   text = f'{"0 or " * zero}{"at least" if low_in else "above"} {low:g}'

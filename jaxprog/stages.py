@@ -22,6 +22,14 @@ DATASETS = (
   'imagenette',
   'tiny_imagenet',
 )
+# What a stage's is, which has no default.
+_DATASET = fields.Field(
+  'dataset',
+  str,
+  '',
+  choices=(*DATASETS, 'folder:PATH', 'tfds:NAME'),
+  pattern='(folder|tfds):(?s:.+)',
+)
 # Files of weights that run code when they are read.
 _PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth', '.tar')
 HOW_TO_CONVERT = (
@@ -52,10 +60,6 @@ class Stage(fields.StageFields):
       parts.append((phase.from_epoch, changed))
     return tuple(parts)
 
-  def in_epoch(self, epoch: int) -> 'Stage':
-    """Returns the stage as it is in `epoch`, counted from 0."""
-    return [part for first, part in self.parts if first <= epoch][-1]
-
   @property
   def eval_size(self) -> int:
     """Side of evaluation images, in pixels."""
@@ -71,7 +75,10 @@ class Stage(fields.StageFields):
   @property
   def stored(self) -> Storage:
     """`storage`, parsed."""
-    return parse_storage(self.storage)
+    kind, *numbers = self.storage.split(':')
+    if kind == 'jpeg' and len(numbers) == 1:
+      numbers.append('90')
+    return Storage(kind, *map(int, numbers))
 
   @property
   def peak_learning_rate(self) -> float:
@@ -79,27 +86,6 @@ class Stage(fields.StageFields):
     if not self.scale_learning_rate:
       return self.learning_rate
     return self.learning_rate * self.batch_size / self.base_batch_size
-
-
-def parse_storage(text: str) -> Storage:
-  """Returns what 'original', 'raw', 'raw:N', 'jpeg:N' or 'jpeg:N:Q' says.
-
-  Raises:
-    ValueError: if it is none of them.
-  """
-  if text == 'original':
-    return Storage('original')
-  match = re.fullmatch(r'raw(?::(\d+))?|jpeg:(\d+)(?::(\d+))?', text)
-  if not match:
-    raise ValueError(text)
-  raw, jpeg, quality = match.groups()
-  if jpeg is None:
-    storage = Storage('raw', int(raw or 0))
-  else:
-    storage = Storage('jpeg', int(jpeg), int(quality or 90))
-  if (storage.size < 8 and (raw or jpeg)) or storage.quality > 100:
-    raise ValueError(text)
-  return storage
 
 
 def complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
@@ -229,9 +215,6 @@ def check_config(config: config_dict.ConfigDict) -> None:
   own = {k: config[k] for k in config if k not in ('stage_defaults', 'stages')}
   _check_fields(own, fields.CONFIG, where)
   _check_fields(config.stage_defaults, fields.STAGE, f'{where}.stage_defaults')
-  if not re.fullmatch(r'groups:[1-9]\d*', config.batch_norm):
-    choices = ('global', 'per_device', 'groups:2')
-    _check_choice(config.batch_norm, choices, 'batch_norm', where)
   if config.lr_find_min >= config.lr_find_max:
     raise errors.UserError(
       f'lr_find_min {config.lr_find_min:g} is not below lr_find_max '
@@ -264,32 +247,8 @@ def _check_names(stage: Stage, where: str) -> None:
       where,
       "Use letters, digits, '_', '-' and '.'.",
     )
-  source, _, rest = stage.dataset.partition(':')
-  if source not in ('folder', 'tfds') or not rest:
-    choices = (*DATASETS, 'folder:PATH', 'tfds:NAME')
-    _check_choice(stage.dataset, choices, 'dataset', where)
-    if rest:
-      raise errors.UserError(
-        f'{stage.dataset!r} only shows how a dataset is named.', where
-      )
+  _DATASET.check(stage.dataset, where)
   _check_init_from(stage, where)
-  try:
-    parse_storage(stage.storage)
-  except ValueError:
-    raise errors.UserError(
-      f'Unknown storage {stage.storage!r}.',
-      f'{where}.storage',
-      "Use 'original', 'raw', 'raw:256' or 'jpeg:512'.",
-    ) from None
-  percent = re.fullmatch(r'holdout:(\d+(\.\d+)?)%', stage.eval_split)
-  if stage.eval_split != 'validation' and not (
-    percent and 0 < float(percent[1]) < 100
-  ):
-    raise errors.UserError(
-      f'Unknown eval_split {stage.eval_split!r}.',
-      f'{where}.eval_split',
-      "Use 'validation', or a part of the training images: 'holdout:2%'.",
-    )
 
 
 def _check_init_from(stage: Stage, where: str) -> None:
@@ -316,6 +275,16 @@ def _check_init_from(stage: Stage, where: str) -> None:
 
 def _check_combinations(stage: Stage, where: str) -> None:
   """Refuses what would be ignored or could not work, by name."""
+  for one, other in (
+    ('warmup_epochs', 'warmup_steps'),
+    ('gradient_clipping', 'adaptive_clipping'),
+  ):
+    if getattr(stage, one) and getattr(stage, other):
+      raise errors.UserError(
+        f'{one} and {other} are both set.',
+        f'{where}.{other}',
+        'Set one of them to 0.',
+      )
   mistakes = (
     *_schedule_mistakes(stage),
     *_optimizer_mistakes(stage),
@@ -340,12 +309,6 @@ def _schedule_mistakes(stage: Stage) -> Iterable[Mistake]:
   """Yields (whether it is there, field, what is wrong, a suggestion)."""
   name = stage.schedule
   warmup = bool(stage.warmup_epochs or stage.warmup_steps)
-  yield (
-    bool(stage.warmup_epochs and stage.warmup_steps),
-    'warmup_steps',
-    'warmup_epochs and warmup_steps are both set.',
-    'Set one of them to 0.',
-  )
   yield (
     warmup and name in ('one_cycle', 'cosine'),
     'schedule',
@@ -394,10 +357,9 @@ def _schedule_mistakes(stage: Stage) -> Iterable[Mistake]:
 
 def _optimizer_mistakes(stage: Stage) -> Iterable[Mistake]:
   """Yields as `_schedule_mistakes`."""
-  name = stage.optimizer
+  name, known = stage.optimizer, fields.OPTIMIZERS[stage.optimizer]
   yield (
-    stage.nesterov
-    and name not in ('lars', 'muon', 'sgd_momentum', 'sgd_momentum_8bit'),
+    stage.nesterov and not known.nesterov,
     'nesterov',
     f'The optimizer {name!r} has no Nesterov momentum.',
     "Use 'sgd_momentum', or set nesterov to False.",
@@ -410,31 +372,22 @@ def _optimizer_mistakes(stage: Stage) -> Iterable[Mistake]:
   )
   bfloat16 = stage.optimizer_state_dtype == 'bfloat16'
   yield (
-    bfloat16 and name.endswith('_8bit'),
+    bfloat16 and known.eight_bit,
     'optimizer_state_dtype',
     f'{name} already keeps its state in 8 bits.',
     f'Use {name.removesuffix("_8bit")!r}, or leave optimizer_state_dtype out.',
   )
   yield (
-    bfloat16
-    and not stage.momentum
-    and name in ('lars', 'rmsprop', 'sgd_momentum'),
+    bfloat16 and known.trace and not stage.momentum,
     'optimizer_state_dtype',
     f'{name} without momentum has nothing to keep in bfloat16.',
     'Leave optimizer_state_dtype out.',
   )
   yield (
-    stage.scale_learning_rate
-    and name not in ('lars', 'sgd_momentum', 'sgd_momentum_8bit'),
+    stage.scale_learning_rate and not known.scales,
     'scale_learning_rate',
     f'The linear scaling rule is about SGD, not {name!r}.',
     'Set learning_rate for this batch, and scale_learning_rate to False.',
-  )
-  yield (
-    bool(stage.gradient_clipping and stage.adaptive_clipping),
-    'adaptive_clipping',
-    'gradient_clipping and adaptive_clipping are both set.',
-    'Set one of them to 0.',
   )
   yield (
     not (stage.head_rate_factor or stage.backbone_rate_factor),
@@ -477,10 +430,3 @@ def _image_mistakes(stage: Stage) -> Iterable[Mistake]:
     "rand_augment_magnitude changes, but auto_augment is not 'rand_augment'.",
     '',
   )
-
-
-def _check_choice(
-  value: str, choices: Sequence[str], field: str, where: str
-) -> None:
-  if value not in choices:
-    raise fields.unknown(value, choices, field, f'{where}.{field}')

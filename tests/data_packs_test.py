@@ -25,7 +25,8 @@ def split(tmp_path) -> sources.Dataset:
 
 
 def store(dataset, text, **options):
-  return sources.store(dataset, stages.parse_storage(text), **options)
+  stored = stages.Stage(storage=text).stored
+  return sources.store(dataset, stored, **options)
 
 
 def test_raw_images_are_the_decoded_ones(tmp_path):

@@ -1,10 +1,12 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 import tiny_config
 
 from jaxprog import errors, fields, stages
@@ -464,6 +466,18 @@ def test_auto_decay_is_pytorchs(name):
     for kind in ('auto', kind)
   )
   jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_the_documentation_says_what_each_can_do():
+  page = (runs.ROOT / 'docs' / 'optimization.md').read_text()
+  rows = dict(re.findall(r'^\| `(\w+)` \| (.*)', page, re.MULTILINE))
+  for name, known in fields.OPTIMIZERS.items():
+    if known.eight_bit:
+      assert f'`{name}`' in page
+      continue
+    row = rows[name].replace('as `adamw`', rows['adamw'])
+    assert ('decoupled' not in row) == known.coupled
+    assert ('`nesterov`' in row) == known.nesterov
 
 
 @pytest.mark.parametrize('limit', [0.25, 4.0])

@@ -88,9 +88,14 @@ def test_ints_become_floats_and_lists_become_tuples():
     ({'storage': 'jpeg'}, 'Unknown storage'),
     ({'storage': 'jpeg:512:101'}, 'Unknown storage'),
     ({'storage': 'raw:2'}, 'Unknown storage'),
+    ({'storage': 'raw:7'}, 'Unknown storage'),
+    ({'storage': 'raw:08'}, None),
+    ({'storage': 'raw:64:90'}, 'Unknown storage'),
     ({'eval_split': 'holdout:2%'}, None),
     ({'eval_split': 'holdout:0%'}, 'Unknown eval_split'),
-    ({'eval_split': 'holdout:2'}, 'Unknown eval_split'),
+    ({'eval_split': 'holdout:0.5%'}, None),
+    ({'eval_split': 'holdout:100%'}, 'Unknown eval_split'),
+    ({'eval_split': 'holdout:2'}, "mean 'holdout:2%'"),
     ({'eval_split': 'test'}, 'Unknown eval_split'),
     ({'auto_augment': 'randaugment'}, "mean 'rand_augment'"),
     ({'eval_interpolation': 'cubic'}, "mean 'bicubic'"),
@@ -179,12 +184,14 @@ def test_a_stage_changes_from_phase_to_phase():
     ),
   )[0]
   found = [
-    (part.image_size, part.batch_size, part.mixup_alpha)
-    for part in map(stage.in_epoch, (0, 1, 2, 4, 5, 8))
+    (first, part.image_size, part.batch_size, part.mixup_alpha)
+    for first, part in stage.parts
   ]
-  assert found == [(16, 48, 0)] * 2 + [(24, 96, 0)] * 2 + [(24, 96, 0.2)] * 2
+  assert found == [(0, 16, 48, 0), (2, 24, 96, 0), (5, 24, 96, 0.2)]
   assert stage.eval_size == 24
   assert stage.holdout == 0
   assert create_stages(eval_split='holdout:2.5%')[0].holdout == 0.025
   assert create_stages(storage='jpeg:512')[0].stored == ('jpeg', 512, 90)
+  assert create_stages(storage='jpeg:512:0')[0].stored == ('jpeg', 512, 0)
   assert create_stages(storage='raw')[0].stored == ('raw', 0, 0)
+  assert create_stages(storage='raw:64')[0].stored == ('raw', 64, 0)

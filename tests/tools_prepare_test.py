@@ -179,7 +179,7 @@ def prepare_twice(root):
 
   overtake(lambda show: sources.prepare(name, data, progress=show))
   dataset = sources.load_dataset(name, data)
-  raw = stages.parse_storage('raw')
+  raw = stages.Storage('raw')
   overtake(lambda show: sources.store(dataset, raw, progress=show))
   assert len(overtaken) == 2
   stored = sources.store(sources.load_dataset(name, data), raw).train.records

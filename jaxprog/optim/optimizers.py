@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprog import stages
+from jaxprog import fields, stages
 from jaxprog.optim import eight_bit
 
 # Root mean square of Muon's updates: what AdamW's have in practice (Liu et al.
@@ -99,12 +99,7 @@ def _layer_group(name: str) -> tuple[int, tuple[str | int, ...]]:
 def _is_coupled(stage: stages.Stage) -> bool:
   if stage.weight_decay_kind != 'auto':
     return stage.weight_decay_kind == 'coupled'
-  return stage.optimizer in (
-    'lars',
-    'rmsprop',
-    'sgd_momentum',
-    'sgd_momentum_8bit',
-  )
+  return fields.OPTIMIZERS[stage.optimizer].coupled
 
 
 def _create_clipping(
