@@ -68,7 +68,7 @@ def lower_plain(args, topology):
   """Returns the plain step, lowered."""
   with (
     mock.patch.object(conv, 'Conv', plain_conv),
-    mock.patch.object(conv, 'max_pool', plain_max_pool),
+    mock.patch.object(conv, 'max_pool', conv.xla_max_pool),
     mock.patch.object(norm, 'BatchNorm', plain_norm),
   ):
     return trace_plain(args, topology).lower()
@@ -100,12 +100,6 @@ class PlainNorm(nn.BatchNorm):
     """Returns what `pool` leaves of normalised images."""
     x = super().__call__(x)
     return x if pool is None else pool(nn.relu(x))
-
-
-def plain_max_pool(x, window, stride, padding):
-  """Returns Flax's own pooling."""
-  pads = ((padding, padding),) * 2
-  return nn.max_pool(x, (window, window), (stride, stride), pads)
 
 
 def kernels_alone(params):

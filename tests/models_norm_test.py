@@ -120,7 +120,6 @@ def test_groups_are_what_flax_makes_of_each_part(groups, dtype):
 @pytest.mark.parametrize('groups', [1, 2])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_pooling_before_normalising_is_pooling_after(dtype, groups, running):
-  pool = functools.partial(conv.max_pool, window=3, stride=2, padding=1)
   module = norm.BatchNorm(
     use_running_average=running, groups=groups, momentum=0.9, dtype=dtype
   )
@@ -133,9 +132,9 @@ def test_pooling_before_normalising_is_pooling_after(dtype, groups, running):
 
   def run(variables, x, before):
     y, changed = module.apply(
-      variables, x, pool if before else None, mutable=['batch_stats']
+      variables, x, conv.max_pool if before else None, mutable=['batch_stats']
     )
-    y = nn.relu(y if before else pool(nn.relu(y)))
+    y = nn.relu(y if before else conv.max_pool(nn.relu(y)))
     return jnp.sum(weights * y), (y, changed['batch_stats'])
 
   run = jax.jit(jax.grad(run, (0, 1), has_aux=True), static_argnums=2)

@@ -185,8 +185,8 @@ def test_the_loss_does_not_see_what_the_mask_hides():
 
 
 def small_resnet():
-  return resnet.resnet10(
-    num_classes=4, num_filters=4, stem=resnet.Stem(1, False), stem_kernel=3
+  return resnet.create_model(
+    'resnet10', num_classes=4, image_size=16, num_filters=4, stem_kernel=3
   )
 
 

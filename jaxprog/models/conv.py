@@ -38,120 +38,77 @@ def lecun_normal(
 
 
 class Conv(nn.Module):
-  """A convolution with the variables and the results of `nn.Conv`.
+  """`nn.Conv` without a bias, padded by half of the kernel, rounded down.
+
+  So are PyTorch's networks; at stride 2 'SAME' shifts the image by a pixel
+  from there.
 
   Attributes:
     features: channels of the output.
     kernel_size: side of the kernel, in pixels.
     strides: step between two outputs, in pixels, both ways.
-    padding: zeros added on each side, in pixels, or 'SAME'; None: half of
-      the kernel, rounded down, as PyTorch's networks have it. At stride 2
-      'SAME' shifts the image by a pixel from there.
-    use_bias: whether to add a learned offset to each channel.
     dtype: of the computation and the result; None: that of the operands.
-    param_dtype: of the parameters.
-    kernel_init: makes the kernel, HWIO.
   """
 
   features: int
   kernel_size: int
   strides: int = 1
-  padding: int | str | None = None
-  use_bias: bool = False
   dtype: DTypeLike | None = None
-  param_dtype: DTypeLike = jnp.float32
-  kernel_init: nn.initializers.Initializer = lecun_normal
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns the convolved NHWC images."""
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
-    bias = None
-    if self.use_bias:
-      zeros = nn.initializers.zeros_init()
-      bias = self.param('bias', zeros, (self.features,), self.param_dtype)
-    x, kernel, bias = dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    half = self.kernel_size // 2
-    padding = half if self.padding is None else self.padding
-    y = conv(x, kernel, self.strides, padding)
-    return y if bias is None else y + bias
+    kernel = self.param('kernel', lecun_normal, shape)
+    x, kernel = dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+    return conv(x, kernel, self.strides, self.kernel_size // 2)
 
 
 def conv(
-  x: jax.Array,
-  kernel: jax.Array,
-  stride: int = 1,
-  padding: int | str = 'SAME',
-  preferred_element_type: DTypeLike | None = None,
+  x: jax.Array, kernel: jax.Array, stride: int, padding: int
 ) -> jax.Array:
   """Returns NHWC images `x` convolved with an HWIO `kernel`.
 
-  `padding` is the number of zeros on each side, or 'SAME' or 'VALID'. What
-  the program is compiled for decides how it is computed, not what compiles
-  it. Has a reverse-mode derivative only.
+  `padding` is the number of zeros on each side. What the program is compiled
+  for decides how it is computed, not what compiles it. Has a reverse-mode
+  derivative only.
   """
-  size, sides = x.shape[1:3], kernel.shape[:2]
-  if isinstance(padding, str):
-    found = lax.padtype_to_pads(size, sides, (stride, stride), padding)
-  else:
-    found = [(padding, padding)] * 2
-  pads = tuple((int(low), int(high)) for low, high in found)
-  dtype = preferred_element_type and jnp.dtype(preferred_element_type)
-  return _conv(x, kernel, stride, pads, dtype)
+  return _conv(x, kernel, stride, ((padding, padding),) * 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _conv(x, kernel, stride, pads, dtype):
-  if _is_small(x, kernel, stride, pads):
-    return xla(x, kernel, stride, pads, dtype)
-  return lax.platform_dependent(
-    x,
-    kernel,
-    cpu=lambda x, kernel: cpu_forward(x, kernel, stride, pads, dtype),
-    default=lambda x, kernel: xla(x, kernel, stride, pads, dtype),
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x, kernel, stride, pads):
+  return _choose(cpu_forward, xla, (x, kernel), stride, pads)
+
+
+def _conv_fwd(x, kernel, stride, pads):
+  return _conv(x, kernel, stride, pads), (x, kernel)
+
+
+def _conv_bwd(stride, pads, operands, dy):
+  operands = *operands, dy
+  return (
+    _choose(cpu_input_grad, xla_input_grad, operands, stride, pads),
+    _choose(cpu_kernel_grad, xla_kernel_grad, operands, stride, pads),
   )
-
-
-def _conv_fwd(x, kernel, stride, pads, dtype):
-  return _conv(x, kernel, stride, pads, dtype), (x, kernel)
-
-
-def _conv_bwd(stride, pads, dtype, operands, dy):
-  x, kernel = operands
-  if _is_small(x, kernel, stride, pads):
-    return (
-      xla_input_grad(x, kernel, dy, stride, pads, dtype),
-      xla_kernel_grad(x, kernel, dy, stride, pads, dtype),
-    )
-  dx = lax.platform_dependent(
-    *operands,
-    dy,
-    cpu=lambda x, kernel, dy: cpu_input_grad(x, kernel, dy, stride, pads),
-    default=lambda x, kernel, dy: xla_input_grad(
-      x, kernel, dy, stride, pads, dtype
-    ),
-  )
-  dkernel = lax.platform_dependent(
-    *operands,
-    dy,
-    cpu=lambda x, kernel, dy: cpu_kernel_grad(x, kernel, dy, stride, pads),
-    default=lambda x, kernel, dy: xla_kernel_grad(
-      x, kernel, dy, stride, pads, dtype
-    ),
-  )
-  return dx, dkernel
 
 
 _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
-def _is_small(x, kernel, stride, pads) -> bool:
+def _choose(cpu, default, operands, stride, pads):
+  """Returns what `default` makes of (x, kernel, ...), or on CPUs `cpu`."""
+  cpu, default = (
+    functools.partial(f, stride=stride, pads=pads) for f in (cpu, default)
+  )
+  x, kernel, *_ = operands
   height, width = _output_size(x, kernel, stride, pads)
-  return 2 * x.shape[0] * height * width * kernel.size < _LEAST_FLOP
+  if 2 * x.shape[0] * height * width * kernel.size < _LEAST_FLOP:
+    return default(*operands)
+  return lax.platform_dependent(*operands, cpu=cpu, default=default)
 
 
-def xla(x, kernel, stride, pads, dtype=None) -> jax.Array:
+def xla(x, kernel, stride, pads) -> jax.Array:
   """Returns XLA's own convolution."""
   return lax.conv_general_dilated(
     x,
@@ -159,25 +116,22 @@ def xla(x, kernel, stride, pads, dtype=None) -> jax.Array:
     (stride, stride),
     pads,
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    preferred_element_type=dtype,
   )
 
 
-def xla_input_grad(x, kernel, dy, stride, pads, dtype=None) -> jax.Array:
+def xla_input_grad(x, kernel, dy, stride, pads) -> jax.Array:
   """Returns the gradient of `x` as JAX derives it from `xla`."""
-  pull = jax.vjp(lambda x: xla(x, kernel, stride, pads, dtype), x)[1]
-  return pull(dy)[0]
+  return jax.vjp(lambda x: xla(x, kernel, stride, pads), x)[1](dy)[0]
 
 
-def xla_kernel_grad(x, kernel, dy, stride, pads, dtype=None) -> jax.Array:
+def xla_kernel_grad(x, kernel, dy, stride, pads) -> jax.Array:
   """Returns the gradient of `kernel` as JAX derives it from `xla`."""
-  pull = jax.vjp(lambda kernel: xla(x, kernel, stride, pads, dtype), kernel)[1]
-  return pull(dy)[0]
+  return jax.vjp(lambda k: xla(x, k, stride, pads), kernel)[1](dy)[0]
 
 
-def cpu_forward(x, kernel, stride, pads, dtype=None) -> jax.Array:
+def cpu_forward(x, kernel, stride, pads) -> jax.Array:
   """Returns the convolution in the formulation that CPUs like best."""
-  dtype = dtype or x.dtype
+  dtype = x.dtype
   x, kernel = _at_least_float32(x, kernel)
   return _cpu_conv(x, kernel, stride, pads).astype(dtype)
 
@@ -324,107 +278,74 @@ def _at_least_float32(*xs):
   return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in xs)
 
 
-def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-  """Returns the largest of each window of NHWC images.
+@jax.custom_vjp
+def max_pool(x: jax.Array) -> jax.Array:
+  """Returns the largest of each 3x3 window of NHWC images, at stride 2.
 
-  Of equal values the first, row by row, gets the gradient, as in XLA.
-  `padding` pixels on each side never win. Has a reverse-mode derivative only.
+  Of equal values the first, row by row, gets the gradient, as in XLA. The
+  pixel of padding on each side never wins. Has a reverse-mode derivative only.
   """
-  return _max_pool(x, window, stride, padding)
+  return _max_pool_fwd(x)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x, window, stride, padding):
-  return _max_pool_fwd(x, window, stride, padding)[0]
-
-
-def _max_pool_fwd(x, window, stride, padding):
+def _max_pool_fwd(x):
   def default(x):
-    y = xla_max_pool(x, window, stride, padding)
+    y = xla_max_pool(x)
     return y, jnp.zeros(y.shape, jnp.uint8)
 
-  y, winner = lax.platform_dependent(
-    x,
-    cpu=lambda x: cpu_max_pool(x, window, stride, padding),
-    default=default,
-  )
+  y, winner = lax.platform_dependent(x, cpu=_cpu_max_pool, default=default)
   return y, (x, winner)
 
 
-def _max_pool_bwd(window, stride, padding, residuals, dy):
+def _max_pool_bwd(residuals, dy):
   dx = lax.platform_dependent(
     *residuals,
     dy,
-    cpu=lambda x, winner, dy: cpu_max_pool_grad(
-      x, winner, dy, window, stride, padding
-    ),
-    default=lambda x, _, dy: xla_max_pool_grad(x, dy, window, stride, padding),
+    cpu=_cpu_max_pool_grad,
+    default=lambda x, _, dy: jax.vjp(xla_max_pool, x)[1](dy)[0],
   )
   return (dx,)
 
 
-_max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
-def xla_max_pool(x, window, stride, padding) -> jax.Array:
+def xla_max_pool(x: jax.Array) -> jax.Array:
   """Returns XLA's own pooling."""
-  return nn.max_pool(
-    x, (window, window), (stride, stride), ((padding, padding),) * 2
-  )
+  return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
-def xla_max_pool_grad(x, dy, window, stride, padding) -> jax.Array:
-  """Returns the gradient of `x` as JAX derives it from `xla_max_pool`."""
-  pull = jax.vjp(lambda x: xla_max_pool(x, window, stride, padding), x)[1]
-  return pull(dy)[0]
-
-
-def cpu_max_pool(x, window, stride, padding) -> tuple[jax.Array, jax.Array]:
-  """Returns the largest of each window and its index, i * window + j."""
+def _cpu_max_pool(x):
+  """Returns the largest of each window and its index, 3 * i + j."""
   # Only its shape is that of a convolution.
-  kernel = np.empty((window, window, 1, 1))
-  pads = ((padding, padding),) * 2
-  shifts = _shifts(x, kernel, stride, pads, -jnp.inf)
+  kernel = np.empty((3, 3, 1, 1))
+  shifts = _shifts(x, kernel, 2, ((1, 1), (1, 1)), -jnp.inf)
   _, best = next(shifts)
   winner = jnp.zeros(best.shape, jnp.uint8)
   for (i, j), part in shifts:
     # Not `part > best`: a NaN wins, as in XLA.
     keep = best >= part
     best = jnp.where(keep, best, part)
-    winner = jnp.where(keep, winner, jnp.uint8(i * window + j))
+    winner = jnp.where(keep, winner, jnp.uint8(3 * i + j))
   return best, winner
 
 
-def cpu_max_pool_grad(x, winner, dy, window, stride, padding) -> jax.Array:
+def _cpu_max_pool_grad(x, winner, dy):
   """Returns the gradient of `x`, which goes to each window's winner.
 
   XLA's select-and-scatter walks the windows one by one on CPU.
   """
-  _, height, width, _ = x.shape
-  reach = (window - 1) // stride
-  size = -(-height // stride), -(-width // stride)
-  ends = [
-    (reach, max(0, n + padding // stride + 1 - m))
-    for n, m in zip(size, dy.shape[1:3], strict=True)
-  ]
-  dy, winner = (jnp.pad(a, ((0, 0), *ends, (0, 0))) for a in (dy, winner))
+  around = ((0, 0), (1, 1), (1, 1), (0, 0))
+  shape, padded, winner = dy.shape, jnp.pad(dy, around), jnp.pad(winner, around)
 
   def phase(*first: int) -> jax.Array:
     """As `_phase` of a convolution."""
-    total = jnp.zeros((dy.shape[0], *size, dy.shape[3]), dy.dtype)
-    rows, columns = (range(a % stride, window, stride) for a in first)
-    for i, j in itertools.product(rows, columns):
-      top, left = (
-        reach + (a - b) // stride for a, b in zip(first, (i, j), strict=True)
-      )
-      part = np.s_[:, top : top + size[0], left : left + size[1]]
-      total += jnp.where(winner[part] == i * window + j, dy[part], 0)
+    total = jnp.zeros(shape, dy.dtype)
+    for i, j in itertools.product(*(range(a % 2, 3, 2) for a in first)):
+      top, left = (1 + (a - b) // 2 for a, b in zip(first, (i, j), strict=True))
+      part = np.s_[:, top : top + shape[1], left : left + shape[2]]
+      total += jnp.where(winner[part] == 3 * i + j, padded[part], 0)
     return total
 
-  dx = winograd.interleave(
-    [
-      [phase(i + padding, j + padding) for j in range(stride)]
-      for i in range(stride)
-    ]
-  )
-  return dx[:, :height, :width]
+  dx = winograd.interleave([[phase(i, j) for j in (1, 2)] for i in (1, 2)])
+  return dx[:, : x.shape[1], : x.shape[2]]

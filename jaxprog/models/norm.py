@@ -27,7 +27,6 @@ class BatchNorm(nn.Module):
   epsilon: float = 1e-5
   dtype: Any = None
   scale_init: nn.initializers.Initializer = nn.initializers.ones
-  bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
   @nn.compact
   def __call__(self, x, pool=None):
@@ -42,7 +41,7 @@ class BatchNorm(nn.Module):
     """
     features = x.shape[-1:]
     scale = self.param('scale', self.scale_init, features)
-    bias = self.param('bias', self.bias_init, features)
+    bias = self.param('bias', nn.initializers.zeros, features)
     sign: Any = 1
     if pool is not None:
       sign = jnp.where(lax.stop_gradient(scale) < 0, -1, 1)

@@ -116,7 +116,15 @@ def blur(x: jax.Array) -> jax.Array:
 
 
 class ResNet(nn.Module):
-  """A residual network; the last norm of each block starts at zero."""
+  """A residual network; the last norm of each block starts at zero.
+
+  Parameters have the same shapes for every image size, so that weights fit
+  across stages; only `head` depends on `num_classes`. With `blur_pool`,
+  strided convolutions of the blocks see blurred images, as in ffcv-imagenet;
+  that has no parameters. So many `norm_groups` of a training batch are
+  normalised each by itself. With `remat_blocks`, the backward pass computes
+  again what each residual block held, from what went into it.
+  """
 
   block_sizes: Sequence[int]
   block: ModuleDef
@@ -138,16 +146,13 @@ class ResNet(nn.Module):
       use_running_average=not train,
       groups=self.norm_groups,
       momentum=0.9,
-      epsilon=1e-5,
       dtype=self.dtype,
     )
     x = x.astype(self.dtype)
     x = conv_def(
       self.num_filters, self.stem_kernel, self.stem.stride, name='stem_conv'
     )(x)
-    pool = None
-    if self.stem.pool:
-      pool = functools.partial(conv.max_pool, window=3, stride=2, padding=1)
+    pool = conv.max_pool if self.stem.pool else None
     # ReLU last: it leaves the largest the largest, too.
     x = nn.relu(norm_def(name='stem_norm')(x, pool))
     block = self.block
@@ -174,50 +179,20 @@ class ResNet(nn.Module):
     )(x)
 
 
-resnet10 = functools.partial(ResNet, (1, 1, 1, 1), BasicBlock)
-resnet18 = functools.partial(ResNet, (2, 2, 2, 2), BasicBlock)
-resnet34 = functools.partial(ResNet, (3, 4, 6, 3), BasicBlock)
-resnet50 = functools.partial(ResNet, (3, 4, 6, 3), BottleneckBlock)
-resnet101 = functools.partial(ResNet, (3, 4, 23, 3), BottleneckBlock)
-resnet152 = functools.partial(ResNet, (3, 8, 36, 3), BottleneckBlock)
+_MODELS: dict[str, tuple[tuple[int, ...], ModuleDef]] = {
+  'resnet10': ((1, 1, 1, 1), BasicBlock),
+  'resnet18': ((2, 2, 2, 2), BasicBlock),
+  'resnet34': ((3, 4, 6, 3), BasicBlock),
+  'resnet50': ((3, 4, 6, 3), BottleneckBlock),
+  'resnet101': ((3, 4, 23, 3), BottleneckBlock),
+  'resnet152': ((3, 8, 36, 3), BottleneckBlock),
+}
 
 
-def create_model(
-  name: str,
-  *,
-  num_classes: int,
-  image_size: int,
-  num_filters: int = 64,
-  stem_kernel: int = 7,
-  blur_pool: bool = False,
-  norm_groups: int = 1,
-  remat_blocks: bool = False,
-  dtype: Any = jnp.float32,
-) -> ResNet:
+def create_model(name: str, *, image_size: int, **fields: Any) -> ResNet:
   """Returns the network `name` with the stem that suits `image_size`.
 
-  Parameters have the same shapes for every image size, so that weights fit
-  across stages; only `head` depends on `num_classes`. With `blur_pool`,
-  strided convolutions of the blocks see blurred images, as in ffcv-imagenet;
-  that has no parameters. So many `norm_groups` of a training batch are
-  normalised each by itself. With `remat_blocks`, the backward pass computes
-  again what each residual block held, from what went into it.
+  `fields` are as in `ResNet`.
   """
-  models = {
-    'resnet10': resnet10,
-    'resnet18': resnet18,
-    'resnet34': resnet34,
-    'resnet50': resnet50,
-    'resnet101': resnet101,
-    'resnet152': resnet152,
-  }
-  return models[name](
-    num_classes=num_classes,
-    num_filters=num_filters,
-    stem=choose_stem(image_size),
-    stem_kernel=stem_kernel,
-    blur_pool=blur_pool,
-    norm_groups=norm_groups,
-    remat_blocks=remat_blocks,
-    dtype=dtype,
-  )
+  block_sizes, block = _MODELS[name]
+  return ResNet(block_sizes, block, stem=choose_stem(image_size), **fields)

@@ -6,7 +6,8 @@ tiles stand in for the 36 products of a 2x2 output. The transforms only add
 and halve, so the error stays that of f32: 1e-6 of the largest value.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +32,14 @@ def conv(
   """
   height, width, tiles = _sizes(x, pads)
   x = _pad_axis(x, 1, pads[0][0], 2 * tiles[0] + 2)
-  kernels = _transform(kernel, _kernel_1d)
+  kernels = _apply(kernel, _kernel_1d)
+
+  def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.dot_general(x, kernel, (((3,), (contract - 2,)), ((), ())))
 
   def band(first_row: jax.Array | int, rows: int) -> jax.Array:
     planes = _tiles(x, first_row, rows, pads[1][0], tiles[1])
-    products = [
-      [_product(a, b, contract - 2) for a, b in zip(*pair, strict=True)]
-      for pair in zip(planes, kernels, strict=True)
-    ]
+    products = jax.tree.map(product, planes, kernels)
     return interleave(_apply(products, _output_1d))
 
   num_bands = _num_bands(x, tiles)
@@ -68,14 +69,7 @@ def kernel_grad(x: jax.Array, dy: jax.Array, pads: Pads) -> jax.Array:
     grads = lax.dynamic_slice_in_dim(dy, 2 * first_row, 2 * rows, axis=1)
     phases = [[grads[:, i::2, j::2] for j in range(2)] for i in range(2)]
     spread = _apply(phases, _output_1d_transposed)
-    return jnp.stack(
-      [
-        jnp.stack(
-          [product_over_pixels(a, b) for a, b in zip(*pair, strict=True)]
-        )
-        for pair in zip(planes, spread, strict=True)
-      ]
-    )
+    return _stack(jax.tree.map(product_over_pixels, planes, spread))
 
   num_bands = _num_bands(x, tiles)
   rows = tiles[0] // num_bands
@@ -88,7 +82,7 @@ def kernel_grad(x: jax.Array, dy: jax.Array, pads: Pads) -> jax.Array:
 
     zeros = jnp.zeros((4, 4, x.shape[3], dy.shape[3]), x.dtype)
     total = lax.fori_loop(0, num_bands, add_band, zeros)
-  return jnp.stack([jnp.stack(r) for r in _transform(total, _kernel_1d_t)])
+  return _stack(_apply(total, _kernel_1d_t))
 
 
 def _sizes(x, pads):
@@ -130,11 +124,11 @@ def _tiles(x, first_row, rows, low, columns) -> Planes:
   return _apply(tiles, _input_1d)
 
 
-def _transform(kernel: jax.Array, f: Callable) -> Planes:
-  return _apply([list(row) for row in kernel], f)
+def _stack(tile: Planes) -> jax.Array:
+  return jnp.stack([jnp.stack(row) for row in tile])
 
 
-def _apply(tile: Sequence[Sequence[jax.Array]], f: Callable) -> Planes:
+def _apply(tile: Any, f: Callable) -> Planes:
   """Applies `f` to every column of `tile`, then to every row of that."""
   columns = [f(*column) for column in zip(*tile, strict=True)]
   return [list(f(*row)) for row in zip(*columns, strict=True)]
@@ -160,15 +154,11 @@ def _output_1d_transposed(a, b):
   return a, a + b, a - b, -b
 
 
-def interleave(tile: Sequence[Sequence[jax.Array]]) -> jax.Array:
+def interleave(tile: Planes) -> jax.Array:
   """Returns an image that has tile[i][j] at rows i::n and columns j::n."""
   y = jnp.stack([jnp.stack(row, axis=3) for row in tile], axis=2)
   n, height, i, width, j, channels = y.shape
   return y.reshape(n, height * i, width * j, channels)
-
-
-def _product(x, kernel, contract):
-  return lax.dot_general(x, kernel, (((3,), (contract,)), ((), ())))
 
 
 def product_over_pixels(x: jax.Array, dy: jax.Array) -> jax.Array:

@@ -160,8 +160,6 @@ def _convolve_plainly(
   module = context.module
   if not isinstance(module, conv.Conv) or context.method_name != '__call__':
     return method(*args, **kwargs)
-  assert module.padding is None
-  assert not module.use_bias
   (x,), half = args, module.kernel_size // 2
   kernel: Any = module.get_variable('params', 'kernel')
   return conv.xla(x, kernel, module.strides, ((half, half),) * 2)
