@@ -81,6 +81,13 @@ class Stage(fields.StageFields):
     return Storage(kind, *map(int, numbers))
 
   @property
+  def is_coupled(self) -> bool:
+    """Whether weight decay is part of the gradient."""
+    if self.weight_decay_kind == 'auto':
+      return fields.OPTIMIZERS[self.optimizer].coupled
+    return self.weight_decay_kind == 'coupled'
+
+  @property
   def peak_learning_rate(self) -> float:
     """`learning_rate`, scaled with the global batch if that is asked for."""
     if not self.scale_learning_rate:

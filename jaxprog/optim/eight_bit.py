@@ -32,11 +32,11 @@ import numpy as np
 import optax
 from jax import lax
 
-MANTISSA_SHIFT = 20  # Of the 23 bits of an f32's mantissa 3 stay.
-ONE = 0x3F800000 >> MANTISSA_SHIFT  # The code of 1.0, before an offset.
-SIGNED_OFFSET = ONE - 127
-SECOND_OFFSET = ONE - 255
-FLOOR = float(np.uint32(SIGNED_OFFSET << MANTISSA_SHIFT).view(np.float32))
+_MANTISSA_SHIFT = 20  # Of the 23 bits of an f32's mantissa 3 stay.
+_ONE = 0x3F800000 >> _MANTISSA_SHIFT  # The code of 1.0, before an offset.
+_SIGNED_OFFSET = _ONE - 127
+_SECOND_OFFSET = _ONE - 255
+FLOOR = float(np.uint32(_SIGNED_OFFSET << _MANTISSA_SHIFT).view(np.float32))
 
 
 class Blocks(NamedTuple):
@@ -58,79 +58,93 @@ class Trace8bitState(NamedTuple):
 
 
 def scale_by_adam_8bit(
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  *,
-  block_size: int = 256,
-  min_size: int = 4096,
+  b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, **blocks: int
 ) -> optax.GradientTransformation:
   """Returns optax.scale_by_adam, its moments kept in 8 bits between steps.
 
-  Each update sees its own gradient in full; what is rounded is what the next
-  steps remember. Parameters of fewer than `min_size` elements keep whole
-  moments. The state is optax's, with `Blocks` for large moments.
+  `blocks` are block_size (256) and min_size (4096): parameters of fewer
+  elements keep whole moments. The state is optax's, with `Blocks` for large
+  moments.
   """
   adam = optax.scale_by_adam(b1, b2, eps)
-
-  def init_fn(params):
-    state = jax.eval_shape(adam.init, params)
-    return optax.ScaleByAdamState(
-      count=jnp.zeros([], jnp.int32),
-      mu=_zeros(state.mu, jnp.int8, block_size, min_size),
-      nu=_zeros(state.nu, jnp.uint8, block_size, min_size),
-    )
-
-  def update_fn(updates, state, params=None):
-    whole = state._replace(
-      mu=_decode_tree(state.mu, updates), nu=_decode_tree(state.nu, updates)
-    )
-    updates, new = adam.update(updates, whole, params)
-    return updates, new._replace(
-      mu=_encode_tree(new.mu, state.mu, new.count),
-      nu=_encode_tree(new.nu, state.nu, new.count),
-    )
-
-  return optax.GradientTransformation(init_fn, update_fn)
+  return _in_8_bits(adam, 'count', {'mu': jnp.int8, 'nu': jnp.uint8}, **blocks)
 
 
 def trace_8bit(
-  decay: float,
-  nesterov: bool = False,
-  *,
-  block_size: int = 256,
-  min_size: int = 4096,
+  decay: float, nesterov: bool = False, **blocks: int
 ) -> optax.GradientTransformation:
-  """Returns optax.trace, its momentum kept in 8 bits between steps.
-
-  Parameters of fewer than `min_size` elements keep whole momenta.
-  """
+  """Returns optax.trace, its momentum kept in 8 bits between steps."""
   trace = optax.trace(decay, nesterov)
 
   def init_fn(params):
-    state = jax.eval_shape(trace.init, params)
-    return Trace8bitState(
-      step=jnp.zeros([], jnp.int32),
-      trace=_zeros(state.trace, jnp.int8, block_size, min_size),
-    )
+    return Trace8bitState(jnp.zeros([], jnp.int32), *trace.init(params))
 
   def update_fn(updates, state, params=None):
-    whole = optax.TraceState(_decode_tree(state.trace, updates))
+    whole = optax.TraceState(state.trace)
     updates, new = trace.update(updates, whole, params)
-    step = optax.safe_increment(state.step)
-    return updates, Trace8bitState(
-      step, _encode_tree(new.trace, state.trace, step)
+    return updates, Trace8bitState(optax.safe_increment(state.step), *new)
+
+  counted = optax.GradientTransformation(init_fn, update_fn)
+  return _in_8_bits(counted, 'step', {'trace': jnp.int8}, **blocks)
+
+
+def _in_8_bits(
+  tx: optax.GradientTransformation,
+  counter: str,
+  dtypes: dict[str, Any],
+  block_size: int = 256,
+  min_size: int = 4096,
+) -> optax.GradientTransformation:
+  """Returns `tx`, whose moments, keys of `dtypes`, are blocks between steps.
+
+  Each update sees its own gradient in full; what is rounded is what the next
+  steps remember. `counter` is the field of the state that counts them.
+  """
+
+  def zeros(x, dtype):
+    if x.size < min_size:
+      return jnp.zeros(x.shape, x.dtype)
+    num_blocks = -(-x.size // block_size)
+    return Blocks(
+      jnp.zeros((num_blocks, block_size), dtype),
+      jnp.zeros(num_blocks, jnp.float32),
     )
+
+  def init_fn(params):
+    state = jax.eval_shape(tx.init, params)
+    moments = {
+      name: jax.tree.map(lambda x, d=dtype: zeros(x, d), getattr(state, name))
+      for name, dtype in dtypes.items()
+    }
+    return state._replace(**moments, **{counter: jnp.zeros([], jnp.int32)})
+
+  def update_fn(updates, state, params=None):
+    kept = {name: getattr(state, name) for name in dtypes}
+    whole = {
+      name: jax.tree.map(lambda x, m: decode(m, x.shape), updates, moments)
+      for name, moments in kept.items()
+    }
+    updates, state = tx.update(updates, state._replace(**whole), params)
+    step = getattr(state, counter)
+    rounded = {
+      name: jax.tree.map(
+        lambda x, m: encode(x, m, step), getattr(state, name), moments
+      )
+      for name, moments in kept.items()
+    }
+    return updates, state._replace(**rounded)
 
   return optax.GradientTransformation(init_fn, update_fn)
 
 
-def encode(x: jax.Array, like: Blocks, step: jax.Array | int) -> Blocks:
-  """Returns `x`, of any shape, as blocks of the form of `like`.
+def encode(x: jax.Array, like: Any, step: jax.Array | int) -> Any:
+  """Returns `x`, of any shape, as blocks if `like` is, and of its form.
 
   `step` and an element's index decide how it is rounded. A block in which
   something is not finite decodes to nothing finite.
   """
+  if not isinstance(like, Blocks):
+    return x
   x = x.astype(jnp.float32).reshape(-1)
   if x.size != like.codes.size:
     x = jnp.pad(x, (0, like.codes.size - x.size))
@@ -141,24 +155,26 @@ def encode(x: jax.Array, like: Blocks, step: jax.Array | int) -> Blocks:
   tiny = jnp.finfo(jnp.float32).tiny
   ratio = magnitude / jnp.where(scales >= tiny, scales, 1.0)[:, None]
   if like.codes.dtype == jnp.uint8:
-    codes = jnp.clip(_truncate(ratio, step) - SECOND_OFFSET, 0, 255)
+    codes = jnp.clip(_truncate(ratio, step) - _SECOND_OFFSET, 0, 255)
   else:
-    codes = jnp.clip(_truncate(ratio + FLOOR, step) - SIGNED_OFFSET, 0, 127)
+    codes = jnp.clip(_truncate(ratio + FLOOR, step) - _SIGNED_OFFSET, 0, 127)
     codes = jnp.where(x < 0, -codes, codes)
   return Blocks(codes.astype(like.codes.dtype), scales)
 
 
-def decode(blocks: Blocks, shape: tuple[int, ...]) -> jax.Array:
-  """Returns what `blocks` hold, f32, in the shape that was encoded.
+def decode(blocks: Any, shape: tuple[int, ...]) -> jax.Array:
+  """Returns what blocks hold, f32, in the shape that was encoded.
+
+  What is no `Blocks` is returned as it is.
 
   Bits are moved, not looked up: with tables of 256 entries an update takes
   1.3 (momentum) to 1.5 (Adam) times as long on a CPU, and TPUs gather slowly.
   """
   codes = blocks.codes.astype(jnp.int32)
   if blocks.codes.dtype == jnp.uint8:
-    ratio = _extend(codes + SECOND_OFFSET)
+    ratio = _extend(codes + _SECOND_OFFSET)
   else:
-    ratio = _extend(jnp.abs(codes) + SIGNED_OFFSET) - FLOOR
+    ratio = _extend(jnp.abs(codes) + _SIGNED_OFFSET) - FLOOR
     ratio = jnp.where(codes < 0, -ratio, ratio)
   x = (ratio * blocks.scales[:, None]).reshape(-1)
   return x[: np.prod(shape, dtype=int)].reshape(shape)
@@ -170,13 +186,13 @@ def _truncate(ratio: jax.Array, step: jax.Array | int) -> jax.Array:
   A ratio is rounded up if its lower 20 bits and those drawn for it carry.
   """
   bits = lax.bitcast_convert_type(ratio, jnp.uint32)
-  drawn = _dither(ratio.shape, step) >> (32 - MANTISSA_SHIFT)
-  return ((bits + drawn) >> MANTISSA_SHIFT).astype(jnp.int32)
+  drawn = _dither(ratio.shape, step) >> (32 - _MANTISSA_SHIFT)
+  return ((bits + drawn) >> _MANTISSA_SHIFT).astype(jnp.int32)
 
 
 def _extend(upper: jax.Array) -> jax.Array:
   """Returns the f32 whose upper 12 bits are given, the others being 0."""
-  return lax.bitcast_convert_type(upper << MANTISSA_SHIFT, jnp.float32)
+  return lax.bitcast_convert_type(upper << _MANTISSA_SHIFT, jnp.float32)
 
 
 def _dither(shape: tuple[int, ...], step: jax.Array | int) -> jax.Array:
@@ -190,37 +206,3 @@ def _dither(shape: tuple[int, ...], step: jax.Array | int) -> jax.Array:
   index = row * jnp.uint32(shape[1]) + column
   time = jnp.asarray(step).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
   return index * jnp.uint32(0xC13FA9A9) + time
-
-
-def _is_blocks(x: Any) -> bool:
-  return isinstance(x, Blocks)
-
-
-def _zeros(moments: Any, dtype: Any, block_size: int, min_size: int) -> Any:
-  """Returns zeros for each of `moments`, as `Blocks` from `min_size` on."""
-
-  def zeros(x):
-    if x.size < min_size:
-      return jnp.zeros(x.shape, x.dtype)
-    num_blocks = -(-x.size // block_size)
-    return Blocks(
-      jnp.zeros((num_blocks, block_size), dtype),
-      jnp.zeros(num_blocks, jnp.float32),
-    )
-
-  return jax.tree.map(zeros, moments)
-
-
-def _decode_tree(moments: Any, like: Any) -> Any:
-  return jax.tree.map(
-    lambda x, m: decode(m, x.shape) if _is_blocks(m) else m, like, moments
-  )
-
-
-def _encode_tree(moments: Any, like: Any, step: jax.Array) -> Any:
-  return jax.tree.map(
-    lambda m, x: encode(x, m, step) if _is_blocks(m) else x,
-    like,
-    moments,
-    is_leaf=_is_blocks,
-  )

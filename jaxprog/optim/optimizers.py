@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprog import fields, stages
+from jaxprog import stages
 from jaxprog.optim import eight_bit
 
 # Root mean square of Muon's updates: what AdamW's have in practice (Liu et al.
 # 2025, arXiv:2502.16982, section 2.2), so that one learning rate fits both.
-MUON_RMS = 0.2
+_MUON_RMS = 0.2
 
 
 def create_optimizer(stage: stages.Stage) -> optax.GradientTransformation:
@@ -29,7 +29,7 @@ def create_optimizer(stage: stages.Stage) -> optax.GradientTransformation:
   coupled = decoupled = optax.identity()
   if stage.weight_decay:
     decay = optax.add_decayed_weights(stage.weight_decay, weight_decay_mask)
-    if _is_coupled(stage):
+    if stage.is_coupled:
       coupled = decay
     else:
       decoupled = decay
@@ -96,15 +96,7 @@ def _layer_group(name: str) -> tuple[int, tuple[str | int, ...]]:
   return 1, tuple(int(p) if p.isdecimal() else p for p in parts)
 
 
-def _is_coupled(stage: stages.Stage) -> bool:
-  if stage.weight_decay_kind != 'auto':
-    return stage.weight_decay_kind == 'coupled'
-  return fields.OPTIMIZERS[stage.optimizer].coupled
-
-
-def _create_clipping(
-  stage: stages.Stage,
-) -> optax.GradientTransformation:
+def _create_clipping(stage: stages.Stage) -> optax.GradientTransformation:
   """Returns the limit on the global norm, or on the norm of each unit.
 
   Units are the outputs of a layer; the classifier is left alone (Brock et al.
@@ -127,16 +119,16 @@ def _create_direction(
   adam = _store_first_moment(
     optax.scale_by_adam(stage.b1, stage.b2, stage.eps), stage, 'mu'
   )
+  blocks = {
+    'block_size': stage.quantization_block,
+    'min_size': stage.quantization_min_size,
+  }
   match stage.optimizer:
     case 'adamw':
       return optax.chain(adam, decay)
     case 'adamw_8bit':
       adam = eight_bit.scale_by_adam_8bit(
-        stage.b1,
-        stage.b2,
-        stage.eps,
-        block_size=stage.quantization_block,
-        min_size=stage.quantization_min_size,
+        stage.b1, stage.b2, stage.eps, **blocks
       )
       return optax.chain(adam, decay)
     case 'lamb':
@@ -158,12 +150,7 @@ def _create_direction(
     case 'sgd_momentum':
       return optax.chain(_create_trace(stage), decay)
     case 'sgd_momentum_8bit':
-      trace = eight_bit.trace_8bit(
-        stage.momentum,
-        stage.nesterov,
-        block_size=stage.quantization_block,
-        min_size=stage.quantization_min_size,
-      )
+      trace = eight_bit.trace_8bit(stage.momentum, stage.nesterov, **blocks)
       return optax.chain(trace, decay)
     case _:
       raise ValueError(f'Unknown optimizer: {stage.optimizer!r}.')
@@ -220,7 +207,7 @@ def _create_muon(stage: stages.Stage) -> optax.GradientTransformation:
   """Returns Muon (Jordan et al. 2024) for kernels (H, W, in, out).
 
   A kernel is a matrix (H * W * in, out). Orthogonal, its root mean square is
-  max(rows, columns) ** -0.5; that is scaled to MUON_RMS, whatever the shape.
+  max(rows, columns) ** -0.5; that is scaled to _MUON_RMS, whatever the shape.
   """
 
   def dimension_numbers(kernels):
@@ -229,7 +216,7 @@ def _create_muon(stage: stages.Stage) -> optax.GradientTransformation:
 
   def scale(update, _):
     height, width, num_in, num_out = update.shape
-    return MUON_RMS * max(height * width * num_in, num_out) ** 0.5 * update
+    return _MUON_RMS * max(height * width * num_in, num_out) ** 0.5 * update
 
   muon = optax.contrib.scale_by_muon(
     beta=stage.momentum,
