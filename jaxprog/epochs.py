@@ -1,6 +1,5 @@
 """Epochs become optimizer steps here and nowhere else."""
 
-import bisect
 import dataclasses
 
 from jaxprog import errors
@@ -49,20 +48,22 @@ class Steps:
       ends.append(min(self.epoch_start(len(ends) + 1), self.total))
     return tuple(ends)
 
-  def epoch_start(self, epoch: int) -> int:
-    """Returns the first step of `epoch`, counted from 0."""
-    at = bisect.bisect_right([p.first_epoch for p in self.phases], epoch)
-    phase = self.phases[at - 1]
-    return phase.first_step + (epoch - phase.first_epoch) * phase.per_epoch
+  def epoch_start(self, epoch: float) -> int:
+    """Returns the first step of `epoch`, counted from 0.
 
-  def step_at(self, epochs: float) -> int:
-    """Returns the step nearest to where `epochs` are over."""
-    return _step_at(self.phases, epochs)
+    Within an epoch it is the step nearest to that part of it.
+    """
+    phase = self.phase_of_epoch(epoch)
+    part = (epoch - phase.first_epoch) * phase.per_epoch
+    return phase.first_step + round(part)
+
+  def phase_of_epoch(self, epoch: float) -> Phase:
+    """Returns the phase of `epoch`."""
+    return [p for p in self.phases if p.first_epoch <= epoch][-1]
 
   def phase(self, step: int) -> Phase:
     """Returns the phase of `step`."""
-    at = bisect.bisect_right([p.first_step for p in self.phases], step)
-    return self.phases[at - 1]
+    return [p for p in self.phases if p.first_step <= step][-1]
 
   def part(self, stage: Stage, step: int) -> Stage:
     """Returns `stage` as it is at `step`."""
@@ -84,15 +85,15 @@ def count_steps(stage: Stage, num_train_images: int) -> Steps:
     UserError: if a part of the stage is longer than the whole.
   """
   phases = _count_phases(stage, num_train_images)
-  warmup = stage.warmup_steps or _step_at(phases, stage.warmup_epochs)
+  step_at = Steps(phases, 0).epoch_start
   steps = Steps(
     phases=phases,
-    total=max(1, _step_at(phases, stage.num_epochs)),
-    warmup=warmup,
-    restarts=_restarts(stage, phases, warmup),
-    milestones=tuple(_step_at(phases, epoch) for epoch in stage.milestones),
-    frozen=_step_at(phases, stage.freeze_epochs),
+    total=max(1, step_at(stage.num_epochs)),
+    warmup=stage.warmup_steps or step_at(stage.warmup_epochs),
+    milestones=tuple(map(step_at, stage.milestones)),
+    frozen=step_at(stage.freeze_epochs),
   )
+  steps = dataclasses.replace(steps, restarts=_restarts(stage, steps))
   _check_steps(stage, steps)
   return steps
 
@@ -110,47 +111,34 @@ def translate(step: int, old: Steps, new: Steps) -> int:
   return first + min(images // phase.batch_size, phase.per_epoch - 1)
 
 
-def _restarts(
-  stage: Stage, phases: tuple[Phase, ...], warmup: int
-) -> tuple[int, ...]:
+def _restarts(stage: Stage, steps: Steps) -> tuple[int, ...]:
   """Returns `Steps.restarts`; periods are epochs, counted from the peak."""
-  peak = [p for p in phases if p.first_step <= warmup][-1]
-  epoch = peak.first_epoch + (warmup - peak.first_step) / peak.per_epoch
-  length, ends = stage.restart_epochs, [warmup]
+  peak = steps.phase(steps.warmup)
+  epoch = peak.first_epoch + (steps.warmup - peak.first_step) / peak.per_epoch
+  length, ends = stage.restart_epochs, [steps.warmup]
   while length and epoch < stage.num_epochs:
     epoch += length
     length *= stage.restart_factor
-    ends.append(min(_step_at(phases, epoch), MAX_STEP))
+    ends.append(min(steps.epoch_start(epoch), MAX_STEP))
     if ends[-1] <= ends[-2]:
-      raise _no_step(stage, 'restart_epochs', phases, epoch)
+      raise _no_step(stage, 'restart_epochs', steps, epoch)
   return tuple(ends[1:])
 
 
 def _count_phases(stage: Stage, num_train_images: int) -> tuple[Phase, ...]:
-  phases: list[Phase] = []
-  for first_epoch, part in stage.parts:
-    batch_size = part.batch_size
-    per_epoch = num_train_images // batch_size
+  phases: tuple[Phase, ...] = ()
+  for epoch, part in stage.parts:
+    per_epoch = num_train_images // part.batch_size
     if per_epoch == 0:
       raise errors.UserError(
-        f'batch_size {batch_size} is larger than the {num_train_images} '
+        f'batch_size {part.batch_size} is larger than the {num_train_images} '
         f'training images of {stage.dataset!r}.',
         f'stage {stage.name!r}',
         f'Set batch_size to at most {num_train_images}.',
       )
-    first_step = 0
-    if phases:
-      last = phases[-1]
-      num_epochs = first_epoch - last.first_epoch
-      first_step = last.first_step + num_epochs * last.per_epoch
-    phases.append(Phase(first_epoch, first_step, per_epoch, batch_size))
-  return tuple(phases)
-
-
-def _step_at(phases: tuple[Phase, ...], epochs: float) -> int:
-  phase = [p for p in phases if p.first_epoch <= epochs][-1]
-  part = (epochs - phase.first_epoch) * phase.per_epoch
-  return phase.first_step + round(part)
+    step = Steps(phases, 0).epoch_start(epoch) if phases else 0
+    phases += (Phase(epoch, step, per_epoch, part.batch_size),)
+  return phases
 
 
 def _check_steps(stage: Stage, steps: Steps) -> None:
@@ -173,7 +161,7 @@ def _check_steps(stage: Stage, steps: Steps) -> None:
       if step <= (found[i - 1] if i else 0):
         value = getattr(stage, field)
         epoch = value[i] if isinstance(value, tuple) else value
-        raise _no_step(stage, field, steps.phases, epoch)
+        raise _no_step(stage, field, steps, epoch)
       if step >= steps.total:
         sizes = ', '.join(str(phase.per_epoch) for phase in steps.phases)
         raise errors.UserError(
@@ -184,10 +172,10 @@ def _check_steps(stage: Stage, steps: Steps) -> None:
 
 
 def _no_step(
-  stage: Stage, field: str, phases: tuple[Phase, ...], epoch: float
+  stage: Stage, field: str, steps: Steps, epoch: float
 ) -> errors.UserError:
   """Returns the error for a `field` that ends on the step that it begins on."""
-  per_epoch = [p for p in phases if p.first_epoch <= epoch][-1].per_epoch
+  per_epoch = steps.phase_of_epoch(epoch).per_epoch
   return errors.UserError(
     f'{field} {getattr(stage, field)} has no step of its own at epoch '
     f'{epoch:.4g}: an epoch has {per_epoch} steps.',

@@ -162,4 +162,4 @@ def test_a_schedule_keeps_its_shape_when_a_stage_is_shortened(ladder):
   assert ladder.stages[0].num_epochs == 12.0
   (found,) = stages.create_stages(budgets.set_length(ladder, 'ten', 6.0))
   steps = epochs.count_steps(found, NUM_IMAGES)
-  assert steps.milestones[0] == steps.step_at(3.0)
+  assert steps.milestones[0] == steps.epoch_start(3.0)

@@ -140,7 +140,7 @@ def test_fast_grows_images_when_the_published_recipe_does(
   pixels = np.interp(every, [start, end], [160, 192])
   expected = np.round(pixels / 32) * 32
   steps = epochs.count_steps(stage, NUM_IMAGES['imagenet2012'])
-  firsts = map(steps.step_at, every)
+  firsts = map(steps.epoch_start, every)
   found = [steps.part(stage, step).image_size for step in firsts]
   np.testing.assert_array_equal(found, expected)
 

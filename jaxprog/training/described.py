@@ -40,7 +40,7 @@ def sample_learning_rate(task: setup_lib.Task) -> list[float]:
   steps = task.steps
   at = np.array(
     [
-      min(steps.step_at(epoch), steps.total - 1)
+      min(steps.epoch_start(epoch), steps.total - 1)
       for epoch in np.linspace(0, task.stage.num_epochs, 200)
     ],
     np.int32,
