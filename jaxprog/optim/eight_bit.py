@@ -170,6 +170,8 @@ def decode(blocks: Any, shape: tuple[int, ...]) -> jax.Array:
   Bits are moved, not looked up: with tables of 256 entries an update takes
   1.3 (momentum) to 1.5 (Adam) times as long on a CPU, and TPUs gather slowly.
   """
+  if not isinstance(blocks, Blocks):
+    return blocks
   codes = blocks.codes.astype(jnp.int32)
   if blocks.codes.dtype == jnp.uint8:
     ratio = _extend(codes + _SECOND_OFFSET)
