@@ -282,158 +282,133 @@ def _check_init_from(stage: Stage, where: str) -> None:
 
 def _check_combinations(stage: Stage, where: str) -> None:
   """Refuses what would be ignored or could not work, by name."""
+  for field, what, suggestion in (
+    *_schedule_mistakes(stage),
+    *_optimizer_mistakes(stage),
+    *_other_mistakes(stage),
+  ):
+    raise errors.UserError(what, f'{where}.{field}', suggestion)
+
+
+def _schedule_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
+  """Yields (field, what is wrong, a suggestion)."""
+  name = stage.schedule
+  warmup = stage.warmup_epochs or stage.warmup_steps
+  if warmup and name in ('one_cycle', 'cosine'):
+    yield (
+      'schedule',
+      f'The schedule {name!r} does not use a warmup.',
+      "Use 'cosine_warmup', or warmup_fraction with 'one_cycle'.",
+    )
+  if name == 'exponential_warmup' and stage.end_factor == 0:
+    yield (
+      'end_factor',
+      'An exponential never reaches an end_factor of 0.',
+      'Set end_factor to a small part of the peak, such as 0.001.',
+    )
+  if stage.restart_epochs and name not in ('cosine', 'cosine_warmup'):
+    yield (
+      'restart_epochs',
+      f'The schedule {name!r} has no warm restarts.',
+      "Use 'cosine_warmup', or set restart_epochs to 0.",
+    )
+  if bool(stage.milestones) != (name == 'step'):
+    yield (
+      'milestones',
+      "milestones and the schedule 'step' need each other.",
+      "Write 'schedule': 'step', 'milestones': (30, 60).",
+    )
+  if any(a >= b for a, b in itertools.pairwise((0, *stage.milestones))):
+    what = f'milestones must rise from above 0: {stage.milestones}.'
+    yield 'milestones', what, ''
+  evaluations = math.ceil(stage.num_epochs)
+  if name == 'plateau' and evaluations <= stage.plateau_patience + 1:
+    yield (
+      'plateau_patience',
+      f"The schedule 'plateau' needs more than plateau_patience + 1 = "
+      f'{stage.plateau_patience + 1} evaluations; this stage has '
+      f'{evaluations}.',
+      'Lower plateau_patience, or train for more epochs.',
+    )
+  if any(p.from_epoch >= stage.num_epochs for p in stage.phases):
+    what = f'A phase begins after the last of {stage.num_epochs:g} epochs.'
+    yield 'phases', what, ''
+
+
+def _optimizer_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
+  """Yields as `_schedule_mistakes`."""
+  name, known = stage.optimizer, fields.OPTIMIZERS[stage.optimizer]
+  if stage.nesterov and not known.nesterov:
+    yield (
+      'nesterov',
+      f'The optimizer {name!r} has no Nesterov momentum.',
+      "Use 'sgd_momentum', or set nesterov to False.",
+    )
+  if stage.nesterov and not stage.momentum:
+    yield (
+      'nesterov',
+      'Nesterov momentum needs a momentum, which is 0.',
+      'Set momentum to 0.9 or so, or nesterov to False.',
+    )
+  bfloat16 = stage.optimizer_state_dtype == 'bfloat16'
+  if bfloat16 and known.eight_bit:
+    plain = name.removesuffix('_8bit')
+    yield (
+      'optimizer_state_dtype',
+      f'{name} already keeps its state in 8 bits.',
+      f'Use {plain!r}, or leave optimizer_state_dtype out.',
+    )
+  if bfloat16 and known.trace and not stage.momentum:
+    yield (
+      'optimizer_state_dtype',
+      f'{name} without momentum has nothing to keep in bfloat16.',
+      'Leave optimizer_state_dtype out.',
+    )
+  if stage.scale_learning_rate and not known.scales:
+    yield (
+      'scale_learning_rate',
+      f'The linear scaling rule is about SGD, not {name!r}.',
+      'Set learning_rate for this batch, and scale_learning_rate to False.',
+    )
+  if not (stage.head_rate_factor or stage.backbone_rate_factor):
+    yield (
+      'backbone_rate_factor',
+      'head_rate_factor and backbone_rate_factor are both 0: nothing moves.',
+      'Set one of them above 0.',
+    )
+  micro = stage.micro_batch_size
+  if micro and any(part.batch_size % micro for _, part in stage.parts):
+    what = f'micro_batch_size {micro} does not divide the batch size.'
+    yield 'micro_batch_size', what, ''
+
+
+def _other_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
+  """Yields as `_schedule_mistakes`."""
   for one, other in (
     ('warmup_epochs', 'warmup_steps'),
     ('gradient_clipping', 'adaptive_clipping'),
   ):
     if getattr(stage, one) and getattr(stage, other):
-      raise errors.UserError(
-        f'{one} and {other} are both set.',
-        f'{where}.{other}',
-        'Set one of them to 0.',
-      )
-  mistakes = (
-    *_schedule_mistakes(stage),
-    *_optimizer_mistakes(stage),
-    *_image_mistakes(stage),
-    (
-      stage.transfer == 'shrink_and_perturb'
-      and not (stage.shrink or stage.perturb),
+      yield other, f'{one} and {other} are both set.', 'Set one of them to 0.'
+  if stage.alternating_flip and not stage.flip:
+    yield (
+      'alternating_flip',
+      'alternating_flip is a kind of flip, and flip is False.',
+      'Set both, or neither.',
+    )
+  least, most = stage.erasing_min_area, stage.erasing_max_area
+  if least > most:
+    what = f'erasing_min_area {least:g} is above erasing_max_area {most:g}.'
+    yield 'erasing_min_area', what, ''
+  changed = {field for phase in stage.phases for field, _ in phase.changes}
+  magnitude = 'rand_augment_magnitude'
+  if magnitude in changed and stage.auto_augment != 'rand_augment':
+    what = f"{magnitude} changes, but auto_augment is not 'rand_augment'."
+    yield 'phases', what, ''
+  weights = stage.shrink or stage.perturb
+  if stage.transfer == 'shrink_and_perturb' and not weights:
+    yield (
       'shrink',
       'shrink and perturb are both 0: all weights would be 0.',
       "Set perturb above 0, or transfer to 'none'.",
-    ),
-  )
-  for wrong, field, what, suggestion in mistakes:
-    if wrong:
-      raise errors.UserError(what, f'{where}.{field}', suggestion)
-
-
-Mistake = tuple[bool, str, str, str]
-
-
-def _schedule_mistakes(stage: Stage) -> Iterable[Mistake]:
-  """Yields (whether it is there, field, what is wrong, a suggestion)."""
-  name = stage.schedule
-  warmup = bool(stage.warmup_epochs or stage.warmup_steps)
-  yield (
-    warmup and name in ('one_cycle', 'cosine'),
-    'schedule',
-    f'The schedule {name!r} does not use a warmup.',
-    "Use 'cosine_warmup', or warmup_fraction with 'one_cycle'.",
-  )
-  yield (
-    name == 'exponential_warmup' and stage.end_factor == 0,
-    'end_factor',
-    'An exponential never reaches an end_factor of 0.',
-    'Set end_factor to a small part of the peak, such as 0.001.',
-  )
-  yield (
-    bool(stage.restart_epochs) and name not in ('cosine', 'cosine_warmup'),
-    'restart_epochs',
-    f'The schedule {name!r} has no warm restarts.',
-    "Use 'cosine_warmup', or set restart_epochs to 0.",
-  )
-  yield (
-    bool(stage.milestones) != (name == 'step'),
-    'milestones',
-    "milestones and the schedule 'step' need each other.",
-    "Write 'schedule': 'step', 'milestones': (30, 60).",
-  )
-  yield (
-    any(a >= b for a, b in itertools.pairwise((0, *stage.milestones))),
-    'milestones',
-    f'milestones must rise from above 0: {stage.milestones}.',
-    '',
-  )
-  evaluations = math.ceil(stage.num_epochs)
-  yield (
-    name == 'plateau' and evaluations <= stage.plateau_patience + 1,
-    'plateau_patience',
-    f"The schedule 'plateau' needs more than plateau_patience + 1 = "
-    f'{stage.plateau_patience + 1} evaluations; this stage has {evaluations}.',
-    'Lower plateau_patience, or train for more epochs.',
-  )
-  yield (
-    any(p.from_epoch >= stage.num_epochs for p in stage.phases),
-    'phases',
-    f'A phase begins after the last of {stage.num_epochs:g} epochs.',
-    '',
-  )
-
-
-def _optimizer_mistakes(stage: Stage) -> Iterable[Mistake]:
-  """Yields as `_schedule_mistakes`."""
-  name, known = stage.optimizer, fields.OPTIMIZERS[stage.optimizer]
-  yield (
-    stage.nesterov and not known.nesterov,
-    'nesterov',
-    f'The optimizer {name!r} has no Nesterov momentum.',
-    "Use 'sgd_momentum', or set nesterov to False.",
-  )
-  yield (
-    stage.nesterov and not stage.momentum,
-    'nesterov',
-    'Nesterov momentum needs a momentum, which is 0.',
-    'Set momentum to 0.9 or so, or nesterov to False.',
-  )
-  bfloat16 = stage.optimizer_state_dtype == 'bfloat16'
-  yield (
-    bfloat16 and known.eight_bit,
-    'optimizer_state_dtype',
-    f'{name} already keeps its state in 8 bits.',
-    f'Use {name.removesuffix("_8bit")!r}, or leave optimizer_state_dtype out.',
-  )
-  yield (
-    bfloat16 and known.trace and not stage.momentum,
-    'optimizer_state_dtype',
-    f'{name} without momentum has nothing to keep in bfloat16.',
-    'Leave optimizer_state_dtype out.',
-  )
-  yield (
-    stage.scale_learning_rate and not known.scales,
-    'scale_learning_rate',
-    f'The linear scaling rule is about SGD, not {name!r}.',
-    'Set learning_rate for this batch, and scale_learning_rate to False.',
-  )
-  yield (
-    not (stage.head_rate_factor or stage.backbone_rate_factor),
-    'backbone_rate_factor',
-    'head_rate_factor and backbone_rate_factor are both 0: nothing moves.',
-    'Set one of them above 0.',
-  )
-  micro = stage.micro_batch_size
-  yield (
-    bool(micro) and any(part.batch_size % micro for _, part in stage.parts),
-    'micro_batch_size',
-    f'micro_batch_size {micro} does not divide the batch size.',
-    '',
-  )
-
-
-def _image_mistakes(stage: Stage) -> Iterable[Mistake]:
-  """Yields as `_schedule_mistakes`."""
-  yield (
-    stage.alternating_flip and not stage.flip,
-    'alternating_flip',
-    'alternating_flip is a kind of flip, and flip is False.',
-    'Set both, or neither.',
-  )
-  yield (
-    stage.erasing_min_area > stage.erasing_max_area,
-    'erasing_min_area',
-    f'erasing_min_area {stage.erasing_min_area:g} is above erasing_max_area '
-    f'{stage.erasing_max_area:g}.',
-    '',
-  )
-  yield (
-    stage.auto_augment != 'rand_augment'
-    and any(
-      field == 'rand_augment_magnitude'
-      for phase in stage.phases
-      for field, _ in phase.changes
-    ),
-    'phases',
-    "rand_augment_magnitude changes, but auto_augment is not 'rand_augment'.",
-    '',
-  )
+    )
