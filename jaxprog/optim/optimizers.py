@@ -73,16 +73,15 @@ def rate_factors(params: Any, stage: stages.Stage) -> Any:
   natural order of their names (block2_9 before block2_10), `head` last. The
   order of the dict itself says nothing: jit sorts it.
   """
-  groups = sorted({_layer_group(name) for name in params})
-  factors = {}
-  for name, module in params.items():
-    groups_after = len(groups) - 1 - groups.index(_layer_group(name))
-    own = stage.backbone_rate_factor
-    if name == 'head':
-      own = stage.head_rate_factor
-    factor = own * stage.layer_decay**groups_after
-    factors[name] = jax.tree.map(lambda _, factor=factor: factor, module)
-  return factors
+  groups = sorted({_layer_group(name) for name in params}, reverse=True)
+
+  def factor(path, _):
+    name = path[0].key
+    head, backbone = stage.head_rate_factor, stage.backbone_rate_factor
+    own = head if name == 'head' else backbone
+    return own * stage.layer_decay ** groups.index(_layer_group(name))
+
+  return jax.tree_util.tree_map_with_path(factor, params)
 
 
 def _layer_group(name: str) -> tuple[int, tuple[str | int, ...]]:
@@ -232,10 +231,8 @@ def _create_muon(stage: stages.Stage) -> optax.GradientTransformation:
 def _label_muon(params: Any) -> Any:
   """Returns 'muon' for the backbone's convolutions, 'adam' for the rest."""
 
-  def label(name, leaf):
-    return 'muon' if name != 'head' and jnp.ndim(leaf) == 4 else 'adam'
+  def label(path, leaf):
+    of_backbone = path[0].key != 'head' and jnp.ndim(leaf) == 4
+    return 'muon' if of_backbone else 'adam'
 
-  return {
-    name: jax.tree.map(lambda leaf, name=name: label(name, leaf), module)
-    for name, module in params.items()
-  }
+  return jax.tree_util.tree_map_with_path(label, params)

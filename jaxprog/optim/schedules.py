@@ -28,13 +28,7 @@ def create_learning_rate_fn(
   """
   peak = stage.peak_learning_rate
   if stage.schedule == 'one_cycle':
-    return one_cycle(
-      peak,
-      steps.total,
-      stage.warmup_fraction,
-      stage.div_factor,
-      stage.final_div_factor,
-    )
+    return _one_cycle(stage, steps.total)
   warmup = 0 if stage.schedule == 'cosine' else steps.warmup
   decay = _create_decay(stage, steps, warmup)
 
@@ -75,24 +69,18 @@ def _create_decay(
       raise ValueError(f'Unknown schedule: {stage.schedule!r}.')
 
 
-def one_cycle(
-  peak: float,
-  total_steps: int,
-  warmup_fraction: float,
-  div_factor: float,
-  final_div_factor: float,
-) -> optax.Schedule:
+def _one_cycle(stage: stages.Stage, total_steps: int) -> optax.Schedule:
   """Returns the 1cycle policy (Smith & Topin 2017, arXiv:1708.07120).
 
-  A half cosine from peak / div_factor up to `peak`, then one down to
+  A half cosine from peak / div_factor up to the peak, then one down to
   peak / div_factor / final_div_factor, reached at step total_steps - 1, as in
   PyTorch's OneCycleLR. optax's own starts at the peak in very short stages;
   here two steps or more always rise first.
   """
-  last = total_steps - 1
-  up = max(warmup_fraction * total_steps - 1, min(1.0, last / 2))
-  first = peak / div_factor
-  final = first / final_div_factor
+  peak, last = stage.peak_learning_rate, total_steps - 1
+  up = max(stage.warmup_fraction * total_steps - 1, min(1.0, last / 2))
+  first = peak / stage.div_factor
+  final = first / stage.final_div_factor
 
   def learning_rate_fn(step):
     step = jnp.asarray(step)
