@@ -1,15 +1,14 @@
 """Every field of a config: its type, default, range and unit, and its purpose.
 
 All that asks about fields asks here: the defaults of configs/default.py, the
-checks, overrides on the command line, docs/fields.md (`python -m
-jaxprog.fields > docs/fields.md`). Nothing is imported that takes time, so that
-a typo costs a second.
+checks, overrides on the command line, docs/fields.md (`python docs/fields.py >
+docs/fields.md`). Nothing is imported that takes time, so that a typo costs a
+second.
 """
 
 import ast
 import contextlib
 import dataclasses
-import inspect
 import math
 import re
 import struct
@@ -104,10 +103,14 @@ class Field:
       return tuple(map(_widen, value))
     return _widen(value) if self.kind is float else value
 
+  @property
+  def wanted(self) -> str:
+    """Its type in words."""
+    return _WANTED[self.kind]
+
   def _wrong_type(self, value: Any, where: str) -> errors.UserError:
-    wanted = _WANTED[self.kind]
     return errors.UserError(
-      f'{self.name} must be {wanted}, not {value!r}.', where
+      f'{self.name} must be {self.wanted}, not {value!r}.', where
     )
 
   def _is_known(self, value: Any) -> bool:
@@ -709,63 +712,3 @@ def _check_phases(phases: Any, where: str) -> tuple[PhaseStart, ...]:
     changes = ((x, STAGE[x].check(phase[x], where)) for x in sorted(changed))
     found.append(PhaseStart(from_epoch, tuple(changes)))
   return tuple(found)
-
-
-def to_markdown() -> str:
-  """Returns docs/fields.md."""
-  tables = (
-    ('Of the run', ConfigFields, CONFIG),
-    ('Of a stage', StageFields, STAGE),
-  )
-  lines = [_INTRODUCTION]
-  for title, cls, declared in tables:
-    comments = _read_comments(cls)
-    lines += [
-      f'\n## {title}',
-      '| field | default | values | may change | |',
-      '|---|---|---|---|---|',
-      *(_describe(x, comments.get(x.name, '')) for x in declared.values()),
-    ]
-  return '\n'.join(lines) + '\n'
-
-
-_INTRODUCTION = """# Every field
-
-Made from [jaxprog/fields.py](../jaxprog/fields.py), where each is declared. A
-config sets `config.FIELD`; a stage is a dict, and what it leaves out comes from
-`config.stage_defaults`. What a cell leaves empty is told with the field above.
-Numbers are at least 0 where nothing else is said.
-
-*resume*: a run that has begun may go on with another value. *hosts*: the hosts
-of one run may differ in it. *phases*: it may change within a stage."""
-
-
-def _read_comments(cls: type) -> dict[str, str]:
-  """Returns what the source says above each field that has a comment."""
-  found, comment = {}, ''
-  for line in inspect.getsource(cls).splitlines():
-    declared = re.match(r'  (\w+): ', line)
-    if line.startswith('  # '):
-      comment += line[3:]
-    elif declared:
-      found[declared[1]] = comment.strip()
-      comment = ''
-  return found
-
-
-def _describe(x: Field, comment: str) -> str:
-  """Returns the row of a field."""
-  facts = {'resume': x.free, 'hosts': x.local, 'phases': x.phase}
-  may = ', '.join(fact for fact, true in facts.items() if true)
-  default = f'{x.default:g}' if x.kind is float else repr(x.default)
-  values = ', '.join(f'`{choice}`' for choice in x.choices)
-  if not values:
-    values = _WANTED[x.kind].removeprefix('a ')
-    if x.within != Field.within:
-      values += f' in {x.within}'
-  values += f', {x.unit}' * bool(x.unit)
-  return f'| `{x.name}` | `{default}` | {values} | {may} | {comment} |'
-
-
-if __name__ == '__main__':
-  print(to_markdown(), end='')
