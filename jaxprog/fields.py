@@ -13,7 +13,7 @@ import math
 import re
 import struct
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import config_dict
@@ -92,7 +92,7 @@ class Field:
     """
     try:
       return _parse(text.strip(), self.kind)
-    except (TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
       raise self._wrong_type(text, where) from None
 
   def widen(self, value: Any) -> Any:
@@ -118,11 +118,9 @@ class Field:
     return value in self.choices or bool(shape)
 
   def _check_range(self, value: float, where: str) -> None:
-    near, bounds = _on_devices(value), 'a finite number'
-    if math.isfinite(near):
-      if _lies_within(value, self.within):
-        return
-      bounds = _describe_range(self.within)
+    near, bounds = _on_devices(value), _miss(value, self.within)
+    if not bounds:
+      return
     shown = f'{value}'
     if near != value and (math.isinf(near) or near.is_integer()):
       shown += f' ({near:g} in float32)'
@@ -570,13 +568,11 @@ def check_names(found: Iterable[str], declared: Declared, where: str) -> None:
   """Raises UserError for a name that is no field."""
   for name in found:
     if name not in declared:
-      raise errors.UserError(
-        f'Unknown field {name!r}.', where, errors.did_you_mean(name, declared)
-      )
+      raise unknown(name, declared, 'field', where)
 
 
 def unknown(
-  value: Any, choices: Sequence[Any], name: str, where: str
+  value: Any, choices: Iterable[Any], name: str, where: str
 ) -> errors.UserError:
   """Returns the error that names what is nearest to `value`."""
   return errors.UserError(
@@ -616,19 +612,15 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _widen(value: Any) -> Any:
-  if type(value) is not int:
-    return value
   try:
-    return float(value)
+    return float(value) if type(value) is int else value
   except OverflowError:
     return math.inf
 
 
 def _parse(text: str, kind: Any) -> Any:
-  """Returns `text` as a type; raises ValueError if it is none of it."""
+  """Returns `text` as a type, which raises if it is none of it."""
   if kind is bool:
-    if text.lower() not in _WORDS:
-      raise ValueError(text)
     return _WORDS[text.lower()]
   if kind is str:
     return text.strip('\'"')
@@ -657,36 +649,31 @@ def _on_devices(value: float) -> float:
   return 0.0 if abs(near) < 2**-126 else near
 
 
-def _read_range(within: str) -> tuple[bool, bool, float, float, bool]:
-  """Returns (0 is in it besides, low is, low, high, high is)."""
-  zero, text = within.startswith('0 or '), within.removeprefix('0 or ')
-  low, high = map(float, text[1:-1].split(', '))
-  return zero, text[0] == '[', low, high, text[-1] == ']'
+def _miss(value: float, within: str) -> str:
+  """Returns '' for a number in a range, in float32 too, else what it must be.
 
-
-def _lies_within(value: float, within: str) -> bool:
-  """Returns whether a number lies in a range, in float32 too."""
-  zero, low_in, low, high, high_in = _read_range(within)
+  '[0, 1)' in words is 'at least 0 and below 1'.
+  """
   near = _on_devices(value)
-  return (zero and value == 0) or (
-    (value >= low if low_in else near > low)
-    and (value <= high if high_in or high == math.inf else near < high)
-  )
-
-
-def _describe_range(within: str) -> str:
-  """Returns '[0, 1)' in words: 'at least 0 and below 1'."""
-  zero, low_in, low, high, high_in = _read_range(within)
-  text = f'{"0 or " * zero}{"at least" if low_in else "above"} {low:g}'
-  if high < math.inf:
-    text += f' and {"at most" if high_in else "below"} {high:g}'
-  return text
+  if not math.isfinite(near):
+    return 'a finite number'
+  text = within.removeprefix('0 or ')
+  low, high = map(float, text[1:-1].split(', '))
+  low_in, high_in = text[0] == '[', text[-1] == ']'
+  above = value >= low if low_in else near > low
+  below = value <= high if high_in or high == math.inf else near < high
+  if (above and below) or (text != within and value == 0):
+    return ''
+  words = f'{"0 or " * (text != within)}{"at least" if low_in else "above"}'
+  upper = f' and {"at most" if high_in else "below"} {high:g}'
+  return f'{words} {low:g}{upper * (high < math.inf)}'
 
 
 def _check_phases(phases: Any, where: str) -> tuple[PhaseStart, ...]:
   if not isinstance(phases, list | tuple):
     raise errors.UserError(f'phases must be dicts, not {phases!r}.', where)
   found: list[PhaseStart] = []
+  known = names(STAGE, 'phase')
   first = Field('from_epoch', int, 1, within='[1, inf)')
   for phase in phases:
     if (
@@ -705,10 +692,10 @@ def _check_phases(phases: Any, where: str) -> tuple[PhaseStart, ...]:
         f'Phases must follow one another from epoch 1 on, not {phase!r}.',
         where,
       )
-    changed = [name for name in phase if name != 'from_epoch']
-    for name in changed:
-      if name not in names(STAGE, 'phase'):
-        raise unknown(name, names(STAGE, 'phase'), 'field of a phase', where)
-    changes = ((x, STAGE[x].check(phase[x], where)) for x in sorted(changed))
+    changes = []
+    for name in sorted({*phase} - {'from_epoch'}, key=str):
+      if name not in known:
+        raise unknown(name, known, 'field of a phase', where)
+      changes.append((name, STAGE[name].check(phase[name], where)))
     found.append(PhaseStart(from_epoch, tuple(changes)))
   return tuple(found)

@@ -42,18 +42,11 @@ def conv(
     products = jax.tree.map(product, planes, kernels)
     return interleave(_apply(products, _output_1d))
 
-  num_bands = _num_bands(x, tiles)
-  rows = tiles[0] // num_bands
-  if num_bands == 1:
-    y = band(0, rows)
-  else:
-    shape = (x.shape[0], 2 * tiles[0], 2 * tiles[1], kernel.shape[5 - contract])
+  def write(y: jax.Array, part: jax.Array, first_row: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(y, part, 2 * first_row, axis=1)
 
-    def write_band(i: jax.Array, y: jax.Array) -> jax.Array:
-      part = band(i * rows, rows)
-      return lax.dynamic_update_slice_in_dim(y, part, 2 * i * rows, axis=1)
-
-    y = lax.fori_loop(0, num_bands, write_band, jnp.zeros(shape, x.dtype))
+  shape = (x.shape[0], 2 * tiles[0], 2 * tiles[1], kernel.shape[5 - contract])
+  y = _in_bands(band, write, shape, x, tiles)
   return y[:, :height, :width]
 
 
@@ -71,17 +64,8 @@ def kernel_grad(x: jax.Array, dy: jax.Array, pads: Pads) -> jax.Array:
     spread = _apply(phases, _output_1d_transposed)
     return _stack(jax.tree.map(product_over_pixels, planes, spread))
 
-  num_bands = _num_bands(x, tiles)
-  rows = tiles[0] // num_bands
-  if num_bands == 1:
-    total = band(0, rows)
-  else:
-
-    def add_band(i: jax.Array, total: jax.Array) -> jax.Array:
-      return total + band(i * rows, rows)
-
-    zeros = jnp.zeros((4, 4, x.shape[3], dy.shape[3]), x.dtype)
-    total = lax.fori_loop(0, num_bands, add_band, zeros)
+  shape = (4, 4, x.shape[3], dy.shape[3])
+  total = _in_bands(band, lambda a, b, _: a + b, shape, x, tiles)
   return _stack(_apply(total, _kernel_1d_t))
 
 
@@ -101,14 +85,24 @@ def _pad_axis(x, axis, low, size):
   return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
-def _num_bands(x, tiles):
-  """Returns into how many bands of equal height to cut the image.
+def _in_bands(band, join, shape, x, tiles):
+  """Returns what `band` makes of rows of tiles, joined into zeros of `shape`.
 
-  Rows, not images: the batch may be sharded over devices.
+  The bands are of equal height. Rows, not images: the batch may be sharded over
+  devices.
   """
   size = 16 * x.shape[0] * tiles[0] * tiles[1] * x.shape[3] * x.dtype.itemsize
   wanted = min(-(-size // _BAND_BYTES), tiles[0])
-  return next(n for n in range(wanted, tiles[0] + 1) if tiles[0] % n == 0)
+  num = next(n for n in range(wanted, tiles[0] + 1) if tiles[0] % n == 0)
+  rows = tiles[0] // num
+  if num == 1:
+    return band(0, rows)
+  return lax.fori_loop(
+    0,
+    num,
+    lambda i, y: join(y, band(i * rows, rows), i * rows),
+    jnp.zeros(shape, x.dtype),
+  )
 
 
 def _tiles(x, first_row, rows, low, columns) -> Planes:
