@@ -32,8 +32,7 @@ _FIELDS = {
   ('batch_stats', 'var'): 'running_var',
 }
 # Axes of ours in their order, by the number of axes: HWIO becomes OIHW.
-_TO_THEIRS = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
-_TO_OURS = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
+_AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 
 
 def to_state_dict(variables: Variables) -> dict[str, np.ndarray]:
@@ -48,9 +47,8 @@ def to_state_dict(variables: Variables) -> dict[str, np.ndarray]:
     ValueError: if it is not one of our ResNets.
   """
   tensors = {}
-  for path, leaf in traverse_util.flatten_dict(variables).items():
-    array, name = np.asarray(leaf), name_of(path)
-    tensors[name] = np.ascontiguousarray(array.transpose(_axes(array, path)))
+  for path, (name, leaf, axes) in _match(variables).items():
+    tensors[name] = np.ascontiguousarray(np.asarray(leaf).transpose(axes))
     if path[-1] == 'mean':
       module = name.rpartition('.')[0]
       tensors[f'{module}.{_TRACKED}'] = np.zeros((), np.int64)
@@ -68,8 +66,8 @@ def from_state_dict(
   """
   return traverse_util.unflatten_dict(
     {
-      path: tensors[name].transpose(_TO_OURS[tensors[name].ndim])
-      for path, name in _names(like).items()
+      path: tensors[name].transpose(np.argsort(axes))
+      for path, (name, _, axes) in _match(like).items()
     }
   )
 
@@ -80,10 +78,9 @@ def describe(like: Variables) -> dict[str, tuple[int, ...]]:
   Raises:
     ValueError: if it is not one of our ResNets.
   """
-  leaves = traverse_util.flatten_dict(like)
   return {
-    name: tuple(leaves[path].shape[i] for i in _axes(leaves[path], path))
-    for path, name in _names(like).items()
+    name: tuple(leaf.shape[i] for i in axes)
+    for name, leaf, axes in _match(like).values()
   }
 
 
@@ -113,11 +110,11 @@ def _module_name(outer: str, inner: str = '') -> str:
   return f'layer{int(group)}.{int(block) - 1}.{_INNER[inner]}'
 
 
-def _names(like: Variables) -> dict[Path, str]:
-  return {path: name_of(path) for path in traverse_util.flatten_dict(like)}
-
-
-def _axes(leaf: Any, path: Path) -> tuple[int, ...]:
-  if len(leaf.shape) not in _TO_THEIRS:
-    raise ValueError(f'{"/".join(path)} has no counterpart in a ResNet.')
-  return _TO_THEIRS[len(leaf.shape)]
+def _match(like: Variables) -> dict[Path, tuple[str, Any, tuple[int, ...]]]:
+  """Returns the name of each leaf, the leaf and its axes in their order."""
+  leaves, found = traverse_util.flatten_dict(like), {}
+  for path, leaf in leaves.items():
+    if len(leaf.shape) not in _AXES:
+      raise ValueError(f'{"/".join(path)} has no counterpart in a ResNet.')
+    found[path] = name_of(path), leaf, _AXES[len(leaf.shape)]
+  return found
