@@ -24,11 +24,11 @@ import rich.text
 
 from jaxprog import formats
 
-REFRESH_SECONDS = 1 / 8
-LINE_SECONDS = 30.0
+_REFRESH_SECONDS = 1 / 8
+_LINE_SECONDS = 30.0
 # The rate of the last minute or so: long enough to be steady, short enough to
 # follow a machine that slows down.
-RATE_SECONDS = 60.0
+_RATE_SECONDS = 60.0
 
 
 class Description(NamedTuple):
@@ -51,19 +51,8 @@ class Description(NamedTuple):
     return self.total_steps * self.batch_size * self.image_size**2
 
 
-class Remaining(NamedTuple):
-  """Seconds left; None where there is nothing yet to tell it from."""
-
-  epoch: float | None = None
-  stage: float | None = None
-  run: float | None = None
-
-
-NOTHING_KNOWN = Remaining()
-
-
-@dataclasses.dataclass(frozen=True)
-class StageProgress:
+@dataclasses.dataclass
+class _Standing:
   """Where a stage stands; `step` counts its finished steps.
 
   `epoch_ends` are the steps finished at the end of each epoch.
@@ -75,11 +64,13 @@ class StageProgress:
   epoch: int
   step: int
   epoch_ends: tuple[int, ...]
-  metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  remaining: Remaining = NOTHING_KNOWN
-  evaluating: tuple[int, int] | None = None
   # Whether averaged weights are evaluated beside the others.
-  averages: bool = False
+  averages: bool
+  metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+  # Seconds left of the epoch, the stage and the run, as far as known.
+  left: dict[str, float] = dataclasses.field(default_factory=dict)
+  # Evaluation batches done, and all of them.
+  evaluating: tuple[int, int] | None = None
 
   @property
   def num_epochs(self) -> int:
@@ -117,10 +108,15 @@ class Progress:
     self._num_stages = num_stages
     self._clock = clock
     self._plan: Sequence[Description] = ()
-    self._at: StageProgress | None = None
-    self._timer = _Timer(clock)
+    self._at: _Standing
+    self._timer: _Timer
     console = console or rich.console.Console(markup=False)
-    self._view = _create_view(console)
+    plain = not console.is_terminal or console.is_dumb_terminal
+    self._view: _PlainView | _LiveView = (
+      _PlainView(console)
+      if plain or os.environ.get('NO_COLOR')
+      else _LiveView(console)
+    )
 
   def start_run(self, plan: Sequence[Description]) -> None:
     """Shows what will be trained; `plan` lists the stages of this run."""
@@ -144,14 +140,8 @@ class Progress:
     self._timer = _Timer(self._clock)
     ends = tuple(epoch_ends)
     epoch = bisect.bisect_right(ends[:-1], start_step) + 1
-    self._at = StageProgress(
-      index,
-      self._num_stages,
-      name,
-      epoch,
-      start_step,
-      ends,
-      averages=averages,
+    self._at = _Standing(
+      index, self._num_stages, name, epoch, start_step, ends, averages
     )
     self._view.begin(self._at, details)
     self._show()
@@ -166,37 +156,31 @@ class Progress:
         process_memory (bytes), as far as known; what is left out keeps its
         last value.
     """
-    at = self._require_stage()
+    at = self._at
     self._timer.train(step)
-    self._at = dataclasses.replace(
-      at,
-      epoch=bisect.bisect_left(at.epoch_ends, step) + 1,
-      step=step,
-      metrics={**at.metrics, **metrics},
-      evaluating=None,
-    )
+    at.epoch = bisect.bisect_left(at.epoch_ends, step) + 1
+    at.step, at.evaluating = step, None
+    at.metrics.update(metrics)
     self._show()
 
   def evaluate(self, step: int, total: int) -> None:
     """Shows that `step` of `total` evaluation batches are done."""
     self._timer.evaluate(finished=step >= total)
-    at = self._require_stage()
-    self._at = dataclasses.replace(at, evaluating=(step, total))
+    self._at.evaluating = step, total
     self._show()
 
   def end_epoch(self, row: Mapping[str, Any], is_best: bool) -> None:
     """Shows a row of the history, marked if it is the best so far."""
+    at = self._at
     self._timer.pause()
-    at = self._require_stage()
     self._view.row(at, row, is_best)
     if at.epoch < at.num_epochs:
-      self._at = dataclasses.replace(at, epoch=at.epoch + 1, evaluating=None)
+      at.epoch, at.evaluating = at.epoch + 1, None
     self._show()
 
   def end_stage(self, stage: Mapping[str, Any]) -> None:
     """Shows how a stage of the history ended."""
-    self._view.end(self._require_stage(), stage)
-    self._at = None
+    self._view.end(self._at, stage)
 
   def message(self, text: rich.console.RenderableType) -> None:
     """Prints `text`, or anything that rich can print, above the bar."""
@@ -212,47 +196,28 @@ class Progress:
   def __exit__(self, *error: object) -> None:
     self.close()
 
-  def _require_stage(self) -> StageProgress:
-    if self._at is None:
-      raise ValueError('No stage is running: call start_stage first.')
-    return self._at
-
   def _show(self) -> None:
-    at = self._require_stage()
-    at = dataclasses.replace(at, remaining=self._remaining(at))
-    self._at = at
-    self._view.update(at, self._clock())
+    self._at.left = self._seconds_left(self._at)
+    self._view.update(self._at, self._clock())
 
-  def _remaining(self, at: StageProgress) -> Remaining:
+  def _seconds_left(self, at: _Standing) -> dict[str, float]:
     per_step = self._timer.seconds_per_step()
     if per_step is None:
-      return NOTHING_KNOWN
-    done, steps = at.epoch_steps
-    ahead = at.num_epochs - at.epoch
+      return {}
     evaluation = self._timer.evaluation_seconds or 0.0
-    epoch = (steps - done) * per_step
-    if at.evaluating:
-      batch, batches = at.evaluating
-      epoch += evaluation * (1 - batch / batches if batches else 0.0)
-    else:
-      epoch += evaluation
-    stage = epoch + ahead * evaluation
-    stage += (at.total_steps - at.step - (steps - done)) * per_step
-    return Remaining(epoch, stage, self._run_left(at, stage, per_step))
-
-  def _run_left(
-    self, at: StageProgress, stage_left: float, per_step: float
-  ) -> float | None:
-    last = at.index + 1 >= self._num_stages
-    if last:
-      return stage_left
-    if len(self._plan) != self._num_stages:
-      return None
-    this = self._plan[at.index]
-    whole = at.total_steps * per_step
-    whole += at.num_epochs * (self._timer.evaluation_seconds or 0.0)
-    ahead = sum(stage.pixels for stage in self._plan[at.index + 1 :])
-    return stage_left + whole * ahead / this.pixels
+    done, steps = at.epoch_steps
+    batch, batches = at.evaluating or (0, 1)
+    epoch = (steps - done) * per_step + evaluation * (1 - batch / batches)
+    stage = (at.total_steps - at.step) * per_step
+    stage += evaluation * (at.num_epochs - at.epoch + 1 - batch / batches)
+    left = {'epoch': epoch, 'stage': stage}
+    if at.index + 1 == self._num_stages:
+      left['run'] = stage
+    elif self._plan:
+      whole = at.total_steps * per_step + at.num_epochs * evaluation
+      ahead = sum(x.pixels for x in self._plan[at.index + 1 :])
+      left['run'] = stage + whole * ahead / self._plan[at.index].pixels
+    return left
 
 
 class _Timer:
@@ -271,7 +236,7 @@ class _Timer:
     now = self._clock()
     if self._last is not None and step > self._last[1]:
       seconds, steps = now - self._last[0], step - self._last[1]
-      decay = math.exp(-seconds / RATE_SECONDS)
+      decay = math.exp(-seconds / _RATE_SECONDS)
       self._seconds = self._seconds * decay + seconds
       self._steps = self._steps * decay + steps
     self._last = now, step
@@ -291,18 +256,8 @@ class _Timer:
     return self._seconds / self._steps if self._steps else None
 
 
-def _create_view(
-  console: rich.console.Console,
-) -> '_LiveView | _PlainView':
-  """Returns the live view for a capable terminal, else the plain one."""
-  plain = not console.is_terminal or console.is_dumb_terminal
-  if plain or os.environ.get('NO_COLOR'):
-    return _PlainView(console)
-  return _LiveView(console)
-
-
 class _PlainView:
-  """Lines of `key=value`; a line on steps at most every `LINE_SECONDS`."""
+  """Lines of `key=value`; a line on steps at most every `_LINE_SECONDS`."""
 
   def __init__(self, console: rich.console.Console):
     self._console = console
@@ -313,7 +268,7 @@ class _PlainView:
       values = stage._asdict()
       self._print(event='plan', stage=values.pop('name'), **values)
 
-  def begin(self, at: StageProgress, details: Mapping[str, Any]) -> None:
+  def begin(self, at: _Standing, details: Mapping[str, Any]) -> None:
     self._next_line = -math.inf
     self._print(
       event='stage',
@@ -325,26 +280,25 @@ class _PlainView:
       **details,
     )
 
-  def update(self, at: StageProgress, now: float) -> None:
+  def update(self, at: _Standing, now: float) -> None:
     if now < self._next_line or at.evaluating or not at.metrics:
       return
-    self._next_line = now + LINE_SECONDS
-    left = at.remaining._asdict().items()
+    self._next_line = now + _LINE_SECONDS
     self._print(
       event='step',
       stage=at.name,
       epoch=f'{at.epoch}/{at.num_epochs}',
       step=f'{at.step}/{at.total_steps}',
       **at.metrics,
-      **{f'{k}_left': formats.duration(v) for k, v in left if v is not None},
+      **{f'{k}_left': formats.duration(v) for k, v in at.left.items()},
     )
 
-  def row(self, at: StageProgress, row: Mapping[str, Any], best: bool) -> None:
+  def row(self, at: _Standing, row: Mapping[str, Any], best: bool) -> None:
     values = {k: v for k, v in row.items() if k != 'epoch'}
     epoch = f'{row["epoch"]}/{at.num_epochs}'
     self._print(event='epoch', stage=at.name, epoch=epoch, **values, best=best)
 
-  def end(self, at: StageProgress, stage: Mapping[str, Any]) -> None:
+  def end(self, at: _Standing, stage: Mapping[str, Any]) -> None:
     best = stage['best'] or {'epoch': None, 'top1': None}
     self._print(
       event='stage_end',
@@ -384,13 +338,13 @@ class _LiveView:
         _PLAN_COLUMNS, zip(*cells, strict=True), strict=True
       )
     ]
-    shown = fit_columns(columns, self._console.width)
+    shown = _fit_columns(columns, self._console.width)
     self._line(_join(shown, [c.title for c in columns], columns), 'bold')
     for row in cells:
       self._line(_join(shown, row, columns))
     self._line('')
 
-  def begin(self, at: StageProgress, details: Mapping[str, Any]) -> None:
+  def begin(self, at: _Standing, details: Mapping[str, Any]) -> None:
     title = f'stage {at.index + 1}/{at.num_stages}  {at.name}'
     self._console.print(
       rich.rule.Rule(title, characters='-', align='left', style='dim')
@@ -407,12 +361,12 @@ class _LiveView:
     )
     self._live.start()
 
-  def update(self, at: StageProgress, now: float) -> None:
+  def update(self, at: _Standing, now: float) -> None:
     if self._live and now >= self._next_refresh:
-      self._next_refresh = now + REFRESH_SECONDS
+      self._next_refresh = now + _REFRESH_SECONDS
       self._live.update(_StatusLines(at), refresh=True)
 
-  def row(self, at: StageProgress, row: Mapping[str, Any], best: bool) -> None:
+  def row(self, at: _Standing, row: Mapping[str, Any], best: bool) -> None:
     if self._console.width != self._width:
       self._begin_table(at)
     epoch = f'{row["epoch"]}/{at.num_epochs}'
@@ -420,7 +374,7 @@ class _LiveView:
     line = _join(self._columns, cells, self._columns)
     self._line(f'{line} *' if best else line, 'green' if best else '')
 
-  def end(self, at: StageProgress, stage: Mapping[str, Any]) -> None:
+  def end(self, at: _Standing, stage: Mapping[str, Any]) -> None:
     self.close()
     parts = [f'{at.name}: {stage["status"].replace("_", " ")}']
     if best := stage['best']:
@@ -439,7 +393,7 @@ class _LiveView:
       self._live.stop()
       self._live = None
 
-  def _begin_table(self, at: StageProgress) -> None:
+  def _begin_table(self, at: _Standing) -> None:
     """Prints titles of as many columns as the terminal is wide for now."""
     self._width = self._console.width
     epoch_width = max(5, 2 * len(str(at.num_epochs)) + 1)
@@ -448,7 +402,7 @@ class _LiveView:
       *(c for c in _ROW_COLUMNS if at.averages or c.field != 'ema_top1'),
     )
     # Two more columns are for the mark of the best row.
-    self._columns = fit_columns(columns, self._width - 2)
+    self._columns = _fit_columns(columns, self._width - 2)
     for line in _row_header(self._columns):
       self._line(line, 'bold')
 
@@ -461,7 +415,7 @@ class _LiveView:
 class _StatusLines:
   """The bar, metrics and times left; laid out for the width at each drawing."""
 
-  def __init__(self, at: StageProgress):
+  def __init__(self, at: _Standing):
     self._at = at
 
   def __rich_console__(
@@ -488,7 +442,7 @@ class _StatusLines:
       rich.text.Text(tail),
     )
     yield grid
-    for line in fit_phrases(_phrases(at), width, console.height - 2):
+    for line in _fit_phrases(_phrases(at), width, console.height - 2):
       yield rich.text.Text(line, no_wrap=True, overflow='crop')
 
 
@@ -507,13 +461,15 @@ class _Phrase(NamedTuple):
   group: int
 
 
-def _phrases(at: StageProgress) -> list[_Phrase]:
+def _phrases(at: _Standing) -> list[_Phrase]:
   """Returns phrases of constant length, so that the lines never jump."""
   values = at.metrics
   if not values:
     text = 'compiling the first step, which can take a minute'
     return [_Phrase(text, 0, 0)]
-  left = [formats.duration(s) for s in at.remaining]
+  epoch, stage, run = (
+    formats.duration(at.left.get(x)) for x in ('epoch', 'stage', 'run')
+  )
   kind = next((k for k in values if k.endswith('_memory')), 'memory')
   label = kind.replace('_', ' ')
   return [
@@ -524,13 +480,13 @@ def _phrases(at: StageProgress) -> list[_Phrase]:
     _Phrase(f'images/s {formats.cell("images_per_second", values):>6}', 4, 1),
     _Phrase(f'input wait {formats.cell("input_wait", values):>6}', 8, 1),
     _Phrase(f'{label} {formats.cell(kind, values):>7}', 9, 1),
-    _Phrase(f'left: epoch {left[0]:>8}', 6, 2),
-    _Phrase(f'stage {left[1]:>8}', 3, 2),
-    _Phrase(f'run {left[2]:>9}', 2, 2),
+    _Phrase(f'left: epoch {epoch:>8}', 6, 2),
+    _Phrase(f'stage {stage:>8}', 3, 2),
+    _Phrase(f'run {run:>9}', 2, 2),
   ]
 
 
-def fit_phrases(
+def _fit_phrases(
   phrases: Sequence[_Phrase], width: int, height: int
 ) -> list[str]:
   """Returns at most `height` lines of at most `width`, groups kept together."""
@@ -586,7 +542,7 @@ _PLAN_COLUMNS: tuple[tuple[str, int, Callable[[Description], str]], ...] = (
 )
 
 
-def fit_columns(columns: Sequence[_Column], width: int) -> tuple[_Column, ...]:
+def _fit_columns(columns: Sequence[_Column], width: int) -> tuple[_Column, ...]:
   """Returns the columns that fit into `width`, two spaces between them."""
   shown = list(columns)
   while len(shown) > 1 and sum(c.width + 2 for c in shown) - 2 > width:
