@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 
+import history_fixture
 import pytest
 import runs
 
@@ -47,6 +48,10 @@ def test_a_run_writes_what_the_design_says(trained):
 def test_the_history_tells_the_ladder(trained):
   history = runs.read_history(trained[0])
   assert history['version'] == 1
+  for stage in history['stages']:
+    assert set(history_fixture.STAGE_FIELDS) <= set(stage)
+    for row in stage['epochs']:
+      assert set(history_fixture.create_row(1)) <= set(row)
   three, ten, again = history['stages']
   assert [s['status'] for s in history['stages']] == ['done'] * 3
   assert [len(s['epochs']) for s in history['stages']] == [2, 2, 1]

@@ -6,7 +6,6 @@ import history_fixture
 import pytest
 import rich.console
 
-from jaxprog.monitoring import history as history_lib
 from jaxprog.reporting import facts
 from jaxprog.reporting import report as report_lib
 
@@ -206,7 +205,7 @@ def test_long_names_lose_their_middle_and_numbers_nothing():
 
 def test_summary_table_fits_80_columns():
   history = history_fixture.create_history((None, 2))
-  history_lib.finish_stage(history['stages'][1], 'stopped_early')
+  history['stages'][1]['status'] = 'stopped_early'
   console = rich.console.Console(file=io.StringIO(), width=80)
   console.print(report_lib.summary_table(history))
   text = console.file.getvalue()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import data_fixtures
+import history_fixture
 import pytest
 import runs
 from conftest import ROOT
@@ -61,9 +62,9 @@ def begin_run(workdir, data_dir):
   config.stages[0].num_epochs = 1.0
   files.write_json(workdir / 'config.json', config_lib.to_json(config))
   history = history_lib.new_history(config_lib.config_hash(config))
-  fields = dict.fromkeys(history_lib.STAGE_FIELDS, 1)
+  fields = dict.fromkeys(history_fixture.STAGE_FIELDS, 1)
   history_lib.begin_stage(history, **{**fields, 'name': 'three'})
-  history_lib.save_history(workdir / 'training_history.json', history)
+  files.write_json(workdir / 'training_history.json', history)
 
 
 def test_all_problems_are_listed_at_once(run_main, config, tmp_path):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import data_fixtures
+import history_fixture
 import jax
 import numpy as np
 import pytest
@@ -254,9 +255,9 @@ def test_what_a_workdir_holds_is_told_with_what_has_changed(config, tmp_path):
   files.write_json(tmp_path / 'config.json', config_lib.to_json(complete))
   history = history_lib.new_history('')
   for name in ('three', 'ten', 'ten_again'):
-    fields = dict.fromkeys(history_lib.STAGE_FIELDS, 1)
+    fields = dict.fromkeys(history_fixture.STAGE_FIELDS, 1)
     history_lib.begin_stage(history, **{**fields, 'name': name})
-  history_lib.save_history(tmp_path / 'training_history.json', history)
+  files.write_json(tmp_path / 'training_history.json', history)
   folder = checkpoints.stage_directory(tmp_path, 'three')
   with checkpoints.Checkpoints(folder) as saved:
     saved.mark_done({'record': {}})

@@ -2,6 +2,13 @@
 
     {'version': 1, 'config_hash': ..., 'stages': [stage, ...]}
 
+A stage has name, dataset, num_classes, image_size, batch_size, optimizer,
+schedule, num_epochs, steps_per_epoch, num_train_images, num_eval_images,
+transfer, status (done, running, stopped_early), seconds, best and epochs; each
+of these has epoch, global_step, train_loss, train_top1, val_loss, val_top1,
+val_top5, learning_rate, grad_norm, seconds, images_per_second and input_wait,
+None where there is no value. Both hold more than that.
+
 Epochs count from 1: row 3 was written when the third epoch was over.
 Accuracies are fractions in [0, 1], times seconds, `global_step` counts over
 all stages. The functions change the dicts they are given and return them.
@@ -12,43 +19,13 @@ import os
 import pathlib
 from typing import Any
 
-from jaxprog import errors, files, formats
+from jaxprog import errors, formats
 
 History = dict[str, Any]
 Stage = dict[str, Any]
 Row = dict[str, Any]
 
 VERSION = 1
-
-STAGE_FIELDS = (
-  'name',
-  'dataset',
-  'num_classes',
-  'image_size',
-  'batch_size',
-  'optimizer',
-  'schedule',
-  'num_epochs',
-  'steps_per_epoch',
-  'num_train_images',
-  'num_eval_images',
-  'transfer',
-)
-ROW_FIELDS = (
-  'epoch',
-  'global_step',
-  'train_loss',
-  'train_top1',
-  'val_loss',
-  'val_top1',
-  'val_top5',
-  'learning_rate',
-  'grad_norm',
-  'seconds',
-  'images_per_second',
-  'input_wait',
-)
-STATUSES = ('done', 'running', 'stopped_early')
 
 
 def new_history(config_hash: str) -> History:
@@ -66,16 +43,12 @@ def next_step(history: History, name: str) -> int:
 
   A stage says in 'last_step' where it ends, or will.
   """
-  ends = [
-    stage.get('last_step', max([0, *_global_steps(stage)]))
-    for stage in history['stages']
-    if stage['name'] != name
-  ]
-  return max(ends, default=0)
-
-
-def _global_steps(stage: Stage) -> list[int]:
-  return [row['global_step'] for row in stage['epochs']]
+  ends = [0]
+  for stage in history['stages']:
+    if stage['name'] != name:
+      trained = [row['global_step'] for row in stage['epochs']]
+      ends.append(stage.get('last_step', max(trained, default=0)))
+  return max(ends)
 
 
 def holdout_rules(history: History) -> dict[str, int]:
@@ -91,41 +64,29 @@ def holdout_rules(history: History) -> dict[str, int]:
 
 
 def begin_stage(history: History, **fields: Any) -> Stage:
-  """Returns a running stage without rows, in place of one of the same name.
+  """Returns a running stage of `fields`, without rows, put into `history`.
 
   Whether a stage is begun, resumed or done is for its checkpoints to say, not
   for this file, which a crash may leave a little ahead or behind.
-
-  Args:
-    history: changed in place.
-    **fields: all of `STAGE_FIELDS`; others are kept as they are.
   """
-  _check_fields(fields, STAGE_FIELDS, 'A stage')
-  stage = {
-    **fields,
-    'status': 'running',
-    'seconds': 0.0,
-    'best': None,
-    'epochs': [],
-  }
-  stages, before = history['stages'], find_stage(history, fields['name'])
-  if before is None:
-    stages.append(stage)
-  else:
-    stages[stages.index(before)] = stage
+  begun = {'status': 'running', 'seconds': 0.0, 'best': None, 'epochs': []}
+  stage = {**fields, **begun}
+  put_stage(history, stage)
   return stage
+
+
+def put_stage(history: History, stage: Stage) -> None:
+  """Puts `stage` in the place of one of the same name, else last."""
+  names = [x['name'] for x in history['stages']]
+  at = names.index(stage['name']) if stage['name'] in names else len(names)
+  history['stages'][at : at + 1] = [stage]
 
 
 def add_epoch(stage: Stage, **row: Any) -> Row:
   """Returns the row added to `stage`, in place of one of the same epoch.
 
   Also brings the stage's 'best' and 'seconds' up to date.
-
-  Args:
-    stage: changed in place.
-    **row: all of `ROW_FIELDS`, None where there is no value; others are kept.
   """
-  _check_fields(row, ROW_FIELDS, 'An epoch')
   rows = [r for r in stage['epochs'] if r['epoch'] != row['epoch']] + [row]
   stage['epochs'] = sorted(rows, key=lambda r: r['epoch'])
   stage['best'] = best_epoch(stage['epochs'])
@@ -147,23 +108,6 @@ def best_epoch(
     return None
   best = max(rated, key=lambda r: r[field])
   return {'epoch': best['epoch'], 'top1': best[field]}
-
-
-def finish_stage(
-  stage: Stage, status: str = 'done', seconds: float | None = None
-) -> Stage:
-  """Returns `stage`, finished; its time is `seconds`, else its epochs'."""
-  if status not in STATUSES:
-    raise ValueError(f'Unknown status of a stage: {status!r}.')
-  stage['status'] = status
-  if seconds is not None:
-    stage['seconds'] = seconds
-  return stage
-
-
-def save_history(path: str | os.PathLike[str], history: History) -> None:
-  """Writes training_history.json atomically; NaN and infinities as null."""
-  files.write_json(path, history)
 
 
 def load_history(path: str | os.PathLike[str]) -> History:
@@ -197,11 +141,3 @@ def load_history(path: str | os.PathLike[str]) -> History:
       str(path),
     )
   return history
-
-
-def _check_fields(
-  given: dict[str, Any], wanted: tuple[str, ...], what: str
-) -> None:
-  missing = [field for field in wanted if field not in given]
-  if missing:
-    raise ValueError(f'{what} of a history lacks {", ".join(missing)}.')

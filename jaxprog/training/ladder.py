@@ -177,7 +177,7 @@ def pass_over(run: run_lib.Run, task: setup_lib.Task) -> bool:
   done = checkpoints.read_done(run.workdir, name)
   if done is None:
     return False
-  _put_record(run.history, done['record'])
+  history_lib.put_stage(run.history, done['record'])
   run.save_history()  # It may have been killed before it could.
   run.progress.message(f'{name}: done before, not trained again')
   run.save_stages()
@@ -256,8 +256,7 @@ def finish_stage(
 ) -> None:
   """Declares a stage done that is trained, once all is saved."""
   record, saved = out.record, out.checkpoints
-  status = 'stopped_early' if 'stopped' in record else 'done'
-  history_lib.finish_stage(record, status)
+  record['status'] = 'stopped_early' if 'stopped' in record else 'done'
   meta = {**out.meta, 'epoch': record['epochs'][-1]}
   step = int(state.step)
   record['last_step'] = out.first_step + step
@@ -357,7 +356,7 @@ def _resume(
   run.incidents.add(
     'resume', f'{name}: resumed at step {taken}', stage=name, step=taken
   )
-  _put_record(run.history, record)
+  history_lib.put_stage(run.history, record)
   return state, record, change is None and offset == before
 
 
@@ -403,12 +402,3 @@ def _begin(
   )
   variables = jax.device_put(variables, task.shardings.replicated)
   return task.create_state(variables), record, False
-
-
-def _put_record(history: dict[str, Any], record: dict[str, Any]) -> None:
-  """Lets what a checkpoint says of a stage replace what was noted of it."""
-  before = history_lib.find_stage(history, record['name'])
-  if before is None:
-    history['stages'].append(record)
-  else:
-    history['stages'][history['stages'].index(before)] = record

@@ -54,7 +54,7 @@ class Run:
     """Writes training_history.json, on the process that writes."""
     if jax.process_index() == 0:
       path = self.workdir / 'training_history.json'
-      history_lib.save_history(path, self.history)
+      files.write_json(path, self.history)
       self.reporter.refresh()
 
   def save_stages(self, running: str = '') -> None:
