@@ -39,12 +39,8 @@ def lock(file: int, kind: int = fcntl.LOCK_EX, *, wait: bool = True) -> bool:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-  """Writes `value` as JSON, atomically; NaN and infinities become null.
-
-  NumPy and JAX scalars become numbers, arrays and tuples lists, paths and
-  other objects strings.
-  """
-  text = json.dumps(_jsonable(value), indent=2, allow_nan=False)
+  """Writes what `plain` makes of `value` as JSON, atomically."""
+  text = json.dumps(plain(value), indent=2, allow_nan=False)
   write_bytes(path, f'{text}\n'.encode())
 
 
@@ -95,15 +91,20 @@ def digest_parts(*parts: str | bytes) -> str:
   return digest.hexdigest()
 
 
-def _jsonable(value: Any) -> Any:
+def plain(value: Any) -> Any:
+  """Returns what JSON gives back of `value`; NaN and infinities become None.
+
+  NumPy and JAX scalars become numbers, arrays and tuples lists, paths and
+  other objects strings.
+  """
   if value is None or isinstance(value, bool | int | str):
     return value
   if isinstance(value, float):
     return value if math.isfinite(value) else None
   if isinstance(value, dict):
-    return {str(k): _jsonable(v) for k, v in value.items()}
+    return {str(k): plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple | set | frozenset):
-    return [_jsonable(v) for v in value]
+    return [plain(v) for v in value]
   if hasattr(value, 'tolist'):  # NumPy and JAX, neither imported here.
-    return _jsonable(value.tolist())
+    return plain(value.tolist())
   return str(value)

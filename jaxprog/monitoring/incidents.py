@@ -8,24 +8,11 @@ import pathlib
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
-Kind = Literal[
-  'skipped_step',
-  'rollback',
-  'quarantine',
-  'damaged',
-  'bad_image',
-  'worker_restart',
-  'resume',
-  'lock',
-  'config_change',
-  'signal',
-  'watchdog',
-  'save_failed',
-]
+from jaxprog import files
 
-# What one and what many of a kind are called in a report.
+# All kinds: what one and what many of each are called in a report.
 _NAMES = {
   'skipped_step': ('skipped step', 'skipped steps'),
   'rollback': ('rollback', 'rollbacks'),
@@ -68,7 +55,7 @@ class Incidents:
 
   def add(
     self,
-    kind: Kind,
+    kind: str,
     message: str,
     *,
     stage: str | None = None,
@@ -76,7 +63,7 @@ class Incidents:
     **fields: Any,
   ) -> dict[str, Any]:
     """Returns the incident that it has appended; NaN becomes null."""
-    incident = _plain(
+    incident = files.plain(
       {
         'time': self._now().isoformat(timespec='seconds'),
         'kind': kind,
@@ -118,30 +105,30 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
   A line that is no JSON, torn by a kill in mid-write, is left out.
   """
-  path = pathlib.Path(path)
   try:
-    lines = path.read_bytes().split(b'\n')
+    lines = pathlib.Path(path).read_bytes().split(b'\n')
   except FileNotFoundError:
     return []
-  parsed = (_parse(line) for line in lines)
-  return [x for x in parsed if isinstance(x, dict) and 'kind' in x]
+  found = []
+  for line in lines:
+    with contextlib.suppress(ValueError):  # UnicodeDecodeError is one.
+      found.append(json.loads(line))
+  return [x for x in found if isinstance(x, dict) and 'kind' in x]
 
 
 def summarise(incidents: Sequence[dict[str, Any]]) -> list[str]:
   """Returns a sentence a kind: how many, the first one and the last one."""
   kinds = dict.fromkeys(x['kind'] for x in incidents)
-  return [
-    _summarise_kind(kind, [x for x in incidents if x['kind'] == kind])
-    for kind in kinds
-  ]
-
-
-def _summarise_kind(kind: str, incidents: Sequence[dict[str, Any]]) -> str:
-  one, many = _NAMES.get(kind, (kind, kind))
-  first, last = _describe(incidents[0]), _describe(incidents[-1])
-  if len(incidents) == 1:
-    return f'1 {one}: {first}.'
-  return f'{len(incidents):,} {many}: first {first}; last {last}.'
+  sentences = []
+  for kind in kinds:
+    told = [_describe(x) for x in incidents if x['kind'] == kind]
+    one, many = _NAMES.get(kind, (kind, kind))
+    sentences.append(
+      f'1 {one}: {told[0]}.'
+      if len(told) == 1
+      else f'{len(told):,} {many}: first {told[0]}; last {told[-1]}.'
+    )
+  return sentences
 
 
 def _describe(incident: dict[str, Any]) -> str:
@@ -169,20 +156,3 @@ def _append_line(path: pathlib.Path, line: str) -> None:
     while data:  # The last bytes of a full disk are a short write.
       data = data[file.write(data) or 0 :]
     os.fsync(file.fileno())
-
-
-def _parse(line: bytes) -> Any:
-  try:
-    return json.loads(line)
-  except ValueError:  # UnicodeDecodeError is one.
-    return None
-
-
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-  """Returns what JSON can hold: no NaN, no arrays, no paths."""
-
-  def convert(x):  # NumPy and JAX, neither imported here.
-    return x.tolist() if hasattr(x, 'tolist') else str(x)
-
-  text = json.dumps(value, default=convert)
-  return json.loads(text, parse_constant=lambda _: None)

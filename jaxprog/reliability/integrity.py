@@ -159,9 +159,7 @@ def quarantine(path: pathlib.Path, stage: pathlib.Path) -> pathlib.Path:
 
 def sign(value: dict[str, Any]) -> dict[str, Any]:
   """Returns `value` as JSON will give it back, with its own 'sha256'."""
-  text = json.dumps(value, default=lambda x: x.tolist())
-  # As files.write_json does it: what is not finite becomes null.
-  plain = json.loads(text, parse_constant=lambda _: None)
+  plain = files.plain(value)
   return {**plain, 'sha256': _digest(plain)}
 
 
