@@ -81,23 +81,12 @@ def time_loop(task: setup.Task, num_steps: int) -> tuple[float, float]:
   console = rich.console.Console(file=io.StringIO())
   with progress_lib.Progress(1, console=console) as progress:
     progress.start_stage(0, 'benchmark', [num_steps])
-    out = loop.Outputs(
-      record={'first_step': 0},
-      meta={},
-      checkpoints=mock.Mock(),
-      progress=progress,
-      writer=mock.Mock(),
-      stop=signals.StopRequest(),
-      save_history=mock.Mock(),
-      incident=mock.Mock(),
-      beat=mock.Mock(),
-      keep_outcomes=mock.Mock(),
-      check_owner=mock.Mock(),
-    )
+    run = mock.Mock(progress=progress, stop=signals.StopRequest())
+    course = loop.Course(run, task, {'first_step': 0}, mock.Mock())
     feed = feed_lib.Feed(task, task.seed, 0)
     with contextlib.closing(feed):
       idle = profile.Profile(None, 0, num_steps)
-      _, timing = loop._train_epoch(task, state, feed, idle, 0, out)
+      _, timing = loop._train_epoch(course, state, feed, idle, 0)
   return timing['seconds'] / num_steps, timing['input_wait']
 
 

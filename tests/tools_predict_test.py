@@ -175,7 +175,7 @@ def test_classes_are_those_of_the_evaluation_image_by_image(
   data = evaluate.load_dataset(weights, '')
   task = evaluate.create_task(weights, data)
   variables = jax.device_put(weights.variables, task.shardings.replicated)
-  _, outcomes = loop.evaluate_images(task, variables, data.eval)
+  _, outcomes, _ = loop.evaluate(task, variables, data.eval)
   found = jaxprog.predict(config, workdir, tmp_path)
   assert [int(x['class']) for x in found] == outcomes['predicted'].tolist()
   np.testing.assert_allclose(

@@ -20,7 +20,7 @@ from jaxprog import epochs, errors, files, stages
 from jaxprog.data import sources
 from jaxprog.monitoring import diagnostics
 from jaxprog.reporting import scores
-from jaxprog.training import alike, devices, loop, preflight, steps
+from jaxprog.training import alike, devices, loop, preflight
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import trained as trained_lib
 
@@ -203,21 +203,16 @@ def _score(
   """Returns count and all that comes of the images of `dataset`."""
   task, split = create_task(trained, dataset), dataset.eval
   variables = jax.device_put(trained.variables, task.shardings.replicated)
-  batches: list[steps.Outcomes] = []
-  bad: dict[str, str] = {}
   with rich.progress.Progress(
     console=console, transient=True, disable=not console.is_terminal
   ) as bar:
     shown = bar.add_task(trained.stage.name)
-    means = loop.evaluate(
+    means, outcomes, bad = loop.evaluate(
       task,
       variables,
       split,
       lambda done, total: bar.update(shown, completed=done, total=total),
-      bad.update,
-      batches,
     )
-  outcomes = diagnostics.join_outcomes(batches, len(split))
   found = diagnostics.diagnose(outcomes, split.labels, dataset.num_classes)
   return {
     'count': len(split),

@@ -10,7 +10,6 @@ from jaxprog import config as config_lib
 from jaxprog import stages
 from jaxprog.data import jpeg
 from jaxprog.monitoring import progress as progress_lib
-from jaxprog.training import resume
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
 
@@ -52,7 +51,7 @@ def join_rates(
   task: setup_lib.Task,
   record: Mapping[str, Any],
   new: Sequence[float],
-  change: resume.Change,
+  epoch: float,
 ) -> list[float]:
   """Returns the rates that a stage has had, and those that it will have.
 
@@ -63,7 +62,7 @@ def join_rates(
     return []
   at = np.linspace(0, task.stage.num_epochs, len(new))
   had = np.interp(at, np.linspace(0, record['num_epochs'], len(old)), old)
-  return np.where(at < change.epoch, had, new).tolist()
+  return np.where(at < epoch, had, new).tolist()
 
 
 def fields(task: setup_lib.Task) -> dict[str, Any]:

@@ -22,17 +22,7 @@ class Feed:
 
   def __init__(self, task: setup.Task, seed: int, start_step: int) -> None:
     self._task = task
-    self._reader = loader.train_batches(
-      task.dataset.train,
-      task.stage,
-      seed=seed,
-      steps=task.steps,
-      start_step=start_step,
-      num_workers=task.num_workers,
-      worker_kind=task.config.worker_kind,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
+    self._reader = task.read_batches(seed, start_step)
     self._batches = loader.prefetch_to_device(
       self._reader, task.shardings.batch
     )

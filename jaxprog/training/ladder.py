@@ -5,19 +5,15 @@ import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import config_dict
 
 from jaxprog import errors
 from jaxprog.data import workers
 from jaxprog.monitoring import diagnostics, pictures
 from jaxprog.monitoring import history as history_lib
-from jaxprog.monitoring import outcomes as outcomes_lib
-from jaxprog.monitoring import progress as progress_lib
 from jaxprog.reliability import checkpoints, lock, peers, signals
 from jaxprog.reporting import facts, report
 from jaxprog.training import alike, described, loop, preflight, resume
@@ -86,45 +82,59 @@ def train(
 
 def _train_stages(run: run_lib.Run) -> None:
   """Trains each stage; reports are drawn while the next one trains."""
-  _announce(run.progress, run.tasks)
+  _announce(run)
   left = None
   try:
     for index, task in enumerate(_compile_ahead(run)):
       if index:
-        write_reports(run)
+        _write_reports(run)
       left = _run_stage(run, index, task, left)
   except errors.Stopped as e:
     run.incidents.add('signal', str(e))
     raise  # Plots take longer than a signal allows.
   except Exception:
     with contextlib.suppress(Exception):  # It would hide what ended the run.
-      write_reports(run).result()
+      _write_reports(run, wait=True)
     raise
-  write_reports(run).result()
+  _write_reports(run, wait=True)
 
 
-def write_reports(run: run_lib.Run) -> futures.Future[None]:
+def _announce(run: run_lib.Run) -> None:
+  """Shows the stages of the run, and each rate that the batch has scaled."""
+  run.progress.start_run([described.describe(task) for task in run.tasks])
+  for stage in run.setup.chosen:
+    if stage.scale_learning_rate:
+      run.progress.message(
+        f'{stage.name}: learning rate {stage.learning_rate:g} x '
+        f'{stage.batch_size} / {stage.base_batch_size} = '
+        f'{stage.peak_learning_rate:g}'
+      )
+
+
+def _write_reports(run: run_lib.Run, *, wait: bool = False) -> None:
   """Lets what a person reads be written, on the process that writes."""
   if jax.process_index() == 0:
-    return run.reporter.write()
-  nothing: futures.Future[None] = futures.Future()
-  nothing.set_result(None)
-  return nothing
+    written = run.reporter.write()
+    if wait:
+      written.result()
 
 
 def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
   """Yields each task compiled; the next one compiles while one trains.
 
-  What is done already needs no compiler.
+  What is done already needs no compiler. Rates are noted beside it.
   """
 
   def prepare(task):
-    if checkpoints.read_done(run.workdir, task.stage.name) is not None:
+    if checkpoints.is_done(run.workdir, task.stage.name):
       return task
+    # What the plateau schedule will lower its own by, nobody knows yet.
+    if task.stage.schedule != 'plateau':
+      rates = described.sample_learning_rate(task)
+      run.rates[task.stage.name] = [float(f'{x:.6g}') for x in rates]
     is_first = task is run.tasks[0] and not handover.find_source(
       run.setup, run.workdir, task.stage
     )
-    note_rates(run, task)
     draws_all = is_first or handover.needs_backbone(task.stage)
     return setup_lib.compile_task(task, carried=not draws_all)
 
@@ -137,14 +147,6 @@ def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
     yield task
 
 
-def note_rates(run: run_lib.Run, task: setup_lib.Task) -> None:
-  """Notes the learning rates of a stage for its record."""
-  # What the plateau schedule will lower its own by, nobody knows yet.
-  if task.stage.schedule != 'plateau':
-    rates = [float(f'{x:.6g}') for x in described.sample_learning_rate(task)]
-    run.rates[task.stage.name] = rates
-
-
 def _run_stage(
   run: run_lib.Run, index: int, task: setup_lib.Task, left: float | None
 ) -> float | None:
@@ -154,43 +156,34 @@ def _run_stage(
   one was, by the monotonic clock; None if nothing was trained.
   """
   name = task.stage.name
-  if pass_over(run, task):
+  if done := checkpoints.read_done(run.workdir, name):
+    history_lib.put_stage(run.history, done['record'])
+    run.save_history()  # It may have been killed before it could.
+    run.progress.message(f'{name}: done before, not trained again')
+    run.save_stages()
     return None
   directory = checkpoints.stage_directory(run.workdir, name)
   with (
     run.stop.deferred(),  # Outermost: saves under way are waited for.
-    checkpoints.Checkpoints(directory, run.on_incident) as saved,
+    checkpoints.Checkpoints(directory, run.note) as saved,
   ):
-    state, out = open_stage(run, index, task, saved)
-    out.left = left
-    state = loop.train_stage(task, state, out)
-    finish_stage(run, task, state, out)
+    course, state = _open_stage(run, index, task, saved)
+    course.left = left
+    state = loop.train_stage(course, state)
+    _finish_stage(course, state)
     left = time.monotonic()
   run.save_history()
-  run.progress.end_stage(out.record)
+  run.progress.end_stage(course.record)
   return left
 
 
-def pass_over(run: run_lib.Run, task: setup_lib.Task) -> bool:
-  """Returns whether a stage was done before; its record is then noted."""
-  name = task.stage.name
-  done = checkpoints.read_done(run.workdir, name)
-  if done is None:
-    return False
-  history_lib.put_stage(run.history, done['record'])
-  run.save_history()  # It may have been killed before it could.
-  run.progress.message(f'{name}: done before, not trained again')
-  run.save_stages()
-  return True
-
-
-def open_stage(
+def _open_stage(
   run: run_lib.Run,
   index: int,
   task: setup_lib.Task,
   saved: checkpoints.Checkpoints,
-) -> tuple[state_lib.TrainState, loop.Outputs]:
-  """Returns the state that a stage goes on from, and where it reports to."""
+) -> tuple[loop.Course, state_lib.TrainState]:
+  """Returns a stage on its way, and the state that it goes on from."""
   name = task.stage.name
   run.dog.beat(f'the start of {name}')
   state, record, is_saved = _resume(run, task, saved) or _begin(run, task)
@@ -205,76 +198,32 @@ def open_stage(
     dataset=task.stage.dataset,
     start=described.start(record),
   )
-  out = loop.Outputs(
-    record=record,
-    incident=run.incidents.add,
-    beat=run.dog.beat,
-    keep_outcomes=_create_keeper(run, task),
-    check_owner=run.owner.check,
-    meta=described.weights_meta(task),
-    checkpoints=saved,
-    progress=run.progress,
-    writer=run.writer,
-    stop=run.stop,
-    save_history=run.save_history,
-    on_epoch=run.on_epoch,
-  )
+  course = loop.Course(run, task, record, saved)
   if not is_saved:
     # What a rollback goes back to, and a start after an early kill.
-    loop.save(task, state, out)
-  return state, out
+    loop.save(course, state)
+  return course, state
 
 
-def _create_keeper(
-  run: run_lib.Run, task: setup_lib.Task
-) -> Callable[[np.ndarray, float], None]:
-  """Returns what writes the outcomes of an epoch, on the process that writes.
-
-  The last epoch's stay.
-  """
-  path = outcomes_lib.find_path(run.workdir, task.stage.name)
-  dataset = task.dataset
-
-  @functools.cache
-  def order():
-    split = dataset.selection
-    names = split.records.names()
-    return outcomes_lib.sort_images(names, split.labels, dataset.classes)
-
-  def keep(right, epoch):
-    if jax.process_index() == 0:
-      outcomes_lib.write(path, order(), right, epoch)
-
-  return keep
-
-
-def finish_stage(
-  run: run_lib.Run,
-  task: setup_lib.Task,
-  state: state_lib.TrainState,
-  out: loop.Outputs,
-) -> None:
+def _finish_stage(course: loop.Course, state: state_lib.TrainState) -> None:
   """Declares a stage done that is trained, once all is saved."""
-  record, saved = out.record, out.checkpoints
+  run, name, record = course.run, course.task.stage.name, course.record
   record['status'] = 'stopped_early' if 'stopped' in record else 'done'
-  meta = {**out.meta, 'epoch': record['epochs'][-1]}
-  step = int(state.step)
-  record['last_step'] = out.first_step + step
+  meta = {**course.meta, 'epoch': record['epochs'][-1]}
+  step, saved = int(state.step), course.checkpoints
+  record['last_step'] = course.first_step + step
   run.owner.check()
-  saved.save_weights('final', out.taken(step), state.variables, meta)
+  saved.save_weights('final', course.taken(step), state.variables, meta)
   saved.wait()
-  run.dog.beat(f'the last save of {task.stage.name}')
-  record |= examine(run, task)
-  found = record['diagnostics']
-  out.writer.write_images(
-    record['last_step'],
-    functools.partial(pictures.draw_mistakes, task.stage.name, found),
-  )
-  saved.mark_done({**out.meta, 'record': record})
+  run.dog.beat(f'the last save of {name}')
+  record |= _examine(run, course.task)
+  draw = functools.partial(pictures.draw_mistakes, name, record['diagnostics'])
+  run.writer.write_images(record['last_step'], draw)
+  saved.mark_done({**course.meta, 'record': record})
   run.save_stages()
 
 
-def examine(run: run_lib.Run, task: setup_lib.Task) -> dict[str, Any]:
+def _examine(run: run_lib.Run, task: setup_lib.Task) -> dict[str, Any]:
   """Returns what a stage's record says of its best weights, image by image.
 
   They are evaluated on the true validation images. Where a hold-out has chosen
@@ -284,16 +233,14 @@ def examine(run: run_lib.Run, task: setup_lib.Task) -> dict[str, Any]:
   variables, meta = checkpoints.load_weights(run.workdir, name, 'best')
   variables = jax.device_put(variables, task.shardings.replicated)
   epoch = meta['epoch']['epoch']
-  scores, outcomes = loop.evaluate_images(
-    task,
-    variables,
-    split,
-    lambda done, total: run.dog.beat(f'validation, batch {done} of {total}'),
-  )
+
+  def on_batch(done, total):
+    run.dog.beat(f'validation, batch {done} of {total}')
 
   def read(index):
     return split.records.describe(index), split.records.original(index)
 
+  scores, outcomes, _ = loop.evaluate(task, variables, split, on_batch)
   of = {'weights': 'best', 'epoch': epoch, 'num_images': len(split)}
   found = {
     **of,
@@ -309,20 +256,6 @@ def examine(run: run_lib.Run, task: setup_lib.Task) -> dict[str, Any]:
     f'{epoch}, chosen on {task.stage.eval_split}'
   )
   return {'diagnostics': found, 'validation': {**of, **scores}}
-
-
-def _announce(
-  progress: progress_lib.Progress, tasks: Sequence[setup_lib.Task]
-) -> None:
-  """Shows the plan of the run, and each rate that the batch has scaled."""
-  progress.start_run([described.describe(task) for task in tasks])
-  for stage in (task.stage for task in tasks):
-    if stage.scale_learning_rate:
-      progress.message(
-        f'{stage.name}: learning rate {stage.learning_rate:g} x '
-        f'{stage.batch_size} / {stage.base_batch_size} = '
-        f'{stage.peak_learning_rate:g}'
-      )
 
 
 def _resume(
@@ -368,20 +301,22 @@ def _note_change(
   global_step: int,
 ) -> None:
   """Says what a stage goes on with, and lets its record tell that."""
-  rates = described.join_rates(
-    task, record, run.rates.get(task.stage.name, []), change
-  )
+  rates = run.rates.get(task.stage.name, [])
+  rates = described.join_rates(task, record, rates, change.epoch)
   noted = {
     'epoch': change.epoch,
     'global_step': global_step,
     'fields': change.fields,
     'renewed': change.renewed,
   }
-  record |= described.fields(task)
-  record['learning_rates'] = rates
-  record['config_changes'] = [*record.get('config_changes', []), noted]
-  for line in facts.describe_changes(record)[-1:]:
-    run.progress.message(f'{task.stage.name}: {line}')
+  record |= {
+    **described.fields(task),
+    'learning_rates': rates,
+    'config_changes': [*record.get('config_changes', []), noted],
+  }
+  run.progress.message(
+    f'{task.stage.name}: {facts.describe_changes(record)[-1]}'
+  )
 
 
 def _begin(
@@ -389,14 +324,12 @@ def _begin(
 ) -> tuple[state_lib.TrainState, dict[str, Any], bool]:
   """Returns the state that a stage starts from, its new record, and False."""
   variables, origin = handover.hand_over(run.setup, run.workdir, task)
-  fields = described.fields(task)
-  rates = run.rates.get(task.stage.name, [])
   first_step = history_lib.next_step(run.history, task.stage.name)
   record = history_lib.begin_stage(
     run.history,
-    **fields,
+    **described.fields(task),
     transfer=origin,
-    learning_rates=rates,
+    learning_rates=run.rates.get(task.stage.name, []),
     first_step=first_step,
     last_step=first_step + task.steps.total,
   )

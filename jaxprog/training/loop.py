@@ -8,7 +8,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,42 +17,27 @@ import numpy as np
 from jaxprog import errors
 from jaxprog.data import batches as batches_lib
 from jaxprog.data import loader, preprocess, sources
-from jaxprog.monitoring import diagnostics, tensorboard
+from jaxprog.monitoring import diagnostics, outcomes
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import memory as memory_lib
 from jaxprog.monitoring import profile as profile_lib
-from jaxprog.monitoring import progress as progress_lib
 from jaxprog.monitoring import step_times as step_times_lib
 from jaxprog.reliability import checkpoints as checkpoints_lib
-from jaxprog.reliability import signals
-from jaxprog.training import decisions, preview, setup, steps
+from jaxprog.training import decisions, described, preview, setup, steps
 from jaxprog.training import feed as feed_lib
+from jaxprog.training import run as run_lib
 from jaxprog.training import state as state_lib
 
 
 @dataclasses.dataclass
-class Outputs:
-  """Where a stage's training reports to."""
+class Course:
+  """A stage on its way, and what has come of it so far."""
 
+  run: run_lib.Run
+  task: setup.Task
   # The stage's part of the history, changed in place.
   record: dict[str, Any]
-  # What is stored with all weights of the stage: classes, model and so on.
-  meta: dict[str, Any]
   checkpoints: checkpoints_lib.Checkpoints
-  progress: progress_lib.Progress
-  writer: tensorboard.Writer
-  stop: signals.StopRequest
-  save_history: Callable[[], None]
-  # Notes in the run's log what went wrong: incident(kind, message, **fields).
-  incident: Callable[..., Any]
-  # Tells the watchdog what has just been done.
-  beat: Callable[[str], None]
-  # Told after each epoch which images of the selection are right, bool (n,).
-  keep_outcomes: Callable[[np.ndarray, float], None]
-  # Raises if another run has taken this one's workdir over.
-  check_owner: Callable[[], None]
-  # Told the stage's name and each row; may end the run by raising.
-  on_epoch: Callable[[str, dict[str, Any]], object] = lambda name, row: None
   # When the stage before was left, by the monotonic clock.
   left: float | None = None
   step_times: step_times_lib.StepTimes = dataclasses.field(
@@ -83,6 +68,23 @@ class Outputs:
     """
     return self.first_step + step - self.record['first_step']
 
+  @functools.cached_property
+  def meta(self) -> dict[str, Any]:
+    """What is stored with all weights of the stage."""
+    return described.weights_meta(self.task)
+
+  @functools.cached_property
+  def order(self) -> outcomes.Order:
+    """The order in which outcomes of the selection's images are kept."""
+    dataset = self.task.dataset
+    split = dataset.selection
+    names = split.records.names()
+    return outcomes.sort_images(names, split.labels, dataset.classes)
+
+  def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+    """Writes to TensorBoard what was found at the stage's own `step`."""
+    self.run.writer.write_scalars(self.first_step + step, scalars)
+
 
 # A stage is taken back so often before the run ends.
 _MAX_ROLLBACKS = 2
@@ -90,7 +92,7 @@ _MAX_ROLLBACKS = 2
 _NAMED_EXAMPLES = 8
 
 
-class NotFiniteError(Exception):
+class _NotFiniteError(Exception):
   """Too many steps in a row changed nothing; the last one is `step`."""
 
   def __init__(self, step: int):
@@ -103,7 +105,7 @@ class SkippedTooOftenError(RuntimeError):
 
 
 def train_stage(
-  task: setup.Task, state: state_lib.TrainState, out: Outputs
+  course: Course, state: state_lib.TrainState
 ) -> state_lib.TrainState:
   """Returns `state` after the rest of the stage, from its own step on.
 
@@ -113,40 +115,36 @@ def train_stage(
   """
   while True:
     try:
-      return _train_from(task, state, out)
-    except NotFiniteError as e:
-      state = _roll_back(task, e.step, out)
+      return _train_from(course, state)
+    except _NotFiniteError as e:
+      state = _roll_back(course, e.step)
 
 
 def _train_from(
-  task: setup.Task, state: state_lib.TrainState, out: Outputs
+  course: Course, state: state_lib.TrainState
 ) -> state_lib.TrainState:
   """Returns `state` after the rest of the stage, if nothing goes wrong."""
+  task, record, writer = course.task, course.record, course.run.writer
   start = int(state.step)
-  out.writer.forget_after(out.first_step + start)
-  out.step_times = step_times_lib.StepTimes(out.record.get('step_seconds', ()))
-  seed = data_seed(task, out.record)
-  with (
-    contextlib.closing(feed_lib.Feed(task, seed, start)) as feed,
-    contextlib.closing(_create_profile(task, out)) as profile,
-  ):
+  writer.forget_after(course.first_step + start)
+  course.step_times = step_times_lib.StepTimes(record.get('step_seconds', ()))
+  feed = feed_lib.Feed(task, _data_seed(task, record), start)
+  profile = profile_lib.Profile(
+    writer.logdir, task.config.profile_steps, task.steps.total
+  )
+  with contextlib.closing(feed), contextlib.closing(profile):
     while int(state.step) < task.steps.total:
-      reason = decisions.reason_to_stop(task.stage, out.record['epochs'])
+      reason = decisions.reason_to_stop(task.stage, record['epochs'])
       if reason:
-        out.record['stopped'] = reason
+        record['stopped'] = reason
         break
       epoch = task.steps.epoch(int(state.step))
-      state, timing = _train_epoch(task, state, feed, profile, epoch, out)
-      state = _end_epoch(task, state, epoch, timing, out)
+      state, timing = _train_epoch(course, state, feed, profile, epoch)
+      state = _end_epoch(course, state, epoch, timing)
   return state
 
 
-def _create_profile(task: setup.Task, out: Outputs) -> profile_lib.Profile:
-  logdir, num_steps = out.writer.logdir, task.config.profile_steps
-  return profile_lib.Profile(logdir, num_steps, task.steps.total)
-
-
-def data_seed(task: setup.Task, record: dict[str, Any]) -> int:
+def _data_seed(task: setup.Task, record: dict[str, Any]) -> int:
   """Returns what decides the order of examples; a rollback changes it.
 
   It is part of the record, and so of the checkpoint.
@@ -155,22 +153,30 @@ def data_seed(task: setup.Task, record: dict[str, Any]) -> int:
   return zlib.crc32(f'{task.seed}/{count}'.encode()) if count else task.seed
 
 
-def _roll_back(
-  task: setup.Task, step: int, out: Outputs
-) -> state_lib.TrainState:
+def _roll_back(course: Course, step: int) -> state_lib.TrainState:
   """Returns the state of the last checkpoint, with another order to come."""
-  rollbacks = out.record.get('rollbacks', [])
-  restored = out.checkpoints.restore_latest(task.state_shapes)
+  task, record = course.task, course.record
+  rollbacks = record.get('rollbacks', [])
+  restored = course.checkpoints.restore_latest(task.state_shapes)
   assert restored is not None  # A stage is saved before its first step.
   state, meta = restored
   saved = int(state.step)
-  batches = _train_batches(task, out.record)
-  text = f'{out.skipped} steps in a row, up to step {step + 1}, were not finite'
+  batches = batches_lib.TrainBatches(
+    task.dataset.train,
+    task.stage,
+    seed=_data_seed(task, record),
+    steps=task.steps,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  text = (
+    f'{course.skipped} steps in a row, up to step {step + 1}, were not finite'
+  )
   diverged = _is_finite(task, step, state, batches)
   if diverged:
     text += (
       f', but the last is with the weights of step {saved}: it diverged. '
-      f'{_describe_divergence(out)}'
+      f'{_describe_divergence(course.last_finite)}'
     )
   if len(rollbacks) == _MAX_ROLLBACKS:
     named = '' if diverged else _name_examples(task, step, batches)
@@ -179,15 +185,15 @@ def _roll_back(
       + (f'. The last batch: {named}.' if named else '.')
     )
   text += f'; back to step {saved}, with another order of examples'
-  out.record.clear()
-  out.record.update(meta['record'])
-  out.record['rollbacks'] = [
+  record.clear()
+  record.update(meta['record'])
+  record['rollbacks'] = [
     *rollbacks,
-    {'at': out.taken(step + 1), 'to': out.taken(saved)},
+    {'at': course.taken(step + 1), 'to': course.taken(saved)},
   ]
-  out.skipped = 0
-  _note(task, step + 1, 'rollback', text, out)
-  save(task, state, out)
+  course.skipped = 0
+  _note(course, step + 1, 'rollback', text)
+  save(course, state)
   return state
 
 
@@ -214,9 +220,8 @@ def _is_finite(
   return all(math.isfinite(float(x)) for x in values)
 
 
-def _describe_divergence(out: Outputs) -> str:
-  """Returns what there was before, and what to try."""
-  last = out.last_finite
+def _describe_divergence(last: dict[str, float]) -> str:
+  """Returns what the last finite step came to, and what to try."""
   found = ', '.join(
     f'{name.replace("_", " ")} {last[name]:.3g}'
     for name in ('learning_rate', 'loss', 'grad_norm')
@@ -224,20 +229,6 @@ def _describe_divergence(out: Outputs) -> str:
   )
   remedy = 'try a lower learning_rate, then a warmup or gradient_clipping'
   return f'Before: {found or "no finite step"}; {remedy}'
-
-
-def _train_batches(
-  task: setup.Task, record: dict[str, Any]
-) -> batches_lib.TrainBatches:
-  """Returns what this process has of each batch."""
-  return batches_lib.TrainBatches(
-    task.dataset.train,
-    task.stage,
-    seed=data_seed(task, record),
-    steps=task.steps,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
 
 
 def _name_examples(
@@ -253,22 +244,29 @@ def _name_examples(
   )
 
 
+class Evaluation(NamedTuple):
+  """What came of the n images of a split, each seen once."""
+
+  # Means: loss, top1 and top5.
+  scores: dict[str, float]
+  # What `steps.create_eval_step` says of each image, (n,) each.
+  outcomes: dict[str, np.ndarray]
+  # Name -> why it could not be decoded: it counts as wrong.
+  bad: dict[str, str]
+
+
 def evaluate(
   task: setup.Task,
   variables: dict[str, Any],
   split: sources.Split,
-  on_batch: Callable[[int, int], None] | None = None,
-  on_bad: Callable[[dict[str, str]], None] | None = None,
-  outcomes: list[steps.Outcomes] | None = None,
-) -> dict[str, float]:
-  """Returns mean loss, top1 and top5 over every image of `split`, once.
+  on_batch: Callable[[int, int], object] = lambda done, total: None,
+) -> Evaluation:
+  """Returns what came of every image of `split`, once.
 
-  `on_bad` is told which images could not be decoded, and why: they count as
-  wrong. What came of each image is added to `outcomes`, in the order of
-  `split`, a dict of arrays (batch_size,) a batch; the last one is padded.
+  `on_batch` is told how many batches are done, and of how many.
   """
   sums = jax.device_put(steps.zero_eval_sums(), task.shardings.replicated)
-  local_batches = loader.eval_batches(
+  reader = loader.eval_batches(
     split,
     task.stage,
     num_shards=jax.device_count(),
@@ -277,83 +275,65 @@ def evaluate(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  with contextlib.closing(local_batches):
-    for i, batch in enumerate(
-      loader.prefetch_to_device(local_batches, task.shardings.batch)
-    ):
+  batches: list[steps.Outcomes] = []
+  with contextlib.closing(reader):
+    for batch in loader.prefetch_to_device(reader, task.shardings.batch):
       sums, outcome = task.eval_step(variables, batch, sums)
-      if outcomes is not None:
-        outcomes.append(outcome)
-      if on_batch:
-        on_batch(i + 1, -(-len(split) // len(batch['label'])))
-  if on_bad and local_batches.bad:
-    on_bad(local_batches.bad)
+      batches.append(outcome)
+      on_batch(len(batches), -(-len(split) // len(batch['label'])))
   totals = {name: float(x) for name, x in sums.items()}
   count = totals.pop('count')
   if count != len(split):
     raise AssertionError(f'Evaluated {count:g} of {len(split)} images.')
-  return {name: x / count for name, x in totals.items()}
-
-
-def evaluate_images(
-  task: setup.Task,
-  variables: dict[str, Any],
-  split: sources.Split,
-  on_batch: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-  """Returns `evaluate`'s means, and the outcomes of each image, (n,) each."""
-  batches: list[steps.Outcomes] = []
-  scores = evaluate(task, variables, split, on_batch, outcomes=batches)
-  return scores, diagnostics.join_outcomes(batches, len(split))
+  return Evaluation(
+    {name: x / count for name, x in totals.items()},
+    diagnostics.join_outcomes(batches, len(split)),
+    reader.bad,
+  )
 
 
 def _train_epoch(
-  task: setup.Task,
+  course: Course,
   state: state_lib.TrainState,
   feed: feed_lib.Feed,
   profile: profile_lib.Profile,
   epoch: int,
-  out: Outputs,
 ) -> tuple[state_lib.TrainState, dict[str, float]]:
   """Runs to the end of `epoch`; returns the state and where the time went."""
+  task = course.task
   first, end = int(state.step), task.steps.epoch_ends[epoch]
   batch_size = task.steps.phase(first).batch_size
-  _note_handover(task, first, out)
+  _note_handover(course, first)
   began, restarts, pending = time.monotonic(), feed.restarts, None
   feed.begin_epoch()
-  out.step_times.pause()
+  course.step_times.pause()
   for step in range(first, end):
     batch = feed.next()
     if step == 0:
-      write_preview(task, batch, out)
+      draw = functools.partial(preview.draw_augmented, task, batch, 0)
+      course.run.writer.write_images(course.first_step + 1, draw)
     # Step n is dispatched before the metrics of step n - 1 are read.
     profile.begin_step(step)
     train_step = task.train_steps[task.program(step)]
     state, metrics = train_step(state, batch, task.step_rng)
     profile.end_step(step, metrics)
-    note_bad_images(task, feed.bad, out)
+    _note_bad_images(course, feed.bad)
     if pending is not None:
       timing = _timing(began, (step - first) * batch_size, feed)
-      report_step(task, *pending, timing, out)
+      _report_step(course, *pending, timing)
     pending = step, metrics
-    _answer_requests(task, state, step + 1, step + 1 == end, out)
+    _answer_requests(course, state, step + 1, step + 1 == end)
   jax.block_until_ready(state)
   timing = _timing(began, (end - first) * batch_size, feed)
   if pending is not None:
-    report_step(task, *pending, timing, out)
+    _report_step(course, *pending, timing)
   if feed.restarts > restarts:
-    _note(task, end, 'worker_restart', 'dead data workers were replaced', out)
+    _note(course, end, 'worker_restart', 'dead data workers were replaced')
   limit = feed.describe_limit(timing['seconds'], timing['images_per_second'])
-  if limit and 'input_limit' not in out.record:
-    out.record['input_limit'] = limit
-    out.progress.message(f'{task.stage.name}: {limit}')
+  if limit and 'input_limit' not in course.record:
+    course.record['input_limit'] = limit
+    course.run.progress.message(f'{task.stage.name}: {limit}')
   return state, timing
-
-
-def write_preview(task: setup.Task, batch: steps.Batch, out: Outputs) -> None:
-  """Writes what the first step of a stage sees to TensorBoard."""
-  draw = functools.partial(preview.draw_augmented, task, batch, 0)
-  out.writer.write_images(out.first_step + 1, draw)
 
 
 def _timing(
@@ -368,266 +348,236 @@ def _timing(
   }
 
 
-def _note_handover(task: setup.Task, step: int, out: Outputs) -> None:
+def _note_handover(course: Course, step: int) -> None:
   """Notes how long it took until this stage's first batch was asked for."""
-  if out.left is None:
-    return
-  seconds = time.monotonic() - out.left
-  out.left = None
-  out.record['handover_seconds'] = seconds
-  scalars = {'perf/handover_seconds': seconds}
-  out.writer.write_scalars(out.first_step + step + 1, scalars)
+  if course.left is not None:
+    seconds = time.monotonic() - course.left
+    course.left = None
+    course.record['handover_seconds'] = seconds
+    course.write_scalars(step + 1, {'perf/handover_seconds': seconds})
 
 
-def _note(
-  task: setup.Task, step: int, kind: str, text: str, out: Outputs
-) -> None:
+def _note(course: Course, step: int, kind: str, text: str) -> None:
   """Says what went wrong, and notes it in the run's log."""
-  text = f'{task.stage.name}: {text}'
-  out.progress.message(text)
-  out.incident(kind, text, stage=task.stage.name, step=out.taken(step))
+  name, taken = course.task.stage.name, course.taken(step)
+  course.run.note(kind, f'{name}: {text}', stage=name, step=taken)
 
 
-def note_bad_images(
-  task: setup.Task, bad: dict[str, str], out: Outputs
-) -> None:
+def _note_bad_images(course: Course, bad: dict[str, str]) -> None:
   """Notes and says which images cannot be decoded.
 
   Raises:
     BadImageError: if they are too many.
   """
-  noted = out.record.setdefault('bad_images', {})
+  noted = course.record.setdefault('bad_images', {})
   if bad.keys() <= noted.keys():
     return
+  stage, limit = course.task.stage, course.task.config.max_bad_images
   for name in bad.keys() - noted.keys():
     noted[name] = bad[name]
-    text = f'{task.stage.name}: cannot decode {name}: {bad[name]}'
-    out.progress.message(text)
-    out.incident('bad_image', text, stage=task.stage.name, name=name)
-  if len(noted) > task.config.max_bad_images:
+    text = f'{stage.name}: cannot decode {name}: {bad[name]}'
+    course.run.note('bad_image', text, stage=stage.name, name=name)
+  if len(noted) > limit:
     names = ', '.join(sorted(noted)[:3])
     raise preprocess.BadImageError(
-      f'{len(noted)} images of {task.stage.dataset!r} cannot be decoded, more '
-      f'than max_bad_images = {task.config.max_bad_images}: {names}, ... '
-      '--mode=verify lists them all.'
+      f'{len(noted)} images of {stage.dataset!r} cannot be decoded, more than '
+      f'max_bad_images = {limit}: {names}, ... --mode=verify lists them all.'
     )
 
 
 def _end_epoch(
-  task: setup.Task,
+  course: Course,
   state: state_lib.TrainState,
   epoch: int,
   timing: dict[str, float],
-  out: Outputs,
 ) -> state_lib.TrainState:
   """Evaluates, records and saves; returns the state with empty sums."""
+  task, record, run = course.task, course.record, course.run
   began = time.monotonic()
-  split = task.dataset.selection
-
-  def on_bad(bad):
-    note_bad_images(task, bad, out)
 
   def on_batch(done, total):
-    out.beat(f'evaluation batch {done} of {total} of {task.stage.name}')
-    out.progress.evaluate(done, total)
+    run.dog.beat(f'evaluation batch {done} of {total} of {task.stage.name}')
+    run.progress.evaluate(done, total)
 
-  batches: list[steps.Outcomes] = []
-  scores = evaluate(task, state.variables, split, on_batch, on_bad, batches)
-  right = diagnostics.join_outcomes(batches, len(split))['rank'] < 1
-  averaged = evaluate(task, state.ema, split, on_batch) if state.ema else {}
-  timing = {**timing, 'eval_seconds': time.monotonic() - began}
-  state = close_epoch(task, state, epoch, scores, averaged, right, timing, out)
-  _stop_if_asked(out)
-  return state
-
-
-def close_epoch(
-  task: setup.Task,
-  state: state_lib.TrainState,
-  epoch: int,
-  scores: dict[str, float],
-  averaged: dict[str, float],
-  right: np.ndarray,
-  timing: dict[str, float],
-  out: Outputs,
-) -> state_lib.TrainState:
-  """Records and saves what came of an epoch; returns it with empty sums.
-
-  `scores` are those of the weights, `averaged` those of the averaged ones, {}
-  where there are none; `right`, bool (n,), says which images the weights have
-  right.
-  """
-  sums = {name: float(x) for name, x in state.metrics.items()}
-  step = int(state.step)
-  rate = float(task.learning_rate_fn(step - 1) * state.rate_scale)
+  found = evaluate(task, state.variables, task.dataset.selection, on_batch)
+  _note_bad_images(course, found.bad)
+  scores = {f'val_{name}': x for name, x in found.scores.items()}
+  averaged = {}
+  if state.ema:
+    of_ema = evaluate(task, state.ema, task.dataset.selection, on_batch)
+    averaged = {f'ema_{name}': x for name, x in of_ema.scores.items()}
   row = history_lib.add_epoch(
-    out.record,
+    record,
     epoch=epoch + 1,
-    global_step=out.first_step + step,
-    train_loss=_mean(sums['loss'], sums['count']),
-    train_top1=_mean(sums['top1'], sums['count']),
-    val_loss=scores['loss'],
-    val_top1=scores['top1'],
-    val_top5=scores['top5'],
-    learning_rate=rate,
-    grad_norm=_mean(sums['grad_norm'], sums['steps']),
-    skipped_steps=int(sums['skipped']),
-    **{f'ema_{name}': averaged[name] for name in averaged},
+    global_step=course.first_step + int(state.step),
+    **_summarise(task, state, scores),
+    **averaged,
     **timing,
+    eval_seconds=time.monotonic() - began,
   )
-  best = out.record['best'] or {'epoch': row['epoch']}  # No finite score yet.
+  best = record['best'] or {'epoch': row['epoch']}  # No finite score yet.
   is_best = best['epoch'] == row['epoch']
-  _write_epoch(task, row, out)
-  out.keep_outcomes(right, row['epoch'])
-  _save_weights(task, state, row, is_best, out)
-  scale = decisions.rate_scale(task.stage, out.record['epochs'])
+  _write_epoch(course, row)
+  if jax.process_index() == 0:
+    path = outcomes.find_path(run.workdir, task.stage.name)
+    right = found.outcomes['rank'] < 1
+    outcomes.write(path, course.order, right, row['epoch'])
+  _save_weights(course, state, row, is_best)
+  scale = decisions.rate_scale(task.stage, record['epochs'])
   metrics, rate_scale = jax.device_put(
     (state_lib.zero_metrics(), np.float32(scale)), task.shardings.replicated
   )
   state = dataclasses.replace(state, metrics=metrics, rate_scale=rate_scale)
-  save(task, state, out)
-  out.save_history()
-  out.progress.end_epoch(row, is_best)
-  out.on_epoch(task.stage.name, row)
+  save(course, state)
+  run.save_history()
+  run.progress.end_epoch(row, is_best)
+  run.on_epoch(task.stage.name, row)
+  _stop_if_asked(course)
   return state
 
 
+def _summarise(
+  task: setup.Task, state: state_lib.TrainState, scores: dict[str, float]
+) -> dict[str, float]:
+  """Returns what an epoch's row says of its steps, `scores` among it."""
+  sums = {name: float(x) for name, x in state.metrics.items()}
+
+  def mean(name, count):  # NaN where every step was skipped.
+    return sums[name] / sums[count] if sums[count] else math.nan
+
+  rate = task.learning_rate_fn(int(state.step) - 1) * state.rate_scale
+  return {
+    'train_loss': mean('loss', 'count'),
+    'train_top1': mean('top1', 'count'),
+    **scores,
+    'learning_rate': float(rate),
+    'grad_norm': mean('grad_norm', 'steps'),
+    'skipped_steps': int(sums['skipped']),
+  }
+
+
 def _save_weights(
-  task: setup.Task,
+  course: Course,
   state: state_lib.TrainState,
   row: dict[str, Any],
   is_best: bool,
-  out: Outputs,
 ) -> None:
   """Saves the weights and the averaged ones, each if it is the best so far."""
-  began, step = time.monotonic(), out.taken(int(state.step))
-  average = history_lib.best_epoch(out.record['epochs'], 'ema_top1')
-  is_best_average = average is not None and average['epoch'] == row['epoch']
-  meta = {**out.meta, 'epoch': row}
-  if is_best:
-    out.checkpoints.save_weights('best', step, state.variables, meta)
-  if is_best_average:
-    out.checkpoints.save_weights('ema', step, state.ema, meta)
-  if is_best or is_best_average:
+  began, step = time.monotonic(), int(state.step)
+  average = history_lib.best_epoch(course.record['epochs'], 'ema_top1')
+  saved = {'best': state.variables} if is_best else {}
+  if average is not None and average['epoch'] == row['epoch']:
+    saved['ema'] = state.ema
+  for name, variables in saved.items():
+    meta = {**course.meta, 'epoch': row}
+    course.checkpoints.save_weights(name, course.taken(step), variables, meta)
+  if saved:
     scalars = {'ckpt/weights_seconds': time.monotonic() - began}
-    out.writer.write_scalars(row['global_step'], scalars)
+    course.write_scalars(step, scalars)
 
 
-def _mean(total: float, count: float) -> float:
-  """Returns NaN where every step was skipped."""
-  return total / count if count else math.nan
-
-
-def save(task: setup.Task, state: state_lib.TrainState, out: Outputs) -> None:
+def save(course: Course, state: state_lib.TrainState) -> None:
   """Saves everything that resuming needs, history of the stage included.
 
   But not while steps are skipped: what is wrong may be in the state.
   """
-  out.record['step_seconds'] = out.step_times.histogram()
-  if out.skipped and out.stop.signum is None:
+  course.record['step_seconds'] = course.step_times.histogram()
+  run, step = course.run, int(state.step)
+  if course.skipped and run.stop.signum is None:
     return
-  out.check_owner()
+  run.owner.check()
   began = time.monotonic()
   # A copy: it is written in the background, while the record grows.
-  meta = {**out.meta, 'record': copy.deepcopy(out.record)}
-  out.checkpoints.save_latest(state, meta, out.taken(int(state.step)))
-  out.beat(f'a save of {task.stage.name}')
-  before, out.last_save = out.last_save, time.monotonic()
-  if step := int(state.step):
+  meta = {**course.meta, 'record': copy.deepcopy(course.record)}
+  course.checkpoints.save_latest(state, meta, course.taken(step))
+  run.dog.beat(f'a save of {course.task.stage.name}')
+  before, course.last_save = course.last_save, time.monotonic()
+  if step:
     scalars = {
       # What training waited for; the rest goes on in the background.
-      'ckpt/save_seconds': out.last_save - began,
-      'ckpt/interval_seconds': out.last_save - before,
+      'ckpt/save_seconds': course.last_save - began,
+      'ckpt/interval_seconds': course.last_save - before,
     }
-    out.writer.write_scalars(out.first_step + step, scalars)
+    course.write_scalars(step, scalars)
 
 
 def _answer_requests(
-  task: setup.Task,
-  state: state_lib.TrainState,
-  step: int,
-  ends_epoch: bool,
-  out: Outputs,
+  course: Course, state: state_lib.TrainState, step: int, ends_epoch: bool
 ) -> None:
   """Saves in mid-epoch when it is time to, or before leaving on a signal."""
-  every_steps = task.config.checkpoint_every_steps
-  every_seconds = 60 * task.config.checkpoint_every_minutes
-  late = every_seconds and time.monotonic() - out.last_save > every_seconds
+  config, stop = course.task.config, course.run.stop
+  every_seconds = 60 * config.checkpoint_every_minutes
+  late = every_seconds and time.monotonic() - course.last_save > every_seconds
   # Of many clocks, which disagree, one decides.
-  due = out.stop.poll(save=bool(late) and jax.process_index() == 0)
+  due = stop.poll(save=bool(late) and jax.process_index() == 0)
+  every_steps = config.checkpoint_every_steps
   due = due or (every_steps > 0 and step % every_steps == 0)
   if ends_epoch:  # The end of an epoch saves anyway, and then leaves.
     return
-  if due or out.stop.signum is not None:
-    save(task, state, out)
-  _stop_if_asked(out)
+  if due or stop.signum is not None:
+    save(course, state)
+  _stop_if_asked(course)
 
 
-def _stop_if_asked(out: Outputs) -> None:
-  if out.stop.signum is not None:
-    raise errors.Stopped(out.stop.signum, saved=True)
+def _stop_if_asked(course: Course) -> None:
+  signum = course.run.stop.signum
+  if signum is not None:
+    raise errors.Stopped(signum, saved=True)
 
 
-def report_step(
-  task: setup.Task,
-  step: int,
-  metrics: steps.Metrics,
-  timing: dict[str, float],
-  out: Outputs,
+def _report_step(
+  course: Course, step: int, metrics: steps.Metrics, timing: dict[str, float]
 ) -> None:
   """Shows one step; reading its metrics waits for it to finish.
 
   Raises:
-    NotFiniteError: after as many skipped steps as are allowed in a row.
+    _NotFiniteError: after as many skipped steps as are allowed in a row.
   """
+  task, run = course.task, course.run
   values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-  out.step_times.step()
-  out.beat(f'step {step + 1} of {task.stage.name}')
-  out.checkpoints.check()
+  course.step_times.step()
+  run.dog.beat(f'step {step + 1} of {task.stage.name}')
+  course.checkpoints.check()
   skipped = not values.pop('finite')
   if math.isfinite(values['loss'] + values['grad_norm']):
-    out.last_finite = values
-  _count_skipped(task, step, skipped, out)
-  used = out.memory.in_use()
+    course.last_finite = values
+  _count_skipped(course, step, skipped)
+  used = course.memory.in_use()
   speed = {k: timing[k] for k in ('images_per_second', 'input_wait')}
-  out.progress.step(step + 1, {**values, **speed, used.kind: used.bytes})
+  run.progress.step(step + 1, {**values, **speed, used.kind: used.bytes})
   if (step + 1) % task.config.log_every_steps == 0:
     names = ('loss', 'top1', 'learning_rate', 'grad_norm')
     scalars = {f'train/{name}': values[name] for name in names}
     scalars['perf/images_per_second'] = speed['images_per_second']
     scalars['perf/memory_bytes'] = used.bytes
-    if (seconds := out.step_times.take_mean()) is not None:
+    if (seconds := course.step_times.take_mean()) is not None:
       scalars['perf/step_seconds'] = seconds
-    out.writer.write_scalars(out.first_step + step + 1, scalars)
+    course.write_scalars(step + 1, scalars)
 
 
-def _count_skipped(
-  task: setup.Task, step: int, skipped: bool, out: Outputs
-) -> None:
-  out.skipped = out.skipped + 1 if skipped else 0
+def _count_skipped(course: Course, step: int, skipped: bool) -> None:
   if not skipped:
+    course.skipped = 0
     return
-  text = (
-    f'{task.stage.name}: step {step + 1} was not finite and changed nothing'
-  )
-  taken = out.taken(step + 1)
-  out.incident('skipped_step', text, stage=task.stage.name, step=taken)
-  if out.skipped == task.config.max_skipped_steps:
-    raise NotFiniteError(step)
+  course.skipped += 1
+  name, taken = course.task.stage.name, course.taken(step + 1)
+  text = f'{name}: step {step + 1} was not finite and changed nothing'
+  course.run.incidents.add('skipped_step', text, stage=name, step=taken)
+  if course.skipped == course.task.config.max_skipped_steps:
+    raise _NotFiniteError(step)
 
 
-def _write_epoch(task: setup.Task, row: dict[str, Any], out: Outputs) -> None:
+def _write_epoch(course: Course, row: dict[str, Any]) -> None:
   """Writes an epoch's figures to TensorBoard."""
+  name, step = course.task.stage.name, row['global_step']
   scalars = {
-    f'eval/{task.stage.name}/{name}': row[f'val_{name}']
-    for name in ('loss', 'top1', 'top5')
+    f'eval/{name}/{field.removeprefix("val_")}': value
+    for field, value in row.items()
+    if field.startswith(('val_', 'ema_'))
   }
-  for name in ('ema_loss', 'ema_top1', 'ema_top5'):
-    if name in row:
-      scalars[f'eval/{task.stage.name}/{name}'] = row[name]
   scalars['train/skipped_steps'] = row['skipped_steps']
   scalars['train/epoch_loss'] = row['train_loss']
   scalars['train/epoch_top1'] = row['train_top1']
   scalars['perf/input_wait'] = row['input_wait']
   scalars['perf/eval_seconds'] = row['eval_seconds']
-  out.writer.write_scalars(row['global_step'], scalars)
+  course.run.writer.write_scalars(step, scalars)

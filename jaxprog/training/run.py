@@ -36,8 +36,8 @@ class Run:
   writer: tensorboard.Writer
   stop: signals.StopRequest
   incidents: incidents_lib.Incidents
-  # Notes an incident and says it: on_incident(kind, message, **fields).
-  on_incident: Callable[..., None]
+  # Notes an incident and says it: note(kind, message, **fields).
+  note: Callable[..., None]
   owner: lock.Lock
   dog: watchdog.Watchdog
   # Compiles the next stage while this one trains.
@@ -88,16 +88,26 @@ def open_run(
   Raises:
     UserError: for mistakes in the data or the workdir.
   """
-  config = setup.config
-  progress = stack.enter_context(_create_progress(len(setup.chosen)))
-  incidents = _create_incidents(workdir, owner)
+  config, writes = setup.config, jax.process_index() == 0
+  console = rich.console.Console(quiet=not writes, markup=False)
+  progress = stack.enter_context(
+    progress_lib.Progress(len(setup.chosen), console=console)
+  )
+  incidents = incidents_lib.Incidents(
+    workdir / 'incidents.jsonl' if writes else None
+  )
+  if owner.taken_over:
+    incidents.add('lock', owner.taken_over)
 
-  def on_incident(kind, message, **fields):
+  def note(kind, message, **fields):
     incidents.add(kind, message, **fields)
     progress.message(message)
 
-  checkpoints.verify_all(workdir, on_incident)
-  history, changes = _load_history(config, workdir, allow_config_change)
+  checkpoints.verify_all(workdir, note)
+  history = read_history(workdir)
+  if writes:
+    _show_changes(config, workdir)
+  changes = preflight.check_changes(config, workdir, allow_config_change)
   tasks = create_tasks(setup, workdir, shorten)
   for line in preflight.quick(tasks, workdir):
     progress.message(line)
@@ -107,21 +117,28 @@ def open_run(
   peers.wait_for_all('config')  # One of them replaces it.
   plain = _as_trained(config, workdir, before)
   history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
-  _write_inputs(plain, workdir)
-  run = Run(
+  if writes:
+    _write_inputs(plain, workdir)
+  logdir = workdir / 'tensorboard' if config.tensorboard and writes else None
+  writer = stack.enter_context(contextlib.closing(tensorboard.Writer(logdir)))
+  writer.write_hparams(tensorboard.flatten_config(plain))
+  dog = watchdog.Watchdog(
+    config.watchdog_minutes,
+    log=workdir / 'watchdog.log',
+    on_timeout=lambda text: incidents.add('watchdog', text),
+  )
+  return Run(
     setup=setup,
     tasks=tasks,
     workdir=workdir,
     history=history,
     progress=progress,
-    writer=stack.enter_context(
-      contextlib.closing(_create_writer(config, workdir))
-    ),
+    writer=writer,
     stop=stop,
     incidents=incidents,
-    on_incident=on_incident,
+    note=note,
     owner=owner,
-    dog=stack.enter_context(_create_watchdog(config, workdir, incidents)),
+    dog=stack.enter_context(dog),
     compiler=_create_executor('compiler', stack),
     on_epoch=on_epoch,
     reporter=outputs.Reporter(
@@ -129,8 +146,6 @@ def open_run(
     ),
     before=before,
   )
-  run.writer.write_hparams(tensorboard.flatten_config(plain))
-  return run
 
 
 def create_tasks(
@@ -160,26 +175,14 @@ def read_history(workdir: pathlib.Path) -> dict[str, Any]:
   return history_lib.load_history(path)
 
 
-def _load_history(
-  config: config_dict.ConfigDict,
-  workdir: pathlib.Path,
-  allow_config_change: bool,
-) -> tuple[dict[str, Any], list[str]]:
-  """Returns the history of `workdir`, and what the config changes.
-
-  Shows how the config differs from the one that the run began with.
-
-  Raises:
-    UserError: if the run there began with another config.
-  """
-  history = read_history(workdir)
-  saved = preflight.saved_configs(config, workdir)
-  if saved and jax.process_index() == 0:
+def _show_changes(
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> None:
+  """Shows how the config differs from the one that the run began with."""
+  if saved := preflight.saved_configs(config, workdir):
     table = config_lib.difference_table(*saved)
     if table.row_count:
       rich.console.Console(markup=False).print(table)
-  changes = preflight.check_changes(config, workdir, allow_config_change)
-  return history, changes
 
 
 def _as_trained(
@@ -205,8 +208,6 @@ def _as_trained(
 
 def _write_inputs(plain: dict[str, Any], workdir: pathlib.Path) -> None:
   """Writes what runs and on what, before anything is compiled."""
-  if jax.process_index() != 0:
-    return
   try:
     for pattern in ('.*.tmp', 'checkpoints/*/.*.tmp'):  # Of killed writes.
       for path in workdir.glob(pattern):
@@ -219,46 +220,6 @@ def _write_inputs(plain: dict[str, Any], workdir: pathlib.Path) -> None:
       f'--workdir={workdir}',
       'Name a directory that you may write to.',
     ) from None
-
-
-def _create_progress(num_stages: int) -> progress_lib.Progress:
-  """Returns what people see, or nothing; only process 0 shows it."""
-  quiet = jax.process_index() != 0
-  console = rich.console.Console(quiet=quiet, markup=False)
-  return progress_lib.Progress(num_stages, console=console)
-
-
-def _create_incidents(
-  workdir: pathlib.Path, owner: lock.Lock
-) -> incidents_lib.Incidents:
-  """Returns the log of what goes wrong; only process 0 writes it."""
-  writes = jax.process_index() == 0
-  incidents = incidents_lib.Incidents(
-    workdir / 'incidents.jsonl' if writes else None
-  )
-  if owner.taken_over:
-    incidents.add('lock', owner.taken_over)
-  return incidents
-
-
-def _create_writer(
-  config: config_dict.ConfigDict, workdir: pathlib.Path
-) -> tensorboard.Writer:
-  """Returns TensorBoard's writer; only process 0 writes."""
-  writes = config.tensorboard and jax.process_index() == 0
-  return tensorboard.Writer(workdir / 'tensorboard' if writes else None)
-
-
-def _create_watchdog(
-  config: config_dict.ConfigDict,
-  workdir: pathlib.Path,
-  incidents: incidents_lib.Incidents,
-) -> watchdog.Watchdog:
-  return watchdog.Watchdog(
-    config.watchdog_minutes,
-    log=workdir / 'watchdog.log',
-    on_timeout=lambda text: incidents.add('watchdog', text),
-  )
 
 
 def _create_executor(

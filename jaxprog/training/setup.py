@@ -1,6 +1,5 @@
 """What config, data and devices decide before there are any weights."""
 
-import bisect
 import dataclasses
 import functools
 import os
@@ -17,7 +16,7 @@ from ml_collections import config_dict
 
 from jaxprog import epochs, errors, fields, paths
 from jaxprog import stages as stages_lib
-from jaxprog.data import leaks, sources
+from jaxprog.data import leaks, loader, sources, workers
 from jaxprog.models import resnet
 from jaxprog.monitoring import bars
 from jaxprog.optim import optimizers, schedules
@@ -94,14 +93,27 @@ class Task:
 
   def program(self, step: int) -> Program:
     """Returns which of the compiled steps `step` of the stage is."""
-    starts, programs = self._programs
-    return programs[bisect.bisect_right(starts, step) - 1]
+    return self._programs[max(x for x in self._programs if x <= step)]
 
   @functools.cached_property
-  def _programs(self) -> tuple[list[int], list[Program]]:
-    """Steps in order, and the program from each of them on."""
-    starts = _program_starts(self.steps)
-    return starts, [_program(self.stage, self.steps, x) for x in starts]
+  def _programs(self) -> dict[int, Program]:
+    return _list_programs(self.stage, self.steps)
+
+  def read_batches(
+    self, seed: int, start_step: int = 0, num_workers: int | None = None
+  ) -> workers.Reader:
+    """Returns this process's part of the training batches; close it."""
+    return loader.train_batches(
+      self.dataset.train,
+      self.stage,
+      seed=seed,
+      steps=self.steps,
+      start_step=start_step,
+      num_workers=num_workers or self.num_workers,
+      worker_kind=self.config.worker_kind,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
 
   def batch_shapes(
     self, batch_size: int, image_size: int, *, training: bool
@@ -309,7 +321,7 @@ def create_task(
       program: _jit_train_step(
         setup, stage, program, create_model, tx, learning_rate_fn
       )
-      for program in _programs(stage, stage_steps)
+      for program in _list_programs(stage, stage_steps).values()
     },
     eval_step=jax.jit(
       steps_lib.create_eval_step(create_model(stage.eval_size), pixels),
@@ -401,30 +413,21 @@ def _traced_stage(
   return dataclasses.replace(stage, **options)
 
 
-def _programs(stage: stages_lib.Stage, steps: epochs.Steps) -> list[Program]:
-  """Returns every program of a stage, the first one first."""
-  return list(
-    dict.fromkeys(
-      _program(stage, steps, step) for step in _program_starts(steps)
+def _list_programs(
+  stage: stages_lib.Stage, steps: epochs.Steps
+) -> dict[int, Program]:
+  """Returns first step -> the program from there on, in their order."""
+  starts = {steps.frozen, *(phase.first_step for phase in steps.phases)}
+  parts = {step: steps.part(stage, step) for step in sorted(starts)}
+  return {
+    step: Program(
+      batch_size=steps.phase(step).batch_size,
+      image_size=part.image_size,
+      options=tuple(getattr(part, field) for field in _TRACED),
+      frozen=step < steps.frozen,
     )
-  )
-
-
-def _program_starts(steps: epochs.Steps) -> list[int]:
-  """Returns the steps from which another program may run, the first one 0."""
-  return sorted({steps.frozen, *(phase.first_step for phase in steps.phases)})
-
-
-def _program(
-  stage: stages_lib.Stage, steps: epochs.Steps, step: int
-) -> Program:
-  part = steps.part(stage, step)
-  return Program(
-    batch_size=steps.phase(step).batch_size,
-    image_size=part.image_size,
-    options=tuple(getattr(part, field) for field in _TRACED),
-    frozen=step < steps.frozen,
-  )
+    for step, part in parts.items()
+  }
 
 
 def _place_key(key: jax.Array, sharding: jax.sharding.NamedSharding) -> Any:
