@@ -285,15 +285,15 @@ def test_fast_convolutions_give_what_is_served_without_them():
 
 def test_what_gives_other_logits_gets_no_name(tmp_path):
   good = create(networks.draw(networks.shapes()))
-  export.export_trained(good, {}, tmp_path)
+  export.export_trained(good, tmp_path)
   before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
   broken = networks.draw(networks.shapes(), seed=1)
   broken['params']['head']['bias'][0] = np.nan
   with pytest.raises(export.ParityError, match=r'three\.safetensors'):
-    export.export_trained(create(broken), {}, tmp_path)
+    export.export_trained(create(broken), tmp_path)
   assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
   with pytest.raises(export.ParityError):
-    export.export_trained(create(broken), {}, tmp_path / 'new')
+    export.export_trained(create(broken), tmp_path / 'new')
   assert list((tmp_path / 'new').iterdir()) == []
 
 
@@ -312,7 +312,7 @@ def test_logits_may_differ_by_a_ten_thousandth_and_no_more():
 def test_leftovers_of_a_killed_export_go(tmp_path):
   leftover = tmp_path / '.three.safetensors.123.tmp'
   leftover.write_bytes(b'half')
-  export.export_trained(create(networks.draw(networks.shapes())), {}, tmp_path)
+  export.export_trained(create(networks.draw(networks.shapes())), tmp_path)
   assert not leftover.exists()
 
 

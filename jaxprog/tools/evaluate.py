@@ -1,6 +1,5 @@
 """Scores saved weights on a stage's evaluation images, or on others."""
 
-import collections
 import csv
 import dataclasses
 import io
@@ -20,7 +19,7 @@ from jaxprog import epochs, errors, files, stages
 from jaxprog.data import sources
 from jaxprog.monitoring import diagnostics
 from jaxprog.reporting import scores
-from jaxprog.training import alike, devices, loop, preflight
+from jaxprog.training import alike, devices, loop
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import trained as trained_lib
 
@@ -62,7 +61,6 @@ def evaluate(
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
   )
-  preflight.check_workdir(pathlib.Path(workdir))
   console = rich.console.Console(
     stderr=True,
     quiet=jax.process_index() != 0,
@@ -90,7 +88,7 @@ def evaluate(
     'interpolation': trained.stage.eval_interpolation,
     **_score(trained, known, data.classes, console),
   }
-  paths = write(pathlib.Path(workdir), found, dataset)
+  paths = _write(pathlib.Path(workdir), found, dataset)
   scores.show(found, console)
   for path in paths:
     console.print(str(path), markup=False, soft_wrap=True)
@@ -220,7 +218,15 @@ def _score(
     'nll': found['nll'],
     'ece': found['ece'],
     'per_class': _per_class(found['per_class'], dataset, set(present)),
-    'confusions': _confusions(outcomes, split.labels, dataset.classes),
+    'confusions': [
+      {
+        'class': dataset.classes[x['label']],
+        'predicted': dataset.classes[x['predicted']],
+        'count': x['count'],
+      }
+      for x in found['confusions']
+      if x['label'] != x['predicted']
+    ],
     'bad_images': bad,
   }
 
@@ -245,28 +251,7 @@ def _per_class(
   ]
 
 
-def _confusions(
-  outcomes: Mapping[str, np.ndarray],
-  labels: np.ndarray,
-  classes: Sequence[str],
-) -> list[dict[str, Any]]:
-  """Returns how often one class was taken for another."""
-  # An undecodable image ranks below all classes, and was taken for nothing.
-  seen = outcomes['rank'] < len(classes)
-  wrong = seen & (outcomes['predicted'] != labels)
-  pairs = collections.Counter(
-    zip(
-      labels[wrong].tolist(), outcomes['predicted'][wrong].tolist(), strict=True
-    )
-  )
-  ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
-  return [
-    {'class': classes[label], 'predicted': classes[taken], 'count': count}
-    for (label, taken), count in ranked[: diagnostics.MAX_CONFUSIONS]
-  ]
-
-
-def write(
+def _write(
   workdir: pathlib.Path, found: Mapping[str, Any], dataset: str
 ) -> list[pathlib.Path]:
   """Writes one row a class as CSV, and all else as JSON; returns their paths.

@@ -5,10 +5,12 @@ function of images, for serving), STAGE.labels.txt and STAGE.md, a model card.
 """
 
 import contextlib
+import dataclasses
 import json
+import operator
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +26,6 @@ from jaxprog import files
 from jaxprog.models import conv, interchange, resnet
 from jaxprog.reliability import checkpoints
 from jaxprog.reporting import facts
-from jaxprog.training import augment, preflight
 from jaxprog.training import state as state_lib
 from jaxprog.training import trained as trained_lib
 
@@ -35,15 +36,12 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 # Random images that what was written is tried on.
 _NUM_IMAGES = 2
 
-# Logits of uint8 images (N, S, S, 3), RGB: f32 (N, num_classes).
-Apply = Callable[[Any, Any], jax.Array]
-
 
 class ParityError(RuntimeError):
   """A file gives other logits than the network that it was made from."""
 
 
-class Score(NamedTuple):
+class _Score(NamedTuple):
   """Accuracies in [0, 1] on so many images, None where that is not known."""
 
   top1: float
@@ -72,21 +70,16 @@ def export(
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights
   )
-  preflight.check_workdir(pathlib.Path(workdir))
-  record = checkpoints.read_done(pathlib.Path(workdir), trained.stage.name)
-  found = record['record'] if record else {}
-  return export_trained(trained, found, pathlib.Path(workdir) / 'export')
+  workdir, name = pathlib.Path(workdir), trained.stage.name
+  if done := checkpoints.read_done(workdir, name):
+    trained = dataclasses.replace(trained, record=done['record'])
+  return export_trained(trained, workdir / 'export')
 
 
 def export_trained(
-  trained: trained_lib.Trained,
-  record: Mapping[str, Any],
-  directory: pathlib.Path,
+  trained: trained_lib.Trained, directory: pathlib.Path
 ) -> dict[str, pathlib.Path]:
-  """Writes the four files into `directory` and returns their paths.
-
-  `record` is what the history says of the stage, {} if it is not finished.
-  """
+  """Writes the four files into `directory` and returns their paths."""
   name = trained.stage.name
   paths = {
     'safetensors': directory / f'{name}.safetensors',
@@ -96,40 +89,30 @@ def export_trained(
   }
   apply, images = create_apply(trained), _random_images(trained)
   expected = apply(trained.variables, images)
-  tensors = safetensors.numpy.save(
-    interchange.to_state_dict(trained.variables), describe(trained, record)
-  )
-  with _written(paths['safetensors'], tensors) as path:
-    found = apply(read_weights(path, trained.variables), images)
+  tensors = interchange.to_state_dict(trained.variables)
+  encoded = safetensors.numpy.save(tensors, _describe_file(trained))
+  with _written(paths['safetensors'], encoded) as path:
+    tensors = safetensors.numpy.load_file(path)
+    found = apply(
+      interchange.from_state_dict(tensors, trained.variables), images
+    )
     _report(paths['safetensors'], compare(path.name, found, expected))
   with _written(paths['stablehlo'], serialize(trained)) as path:
     found = jax.export.deserialize(bytearray(path.read_bytes())).call(images)
     _report(paths['stablehlo'], compare(path.name, found, expected))
-  files.write_bytes(paths['labels'], labels(trained).encode())
-  files.write_bytes(paths['card'], card(trained, record).encode())
+  files.write_bytes(paths['labels'], _list_labels(trained).encode())
+  files.write_bytes(paths['card'], _write_card(trained).encode())
   return paths
 
 
-def create_apply(trained: trained_lib.Trained) -> Apply:
+def create_apply(trained: trained_lib.Trained) -> trained_lib.Apply:
   """Returns apply(variables, images) -> logits, compiled where it is called.
 
   All of it is f32, on every platform: TPUs and GPUs would else multiply in
   less, and no two of them would agree to four digits.
   """
-  model = trained.model_fn(
-    num_classes=len(trained.classes),
-    image_size=trained.stage.eval_size,
-    dtype=np.float32,
-  )
-  pixels = trained.config.mean_rgb, trained.config.std_rgb
-
-  @jax.jit
-  def apply(variables, images):
-    with jax.default_matmul_precision('highest'):
-      images = augment.normalise(images, *pixels)
-      return model.apply(variables, images, train=False)
-
-  return apply
+  apply = trained.create_apply(np.float32)
+  return jax.jit(jax.default_matmul_precision('highest')(apply))
 
 
 def serialize(trained: trained_lib.Trained) -> bytes:
@@ -163,11 +146,6 @@ def _convolve_plainly(
   (x,), half = args, module.kernel_size // 2
   kernel: Any = module.get_variable('params', 'kernel')
   return conv.xla(x, kernel, module.strides, ((half, half),) * 2)
-
-
-def read_weights(path: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
-  """Returns the variables in an exported file, in the structure of `like`."""
-  return interchange.from_state_dict(safetensors.numpy.load_file(path), like)
 
 
 def compare(name: str, found: Any, expected: Any) -> float:
@@ -216,9 +194,7 @@ def _report(path: pathlib.Path, difference: float) -> None:
   )
 
 
-def describe(
-  trained: trained_lib.Trained, record: Mapping[str, Any]
-) -> dict[str, str]:
+def _describe_file(trained: trained_lib.Trained) -> dict[str, str]:
   """Returns what the safetensors' header says besides names and shapes."""
   config, stage = trained.config, trained.stage
   fields = {
@@ -238,7 +214,7 @@ def describe(
     'stage': stage.name,
     'weights': trained.weights,
     'epoch': trained.epoch,
-    'top1': score(trained, record).top1 if is_seen_alike(trained) else None,
+    'top1': _find_score(trained).top1 if _is_seen_alike(trained) else None,
   }
   # 'pt': arrays are as PyTorch has them.
   text = {
@@ -247,16 +223,17 @@ def describe(
   return {'format': 'pt', **text}
 
 
-def score(trained: trained_lib.Trained, record: Mapping[str, Any]) -> Score:
+def _find_score(trained: trained_lib.Trained) -> _Score:
   """Returns how the weights did on validation images, one crop of each.
 
   On those that chose them, if the stage has looked at no others.
   """
-  seen, row = record.get('diagnostics', {}), trained.meta['epoch']
+  record, row = trained.record, trained.meta['epoch']
+  seen = record.get('diagnostics', {})
   if trained.weights == 'best' and seen.get('epoch') == trained.epoch:
-    return Score(seen['top1'], seen['top5'], seen['num_images'], 'validation')
+    return _Score(seen['top1'], seen['top5'], seen['num_images'], 'validation')
   kind = 'ema' if trained.weights == 'ema' else 'val'
-  return Score(
+  return _Score(
     row[f'{kind}_top1'],
     row[f'{kind}_top5'],
     record.get('num_eval_images'),
@@ -264,17 +241,13 @@ def score(trained: trained_lib.Trained, record: Mapping[str, Any]) -> Score:
   )
 
 
-def is_seen_alike(trained: trained_lib.Trained) -> bool:
+def _is_seen_alike(trained: trained_lib.Trained) -> bool:
   """Returns whether images are used as those that gave the score were."""
-  used, scored = trained.stage, trained.trained_stage
-  return (used.eval_size, used.eval_crop, used.eval_interpolation) == (
-    scored.eval_size,
-    scored.eval_crop,
-    scored.eval_interpolation,
-  )
+  seen = operator.attrgetter('eval_size', 'eval_crop', 'eval_interpolation')
+  return seen(trained.stage) == seen(trained.trained_stage)
 
 
-def labels(trained: trained_lib.Trained) -> str:
+def _list_labels(trained: trained_lib.Trained) -> str:
   """Returns a line for each logit: WordNet id or class, tab, name."""
   pairs = zip(trained.classes, trained.class_names, strict=True)
   return ''.join(f'{_words(x)}\t{_words(name)}\n' for x, name in pairs)
@@ -284,33 +257,43 @@ def _words(text: str) -> str:
   return ' '.join(text.split())
 
 
-def card(trained: trained_lib.Trained, record: Mapping[str, Any]) -> str:
+def _write_card(trained: trained_lib.Trained) -> str:
   """Returns what a person has to know who did not train it, as Markdown."""
   stage, config = trained.stage, trained.config
   params = state_lib.count_params(trained.variables['params'])
-  title = f'# {stage.name}: {config.model}, {len(trained.classes):,} classes'
-  return '\n\n'.join(
-    [
-      title,
-      *([stage.description] if stage.description else []),
-      f'{params:,} parameters, {trained.weights} weights (epoch '
-      f'{trained.epoch}). The classes are those of '
-      f'`{stage.name}.labels.txt`, a line for each logit.',
-      '## Accuracy\n' + _describe_score(trained, score(trained, record)),
-      '## Training\n' + _describe_training(trained, record),
-      '## Input\n' + _describe_input(trained),
-      '## PyTorch\n' + describe_timm(trained),
-      '## JAX\n' + _describe_jax(trained),
-      '## Licence\nNone is chosen. What the licence of the images allows '
-      'limits what the weights may be used for: decide before you share them.',
-      f'Written by jaxprog {jaxprog.__version__}, config '
-      f'{config_lib.config_hash(trained.run_config)}.\n',
-    ]
-  )
+  description = f'{stage.description}\n\n' if stage.description else ''
+  return f"""# {stage.name}: {config.model}, {len(trained.classes):,} classes
+
+{description}{params:,} parameters, {trained.weights} weights (epoch \
+{trained.epoch}). The classes are those of `{stage.name}.labels.txt`, a line \
+for each logit.
+
+## Accuracy
+{_describe_score(trained)}
+
+## Training
+{_describe_training(trained)}
+
+## Input
+{_describe_input(trained)}
+
+## PyTorch
+{describe_timm(trained)}
+
+## JAX
+{_describe_jax(trained)}
+
+## Licence
+None is chosen. What the licence of the images allows limits what the weights \
+may be used for: decide before you share them.
+
+Written by jaxprog {jaxprog.__version__}, config \
+{config_lib.config_hash(trained.run_config)}.
+"""
 
 
-def _describe_score(trained: trained_lib.Trained, found: Score) -> str:
-  stage = trained.trained_stage
+def _describe_score(trained: trained_lib.Trained) -> str:
+  found, stage = _find_score(trained), trained.trained_stage
   number = '' if found.num_images is None else f'{found.num_images:,} '
   images = 'validation' if found.split == 'validation' else 'held-out training'
   text = (
@@ -322,10 +305,8 @@ def _describe_score(trained: trained_lib.Trained, found: Score) -> str:
   return f'{text} The epoch was chosen by its accuracy on {stage.eval_split}.'
 
 
-def _describe_training(
-  trained: trained_lib.Trained, record: Mapping[str, Any]
-) -> str:
-  stage = trained.trained_stage
+def _describe_training(trained: trained_lib.Trained) -> str:
+  stage, record = trained.trained_stage, trained.record
   images = f'{record["num_train_images"]:,} images of ' if record else ''
   origin = record.get('transfer', {}).get('from')
   # The name of a stage, or of a file: its folder is nobody's business.
@@ -333,14 +314,13 @@ def _describe_training(
   epochs = f'epochs: {stage.num_epochs:g}' if record else 'not finished'
   if record.get('status') == 'stopped_early':
     epochs += f', stopped after {len(record["epochs"])}'
+  changes = facts.describe_changes(record)
   return (
     f'{images}`{stage.dataset}`, from {start}; {epochs}; batches of '
     f'{stage.batch_size}, {stage.image_size} px; {stage.optimizer}, '
     f'{stage.schedule}, peak rate {stage.peak_learning_rate:g}, weight decay '
     f'{stage.weight_decay:g}.'
-    + ''.join(
-      f' {x[0].upper()}{x[1:]}.' for x in facts.describe_changes(record)
-    )
+    + ''.join(f' {x[0].upper()}{x[1:]}.' for x in changes)
   )
 
 
@@ -349,11 +329,11 @@ def _describe_input(trained: trained_lib.Trained) -> str:
   mean, std = (
     ', '.join(f'{x:g}' for x in v) for v in (config.mean_rgb, config.std_rgb)
   )
-  shorter = round(stage.eval_size / stage.eval_crop)
+  size, shorter = stage.eval_size, round(stage.eval_size / stage.eval_crop)
   return (
     f'RGB, the shorter side resized to {shorter} px ({stage.eval_interpolation}'
-    f', antialiased), the centre {stage.eval_size}x{stage.eval_size}, divided '
-    f'by 255, minus ({mean}), over ({std}).'
+    f', antialiased), the centre {size}x{size}, divided by 255, minus ({mean}), '
+    f'over ({std}).'
   )
 
 

@@ -2,12 +2,13 @@
 
 import collections
 import csv
+import functools
 import io
 import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from jaxprog import errors, files
 from jaxprog import paths as paths_lib
 from jaxprog.data import folders, preprocess
 from jaxprog.reporting import contact_sheet
-from jaxprog.training import augment, devices, preflight
+from jaxprog.training import devices
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import trained as trained_lib
 
@@ -50,9 +51,9 @@ class _Read(NamedTuple):
   """Pixels uint8 (S, S, 3), None with the reason for it in `error`."""
 
   pixels: np.ndarray | None
-  error: str
+  error: str = ''
   # Whether EXIF asks for it to be shown turned.
-  turned: bool
+  turned: bool = False
 
 
 def predict(
@@ -87,7 +88,6 @@ def predict(
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
   )
-  preflight.check_workdir(pathlib.Path(workdir))
   console = rich.console.Console(stderr=True, highlight=False, markup=False)
   predictions: list[Prediction] = []
   turned = 0
@@ -122,11 +122,11 @@ def _write(
   """Writes the CSV and the contact sheet; returns their paths."""
   base = workdir / 'predictions' / _name(found.root)
   paths = [base.with_name(base.name + x) for x in ('.csv', '.png')]
-  write_csv(paths[0], predictions, min(NUM_CLASSES, len(trained.classes)))
-  tiles = _tiles(found, predictions)
-  first = f'the first {len(tiles)} of ' * (len(tiles) < len(predictions))
+  _write_csv(paths[0], predictions, min(NUM_CLASSES, len(trained.classes)))
+  tiles, count = _tiles(found, predictions), len(predictions)
+  first = f'the first {len(tiles)} of ' * (len(tiles) < count)
   heading = (
-    f'{found.root.resolve().name}: {first}{_count(predictions, "image")}, '
+    f'{found.root.resolve().name}: {first}{count:,} image{"s" * (count != 1)}, '
     f'{trained.stage.name}, {trained.weights} weights'
   )
   sheet = contact_sheet.draw(tiles, errors.printable(heading))
@@ -183,7 +183,7 @@ def classify(
   count = 1 if len(paths) == 1 else BATCH_SIZE
   count = -(-count // jax.device_count()) * jax.device_count()
   step = jax.jit(
-    create_predict_step(trained),
+    _create_predict_step(trained),
     in_shardings=(shardings.replicated, shardings.batch),
     out_shardings=shardings.replicated,
   )
@@ -202,20 +202,17 @@ def classify(
     yield from _describe(trained, *ahead)
 
 
-def create_predict_step(trained: trained_lib.Trained) -> Any:
+def _create_predict_step(trained: trained_lib.Trained) -> Any:
   """Returns f(variables, images) -> the top probabilities and classes.
 
   Images are uint8 (N, S, S, 3); what comes back is f32 and int32 (N, k), the
   most probable class first, k at most NUM_CLASSES. At equal scores the lower
   class comes first, as in evaluation.
   """
-  net = trained.create_model()
-  pixels = trained.config.mean_rgb, trained.config.std_rgb
-  k = min(NUM_CLASSES, len(trained.classes))
+  apply, k = trained.create_apply(), min(NUM_CLASSES, len(trained.classes))
 
   def predict_step(variables, images):
-    images = augment.normalise(images, *pixels)
-    logits: Any = net.apply(variables, images, train=False)
+    logits = apply(variables, images)
     _, classes = jax.lax.top_k(logits, k)
     probabilities = jax.nn.softmax(logits)
     return jax.numpy.take_along_axis(probabilities, classes, -1), classes
@@ -228,23 +225,17 @@ def _read_ahead(
 ) -> Iterator[tuple[Sequence[pathlib.Path], list[_Read]]]:
   """Yields `count` files at a time and what is in them, two batches ahead."""
   workers = trained.config.num_workers or len(os.sched_getaffinity(0))
-  queue: collections.deque = collections.deque()
-
-  def take():
-    part, jobs = queue.popleft()
-    return part, [job.result() for job in jobs]
-
+  read = functools.partial(_read, trained)
+  ahead: collections.deque = collections.deque()
   with futures.ThreadPoolExecutor(workers, 'images') as pool:
-    try:
-      for start in range(0, len(paths), count):
-        part = paths[start : start + count]
-        queue.append((part, [pool.submit(_read, trained, x) for x in part]))
-        if len(queue) > 2:
-          yield take()
-      while queue:
-        yield take()
-    finally:
-      pool.shutdown(cancel_futures=True)
+    for start in range(0, len(paths), count):
+      part = paths[start : start + count]
+      ahead.append((part, pool.map(read, part)))
+      if len(ahead) > 2:
+        part, images = ahead.popleft()
+        yield part, list(images)
+    for part, images in ahead:
+      yield part, list(images)
 
 
 def _read(trained: trained_lib.Trained, path: pathlib.Path) -> _Read:
@@ -253,7 +244,7 @@ def _read(trained: trained_lib.Trained, path: pathlib.Path) -> _Read:
   try:
     size = path.stat().st_size
     if size > MAX_BYTES:
-      return _Read(None, f'{size:,} bytes, more than {MAX_BYTES:,}', False)
+      return _Read(None, f'{size:,} bytes, more than {MAX_BYTES:,}')
     encoded = path.read_bytes()
     pixels = preprocess.center_crop(
       encoded,
@@ -262,16 +253,12 @@ def _read(trained: trained_lib.Trained, path: pathlib.Path) -> _Read:
       interpolation=stage.eval_interpolation,
     )
   except OSError as e:
-    return _Read(None, e.strerror or str(e), False)
+    return _Read(None, e.strerror or str(e))
   except preprocess.BadImageError as e:
-    return _Read(None, _reason(e), False)
-  return _Read(pixels, '', _is_turned(encoded))
-
-
-def _reason(error: preprocess.BadImageError) -> str:
-  if isinstance(error.__cause__, UnidentifiedImageError):
-    return 'it is no image'
-  return str(error).removeprefix(': ')
+    is_none = isinstance(e.__cause__, UnidentifiedImageError)
+    reason = 'it is no image' if is_none else str(e).removeprefix(': ')
+    return _Read(None, reason)
+  return _Read(pixels, turned=_is_turned(encoded))
 
 
 def _is_turned(encoded: bytes) -> bool:
@@ -305,7 +292,7 @@ def _describe(
     yield prediction, image.turned
 
 
-def write_csv(
+def _write_csv(
   path: pathlib.Path, predictions: Iterable[Prediction], num_classes: int
 ) -> None:
   """Writes a row for each file: its class and name, then the next classes."""
@@ -313,27 +300,19 @@ def write_csv(
   fields = ['file', 'class', 'name', 'probability']
   fields += [f'{x}_{i}' for i in following for x in ('class', 'probability')]
   out = io.StringIO()
-  rows = csv.writer(out, lineterminator='\n')
-  rows.writerow([*fields, 'error'])
+  rows = csv.DictWriter(out, [*fields, 'error'], lineterminator='\n')
+  rows.writeheader()
   for x in predictions:
-    file = errors.printable(x['file'])
+    row = {'file': errors.printable(x['file'])}
     if 'error' in x:
-      rows.writerow([file, *[''] * (len(fields) - 1), x['error']])
-      continue
-    rest = [
-      text for name, p in x['top5'][1:] for text in (name, _probability(p))
-    ]
-    first = x['class'], x['name'], _probability(x['probability'])
-    rows.writerow([file, *first, *rest, ''])
+      row['error'] = x['error']
+    else:
+      row |= {'class': x['class'], 'name': x['name']}
+      row['probability'] = f'{x["probability"]:.6f}'
+      for i, (name, p) in enumerate(x['top5'][1:], 2):
+        row |= {f'class_{i}': name, f'probability_{i}': f'{p:.6f}'}
+    rows.writerow(row)
   files.write_bytes(path, out.getvalue().encode())
-
-
-def _probability(value: float) -> str:
-  return f'{value:.6f}'
-
-
-def _count(items: Sized, what: str) -> str:
-  return f'{len(items):,} {what}{"s" * (len(items) != 1)}'
 
 
 def _name(root: pathlib.Path) -> str:
@@ -347,19 +326,17 @@ def _tiles(
 ) -> list[contact_sheet.Tile]:
   """Returns the first images, each with its class and probability."""
   tiles = []
-  first = itertools.islice(
-    zip(found.images, predictions, strict=True), contact_sheet.MAX_TILES
-  )
-  for path, x in first:
-    if 'error' in x:
-      tiles.append(
-        contact_sheet.Tile(None, 'cannot be read', errors.printable(path.name))
-      )
-    else:
-      percent = f'{x["probability"]:.1%}'
-      tiles.append(
-        contact_sheet.Tile(path, errors.printable(x['name']), percent)
-      )
+  pairs = zip(found.images, predictions, strict=True)
+  for path, x in itertools.islice(pairs, contact_sheet.MAX_TILES):
+    file, name = (
+      errors.printable(path.name),
+      errors.printable(x.get('name', '')),
+    )
+    tiles.append(
+      contact_sheet.Tile(None, 'cannot be read', file)
+      if 'error' in x
+      else contact_sheet.Tile(path, name, f'{x["probability"]:.1%}')
+    )
   return tiles
 
 
@@ -402,17 +379,14 @@ def _show_notes(
   console: rich.console.Console,
 ) -> None:
   """Says on stderr what was left out, damaged or turned."""
-  notes = []
-  if found.left_out:
-    notes.append(
-      errors.printable(f'Left out: {folders.describe(found.left_out)}')
-    )
   damaged = sum('error' in x for x in predictions)
-  if damaged:
-    notes.append(f'{damaged:,} cannot be read; the CSV says why.')
-  if turned:
-    notes.append(
-      f'{turned:,} have an EXIF orientation, which is ignored, as in training.'
-    )
-  for note in notes:
-    console.print(note, markup=False, soft_wrap=True)
+  for is_so, note in (
+    (found.left_out, f'Left out: {folders.describe(found.left_out)}'),
+    (damaged, f'{damaged:,} cannot be read; the CSV says why.'),
+    (
+      turned,
+      f'{turned:,} have an EXIF orientation, which is ignored, as in training.',
+    ),
+  ):
+    if is_so:
+      console.print(errors.printable(note), markup=False, soft_wrap=True)

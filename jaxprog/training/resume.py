@@ -228,9 +228,8 @@ def _find_place(
   record: dict[str, Any],
   step: int,
 ) -> _Place:
-  config = config_dict.ConfigDict(config)
-  config.stages = [x for x in config.stages if x.name == task.stage.name]
-  (stage,) = stages.create_stages(config)
+  stage = setup_lib.find_stage(config, task.stage.name)
+  assert stage is not None  # It was saved with its config.
   steps = epochs.count_steps(stage, record['num_train_images'])
   rows = record['epochs']
   return _Place(stage, steps, step, rows[-1]['epoch'] if rows else 0)

@@ -178,6 +178,15 @@ def create_setup(
   )
 
 
+def find_stage(
+  config: config_dict.ConfigDict, name: str
+) -> stages_lib.Stage | None:
+  """Returns the stage `name` of `config`, whatever the others are."""
+  config = config_dict.ConfigDict(config)
+  config.stages = [x for x in config.stages if x.name == name]
+  return stages_lib.create_stages(config)[0] if config.stages else None
+
+
 def load_datasets(
   config: config_dict.ConfigDict, chosen: Sequence[stages_lib.Stage]
 ) -> dict[str, sources.Dataset]:

@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import json
 import pathlib
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +18,12 @@ from jaxprog import config as config_lib
 from jaxprog import errors, paths, stages
 from jaxprog.reliability import checkpoints
 from jaxprog.reporting import rundir
-from jaxprog.training import devices, setup
+from jaxprog.training import augment, devices, preflight, setup
 from jaxprog.training import state as state_lib
 
-WEIGHTS = ('best', 'final', 'ema')
+_WEIGHTS = ('best', 'final', 'ema')
+# Logits of variables and images.
+Apply = Callable[[Any, Any], jax.Array]
 # What decides what the network computes, and its weights' shapes do not show.
 _OF_NETWORK = ('model', 'num_filters', 'stem_kernel', 'blur_pool')
 _OF_PIXELS = ('mean_rgb', 'std_rgb')
@@ -48,6 +52,8 @@ class Trained:
   variables: dict[str, Any]
   meta: checkpoints.Meta
   model_fn: setup.ModelFn
+  # What the history says of the stage, {} where it is not finished or asked.
+  record: Mapping[str, Any] = types.MappingProxyType({})
 
   @functools.cached_property
   def run_config(self) -> config_dict.ConfigDict:
@@ -61,7 +67,7 @@ class Trained:
     """The stage as it was trained."""
     if 'config' not in self.meta:
       return self.stage
-    return _find_stage(self.run_config, self.stage.name) or self.stage
+    return setup.find_stage(self.run_config, self.stage.name) or self.stage
 
   @property
   def classes(self) -> tuple[str, ...]:
@@ -78,15 +84,30 @@ class Trained:
     """The epoch of the stage that the weights come from."""
     return int(self.meta['epoch']['epoch'])
 
-  def create_model(self) -> nn.Module:
-    """Returns the network for evaluation images of the stage."""
+  def create_model(self, dtype: Any = None) -> nn.Module:
+    """Returns the network for evaluation images, in the stage's own dtype."""
     return self.model_fn(
       num_classes=len(self.classes),
       image_size=self.stage.eval_size,
-      dtype=devices.resolve_dtype(
+      dtype=dtype
+      or devices.resolve_dtype(
         self.config.dtype, self.stage.mixed_precision, jax.default_backend()
       ),
     )
+
+  def create_apply(self, dtype: Any = None) -> Apply:
+    """Returns apply(variables, images) -> logits, pure.
+
+    Images are uint8 RGB (N, S, S, 3), logits (N, classes).
+    """
+    model = self.create_model(dtype)
+    pixels = self.config.mean_rgb, self.config.std_rgb
+
+    def apply(variables, images):
+      images = augment.normalise(images, *pixels)
+      return model.apply(variables, images, train=False)
+
+    return apply
 
 
 def load_trained(
@@ -103,43 +124,41 @@ def load_trained(
 
   Raises:
     UserError: if there is no run, or none of these weights, or another config
-      or network made them.
+      or network made them, or nothing can be written to `workdir`.
     DamagedError: if they are not what was saved.
   """
   workdir = pathlib.Path(workdir)
   rundir.check(workdir)
-  if weights not in WEIGHTS:
+  if weights not in _WEIGHTS:
     raise errors.UserError(
       f'Unknown weights {weights!r}.', '--weights', 'Use best, final or ema.'
     )
-  all_stages = stages.create_stages(config)
-  name = stage or last_done_stage(config, workdir)
-  by_name = {x.name: x for x in all_stages}
+  by_name = {x.name: x for x in stages.create_stages(config)}
+  name = stage or _last_done_stage(list(by_name.values()), workdir)
   if name not in by_name:
     raise errors.UserError(
       f'This config has no stage {name!r}.',
       f'--stage={name}',
       errors.did_you_mean(name, by_name),
     )
-  chosen = by_name[name]
   variables, meta = checkpoints.load_weights(workdir, name, weights)
   of_run = _read_config(workdir)
-  meta = {**of_run, **meta}
   trained = Trained(
     config=config,
-    stage=chosen,
+    stage=by_name[name],
     weights=weights,
     variables=variables,
-    meta=meta,
+    meta={**of_run, **meta},
     model_fn=model or setup.create_model_fn(config),
   )
   _check_meta(trained, () if model else _OF_NETWORK, of_run)
-  used = {field: getattr(chosen, field) for field in _OF_USE}
+  used = {field: getattr(trained.stage, field) for field in _OF_USE}
   stage_of_run = dataclasses.replace(trained.trained_stage, **used)
   trained = dataclasses.replace(trained, stage=stage_of_run)
   devices.keep_compiled(paths.cache_dir(config))
   devices.check_platform(config.platform)
   _check_shapes(trained)
+  preflight.check_workdir(workdir)
   return trained
 
 
@@ -150,25 +169,11 @@ def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
   return {}
 
 
-def _image_sizes(of_run: dict[str, Any], name: str) -> list[int]:
-  """Returns the image_size of a stage in the run's config, if it is there."""
-  ladder = of_run.get('config', {}).get('stages', ())
-  return [x['image_size'] for x in ladder if x['name'] == name]
-
-
-def _find_stage(
-  config: config_dict.ConfigDict, name: str
-) -> stages.Stage | None:
-  config = config_dict.ConfigDict(config)
-  config.stages = [x for x in config.stages if x.name == name]
-  return stages.create_stages(config)[0] if config.stages else None
-
-
-def last_done_stage(
-  config: config_dict.ConfigDict, workdir: pathlib.Path
+def _last_done_stage(
+  ladder: Sequence[stages.Stage], workdir: pathlib.Path
 ) -> str:
-  """Returns the last stage of `config` that `workdir` has finished."""
-  for stage in reversed(stages.create_stages(config)):
+  """Returns the last stage of `ladder` that `workdir` has finished."""
+  for stage in reversed(ladder):
     if checkpoints.read_done(workdir, stage.name) is not None:
       return stage.name
   raise errors.UserError(
@@ -191,7 +196,9 @@ def _check_meta(
     **{field: config[field] for field in of_network},
     **{field: list(config[field]) for field in _OF_PIXELS},
   }
-  if stage.image_size not in _image_sizes(of_run, stage.name):
+  ladder = of_run.get('config', {}).get('stages', ())
+  of_stage = [x['image_size'] for x in ladder if x['name'] == stage.name]
+  if stage.image_size not in of_stage:
     here['image_size'] = stage.image_size
   wrong = [
     f'{field} {meta[field]} (config: {value})'
@@ -199,13 +206,13 @@ def _check_meta(
     if field in meta and meta[field] != value
   ]
   if wrong:
+    suggestion = 'Leave --config out to use the one of --workdir.'
+    if 'image_size' in here and meta.get('image_size') != stage.image_size:
+      suggestion += ' Evaluation at another size is eval_image_size.'
     raise errors.UserError(
       f'The weights were trained with {", ".join(wrong)}.',
       f'stage {stage.name!r}, {trained.weights}',
-      'Leave --config out to use the one of --workdir. Evaluation at another '
-      'size is eval_image_size.'
-      if 'image_size' in here and meta.get('image_size') != stage.image_size
-      else 'Leave --config out to use the one of --workdir.',
+      suggestion,
     )
 
 

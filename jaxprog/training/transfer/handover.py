@@ -42,7 +42,8 @@ def hand_over(
   statistics are made to fit.
   """
   stage = task.stage
-  source = load_source(setup, workdir, task)
+  operator = operators.OPERATORS[stage.transfer]
+  source = _load_source(setup, workdir, task)
   if source is None:
     fresh = task.init(task.init_rng)
     modules = sorted(fresh['params'])
@@ -55,27 +56,24 @@ def hand_over(
     task.dataset.classes,
     keep_head=False if stage.transfer_head in ('fresh', 'zero') else None,
   )
-  origin = {
+  heads = _list_heads(setup, workdir, task, source)
+  variables, head = _choose_head(task, result.variables, fresh, heads)
+  params = variables['params']
+  grads = _mean_gradient(task, variables) if operator.needs_gradient else {}
+  changed = operator.change(stage, params, fresh['params'], grads)
+  carried = [x for x in result.carried if x != 'head' or not head]
+  params = {**params, **{name: changed[name] for name in carried}}
+  variables, blocks = operators.reset_blocks(
+    {**variables, 'params': params}, fresh, stage.reset_blocks
+  )
+  return _fit_statistics(task, variables), {
     'from': source.name,
     'weights': source.weights,
-    'carried': list(result.carried),
-    'fresh': list(result.fresh),
+    'carried': [x for x in result.carried if x not in blocks],
+    'fresh': sorted({*result.fresh, *blocks}),
     'dropped': list(result.dropped),
-  }
-  heads = _list_heads(setup, workdir, task, source)
-  variables, head = _choose_head(task, result, fresh, heads)
-  carried = [x for x in result.carried if x != 'head' or not head]
-  variables = _shrink(task, variables, fresh, carried)
-  variables, blocks = operators.reset_blocks(
-    variables, fresh, stage.reset_blocks
-  )
-  variables = _fit_statistics(task, variables)
-  return variables, {
-    **origin,
     **head,
-    'carried': [x for x in origin['carried'] if x not in blocks],
-    'fresh': sorted({*origin['fresh'], *blocks}),
-    'operator': describe_operator(stage),
+    'operator': operator.title.format(stage),
     'statistics': stage.transfer_statistics,
   }
 
@@ -94,17 +92,15 @@ class Passes(NamedTuple):
 def trace_passes(task: setup_lib.Task) -> Passes:
   """Returns the passes over training images that a hand-over to `task` takes.
 
-  DASH asks for gradients, fresh statistics for a forward pass: that it is begun
-  with two starts is seen by the compiler, which runs it once.
+  An operator may ask for gradients, fresh statistics for a forward pass: that
+  it is begun with two starts is seen by the compiler, which runs it once.
   """
-  functions: list[Callable[..., Any]] = []
-  if task.stage.transfer == 'dash':
+  stage, functions = task.stage, list[Callable[..., Any]]()
+  if operators.OPERATORS[stage.transfer].needs_gradient:
     functions.append(functools.partial(_gradient, task))
-  if task.stage.transfer_statistics == 'recalibrate':
+  if stage.transfer_statistics == 'recalibrate' and stage.transfer != 'none':
     functions.append(lambda variables, x: _apply(task, variables, x)[1])
-  if task.stage.transfer == 'none':
-    functions = []
-  parts, batches = _count_parts(task.stage), _count_batches(task)
+  parts, batches = _count_parts(stage), _count_batches(task)
   first = task.program(0)
   shapes = task.batch_shapes(
     first.batch_size // parts, first.image_size, training=True
@@ -117,25 +113,13 @@ def trace_passes(task: setup_lib.Task) -> Passes:
   )
 
 
-def describe_operator(stage: stages.Stage) -> str:
-  """Returns what is done to carried weights, as a call."""
-  match stage.transfer:
-    case 'shrink_and_perturb':
-      return f'shrink_and_perturb({stage.shrink:g}, {stage.perturb:g})'
-    case 'dash':
-      return f'dash({stage.dash_least:g}, {stage.transfer_batches} batches)'
-  return stage.transfer
-
-
 def needs_backbone(stage: stages.Stage) -> bool:
   """Returns whether a stage draws more fresh weights than a head."""
-  return bool(stage.reset_blocks) or stage.transfer in (
-    'none',
-    'shrink_and_perturb',
-  )
+  needs_fresh = operators.OPERATORS[stage.transfer].needs_fresh
+  return needs_fresh or stage.reset_blocks > 0
 
 
-def load_source(
+def _load_source(
   setup: setup_lib.Setup, workdir: pathlib.Path, task: setup_lib.Task
 ) -> Source | None:
   """Returns the weights that `task` takes over, None if it starts afresh."""
@@ -195,60 +179,48 @@ def check(
   """Raises UserError for what stages yet to begin could not start from."""
   before = None
   for task in tasks:
-    stage, where = task.stage, f'stage {task.stage.name!r}'
-    if not checkpoints.is_done(workdir, stage.name):
-      _check_blocks(task, where)
-      _check_head(task, where)
-      starts_afresh = stage.transfer == 'none' or (
-        before is None and find_source(setup, workdir, stage) is None
-      )
-      if starts_afresh:
-        _check_frozen(setup, stage, where)
-      elif before is not None and not stage.init_from:
-        _check_averages(stage, before, where)
-    before = stage
+    if not checkpoints.is_done(workdir, task.stage.name):
+      for wrong, what, suggestion in _mistakes(setup, task, before, workdir):
+        if wrong:
+          where = f'stage {task.stage.name!r}'
+          raise errors.UserError(what, where, suggestion)
+    before = task.stage
   pretrained.check(tasks, workdir)
 
 
-def _check_blocks(task: setup_lib.Task, where: str) -> None:
+def _mistakes(
+  setup: setup_lib.Setup,
+  task: setup_lib.Task,
+  before: stages.Stage | None,
+  workdir: pathlib.Path,
+) -> Iterator[tuple[bool, str, str]]:
+  """Yields (whether it is there, what is wrong, a suggestion)."""
+  stage, head = task.stage, task.state_shapes.params['head']
   blocks = operators.list_blocks(task.state_shapes.params)
-  if task.stage.reset_blocks > len(blocks):
-    raise errors.UserError(
-      f'reset_blocks is {task.stage.reset_blocks}; the network has '
-      f'{len(blocks)} blocks.',
-      where,
-    )
-
-
-def _check_head(task: setup_lib.Task, where: str) -> None:
-  head = task.state_shapes.params['head']
-  if task.stage.transfer_head == 'by_class' and set(head) != {'kernel', 'bias'}:
-    raise errors.UserError(
-      f'transfer_head is by_class, and the head holds {", ".join(head)}.',
-      where,
-      'It needs a dense layer: kernel and bias.',
-    )
-
-
-def _check_averages(
-  stage: stages.Stage, before: stages.Stage, where: str
-) -> None:
-  if stage.transfer_weights == 'ema' and not before.ema_decay:
-    raise errors.UserError(
+  yield (
+    stage.reset_blocks > len(blocks),
+    f'reset_blocks is {stage.reset_blocks}; the network has {len(blocks)} '
+    'blocks.',
+    '',
+  )
+  yield (
+    stage.transfer_head == 'by_class' and set(head) != {'kernel', 'bias'},
+    f'transfer_head is by_class, and the head holds {", ".join(head)}.',
+    'It needs a dense layer: kernel and bias.',
+  )
+  starts_afresh = stage.transfer == 'none' or (
+    before is None and find_source(setup, workdir, stage) is None
+  )
+  yield (
+    starts_afresh and task.steps.frozen > 0,
+    'freeze_epochs would train a head on a backbone of fresh weights.',
+    'Set it to 0, train a stage before this one, or set init_from.',
+  )
+  if before and not starts_afresh and not stage.init_from:
+    yield (
+      stage.transfer_weights == 'ema' and not before.ema_decay,
       f"transfer_weights is 'ema', and {before.name!r} keeps no averages.",
-      where,
       f'Set ema_decay of {before.name!r}, or take best or final.',
-    )
-
-
-def _check_frozen(
-  setup: setup_lib.Setup, stage: stages.Stage, where: str
-) -> None:
-  if setup.steps[stage.name].frozen:
-    raise errors.UserError(
-      'freeze_epochs would train a head on a backbone of fresh weights.',
-      where,
-      'Set it to 0, train a stage before this one, or set init_from.',
     )
 
 
@@ -263,7 +235,7 @@ def _draw_fresh(task: setup_lib.Task) -> Variables:
 
 def _choose_head(
   task: setup_lib.Task,
-  result: carry.Transfer,
+  variables: Variables,
   fresh: Variables,
   heads: Sequence[operators.Head],
 ) -> tuple[Variables, dict[str, Any]]:
@@ -276,9 +248,8 @@ def _choose_head(
     case 'by_class':
       new, rows = operators.carry_head_rows(new, task.dataset.classes, heads)
     case _:
-      return result.variables, {}
-  params = {**result.variables['params'], 'head': new}
-  return {**result.variables, 'params': params}, {
+      return variables, {}
+  return {**variables, 'params': {**variables['params'], 'head': new}}, {
     'head': task.stage.transfer_head,
     'head_rows': rows,
   }
@@ -307,36 +278,6 @@ def _list_heads(
     head = variables['params']['head']
     heads.append(operators.Head(name, meta['classes'], head))
   return heads
-
-
-def _shrink(
-  task: setup_lib.Task,
-  variables: Variables,
-  fresh: Variables,
-  carried: list[str],
-) -> Variables:
-  """Returns the variables with the operator applied to carried modules."""
-  stage, params = task.stage, variables['params']
-
-  def choose(tree):
-    return {name: tree[name] for name in carried}
-
-  match stage.transfer:
-    case 'shrink_and_perturb':
-      changed = operators.shrink_and_perturb(
-        choose(params),
-        choose(fresh['params']),
-        shrink=stage.shrink,
-        perturb=stage.perturb,
-      )
-    case 'dash':
-      grads = _mean_gradient(task, variables)
-      changed = operators.dash(
-        choose(params), choose(grads), least=stage.dash_least
-      )
-    case _:
-      return variables
-  return {**variables, 'params': {**params, **changed}}
 
 
 def _fit_statistics(task: setup_lib.Task, variables: Variables) -> Variables:
@@ -430,16 +371,7 @@ def _batches(task: setup_lib.Task) -> Iterator[dict[str, jax.Array]]:
 
   What fits in training only as micro-batches does so here.
   """
-  reader = loader.train_batches(
-    task.dataset.train,
-    task.stage,
-    seed=task.seed,
-    steps=task.steps,
-    num_workers=task.num_workers,
-    worker_kind=task.config.worker_kind,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  reader = task.read_batches(task.seed)
   parts = _count_parts(task.stage)
   with contextlib.closing(reader):
     placed = loader.prefetch_to_device(reader, task.shardings.batch)

@@ -4,12 +4,14 @@ Pure functions of pytrees; `handover` says in which order they are used.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxprog.stages import Stage
 
 Params = dict[str, Any]
 Variables = dict[str, Any]
@@ -67,6 +69,47 @@ def _cosine(a: jax.Array, b: jax.Array, axes: Sequence[int]) -> jax.Array:
   return jnp.where(
     lengths > 0, total(a * b) / jnp.where(lengths, lengths, 1), 0
   )
+
+
+class Operator(NamedTuple):
+  """What becomes of the parameters that a stage carries over."""
+
+  # How a record names it; {0} is the stage.
+  title: str
+  # change(stage, params, fresh, grads) -> params, pure.
+  change: Callable[[Stage, Params, Params, Params], Params]
+  # Whether it looks at `fresh` weights of the whole network, else only those
+  # of the head are drawn, and at `grads`, the mean gradient over the stage's
+  # transfer_batches, which cost a forward and a backward pass each.
+  needs_fresh: bool = False
+  needs_gradient: bool = False
+
+
+def _keep(stage: Stage, params: Params, fresh: Params, grads: Params) -> Params:
+  del stage, fresh, grads
+  return params
+
+
+# By their names in config.transfer.
+OPERATORS = {
+  # Nothing is carried over.
+  'none': Operator('none', _keep, needs_fresh=True),
+  'plain': Operator('plain', _keep),
+  'shrink_and_perturb': Operator(
+    'shrink_and_perturb({0.shrink:g}, {0.perturb:g})',
+    lambda stage, params, fresh, grads: shrink_and_perturb(
+      params, fresh, shrink=stage.shrink, perturb=stage.perturb
+    ),
+    needs_fresh=True,
+  ),
+  'dash': Operator(
+    'dash({0.dash_least:g}, {0.transfer_batches} batches)',
+    lambda stage, params, fresh, grads: dash(
+      params, grads, least=stage.dash_least
+    ),
+    needs_gradient=True,
+  ),
+}
 
 
 def reset_blocks(
