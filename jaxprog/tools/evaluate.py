@@ -106,7 +106,7 @@ def load_dataset(trained: trained_lib.Trained, dataset: str) -> sources.Dataset:
     stage = _with_dataset(trained.config, stage.name, dataset)
   data = setup_lib.load_datasets(trained.config, [stage])[stage.name]
   check_images(data)
-  alike.check_alike(trained.config, {stage.name: data}, [stage.name])
+  alike.check_alike(trained.config, {stage.name: data})
   return data
 
 

@@ -331,9 +331,9 @@ def _describe_input(trained: trained_lib.Trained) -> str:
   )
   size, shorter = stage.eval_size, round(stage.eval_size / stage.eval_crop)
   return (
-    f'RGB, the shorter side resized to {shorter} px ({stage.eval_interpolation}'
-    f', antialiased), the centre {size}x{size}, divided by 255, minus ({mean}), '
-    f'over ({std}).'
+    f'RGB, the shorter side resized to {shorter} px ('
+    f'{stage.eval_interpolation}, antialiased), the centre {size}x{size}, '
+    f'divided by 255, minus ({mean}), over ({std}).'
   )
 
 

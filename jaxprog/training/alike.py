@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 from ml_collections import config_dict
@@ -23,17 +23,15 @@ _LOCAL = {'stage_defaults', *fields.names(fields.CONFIG, 'local')}
 
 
 def check_alike(
-  config: config_dict.ConfigDict,
-  datasets: Mapping[str, sources.Dataset],
-  chosen: Sequence[str],
+  config: config_dict.ConfigDict, datasets: Mapping[str, sources.Dataset]
 ) -> None:
   """Raises UserError in all processes unless all are about to do the same.
 
-  Config, data, devices and code are compared, `chosen` are names of stages.
+  Config, data, devices and code are compared, `datasets` by stage, in order.
   """
   if not peers.joined():
     return
-  described = {'the stages': ', '.join(chosen), **_describe_config(config)}
+  described = {'the stages': ', '.join(datasets), **_describe_config(config)}
   for name, dataset in datasets.items():
     described |= {
       f'{name}: {field}': text

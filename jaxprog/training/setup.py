@@ -99,9 +99,7 @@ class Task:
   def _programs(self) -> dict[int, Program]:
     return _list_programs(self.stage, self.steps)
 
-  def read_batches(
-    self, seed: int, start_step: int = 0, num_workers: int | None = None
-  ) -> workers.Reader:
+  def read_batches(self, seed: int, start_step: int = 0) -> workers.Reader:
     """Returns this process's part of the training batches; close it."""
     return loader.train_batches(
       self.dataset.train,
@@ -109,7 +107,7 @@ class Task:
       seed=seed,
       steps=self.steps,
       start_step=start_step,
-      num_workers=num_workers or self.num_workers,
+      num_workers=self.num_workers,
       worker_kind=self.config.worker_kind,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -136,13 +134,11 @@ def create_setup(
   only: Sequence[str] = (),
   skip: Sequence[str] = (),
   model: ModelFn | None = None,
-  training: bool = True,
   holdout_rules: Mapping[str, int] | None = None,
 ) -> Setup:
   """Returns the chosen stages with their data, found and checked.
 
-  Without `training`, batches need not divide among the devices: evaluation
-  pads them. Stages that have begun go on with their `holdout_rules`, by name.
+  Stages that have begun go on with their `holdout_rules`, by name.
 
   Raises:
     UserError: for any mistake in the config, the devices or the data.
@@ -154,15 +150,17 @@ def create_setup(
   xla_flags.use(config.xla_flags)
   devices.keep_compiled(paths.cache_dir(config))
   devices.check_platform(config.platform)
-  if training:
-    stages_lib.check_devices(chosen, jax.device_count())
-    stages_lib.check_batch_norm(config, jax.device_count())
-  datasets = load_datasets(config, chosen)
-  if training:
-    datasets = prepare_training(
-      config, all_stages, chosen, datasets, holdout_rules or {}
-    )
-  alike.check_alike(config, datasets, [stage.name for stage in chosen])
+  stages_lib.check_devices(chosen, jax.device_count())
+  stages_lib.check_batch_norm(config, jax.device_count())
+  found = load_datasets(config, chosen)
+  if config.exclude_leaks:
+    found = _exclude_leaks(config, all_stages, found)
+  rules = holdout_rules or {}
+  datasets = {
+    stage.name: _prepare(found[stage.name], stage, rules.get(stage.name))
+    for stage in chosen
+  }
+  alike.check_alike(config, datasets)
   shardings = devices.create_shardings(devices.create_mesh())
   return Setup(
     config=config,
@@ -221,32 +219,20 @@ def load_dataset(
     )
 
 
-def prepare_training(
-  config: config_dict.ConfigDict,
-  all_stages: Sequence[stages_lib.Stage],
-  chosen: Sequence[stages_lib.Stage],
-  datasets: Mapping[str, sources.Dataset],
-  holdout_rules: Mapping[str, int],
-) -> dict[str, sources.Dataset]:
-  """Returns `datasets` without leaks, with hold-outs, stored as asked for.
+def _prepare(
+  dataset: sources.Dataset, stage: stages_lib.Stage, rule: int | None
+) -> sources.Dataset:
+  """Returns `dataset` with the stage's hold-out, stored as it asks for.
 
   Raises:
     UserError: if a hold-out takes all or nothing, or there is no room.
   """
-  ready = dict(datasets)
-  if config.exclude_leaks:
-    ready = _exclude_leaks(config, all_stages, ready)
-  for stage in chosen:
-    dataset = ready[stage.name]
-    if stage.holdout:
-      where = f'stage {stage.name!r}'
-      rule = holdout_rules.get(stage.name, sources.HOLDOUT_RULE)
-      dataset = sources.hold_out(dataset, stage.holdout, where, rule)
-    title = f'{stage.dataset}, {stage.storage}'
-    with bars.progress_bar(rich.console.Console(stderr=True), title) as show:
-      dataset = sources.store(dataset, stage.stored, progress=show)
-    ready[stage.name] = dataset
-  return {stage.name: ready[stage.name] for stage in chosen}
+  if stage.holdout:
+    where, rule = f'stage {stage.name!r}', rule or sources.HOLDOUT_RULE
+    dataset = sources.hold_out(dataset, stage.holdout, where, rule)
+  title = f'{stage.dataset}, {stage.storage}'
+  with bars.progress_bar(rich.console.Console(stderr=True), title) as show:
+    return sources.store(dataset, stage.stored, progress=show)
 
 
 def _exclude_leaks(
@@ -286,7 +272,7 @@ def create_task(
 
   `learning_rate_fn` takes the place of the stage's own schedule.
   """
-  dataset, stage_steps = setup.datasets[stage.name], setup.steps[stage.name]
+  dataset, steps = setup.datasets[stage.name], setup.steps[stage.name]
   (platform,) = {x.platform for x in setup.shardings.batch.mesh.devices.flat}
   dtype = devices.resolve_dtype(
     setup.config.dtype, stage.mixed_precision, platform
@@ -299,11 +285,10 @@ def create_task(
 
   model = create_model(stage.image_size)
   learning_rate_fn = learning_rate_fn or schedules.create_learning_rate_fn(
-    stage, stage_steps
+    stage, steps
   )
   tx = optimizers.create_optimizer(stage)
-  pixels = setup.config.mean_rgb, setup.config.std_rgb
-  replicated, divided = setup.shardings
+  replicated = setup.shardings.replicated
   seed = zlib.crc32(f'{setup.config.seed}/{stage.name}'.encode())
   init_rng, step_rng = jax.random.split(jax.random.key(seed))
   init = functools.partial(state_lib.init_variables, model, stage.image_size)
@@ -311,32 +296,25 @@ def create_task(
     state_lib.create_state, tx=tx, ema=stage.ema_decay > 0
   )
   state_shapes = jax.eval_shape(lambda rng: create_state(init(rng)), init_rng)
+  jit = functools.partial(jax.jit, out_shardings=replicated)
+  train_steps, eval_step = _create_steps(
+    setup, stage, create_model, tx, learning_rate_fn
+  )
   return Task(
     config=setup.config,
     stage=stage,
-    steps=stage_steps,
+    steps=steps,
     dataset=dataset,
     model=model,
     dtype=jnp.dtype(dtype),
     tx=tx,
     learning_rate_fn=learning_rate_fn,
     state_shapes=_place(state_shapes, replicated),
-    init=jax.jit(init, out_shardings=replicated),
-    init_head=jax.jit(
-      lambda rng: init(rng)['params']['head'], out_shardings=replicated
-    ),
-    create_state=jax.jit(create_state, out_shardings=replicated),
-    train_steps={
-      program: _jit_train_step(
-        setup, stage, program, create_model, tx, learning_rate_fn
-      )
-      for program in _list_programs(stage, stage_steps).values()
-    },
-    eval_step=jax.jit(
-      steps_lib.create_eval_step(create_model(stage.eval_size), pixels),
-      in_shardings=(replicated, divided, replicated),
-      out_shardings=replicated,
-    ),
+    init=jit(init),
+    init_head=jit(lambda rng: init(rng)['params']['head']),
+    create_state=jit(create_state),
+    train_steps=train_steps,
+    eval_step=eval_step,
     shardings=setup.shardings,
     seed=seed,
     init_rng=_place_key(init_rng, replicated),
@@ -344,35 +322,47 @@ def create_task(
   )
 
 
-def _jit_train_step(
+def _create_steps(
   setup: Setup,
   stage: stages_lib.Stage,
-  program: Program,
   create_model: Callable[[int], nn.Module],
   tx: optax.GradientTransformation,
   learning_rate_fn: optax.Schedule,
-) -> Any:
-  """Returns the step of one program; it takes the old state's memory.
+) -> tuple[dict[Program, Any], Any]:
+  """Returns the training steps by program, and the evaluation step.
 
-  Without `donate_state` the old state stays beside the new one.
+  A training step takes the old state's memory; without `donate_state` the old
+  state stays beside the new one.
   """
+  config, dataset = setup.config, setup.datasets[stage.name]
+  steps, pixels = setup.steps[stage.name], (config.mean_rgb, config.std_rgb)
   replicated, divided = setup.shardings
-  train_step = steps_lib.create_train_step(
-    create_model(program.image_size),
-    tx,
-    learning_rate_fn,
-    _traced_stage(stage, program),
-    setup.steps[stage.name],
-    (setup.config.mean_rgb, setup.config.std_rgb),
-    num_classes=setup.datasets[stage.name].num_classes,
-    frozen=program.frozen,
-  )
-  return jax.jit(
-    train_step,
+  jit = functools.partial(
+    jax.jit,
     in_shardings=(replicated, divided, replicated),
     out_shardings=replicated,
-    donate_argnums=0 if setup.config.donate_state else (),
   )
+
+  def create_train_step(program):
+    options = dict(zip(_TRACED, program.options, strict=True))
+    return steps_lib.create_train_step(
+      create_model(program.image_size),
+      tx,
+      learning_rate_fn,
+      dataclasses.replace(stage, **options),
+      steps,
+      pixels,
+      num_classes=dataset.num_classes,
+      frozen=program.frozen,
+    )
+
+  donated = 0 if config.donate_state else ()
+  train_steps = {
+    program: jit(create_train_step(program), donate_argnums=donated)
+    for program in _list_programs(stage, steps).values()
+  }
+  model = create_model(stage.eval_size)
+  return train_steps, jit(steps_lib.create_eval_step(model, pixels))
 
 
 def compile_task(task: Task, *, carried: bool) -> Task:
@@ -383,43 +373,31 @@ def compile_task(task: Task, *, carried: bool) -> Task:
   the time.
   """
   init = 'init_head' if carried else 'init'
-  state = task.state_shapes
-  batch_size, num_devices = task.stage.batch_size, jax.device_count()
+  state, stage = task.state_shapes, task.stage
   sums = _place(
     jax.eval_shape(steps_lib.zero_eval_sums), task.shardings.replicated
   )
+  num_devices = jax.device_count()
+  eval_batch = task.batch_shapes(
+    -(-stage.batch_size // num_devices) * num_devices,
+    stage.eval_size,
+    training=False,
+  )
+
+  def compile_step(program):
+    batch = task.batch_shapes(
+      program.batch_size, program.image_size, training=True
+    )
+    step = task.train_steps[program]
+    return step.lower(state, batch, task.step_rng).compile()
+
   return dataclasses.replace(
     task,
     **{init: getattr(task, init).lower(task.init_rng).compile()},
     create_state=task.create_state.lower(state.variables).compile(),
-    train_steps={
-      program: step.lower(
-        state,
-        task.batch_shapes(
-          program.batch_size, program.image_size, training=True
-        ),
-        task.step_rng,
-      ).compile()
-      for program, step in task.train_steps.items()
-    },
-    eval_step=task.eval_step.lower(
-      state.variables,
-      task.batch_shapes(
-        -(-batch_size // num_devices) * num_devices,
-        task.stage.eval_size,
-        training=False,
-      ),
-      sums,
-    ).compile(),
+    train_steps={x: compile_step(x) for x in task.train_steps},
+    eval_step=task.eval_step.lower(state.variables, eval_batch, sums).compile(),
   )
-
-
-def _traced_stage(
-  stage: stages_lib.Stage, program: Program
-) -> stages_lib.Stage:
-  """Returns `stage` with the options that `program` is compiled for."""
-  options: dict[str, Any] = dict(zip(_TRACED, program.options, strict=True))
-  return dataclasses.replace(stage, **options)
 
 
 def _list_programs(

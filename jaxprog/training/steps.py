@@ -21,7 +21,6 @@ Outcomes = dict[str, jax.Array]
 
 # The rank of an image that could not be decoded: in no top k.
 _UNRANKED = 2**30
-TrainStep = Callable[..., tuple[state_lib.TrainState, Metrics]]
 
 
 def create_train_step(
@@ -34,7 +33,7 @@ def create_train_step(
   *,
   num_classes: int,
   frozen: bool = False,
-) -> TrainStep:
+) -> Callable[..., tuple[state_lib.TrainState, Metrics]]:
   """Returns train_step(state, batch, rng) -> (state, metrics), pure.
 
   `batch` is the global one: uint8 image (N, H, W, 3), int32 label, index and
@@ -84,46 +83,43 @@ def create_train_step(
         state.step == steps.frozen, tx.init(state.params), state.opt_state
       )
       state = state.replace(opt_state=opt_state)
-    params, opt_state = _update(state, grads, tx, learning_rate, stage)
-    if frozen:
-      params = {**state.params, 'head': params['head']}
-    learned = {
-      'params': params,
-      'batch_stats': batch_stats,
-      'opt_state': opt_state,
-      'ema': _average(state, params, batch_stats, stage.ema_decay),
-    }
+    learned = _learn(
+      state, grads, batch_stats, learning_rate, tx, stage, frozen
+    )
     new = [loss, metrics['grad_norm'], batch_stats]
     if not optimizers.is_bounded(stage):
       # A pass over all that is learned, 8% of a tiny network's step: only for
       # stages that need it.
-      new += [params, opt_state]
-    finite = _all_finite(new)
-    metrics['finite'] = finite
-    learned = _select(
-      finite, learned, {name: getattr(state, name) for name in learned}
-    )
+      new += [learned['params'], learned['opt_state']]
+    metrics['finite'] = finite = _all_finite(new)
+    before = {name: getattr(state, name) for name in learned}
     state = state.replace(
       step=state.step + 1,
       metrics=_add_metrics(state.metrics, metrics, jnp.sum(weights), finite),
-      **learned,
+      **_select(finite, learned, before),
     )
     return state, metrics
 
   return train_step
 
 
-def _update(state, grads, tx, learning_rate, stage):
-  """Returns the next parameters and the optimizer's next state."""
+def _learn(state, grads, batch_stats, learning_rate, tx, stage, frozen):
+  """Returns what a step makes of the fields of the state that learn."""
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  factors = optimizers.rate_factors(state.params, stage)
   params = jax.tree.map(
     lambda p, u, factor: p - (factor * learning_rate) * u,
     state.params,
     updates,
-    factors,
+    optimizers.rate_factors(state.params, stage),
   )
-  return params, opt_state
+  if frozen:
+    params = {**state.params, 'head': params['head']}
+  return {
+    'params': params,
+    'batch_stats': batch_stats,
+    'opt_state': opt_state,
+    'ema': _average(state, params, batch_stats, stage.ema_decay),
+  }
 
 
 def augment_batch(

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +52,7 @@ class Trained:
   meta: checkpoints.Meta
   model_fn: setup.ModelFn
   # What the history says of the stage, {} where it is not finished or asked.
-  record: Mapping[str, Any] = types.MappingProxyType({})
+  record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
   def run_config(self) -> config_dict.ConfigDict:
