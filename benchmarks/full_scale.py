@@ -124,21 +124,20 @@ def reshard(folder: pathlib.Path) -> None:
   """Lets the prepared ImageNet lie in files as tfds writes it: 1,024 + 64."""
   from array_record.python import array_record_module
 
-  from jaxprog.data import sources
+  from jaxprog.data import preparation
 
-  builder = sources.find_prepared('imagenet2012', folder)
-  assert builder is not None
-  old = pathlib.Path(builder.data_dir)
+  dataset = preparation.open_prepared('imagenet2012', folder)
+  assert dataset is not None
+  old = dataset.train.records.directory
   new = folder / 'many' / old.relative_to(folder)
   shutil.rmtree(new, ignore_errors=True)
   new.mkdir(parents=True)
   info = json.loads((old / 'dataset_info.json').read_text())
-  dataset = sources.open_prepared('imagenet2012', builder)
   for split, count in (('train', 1024), ('validation', 64)):
     records = dataset.train if split == 'train' else dataset.eval
     parts = divide(len(records), count)
     for i, part in enumerate(parts):
-      name = f'{builder.name}-{split}.array_record-{i:05}-of-{count:05}'
+      name = f'{old.parent.name}-{split}.array_record-{i:05}-of-{count:05}'
       writer = array_record_module.ArrayRecordWriter(
         str(new / name), 'group_size:1'
       )
@@ -156,7 +155,7 @@ def start(folder: pathlib.Path) -> dict[str, float]:
   """Returns seconds until ImageNet is open, until the first batch, ...."""
   from configs import default
   from jaxprog import epochs, stages
-  from jaxprog.data import batches, loader, sources
+  from jaxprog.data import batches, loader, preparation
 
   config = default.get_config()
   config.stages = [
@@ -171,7 +170,7 @@ def start(folder: pathlib.Path) -> dict[str, float]:
   (stage,) = stages.create_stages(config)
   seconds = {}
   with clock(seconds, 'open'):
-    dataset = sources.load_dataset('imagenet2012', folder)
+    dataset = preparation.load_dataset('imagenet2012', folder)
   with clock(seconds, 'order of an epoch'):
     batches.epoch_order(0, 0, len(dataset.train))
   steps = epochs.count_steps(stage, len(dataset.train))
@@ -189,9 +188,9 @@ def start(folder: pathlib.Path) -> dict[str, float]:
 
 def look(folder: pathlib.Path) -> dict[str, float]:
   """Returns seconds of signing ImageNet's images, and of comparing them."""
-  from jaxprog.data import leaks, signatures, sources
+  from jaxprog.data import leaks, preparation, signatures
 
-  dataset = sources.load_dataset('imagenet2012', folder)
+  dataset = preparation.load_dataset('imagenet2012', folder)
   seconds: dict[str, float] = {}
   with clock(seconds, 'signatures'):
     tables = [

@@ -156,7 +156,7 @@ def ours(
   sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
   from configs import default
   from jaxprog import epochs, stages
-  from jaxprog.data import loader, sources
+  from jaxprog.data import loader, preparation
 
   config = default.get_config()
   config.stages = [
@@ -170,8 +170,8 @@ def ours(
     }
   ]
   (stage,) = stages.create_stages(config)
-  dataset = sources.load_dataset(stage.dataset, pathlib.Path(data).parent)
-  dataset = sources.store(dataset, stage.stored)
+  dataset = preparation.load_dataset(stage.dataset, pathlib.Path(data).parent)
+  dataset = preparation.store(dataset, stage.stored)
   steps = epochs.count_steps(stage, len(dataset.train))
   while True:
     if training:

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from jaxprog.data import leaks, sources
+from jaxprog.data import leaks, preparation
 
 FILTERS = {
   'bilinear': Image.Resampling.BILINEAR,
@@ -47,7 +47,7 @@ def main() -> None:
     )
     planted = plant(args.data, tiny, args.count, random.Random(args.seed))
     datasets = {
-      name: sources.load_dataset(name, root)
+      name: preparation.load_dataset(name, root)
       for name in ('imagenette', 'tiny_imagenet')
     }
     began = time.monotonic()

@@ -15,7 +15,7 @@ from jaxprog.errors import Stopped, UserError
 if TYPE_CHECKING:
   from ml_collections import config_dict
 
-  from jaxprog.data import sources
+  from jaxprog.data.records import Dataset
 
 __all__ = [
   'Stopped',
@@ -55,7 +55,7 @@ def load_config(
 
 def load_datasets(
   config: 'config_dict.ConfigDict', names: Sequence[str] = ()
-) -> 'dict[str, sources.Dataset]':
+) -> 'dict[str, Dataset]':
   """Returns each stage's dataset, checked; prepares what is local."""
   from jaxprog import stages
   from jaxprog.training import setup

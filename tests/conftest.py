@@ -56,10 +56,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
   """A data_dir in which `digits` has been prepared once for all tests."""
-  from jaxprog.data import sources
+  from jaxprog.data import preparation
 
   path = tmp_path_factory.mktemp('data')
-  sources.load_dataset('digits', path)
+  preparation.load_dataset('digits', path)
   return path
 
 

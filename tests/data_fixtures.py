@@ -9,7 +9,7 @@ from PIL import Image
 
 from configs import quickstart
 from jaxprog import stages
-from jaxprog.data import sources
+from jaxprog.data.records import Split
 
 WNIDS = ('n01', 'n02', 'n03')
 
@@ -79,5 +79,5 @@ def stage(**fields) -> stages.Stage:
   return stages.create_stages(config)[0]
 
 
-def read_all(split: sources.Split) -> list[dict]:
+def read_all(split: Split) -> list[dict]:
   return [split.records[i] for i in range(len(split))]

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from jaxprog.data import index, shards, sources
+from jaxprog.data import index, preparation, shards
 
 
 @pytest.fixture
 def data_dir(tmp_path):
-  sources.prepare('digits', tmp_path)
+  preparation.prepare('digits', tmp_path)
   return tmp_path
 
 
@@ -30,7 +30,7 @@ def remove_index(data_dir):
 
 def test_prepare_notes_what_it_writes(data_dir, monkeypatch):
   monkeypatch.setattr(index, '_read_all', None)
-  dataset = sources.load_dataset('digits', data_dir)
+  dataset = preparation.load_dataset('digits', data_dir)
   for split in (dataset.train, dataset.eval):
     labels, names = read(split.records)
     np.testing.assert_array_equal(split.labels, labels)
@@ -41,14 +41,14 @@ def test_of_others_all_records_are_read_once(data_dir, monkeypatch):
   remove_index(data_dir)
   monkeypatch.setattr(index, '_PART', 500)
   seen = []
-  dataset = sources.load_dataset(
+  dataset = preparation.load_dataset(
     'digits', data_dir, progress=lambda *x: seen.append(x)
   )
   assert seen == [(500, 1437), (1000, 1437), (1437, 1437), (360, 360)]
   labels, names = read(dataset.train.records)
   np.testing.assert_array_equal(dataset.train.labels, labels)
   assert dataset.train.records.names() == names
-  again = sources.load_dataset(
+  again = preparation.load_dataset(
     'digits', data_dir, progress=lambda *x: seen.append(x)
   )
   assert again.fingerprint == dataset.fingerprint
@@ -57,7 +57,7 @@ def test_of_others_all_records_are_read_once(data_dir, monkeypatch):
 
 
 def test_what_a_kill_leaves_is_not_read_again(data_dir, monkeypatch):
-  expected = sources.load_dataset('digits', data_dir).train.labels
+  expected = preparation.load_dataset('digits', data_dir).train.labels
   remove_index(data_dir)
   monkeypatch.setattr(index, '_PART', 100)
 
@@ -66,7 +66,7 @@ def test_what_a_kill_leaves_is_not_read_again(data_dir, monkeypatch):
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    sources.load_dataset('digits', data_dir, progress=stop)
+    preparation.load_dataset('digits', data_dir, progress=stop)
   calls, real = [], index._read
 
   def count(*arguments):
@@ -74,6 +74,6 @@ def test_what_a_kill_leaves_is_not_read_again(data_dir, monkeypatch):
     return real(*arguments)
 
   monkeypatch.setattr(index, '_read', count)
-  labels = sources.load_dataset('digits', data_dir).train.labels
+  labels = preparation.load_dataset('digits', data_dir).train.labels
   np.testing.assert_array_equal(labels, expected)
   assert len(calls) <= 1437 - 800 + 360

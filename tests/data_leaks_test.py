@@ -10,7 +10,7 @@ from data_fixtures import (
 )
 from PIL import Image
 
-from jaxprog.data import leaks, signatures, sources
+from jaxprog.data import leaks, preparation, signatures
 
 FILTERS = ('BILINEAR', 'BICUBIC', 'BOX', 'LANCZOS')
 
@@ -43,10 +43,14 @@ def load(tmp_path, **folders):
   datasets = {}
   for stage, (name, train, val) in folders.items():
     root = tmp_path / stage
-    raw = sources.LOCAL[name].FOLDERS[0] if name in sources.LOCAL else 'images'
+    raw = (
+      preparation.LOCAL[name].FOLDERS[0]
+      if name in preparation.LOCAL
+      else 'images'
+    )
     write_folder(root / raw, train, val)
-    dataset = name if name in sources.LOCAL else f'folder:{root / raw}'
-    datasets[stage] = sources.load_dataset(dataset, root)
+    dataset = name if name in preparation.LOCAL else f'folder:{root / raw}'
+    datasets[stage] = preparation.load_dataset(dataset, root)
   return datasets
 
 
@@ -197,7 +201,7 @@ def test_stages_that_share_a_dataset_hash_it_once(tmp_path, monkeypatch):
   monkeypatch.setattr(signatures, 'read_signatures', counted)
   write_class_folders(tmp_path / 'imagenette2')
   some = [
-    sources.load_dataset('imagenette', tmp_path, classes=x)
+    preparation.load_dataset('imagenette', tmp_path, classes=x)
     for x in ((), ('n01', 'n02'), ('n02',))
   ]
   found = leaks.holdout(dict(zip('abc', some, strict=True)))
@@ -215,7 +219,7 @@ def test_stages_that_share_a_dataset_hash_it_once(tmp_path, monkeypatch):
 
 def test_digits_do_not_leak(data_dir):
   datasets = {
-    str(n): sources.load_dataset(
+    str(n): preparation.load_dataset(
       'digits', data_dir, classes=[str(i) for i in range(n)]
     )
     for n in (4, 7, 10)
@@ -416,7 +420,7 @@ def test_real_imagenette_leaks_by_name_alone(tmp_path):
   if not real_data():
     pytest.skip('JAXPROG_DATA names no folder.')
   (tmp_path / 'imagenette2').symlink_to(real_data() / 'imagenette2')
-  dataset = sources.load_dataset('imagenette', tmp_path)
+  dataset = preparation.load_dataset('imagenette', tmp_path)
   found = leaks.holdout({'a': dataset}, absent={'imagenet': 'imagenet2012'})
   assert found.counts['a'] == {'name': 159, 'content': 0, 'perceptual': 0}
   assert found.contaminates == {'a': {'imagenet': 159}}

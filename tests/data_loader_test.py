@@ -14,14 +14,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprog import epochs
 from jaxprog.data import batches as batches_lib
-from jaxprog.data import loader, preprocess, sources, workers
+from jaxprog.data import loader, preparation, preprocess, workers
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope='module')
 def dataset(data_dir):
-  return sources.load_dataset('digits', data_dir)
+  return preparation.load_dataset('digits', data_dir)
 
 
 def digest(batch) -> str:
@@ -42,7 +42,7 @@ def digests(dataset, count=12, seed=3, **options):
 
 
 def test_batches_are_the_same_with_any_workers_and_after_a_restart(data_dir):
-  dataset = sources.load_dataset('digits', data_dir, classes=('3', '8'))
+  dataset = preparation.load_dataset('digits', data_dir, classes=('3', '8'))
   expected = digests(dataset, 200)
   assert len(set(expected)) == 200
   for options in (
@@ -59,7 +59,7 @@ def test_batches_are_the_same_with_any_workers_and_after_a_restart(data_dir):
 
 
 def test_seeds_give_other_batches(data_dir):
-  dataset = sources.load_dataset('digits', data_dir, classes=('3', '8'))
+  dataset = preparation.load_dataset('digits', data_dir, classes=('3', '8'))
   assert not set(digests(dataset, seed=3)) & set(digests(dataset, seed=4))
 
 
@@ -192,7 +192,7 @@ def damaged_split(tmp_path):
   bad = raw / 'train' / 'n02' / 'n02_train_3.JPEG'
   bad.write_bytes(b'<html>Not Found</html>')
   (raw / 'val' / 'n01' / 'n01_val_0.JPEG').write_bytes(b'')
-  return sources.load_dataset('imagenette', tmp_path)
+  return preparation.load_dataset('imagenette', tmp_path)
 
 
 @pytest.mark.parametrize('num_workers', [0, 2])
@@ -348,7 +348,7 @@ def test_a_script_without_a_guard_is_told_what_to_write(data_dir, tmp_path):
 
 
 def test_killed_workers_are_replaced_and_the_batches_are_the_same(data_dir):
-  dataset = sources.load_dataset('digits', data_dir, classes=('3', '8'))
+  dataset = preparation.load_dataset('digits', data_dir, classes=('3', '8'))
   expected = digests(dataset)
   a_stage = stage(batch_size=len(dataset.train) // 5, num_epochs=40)
   steps = epochs.count_steps(a_stage, len(dataset.train))
@@ -383,8 +383,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = ['tests', '.']
 import data_fixtures
 from jaxprog import epochs
-from jaxprog.data import loader, sources
-split = sources.load_dataset('digits', sys.argv[1]).train
+from jaxprog.data import loader, preparation
+split = preparation.load_dataset('digits', sys.argv[1]).train
 stage = data_fixtures.stage(batch_size=32, num_epochs=100_000)
 steps = epochs.count_steps(stage, len(split))
 batches = loader.train_batches(
@@ -465,7 +465,7 @@ def test_greyscale_and_transparent_files_fit_one_batch(tmp_path):
   (folder / 'grey.JPEG').write_bytes(encode(photo(30, 40)[..., 0], 'JPEG'))
   (folder / 'png.JPEG').write_bytes(encode(photo(30, 40)))
   (folder / 'one.png').write_bytes(encode(photo(1, 1)))
-  split = sources.load_dataset('imagenette', tmp_path).train
+  split = preparation.load_dataset('imagenette', tmp_path).train
   a_stage = stage(batch_size=4)
   steps = epochs.count_steps(a_stage, len(split))
   batches = batches_lib.TrainBatches(split, a_stage, seed=0, steps=steps)
@@ -494,8 +494,8 @@ def test_starting_an_example_is_its_own_generator():
 def test_a_record_that_cannot_be_read_is_named(tmp_path):
   raw = write_class_folders(tmp_path / 'imagenette2', train=8)
   del raw
-  sources.prepare('imagenette', tmp_path)
-  split = sources.load_dataset('imagenette', tmp_path).train
+  preparation.prepare('imagenette', tmp_path)
+  split = preparation.load_dataset('imagenette', tmp_path).train
   (file,) = split.records.directory.glob('*train.array_record*')
   file.write_bytes(bytes(len(file.read_bytes())))
   a_stage = stage(batch_size=8)

@@ -1,10 +1,7 @@
-import dataclasses
 import io
 import json
 import pathlib
 import pickle
-import shutil
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,21 +9,22 @@ from data_fixtures import encode, photo, write_class_folders
 from PIL import Image
 
 from jaxprog import errors, stages
-from jaxprog.data import packs, preprocess, sources
+from jaxprog.data import packs, preparation, preprocess
+from jaxprog.data.records import Dataset
 
 
-def split(tmp_path) -> sources.Dataset:
+def split(tmp_path) -> Dataset:
   raw = write_class_folders(tmp_path / 'imagenette2', train=4)
   folder = raw / 'train' / 'n02'
   (folder / 'big.JPEG').write_bytes(encode(photo(90, 60, 5), 'JPEG'))
   (folder / 'grey.png').write_bytes(encode(photo(90, 60, 6)[..., 0]))
   (folder / 'bad.JPEG').write_bytes(b'<html>')
-  return sources.load_dataset('imagenette', tmp_path)
+  return preparation.load_dataset('imagenette', tmp_path)
 
 
 def store(dataset, text, **options):
   stored = stages.Stage(storage=text).stored
-  return sources.store(dataset, stored, **options)
+  return preparation.store(dataset, stored, **options)
 
 
 def test_raw_images_are_the_decoded_ones(tmp_path):
@@ -101,7 +99,7 @@ def test_a_pack_is_written_once_and_pickles(tmp_path):
 
 def test_a_choice_of_classes_reads_its_own_images(tmp_path):
   split(tmp_path)
-  dataset = sources.load_dataset('imagenette', tmp_path, classes=('n03',))
+  dataset = preparation.load_dataset('imagenette', tmp_path, classes=('n03',))
   records = store(dataset, 'raw').train.records
   assert len(records) == 4
   for i in range(4):
@@ -163,100 +161,24 @@ def test_a_pack_of_other_data_is_not_used(tmp_path):
   (tmp_path / 'imagenette2/train/n01/new.JPEG').write_bytes(
     encode(photo(50, 40, 9), 'JPEG')
   )
-  sources.prepare('imagenette', tmp_path)
-  dataset = sources.load_dataset('imagenette', tmp_path)
+  preparation.prepare('imagenette', tmp_path)
+  dataset = preparation.load_dataset('imagenette', tmp_path)
   records = store(dataset, 'raw').train.records
   i = records.names().index('new.JPEG')
   assert records.image(i)[:2] == (50, 40)
   # The same number of images, one of them edited.
   path = pathlib.Path(tmp_path / 'imagenette2/train/n01/new.JPEG')
   path.write_bytes(encode(photo(30, 40, 9), 'JPEG'))
-  sources.prepare('imagenette', tmp_path)
-  dataset = sources.load_dataset('imagenette', tmp_path)
+  preparation.prepare('imagenette', tmp_path)
+  dataset = preparation.load_dataset('imagenette', tmp_path)
   records = store(dataset, 'raw').train.records
   assert records.image(records.names().index('new.JPEG'))[:2] == (30, 40)
-
-
-def test_a_holdout_follows_the_names(tmp_path):
-  dataset = split(tmp_path)
-  held = sources.hold_out(dataset, 0.4, "stage 'a'")
-  names = held.holdout.records.names()
-  assert len(held.train) + len(held.holdout) == len(dataset.train)
-  assert not set(names) & set(held.train.records.names())
-  assert held.selection is held.holdout
-  some = sources.load_dataset('imagenette', tmp_path, classes=('n02', 'n03'))
-  again = sources.hold_out(some, 0.4, "stage 'b'").holdout.records.names()
-  assert set(again) == {x for x in names if not x.startswith('n01')}
-  with pytest.raises(errors.UserError, match='takes 0 of the 15'):
-    sources.hold_out(dataset, 1e-9, "stage 'a'")
-
-
-@pytest.fixture(scope='module')
-def numbered(tmp_path_factory):
-  """500 images in 20 classes that each number theirs from 000."""
-  root = tmp_path_factory.mktemp('numbered')
-  data = encode(photo(8, 8, 0), 'PNG')
-  for i in range(500):
-    path = root / f'raw/train/c{i % 20:02}/{i // 20:03}.png'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-  path = root / 'raw/val/c00/000.png'
-  path.parent.mkdir(parents=True)
-  path.write_bytes(data)
-  for i in range(1, 20):
-    shutil.copytree(path.parent, root / f'raw/val/c{i:02}')
-  return sources.load_dataset(f'folder:{root}/raw', root / 'data')
-
-
-def taken(split):
-  records = split.records
-  return {records.describe(i) for i in range(len(records))}
-
-
-@pytest.mark.parametrize('percent', [1, 2, 5, 10, 50])
-def test_a_holdout_takes_about_its_part(numbered, percent):
-  held = sources.hold_out(numbered, percent / 100, "stage 'a'")
-  expected = 5 * percent
-  spread = (expected * (1 - percent / 100)) ** 0.5
-  assert abs(len(held.holdout) - expected) < 3 * spread
-  assert not taken(held.holdout) & taken(held.train)
-  # An image stays where it is when others come and go.
-  fewer = dataclasses.replace(
-    numbered, train=numbered.train.select(numbered.train.labels % 3 > 0)
-  )
-  some = sources.hold_out(fewer, percent / 100, "stage 'a'")
-  assert taken(some.holdout) == taken(held.holdout) & taken(fewer.train)
-
-
-def test_of_a_few_images_a_holdout_takes_one(numbered):
-  few = numbered.train.select(np.arange(500) < 20)
-  few = dataclasses.replace(numbered, train=few)
-  assert len(sources.hold_out(few, 0.03, "stage 'a'").holdout) == 1
-  with pytest.raises(errors.UserError, match='takes 0 of the 20'):
-    sources.hold_out(few, 0.02, "stage 'a'")
-
-
-@pytest.mark.parametrize(
-  ('name', 'alike'),
-  [
-    ('n02105855_2933.JPEG', True),
-    ('ILSVRC2012_val_00000293.JPEG', True),
-    ('000.png', False),
-  ],
-)
-def test_imagenets_files_have_one_side_in_all_classes(numbered, name, alike):
-  with mock.patch.object(sources.Records, 'names', lambda x: [name] * len(x)):
-    try:
-      held = len(sources.hold_out(numbered, 0.5, "stage 'a'").holdout)
-    except errors.UserError:
-      held = 0
-  assert (held == 0) == alike
 
 
 def test_a_flipped_bit_in_a_pack_is_noticed(tmp_path):
   dataset = split(tmp_path)
   store(dataset, 'raw')
-  (path,) = sources.list_packs(dataset.train.records.directory)
+  (path,) = preparation.list_packs(dataset.train.records.directory)
   assert packs.is_intact(path)
   content = bytearray((path / 'images.bin').read_bytes())
   content[1000] ^= 1

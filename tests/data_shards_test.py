@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import ROOT
 
-from jaxprog.data import builders, shards, sources
+from jaxprog.data import builders, preparation, shards
 
 NUM_FILES = 130  # In each split of two.
 
@@ -109,7 +109,7 @@ def test_readers_of_a_split_share_its_files(many_files):
     found = (os.readlink(x) for x in links if os.path.islink(x))
     return sum(x.startswith(folder) and '-train.' in x for x in found)
 
-  datasets = [sources.load_dataset('digits', many_files) for _ in range(3)]
+  datasets = [preparation.load_dataset('digits', many_files) for _ in range(3)]
   for dataset in datasets:
     for i in range(len(dataset.train)):
       dataset.train.records.original(i)
@@ -119,7 +119,7 @@ def test_readers_of_a_split_share_its_files(many_files):
 
 
 def test_threads_read_each_its_own(many_files):
-  records = sources.load_dataset('digits', many_files).train.records
+  records = preparation.load_dataset('digits', many_files).train.records
   names = records.names()
   positions = np.random.default_rng(0).integers(0, len(records), 2000).tolist()
   with futures.ThreadPoolExecutor(8) as pool:
@@ -135,10 +135,10 @@ def test_prepared_anew_is_read_anew(tmp_path):
   from data_fixtures import write_class_folders, write_image
 
   raw = write_class_folders(tmp_path / 'imagenette2')
-  before = sources.load_dataset('imagenette', tmp_path)
+  before = preparation.load_dataset('imagenette', tmp_path)
   write_image(raw / 'train' / 'n02' / 'new.JPEG', 7)
-  sources.prepare('imagenette', tmp_path)
-  after = sources.load_dataset('imagenette', tmp_path)
+  preparation.prepare('imagenette', tmp_path)
+  after = preparation.load_dataset('imagenette', tmp_path)
   assert len(before.train.records.source) == 15
   assert 'new.JPEG' in after.train.records.names()
 
@@ -153,7 +153,7 @@ def test_few_files_are_written(megabytes, count):
 
 def test_prepare_writes_them_so(tmp_path, monkeypatch):
   monkeypatch.setattr(shards, 'MAX_BYTES', 100_000)
-  sources.prepare('digits', tmp_path)
+  preparation.prepare('digits', tmp_path)
   found = [x.name for x in tmp_path.rglob('*.array_record*')]
   assert sum('train' in x for x in found) == 3
-  assert len(sources.load_dataset('digits', tmp_path).train) == 1437
+  assert len(preparation.load_dataset('digits', tmp_path).train) == 1437

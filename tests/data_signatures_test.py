@@ -8,13 +8,13 @@ from data_fixtures import encode, photo, write_class_folders, write_image
 from PIL import Image
 
 from jaxprog import files
-from jaxprog.data import signatures, sources
+from jaxprog.data import preparation, signatures
 
 
 @pytest.fixture
 def records(tmp_path):
   write_class_folders(tmp_path / 'imagenette2')
-  dataset = sources.load_dataset('imagenette', tmp_path)
+  dataset = preparation.load_dataset('imagenette', tmp_path)
   return dataset.train.records
 
 
@@ -102,7 +102,7 @@ def test_a_damaged_image_is_no_end(tmp_path):
   file = root / 'train' / 'n02' / 'n02_train_1.JPEG'
   write_image(file, 7, size=64)
   file.write_bytes(file.read_bytes()[:400])
-  records = sources.load_dataset('imagenette', tmp_path).train.records
+  records = preparation.load_dataset('imagenette', tmp_path).train.records
   table = signatures.read_signatures(records)
   (bad,) = np.flatnonzero(~table['readable'])
   assert records.names()[bad] == file.name
@@ -160,14 +160,14 @@ def test_no_pickle_is_loaded(records):
 
 def test_a_changed_dataset_has_new_signatures(tmp_path):
   root = write_class_folders(tmp_path / 'imagenette2')
-  first = sources.load_dataset('imagenette', tmp_path).train.records
+  first = preparation.load_dataset('imagenette', tmp_path).train.records
   before = np.array(signatures.read_signatures(first))
   (old,) = first.directory.glob('signatures-train-*.npy')
   kept = old.read_bytes()
   # As many images as before, in a dataset prepared anew.
   write_image(root / 'train' / 'n02' / 'n02_train_1.JPEG', 77, size=50)
-  sources.prepare('imagenette', tmp_path)
-  records = sources.load_dataset('imagenette', tmp_path).train.records
+  preparation.prepare('imagenette', tmp_path)
+  records = preparation.load_dataset('imagenette', tmp_path).train.records
   old.write_bytes(kept)
   after = signatures.read_signatures(records)
   assert (before['digest'] != after['digest']).any(axis=1).sum() == 1

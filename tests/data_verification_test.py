@@ -9,7 +9,7 @@ import pytest
 from data_fixtures import encode, photo, write_image, write_tiny_imagenet
 from image_fixtures import write_pets
 
-from jaxprog.data import sources, verification
+from jaxprog.data import preparation, verification
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_each_kind_of_change_is_listed(pets, prepared):
   image.write_bytes(flipped)
   image.with_name('n01_train_1.JPEG').rename(image.with_name('z.JPEG'))
   if prepared:
-    sources.prepare(f'folder:{pets}', pets.parent / 'data')
+    preparation.prepare(f'folder:{pets}', pets.parent / 'data')
   report = verify(pets)
   assert report['kind'] == ('prepared' if prepared else 'raw')
   assert kinds(report) == [
@@ -116,7 +116,7 @@ def test_a_png_without_its_end_is_truncated(pets):
 
 def test_an_unreadable_file_is_listed(pets):
   image = pets / 'train' / 'n01' / 'n01_train_0.JPEG'
-  raw = sources.list_raw(f'folder:{pets}', pets.parent)
+  raw = preparation.list_raw(f'folder:{pets}', pets.parent)
   image.unlink()
   seen = list(verification._look_at_all(verification._open_raw(raw), 2, None))
   assert len(seen) == 21
@@ -155,7 +155,7 @@ def test_duplicates_are_told_apart(pets):
 def test_raw_and_prepared_images_have_the_same_manifest(tmp_path):
   write_tiny_imagenet(tmp_path / 'tiny-imagenet-200')
   raw = verification.verify_dataset('tiny_imagenet', tmp_path)
-  sources.prepare('tiny_imagenet', tmp_path)
+  preparation.prepare('tiny_imagenet', tmp_path)
   prepared = verification.verify_dataset('tiny_imagenet', tmp_path)
   assert (raw['kind'], prepared['kind']) == ('raw', 'prepared')
   assert prepared['manifest']['status'] == 'matches'
@@ -203,7 +203,7 @@ def test_a_missing_dataset_is_said(tmp_path):
 
 
 def test_raw_images_that_changed_since_they_were_prepared_are_looked_at(pets):
-  sources.prepare(f'folder:{pets}', pets.parent / 'data')
+  preparation.prepare(f'folder:{pets}', pets.parent / 'data')
   image = pets / 'train' / 'n01' / 'new.JPEG'
   image.write_bytes(b'')
   report = verify(pets)
@@ -215,7 +215,7 @@ def test_raw_images_that_changed_since_they_were_prepared_are_looked_at(pets):
 
 
 def prepared_file(root, pattern) -> pathlib.Path:
-  sources.prepare(f'folder:{root}', root.parent / 'data')
+  preparation.prepare(f'folder:{root}', root.parent / 'data')
   (path,) = (root.parent / 'data' / 'prepared').rglob(pattern)
   return path
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from jaxprog import config as config_lib
 from jaxprog import files, stages
-from jaxprog.data import leaks, sources
+from jaxprog.data import leaks, preparation
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents
 from jaxprog.tools import check as check_lib
@@ -141,7 +141,7 @@ def test_a_dataset_missing_in_the_last_stage_is_said_at_launch(
   subprocess.run(
     [sys.executable, *command[1:]], cwd=ROOT, check=True, capture_output=True
   )
-  assert sources.find_prepared('tiny_imagenet', tmp_path / 'data')
+  assert preparation.find_prepared('tiny_imagenet', tmp_path / 'data')
 
 
 def test_a_workdir_that_is_read_only(config, mount):
@@ -386,15 +386,15 @@ def test_shortcuts_of_the_plan_are_said_until_the_data_is_ready(
     'stages[1].storage': 'raw:8',
   }
   config = config_lib.load_config(f'{ROOT}/{CONFIG}:{tmp_path}', overrides)
-  dataset = sources.load_dataset('digits', tmp_path)
+  dataset = preparation.load_dataset('digits', tmp_path)
   assert check_lib.check(config, only=['ten']) == 0
   out = capsys.readouterr().out
   assert 'ten: input timed on originals; training reads raw:8' in out
   assert 'ten: leaks were not looked for yet' in out
-  assert not sources.list_packs(dataset.train.records.directory)
+  assert not preparation.list_packs(dataset.train.records.directory)
   # What a run does first.
   leaks.holdout({'ten': dataset})
-  sources.store(dataset, stages.Storage('raw', 8))
+  preparation.store(dataset, stages.Storage('raw', 8))
   cheap = check_lib._cheap(config, ['ten'], [])
   assert cheap.stages[1].storage == 'raw:8'
   assert cheap.exclude_leaks

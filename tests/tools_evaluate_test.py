@@ -10,7 +10,7 @@ import tiny_config
 from flax import linen as nn
 
 import jaxprog
-from jaxprog.data import sources
+from jaxprog.data import preparation
 from jaxprog.tools import evaluate as tool
 
 
@@ -37,7 +37,7 @@ def workdir(config, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def digits(data_dir):
-  return sources.load_dataset('digits', data_dir)
+  return preparation.load_dataset('digits', data_dir)
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,7 @@ from data_fixtures import encode, photo
 from PIL import Image
 
 import jaxprog
-from jaxprog.data import preprocess, sources
+from jaxprog.data import preparation, preprocess
 from jaxprog.reporting import contact_sheet
 from jaxprog.tools import evaluate, predict
 from jaxprog.training import loop, trained
@@ -168,7 +168,7 @@ def test_every_kind_is_read_as_evaluation_would(homeless, workdir, photos):
 def test_classes_are_those_of_the_evaluation_image_by_image(
   config, workdir, data_dir, tmp_path, capsys
 ):
-  split = sources.load_dataset('digits', data_dir).eval
+  split = preparation.load_dataset('digits', data_dir).eval
   for i in range(len(split)):
     (tmp_path / f'{i:03}.png').write_bytes(split.records.original(i))
   weights = trained.load_trained(config, workdir)

@@ -16,7 +16,7 @@ from data_archives_test import files_below
 from data_fixtures import encode
 from image_fixtures import write_pets
 
-from jaxprog.data import sources
+from jaxprog.data import preparation
 
 CONFIG = """
 from configs import default
@@ -91,7 +91,7 @@ def test_a_full_disk_is_said(config, tmp_path, how, what):
   add_noise(tmp_path, 20)
   data = tmp_path / 'data'
   if what == 'pack':
-    sources.prepare(f'folder:{tmp_path}/pets', data)
+    preparation.prepare(f'folder:{tmp_path}/pets', data)
   before = files_below(data) if data.is_dir() else {}
   if how == 'disk':
     tmpfs = '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs'
@@ -177,12 +177,14 @@ def prepare_twice(root):
 
     call(progress)
 
-  overtake(lambda show: sources.prepare(name, data, progress=show))
-  dataset = sources.load_dataset(name, data)
+  overtake(lambda show: preparation.prepare(name, data, progress=show))
+  dataset = preparation.load_dataset(name, data)
   raw = stages.Storage('raw')
-  overtake(lambda show: sources.store(dataset, raw, progress=show))
+  overtake(lambda show: preparation.store(dataset, raw, progress=show))
   assert len(overtaken) == 2
-  stored = sources.store(sources.load_dataset(name, data), raw).train.records
+  stored = preparation.store(
+    preparation.load_dataset(name, data), raw
+  ).train.records
   assert stored.image(14)[:2] == (20, 20)
   archive = root / 'pets.tar'
   subprocess.run(['tar', '-cf', archive, 'pets'], cwd=root, check=True)

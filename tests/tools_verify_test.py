@@ -27,7 +27,7 @@ from data_archives_test import (
 from data_fixtures import encode, photo, write_class_folders
 from image_fixtures import GOLDEN, create, describe, huge_png, write_pets
 
-from jaxprog.data import archives, preprocess, sources
+from jaxprog.data import archives, preparation, preprocess
 
 CONFIG = """
 from configs import default
@@ -271,7 +271,7 @@ def test_an_archive_is_used_with_the_right_sum_alone(config, data, tmp_path):
   assert files_below(data / 'pets').keys() == {
     x.removeprefix('pets/') for x in expected
   }
-  assert len(sources.load_dataset(f'folder:{data}/pets', data).train) == 15
+  assert len(preparation.load_dataset(f'folder:{data}/pets', data).train) == 15
 
 
 def test_a_wrong_download_is_not_used(run_main, config, tmp_path, monkeypatch):
@@ -318,7 +318,7 @@ def add_unknown_class(root):
 
 def put_label_out_of_range(root):
   """Two class names where the records have three labels."""
-  sources.prepare(f'folder:{root}', root.parent)
+  preparation.prepare(f'folder:{root}', root.parent)
   (names,) = (root.parent / 'prepared').rglob('label.labels.txt')
   names.write_text('n01\nn02\n')
   return (), names.parent

@@ -12,7 +12,7 @@ import tiny_config
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
-from jaxprog.data import sources
+from jaxprog.data import preparation
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import checkpoints, integrity
 from jaxprog.training import preflight
@@ -119,7 +119,7 @@ def test_raw_images_are_counted(config, tmp_path):
   config.stages[0]['num_classes'] = 4
   (finding,) = crossed(preflight.inspect(config))
   assert 'num_classes is 4, but' in finding.what
-  sources.prepare(f'folder:{root}', tmp_path)
+  preparation.prepare(f'folder:{root}', tmp_path)
   data_fixtures.write_image(root / 'train' / 'n01' / 'more.JPEG', 7)
   (finding,) = crossed(preflight.inspect(config))
   assert 'has changed since it was prepared' in finding.what
@@ -129,12 +129,12 @@ def test_what_is_written_before_training_is_a_warning(config, tmp_path):
   config.data_dir = str(tmp_path)
   config.stages = [{**config.stages[0], 'storage': 'raw:8'}]
   config.exclude_leaks = True
-  sources.prepare('digits', tmp_path)
+  preparation.prepare('digits', tmp_path)
   first = preflight.inspect(config)
   assert find(first, 'will be stored as raw:8')[0].ok is None
   (stage,) = stages.create_stages(config)
-  dataset = sources.load_dataset('digits', config.data_dir)
-  sources.store(dataset, stage.stored)
+  dataset = preparation.load_dataset('digits', config.data_dir)
+  preparation.store(dataset, stage.stored)
   second = preflight.inspect(config)
   assert find(second, 'are stored as raw:8')[0].ok
   assert find(second, 'leaks: every image will be compared first')

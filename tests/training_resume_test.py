@@ -10,7 +10,7 @@ import runs
 from tensorboard.backend.event_processing import plugin_event_accumulator
 
 import jaxprog
-from jaxprog.data import sources
+from jaxprog.data import records
 from jaxprog.reliability import checkpoints, integrity
 from jaxprog.training import described, ladder, trained
 from jaxprog.training import setup as setup_lib
@@ -291,7 +291,7 @@ def test_a_stage_of_an_earlier_version_goes_on(arguments, tmp_path):
     return {k: v for k, v in describe(task).items() if k != 'config'}
 
   with (
-    mock.patch.object(sources, 'HOLDOUT_RULE', 1),
+    mock.patch.object(records, 'HOLDOUT_RULE', 1),
     mock.patch.object(described, 'weights_meta', describe_less),
   ):
     start(arguments, tmp_path, epochs=1)

@@ -1,1 +1,1 @@
-"""From files on disk to batches: builders, sources, preprocess, loader."""
+"""From files on disk to batches: preparation, records, preprocess, loader."""

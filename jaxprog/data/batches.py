@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from jaxprog.data import policies, preprocess, sources
+from jaxprog.data import policies, preprocess
+from jaxprog.data.records import Records, Split
 from jaxprog.epochs import Steps
 from jaxprog.stages import Stage
 
@@ -97,7 +98,7 @@ class TrainBatches:
 
   def __init__(
     self,
-    split: sources.Split,
+    split: Split,
     stage: Stage,
     *,
     seed: int,
@@ -190,7 +191,7 @@ class EvalBatches:
 
   def __init__(
     self,
-    split: sources.Split,
+    split: Split,
     stage: Stage,
     *,
     num_shards: int,
@@ -244,7 +245,7 @@ class EvalBatches:
 
 
 @contextlib.contextmanager
-def _naming(records: sources.Records, index: int) -> Iterator[None]:
+def _naming(records: Records, index: int) -> Iterator[None]:
   """Lets errors other than a bad image's say which record they are about."""
   try:
     yield

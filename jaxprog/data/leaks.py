@@ -20,7 +20,8 @@ import numpy as np
 import threadpoolctl
 
 from jaxprog import files
-from jaxprog.data import parts, signatures, sources
+from jaxprog.data import parts, signatures
+from jaxprog.data.records import Dataset, Records
 
 # The strongest first.
 REASONS = ('name', 'content', 'perceptual')
@@ -132,7 +133,7 @@ def evaluates_on_ilsvrc(dataset: str) -> bool:
 
 
 def holdout(
-  datasets: Mapping[str, sources.Dataset],
+  datasets: Mapping[str, Dataset],
   *,
   absent: Mapping[str, str] | None = None,
   num_workers: int = 0,
@@ -377,14 +378,14 @@ def _look_up(keys: list, among: list) -> np.ndarray:
 
 
 def _read(
-  datasets: Mapping[str, sources.Dataset],
+  datasets: Mapping[str, Dataset],
   num_workers: int,
   progress: Progress | None,
 ) -> tuple[dict[str, Images], dict[str, Images]]:
   """Returns the training and the evaluation images of each stage."""
   tables: dict[tuple[str, str, str], np.ndarray] = {}
 
-  def read(dataset: sources.Dataset, records: sources.Records) -> Images:
+  def read(dataset: Dataset, records: Records) -> Images:
     split = (str(records.directory), records.name, records.fingerprint)
     if split not in tables:
 

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 
 from jaxprog.data import batches as batches_lib
-from jaxprog.data import sources, workers
+from jaxprog.data import workers
+from jaxprog.data.records import Split
 from jaxprog.epochs import Steps
 from jaxprog.stages import Stage
 
 
 def train_batches(
-  split: sources.Split,
+  split: Split,
   stage: Stage,
   *,
   seed: int,
@@ -45,7 +46,7 @@ def train_batches(
 
 
 def eval_batches(
-  split: sources.Split,
+  split: Split,
   stage: Stage,
   *,
   num_shards: int = 1,

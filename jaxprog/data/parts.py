@@ -17,6 +17,8 @@ from jaxprog import files
 _T = TypeVar('_T')
 _S = TypeVar('_S')
 
+# Is told how much is done, and how much there is.
+Progress = Callable[[int, int], None]
 # What is made of the records of one part.
 Arrays = dict[str, np.ndarray]
 

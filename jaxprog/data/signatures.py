@@ -17,7 +17,8 @@ import uuid
 import numpy as np
 from PIL import Image
 
-from jaxprog.data import parts, preprocess, sources
+from jaxprog.data import parts, preprocess
+from jaxprog.data.records import Records
 
 # Side of a thumbnail, in pixels: a quarter of the smallest copies, so that
 # their filters and their JPEG blocks hardly show.
@@ -49,10 +50,10 @@ _PART = 2048
 
 
 def read_signatures(
-  records: sources.Records,
+  records: Records,
   *,
   num_workers: int = 0,
-  progress: sources.Progress | None = None,
+  progress: parts.Progress | None = None,
 ) -> np.ndarray:
   """Returns the SIGNATURE of every image that `records` are taken from.
 
@@ -128,10 +129,10 @@ def _shrink(pixels: Image.Image, box: preprocess.Box) -> np.ndarray:
 
 
 def _compute(
-  records: sources.Records,
+  records: Records,
   file: pathlib.Path,
   num_workers: int,
-  progress: sources.Progress | None,
+  progress: parts.Progress | None,
 ) -> np.ndarray:
   """Returns the SIGNATURE of all `records`, which are then kept in `file`.
 
@@ -195,12 +196,12 @@ def _remove_others(file: pathlib.Path) -> None:
       old.unlink(missing_ok=True)
 
 
-def is_kept(records: sources.Records) -> bool:
+def is_kept(records: Records) -> bool:
   """Returns whether these images were described before."""
   return _cache_file(records).is_file()
 
 
-def _cache_file(records: sources.Records) -> pathlib.Path:
+def _cache_file(records: Records) -> pathlib.Path:
   """Returns where signatures are kept; another name for other images.
 
   What tfds says of the dataset holds the fingerprint of the raw images, and

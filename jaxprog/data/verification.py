@@ -23,10 +23,11 @@ from jaxprog.data import (
   builders,
   folders,
   packs,
+  preparation,
   preprocess,
   shards,
-  sources,
 )
+from jaxprog.data.records import Records
 
 
 class Known(NamedTuple):
@@ -155,7 +156,7 @@ def manifest_path(dataset: str, data_dir: pathlib.Path) -> pathlib.Path:
   """Returns where the SHA-256 sums of a dataset are kept."""
   source = dataset.partition(':')[0]
   if source == 'folder':  # Two paths may differ in what is no file name.
-    dataset = f'folder_{sources.folder_config(dataset)}'
+    dataset = f'folder_{preparation.folder_config(dataset)}'
   name = re.sub(r'[^\w.-]', '_', dataset)
   return data_dir / 'manifests' / f'{name}.sha256'
 
@@ -166,7 +167,7 @@ def _open_images(
   """Returns the prepared images, or else the raw ones, and what is wrong."""
   problems = []
   try:
-    kind = sources.check_dataset(dataset, data_dir, seconds=math.inf)
+    kind = preparation.check_dataset(dataset, data_dir, seconds=math.inf)
     if kind == 'prepared':
       return _open_prepared(dataset, data_dir), []
   except errors.UserError as e:
@@ -174,16 +175,17 @@ def _open_images(
   except Exception as e:  # Damaged metadata or records may raise anything.
     problems = [_problem('dataset', dataset, _reason(e))]
   try:
-    raw = sources.list_raw(dataset, data_dir)
+    raw = preparation.list_raw(dataset, data_dir)
   except errors.UserError:
     raw = None
   return _open_raw(raw) if raw else None, problems
 
 
 def _open_prepared(dataset: str, data_dir: pathlib.Path) -> Images:
-  builder = sources.find_prepared(dataset, data_dir)
+  builder = preparation.find_prepared(dataset, data_dir)
   assert builder is not None
-  opened = sources.open_prepared(dataset, builder)
+  opened = preparation.open_prepared(dataset, data_dir)
+  assert opened is not None
   names = builder.info.features['label'].names
   splits = (opened.train.records, opened.eval.records)
   return Images(
@@ -206,7 +208,7 @@ def _open_prepared(dataset: str, data_dir: pathlib.Path) -> Images:
 
 
 def _read_record(
-  records: sources.Records, names: Sequence[str], index: int
+  records: Records, names: Sequence[str], index: int
 ) -> tuple[str, set[str], bytes]:
   position = int(records.positions[index])
   feature = shards.parse_record(records.source[position])
@@ -317,7 +319,7 @@ def _find_damaged_packs(images: Images) -> list[Problem]:
     return []
   return [
     _problem('pack', str(path), 'not what was written; remove it')
-    for path in sources.list_packs(pathlib.Path(images.path))
+    for path in preparation.list_packs(pathlib.Path(images.path))
     if not packs.is_intact(path)
   ]
 

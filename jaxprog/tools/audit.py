@@ -10,7 +10,8 @@ import rich.table
 from ml_collections import config_dict
 
 from jaxprog import files, paths, stages
-from jaxprog.data import leaks, sources
+from jaxprog.data import leaks, preparation
+from jaxprog.data.records import Dataset
 from jaxprog.monitoring import bars
 
 NUM_EXAMPLES = 10
@@ -56,7 +57,7 @@ def audit(
 
 def load_present(
   chosen: Iterable[stages.Stage], data_dir: str | pathlib.Path
-) -> tuple[dict[str, sources.Dataset], dict[str, str]]:
+) -> tuple[dict[str, Dataset], dict[str, str]]:
   """Returns the datasets that are here, and the names of the others."""
   from jaxprog.training import setup  # As above.
 
@@ -64,7 +65,7 @@ def load_present(
   absent = {
     stage.name: stage.dataset
     for stage in chosen
-    if not sources.is_here(stage.dataset, pathlib.Path(data_dir))
+    if not preparation.is_here(stage.dataset, pathlib.Path(data_dir))
   }
   if len(absent) == len(chosen):
     absent = {}  # Loading the first one says where it should be.
@@ -77,7 +78,7 @@ def load_present(
 
 
 def find_leaks(
-  datasets: Mapping[str, sources.Dataset],
+  datasets: Mapping[str, Dataset],
   absent: Mapping[str, str],
   console: rich.console.Console,
 ) -> leaks.Holdout:
@@ -87,7 +88,7 @@ def find_leaks(
 
 
 def _table(
-  datasets: Mapping[str, sources.Dataset], found: leaks.Holdout
+  datasets: Mapping[str, Dataset], found: leaks.Holdout
 ) -> rich.table.Table:
   """Returns how many images each stage must not train on, and why."""
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
@@ -166,7 +167,7 @@ def _verdict(excluded: int, exclude_leaks: bool) -> str:
 
 
 def _summary(
-  datasets: Mapping[str, sources.Dataset],
+  datasets: Mapping[str, Dataset],
   absent: Mapping[str, str],
   found: leaks.Holdout,
 ) -> dict:

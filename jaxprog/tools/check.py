@@ -23,7 +23,7 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, formats, paths, stages
-from jaxprog.data import loader, sources
+from jaxprog.data import loader, preparation
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import progress as progress_lib
 from jaxprog.planning import costs
@@ -153,8 +153,8 @@ def _is_ready(
   chosen = stages.select(stages.create_stages(config), only, skip)
   data_dir = paths.data_dir(config)
   for dataset in {stage.dataset for stage in chosen}:
-    if sources.find_prepared(dataset, data_dir) is None:
-      raw = sources.list_raw(dataset, data_dir)
+    if preparation.find_prepared(dataset, data_dir) is None:
+      raw = preparation.list_raw(dataset, data_dir)
       if raw is None or raw.num_images > _FEW_IMAGES:
         return False
   return True
@@ -612,11 +612,10 @@ def _cheap(
 
 def _is_stored(stage: stages.Stage, data_dir: pathlib.Path) -> bool:
   """Returns whether a stage's training images lie there as it reads them."""
-  prepared = sources.find_prepared(stage.dataset, data_dir)
-  if prepared is None:
-    return False
-  records = sources.open_prepared(stage.dataset, prepared).train.records
-  return sources.find_pack(records, stage.stored) is not None
+  opened = preparation.open_prepared(stage.dataset, data_dir)
+  return opened is not None and (
+    preparation.find_pack(opened.train.records, stage.stored) is not None
+  )
 
 
 def _describe_shortcuts(

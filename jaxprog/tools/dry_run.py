@@ -13,7 +13,7 @@ import numpy as np
 import rich.console
 from ml_collections import config_dict
 
-from jaxprog.data import sources
+from jaxprog.data.records import Split
 from jaxprog.reliability import checkpoints, lock, peers, signals
 from jaxprog.training import ladder
 from jaxprog.training import setup as setup_lib
@@ -118,7 +118,7 @@ def _shorten(task: setup_lib.Task) -> setup_lib.Task:
   )
 
 
-def _some(split: sources.Split, count: int) -> sources.Split:
+def _some(split: Split, count: int) -> Split:
   """Returns at most `count` of the images, from all parts of the split."""
   chosen = np.zeros(len(split), bool)
   chosen[np.linspace(0, len(split) - 1, count).astype(int)] = True

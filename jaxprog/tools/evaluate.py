@@ -16,7 +16,8 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import epochs, errors, files, stages
-from jaxprog.data import sources
+from jaxprog.data import preparation
+from jaxprog.data.records import Dataset, Split
 from jaxprog.monitoring import diagnostics
 from jaxprog.reporting import scores
 from jaxprog.training import alike, devices, loop
@@ -95,7 +96,7 @@ def evaluate(
   return found
 
 
-def load_dataset(trained: trained_lib.Trained, dataset: str) -> sources.Dataset:
+def load_dataset(trained: trained_lib.Trained, dataset: str) -> Dataset:
   """Returns the stage's own data, or `dataset`; it has images to evaluate on.
 
   Raises:
@@ -110,7 +111,7 @@ def load_dataset(trained: trained_lib.Trained, dataset: str) -> sources.Dataset:
   return data
 
 
-def check_images(dataset: sources.Dataset) -> None:
+def check_images(dataset: Dataset) -> None:
   """Raises UserError if there is nothing to evaluate on."""
   if not len(dataset.eval):
     raise errors.UserError(
@@ -135,8 +136,8 @@ def _with_dataset(
 
 
 def relabel(
-  dataset: sources.Dataset, classes: Sequence[str], class_names: Sequence[str]
-) -> sources.Dataset:
+  dataset: Dataset, classes: Sequence[str], class_names: Sequence[str]
+) -> Dataset:
   """Returns `dataset` with its labels as positions in `classes`, by name.
 
   Raises:
@@ -157,7 +158,7 @@ def relabel(
 
   def move(split):
     records = split.records
-    return sources.Split(
+    return Split(
       dataclasses.replace(
         records, labels=label[records.labels], classes=tuple(classes)
       )
@@ -173,7 +174,7 @@ def relabel(
 
 
 def create_task(
-  trained: trained_lib.Trained, dataset: sources.Dataset
+  trained: trained_lib.Trained, dataset: Dataset
 ) -> setup_lib.Task:
   """Returns what evaluates `trained` on `dataset`; it is not for training."""
   stage = trained.stage
@@ -194,7 +195,7 @@ def create_task(
 
 def _score(
   trained: trained_lib.Trained,
-  dataset: sources.Dataset,
+  dataset: Dataset,
   present: Sequence[str],
   console: rich.console.Console,
 ) -> dict[str, Any]:
@@ -233,7 +234,7 @@ def _score(
 
 def _per_class(
   counts: Sequence[Sequence[int]],
-  dataset: sources.Dataset,
+  dataset: Dataset,
   present: set[str],
 ) -> list[dict[str, Any]]:
   """Returns the row of each class that is in the data; top1 may be None."""
@@ -258,7 +259,7 @@ def _write(
 
   `dataset` is part of the files' name, '' where it is the stage's own.
   """
-  other = sources.folder_config(dataset) or dataset
+  other = preparation.folder_config(dataset) or dataset
   parts = [found['stage'], found['weights'], re.sub(r'[^\w.-]+', '-', other)]
   path = workdir / 'eval' / '-'.join(x for x in parts if x)
   paths = [path.with_name(path.name + x) for x in ('.csv', '.json')]

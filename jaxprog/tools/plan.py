@@ -26,7 +26,8 @@ from ml_collections import config_dict
 
 from jaxprog import epochs, files, paths
 from jaxprog import stages as stages_lib
-from jaxprog.data import sources, verification
+from jaxprog.data import preparation, records, verification
+from jaxprog.data.records import Dataset, Split
 from jaxprog.planning import chips, costs, elsewhere
 from jaxprog.training import devices, preflight, xla_flags
 from jaxprog.training import setup as setup_lib
@@ -154,24 +155,24 @@ class _Count:
 
 def _count_dataset(
   config: config_dict.ConfigDict, stage: stages_lib.Stage
-) -> sources.Dataset:
+) -> Dataset:
   """Returns the stage's dataset, or what is published of it."""
   data_dir = paths.data_dir(config)
   known = verification.KNOWN.get(stage.dataset)
-  if known is None or sources.find_prepared(stage.dataset, data_dir):
+  if known is None or preparation.find_prepared(stage.dataset, data_dir):
     found = setup_lib.load_datasets(config, [stage])[stage.name]
     if stage.holdout:
-      found = sources.hold_out(found, stage.holdout, f'stage {stage.name!r}')
+      found = records.hold_out(found, stage.holdout, f'stage {stage.name!r}')
     return found
   classes = stage.classes or tuple(map(str, range(known.classes)))
   part = len(classes) / known.classes
   held = round(known.train * part * stage.holdout)
   train, evaluated = round(known.train * part) - held, round(known.eval * part)
 
-  def split(number: int) -> sources.Split:
-    return cast(sources.Split, _Count(number))
+  def split(number: int) -> Split:
+    return cast(Split, _Count(number))
 
-  return sources.Dataset(
+  return Dataset(
     name=stage.dataset,
     classes=classes,
     class_names=classes,
@@ -309,7 +310,7 @@ def _plan_stage(
     notes.append(
       'traffic and sums are those of one micro-batch times their number'
     )
-  if not isinstance(task.dataset.train, sources.Split):
+  if not isinstance(task.dataset.train, Split):
     notes.append(
       f'{stage.dataset} is not here: {len(task.dataset.train):,} training and '
       f'{len(task.dataset.eval):,} evaluation images, as published'

@@ -8,7 +8,7 @@ import rich.console
 from ml_collections import config_dict
 
 from jaxprog import errors, paths, stages
-from jaxprog.data import archives, sources
+from jaxprog.data import archives, preparation
 from jaxprog.monitoring import bars
 from jaxprog.tools import audit
 
@@ -54,7 +54,7 @@ def prepare(
       _download(dataset, data_dir, console)
   for dataset in datasets:
     with bars.progress_bar(console, dataset) as show:
-      left_out = sources.prepare(dataset, data_dir, progress=show)
+      left_out = preparation.prepare(dataset, data_dir, progress=show)
     console.print(f'{dataset}: prepared in {data_dir}/prepared')
     if left_out:
       text = errors.printable(f'{dataset}: left out: {left_out}')
@@ -77,9 +77,9 @@ def _store(
   """Writes the training images in the form that `stage` reads."""
   if stage.stored.kind == 'original':
     return
-  dataset = sources.load_dataset(stage.dataset, data_dir)
+  dataset = preparation.load_dataset(stage.dataset, data_dir)
   with bars.progress_bar(console, f'{stage.dataset}, {stage.storage}') as show:
-    dataset = sources.store(dataset, stage.stored, progress=show)
+    dataset = preparation.store(dataset, stage.stored, progress=show)
   console.print(
     f'{stage.dataset}: stored as {dataset.version}', highlight=False
   )
@@ -118,8 +118,8 @@ def _raw_folders(
   """Returns the names below `data_dir` that hold raw images of `datasets`."""
   names: list[str] = []
   for dataset in datasets:
-    if dataset in sources.LOCAL:
-      names += sources.LOCAL[dataset].FOLDERS
+    if dataset in preparation.LOCAL:
+      names += preparation.LOCAL[dataset].FOLDERS
     folder = paths.dataset_folder(dataset)
     if folder and data_dir.absolute() in folder.absolute().parents:
       below = folder.absolute().relative_to(data_dir.absolute())
@@ -134,8 +134,8 @@ def _download(
   archive = archives.KNOWN.get(dataset)
   if (
     archive is None
-    or sources.find_raw(dataset, data_dir)
-    or sources.find_prepared(dataset, data_dir)
+    or preparation.find_raw(dataset, data_dir)
+    or preparation.find_prepared(dataset, data_dir)
   ):
     return
   path = data_dir / 'downloads' / pathlib.PurePath(archive.url).name

@@ -12,7 +12,8 @@ from ml_collections import config_dict
 import jaxprog
 from jaxprog import config as config_lib
 from jaxprog import fields, files, stages
-from jaxprog.data import jpeg, sources
+from jaxprog.data import jpeg
+from jaxprog.data.records import Dataset
 from jaxprog.reliability import peers
 
 # Seconds for a shared workdir to show what process 0 has written: NFS and
@@ -23,7 +24,7 @@ _LOCAL = {'stage_defaults', *fields.names(fields.CONFIG, 'local')}
 
 
 def check_alike(
-  config: config_dict.ConfigDict, datasets: Mapping[str, sources.Dataset]
+  config: config_dict.ConfigDict, datasets: Mapping[str, Dataset]
 ) -> None:
   """Raises UserError in all processes unless all are about to do the same.
 
@@ -68,7 +69,7 @@ def _describe_config(config: config_dict.ConfigDict) -> dict[str, str]:
   return described | {f'config.{k}': repr(v) for k, v in fields.items()}
 
 
-def _describe_data(dataset: sources.Dataset) -> dict[str, str]:
+def _describe_data(dataset: Dataset) -> dict[str, str]:
   """Returns what decides the examples of a stage."""
   records = dataset.train.records
   return {

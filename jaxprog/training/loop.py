@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprog import errors
 from jaxprog.data import batches as batches_lib
-from jaxprog.data import loader, preprocess, sources
+from jaxprog.data import loader, preprocess, records
 from jaxprog.monitoring import diagnostics, outcomes
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import memory as memory_lib
@@ -258,7 +258,7 @@ class Evaluation(NamedTuple):
 def evaluate(
   task: setup.Task,
   variables: dict[str, Any],
-  split: sources.Split,
+  split: records.Split,
   on_batch: Callable[[int, int], object] = lambda done, total: None,
 ) -> Evaluation:
   """Returns what came of every image of `split`, once.

@@ -22,7 +22,8 @@ from packaging import requirements, specifiers
 from jaxprog import config as config_lib
 from jaxprog import errors, files, formats, paths
 from jaxprog import stages as stages_lib
-from jaxprog.data import archives, builders, folders, signatures, sources
+from jaxprog.data import archives, builders, folders, preparation, signatures
+from jaxprog.data.records import Dataset
 from jaxprog.monitoring import history as history_lib
 from jaxprog.optim import optimizers
 from jaxprog.reliability import checkpoints, integrity, lock
@@ -65,7 +66,7 @@ class Size(NamedTuple):
 class _Data(NamedTuple):
   """What there is of a stage's dataset; nothing: it is missing or wrong."""
 
-  dataset: sources.Dataset | None = None
+  dataset: Dataset | None = None
   raw: builders.Raw | None = None
 
 
@@ -132,10 +133,10 @@ def launch(
   devices.check_platform(config.platform)
   data_dir = _data_dir(config)
   for stage in chosen:
-    if sources.is_here(stage.dataset, data_dir):
+    if preparation.is_here(stage.dataset, data_dir):
       continue
     try:
-      sources.check_dataset(stage.dataset, data_dir)
+      preparation.check_dataset(stage.dataset, data_dir)
     except errors.UserError as e:
       where = f'stage {stage.name!r}: {e.where}'
       fix = _mend(stage.dataset, e.suggestion)
@@ -464,7 +465,7 @@ def _look(
   where = f'stage {stage.name!r}'
   try:
     data_dir = _data_dir(config)
-    if sources.check_dataset(stage.dataset, data_dir) == 'raw':
+    if preparation.check_dataset(stage.dataset, data_dir) == 'raw':
       return _look_at_raw(data_dir, stage, where)
     dataset = setup_lib.load_dataset(data_dir, stage)
   except errors.UserError as e:
@@ -484,7 +485,7 @@ def _look(
 def _look_at_raw(
   data_dir: pathlib.Path, stage: stages_lib.Stage, where: str
 ) -> tuple[_Data, Finding]:
-  raw = sources.list_raw(stage.dataset, data_dir)
+  raw = preparation.list_raw(stage.dataset, data_dir)
   assert raw is not None  # check_dataset has found it.
   known = set(raw.classes)
   unknown = [x for x in stage.classes if x not in known]
@@ -542,7 +543,7 @@ def _check_packs(
     if stage.stored.kind == 'original' or not (dataset or raw):
       continue
     where = f'stage {stage.name!r}'
-    if dataset and sources.find_pack(dataset.train.records, stage.stored):
+    if dataset and preparation.find_pack(dataset.train.records, stage.stored):
       yield Finding(True, f'{where}: images are stored as {stage.storage}')
     else:
       what = f'{where}: images will be stored as {stage.storage} first'
@@ -568,12 +569,11 @@ def leaks_are_known(config: config_dict.ConfigDict) -> bool:
   """
   data_dir = paths.data_dir(config)
   for dataset in {x.dataset for x in stages_lib.create_stages(config)}:
-    prepared = sources.find_prepared(dataset, data_dir)
-    if prepared is None:
-      if sources.is_here(dataset, data_dir):
+    opened = preparation.open_prepared(dataset, data_dir)
+    if opened is None:
+      if preparation.is_here(dataset, data_dir):
         return False
       continue
-    opened = sources.open_prepared(dataset, prepared)
     for split in (opened.train, opened.eval):
       if not signatures.is_kept(split.records):
         return False

@@ -16,7 +16,8 @@ from ml_collections import config_dict
 
 from jaxprog import epochs, errors, fields, paths
 from jaxprog import stages as stages_lib
-from jaxprog.data import leaks, loader, sources, workers
+from jaxprog.data import leaks, loader, preparation, records, workers
+from jaxprog.data.records import Dataset
 from jaxprog.models import resnet
 from jaxprog.monitoring import bars
 from jaxprog.optim import optimizers, schedules
@@ -37,7 +38,7 @@ class Setup:
   # Every stage of the config, and those that this call is about, in order.
   stages: tuple[stages_lib.Stage, ...]
   chosen: tuple[stages_lib.Stage, ...]
-  datasets: Mapping[str, sources.Dataset]
+  datasets: Mapping[str, Dataset]
   steps: Mapping[str, epochs.Steps]
   model_fn: ModelFn
   shardings: devices.Shardings
@@ -64,7 +65,7 @@ class Task:
   config: config_dict.ConfigDict
   stage: stages_lib.Stage
   steps: epochs.Steps
-  dataset: sources.Dataset
+  dataset: Dataset
   model: nn.Module
   dtype: Any
   tx: optax.GradientTransformation
@@ -187,7 +188,7 @@ def find_stage(
 
 def load_datasets(
   config: config_dict.ConfigDict, chosen: Sequence[stages_lib.Stage]
-) -> dict[str, sources.Dataset]:
+) -> dict[str, Dataset]:
   """Returns the dataset of each stage, by the stage's name.
 
   All are looked for before the first is prepared: a dataset missing in the
@@ -196,7 +197,7 @@ def load_datasets(
   data_dir = paths.data_dir(config)
   for stage in chosen:
     try:
-      sources.check_dataset(stage.dataset, data_dir)
+      preparation.check_dataset(stage.dataset, data_dir)
     except errors.UserError as e:
       where = f'stage {stage.name!r}: {e.where}'
       raise errors.UserError(e.what, where, e.suggestion) from None
@@ -205,11 +206,11 @@ def load_datasets(
 
 def load_dataset(
   data_dir: str | os.PathLike[str], stage: stages_lib.Stage
-) -> sources.Dataset:
+) -> Dataset:
   """Returns the dataset of a stage; shows how far what takes long is."""
   console = rich.console.Console(stderr=True)
   with bars.progress_bar(console, stage.dataset) as show:
-    return sources.load_dataset(
+    return preparation.load_dataset(
       stage.dataset,
       data_dir,
       classes=stage.classes,
@@ -220,26 +221,26 @@ def load_dataset(
 
 
 def _prepare(
-  dataset: sources.Dataset, stage: stages_lib.Stage, rule: int | None
-) -> sources.Dataset:
+  dataset: Dataset, stage: stages_lib.Stage, rule: int | None
+) -> Dataset:
   """Returns `dataset` with the stage's hold-out, stored as it asks for.
 
   Raises:
     UserError: if a hold-out takes all or nothing, or there is no room.
   """
   if stage.holdout:
-    where, rule = f'stage {stage.name!r}', rule or sources.HOLDOUT_RULE
-    dataset = sources.hold_out(dataset, stage.holdout, where, rule)
+    where, rule = f'stage {stage.name!r}', rule or records.HOLDOUT_RULE
+    dataset = records.hold_out(dataset, stage.holdout, where, rule)
   title = f'{stage.dataset}, {stage.storage}'
   with bars.progress_bar(rich.console.Console(stderr=True), title) as show:
-    return sources.store(dataset, stage.stored, progress=show)
+    return preparation.store(dataset, stage.stored, progress=show)
 
 
 def _exclude_leaks(
   config: config_dict.ConfigDict,
   all_stages: Sequence[stages_lib.Stage],
-  datasets: Mapping[str, sources.Dataset],
-) -> dict[str, sources.Dataset]:
+  datasets: Mapping[str, Dataset],
+) -> dict[str, Dataset]:
   """Returns `datasets` without images that any stage evaluates on.
 
   Stages that are not trained now count too, if their data is here.
