@@ -51,7 +51,7 @@ def main() -> None:
       for name in ('imagenette', 'tiny_imagenet')
     }
     began = time.monotonic()
-    found = leaks.holdout(datasets)
+    found = leaks.find_overlap(datasets)
     report(planted, found, time.monotonic() - began)
 
 
@@ -84,7 +84,7 @@ def shrink(image: Image.Image, kind: str) -> Image.Image:
 
 
 def report(
-  planted: dict[str, tuple[str, str]], found: leaks.Holdout, seconds: float
+  planted: dict[str, tuple[str, str]], found: leaks.Overlap, seconds: float
 ) -> None:
   """Prints recall by kind, and what was found that nobody planted."""
   pairs = {

@@ -83,7 +83,7 @@ def test_ilsvrc_validation_images_are_held_out_by_name_alone(tmp_path):
   train = {**pictures([1, 2]), 'ILSVRC2012_val_00000001.JPEG': jpeg(3)}
   val = {**pictures([4]), 'ILSVRC2012_val_00000002.JPEG': jpeg(5)}
   datasets = load(tmp_path, a=('folder', train, val))
-  found = leaks.holdout(datasets)
+  found = leaks.find_overlap(datasets)
   assert files_excluded(found, datasets, 'a') == {
     'ILSVRC2012_val_00000001.JPEG'
   }
@@ -91,7 +91,9 @@ def test_ilsvrc_validation_images_are_held_out_by_name_alone(tmp_path):
   assert found.contaminates == {'a': {'imagenet2012': 1}}
   assert found.shared == []
   # A stage that evaluates on them is named, and shares one of them.
-  found = leaks.holdout(datasets, absent={'big': 'imagenet2012', 'x': 'digits'})
+  found = leaks.find_overlap(
+    datasets, absent={'big': 'imagenet2012', 'x': 'digits'}
+  )
   assert found.contaminates == {'a': {'big': 1}}
   assert [(x.stage, x.eval_file, x.other_stage) for x in found.shared] == [
     ('a', 'ILSVRC2012_val_00000002.JPEG', 'big')
@@ -116,7 +118,7 @@ def test_equal_names_count_where_names_are_imagenets(tmp_path):
     ),
     other=('folder', {name: jpeg(8), 'a.jpg': jpeg(9)}, {'a.jpg': jpeg(10)}),
   )
-  found = leaks.holdout(datasets)
+  found = leaks.find_overlap(datasets)
   assert files_excluded(found, datasets, 'nette') == {f'{val_name}.JPEG'}
   assert files_excluded(found, datasets, 'mini') == {name}
   assert not found.excluded['other'].any()
@@ -139,7 +141,7 @@ def test_an_evaluation_image_of_any_stage_is_held_out_of_every_stage(tmp_path):
     ),
     c=('folder', {**pictures([7]), 'g.jpg': jpeg(6)}, pictures([8])),
   )
-  found = leaks.holdout(datasets)
+  found = leaks.find_overlap(datasets)
   assert [files_excluded(found, datasets, x) for x in 'abc'] == [
     {'x.jpg'},
     {'c.jpg', 'd.jpg'},
@@ -157,7 +159,7 @@ def test_the_same_image_in_two_evaluations_is_listed_not_excluded(tmp_path):
     a=('folder', pictures([3]), {'x.jpg': secret}),
     b=('folder', pictures([4]), {'y.jpg': jpeg(2), 'z.jpg': copy(secret)}),
   )
-  found = leaks.holdout(datasets)
+  found = leaks.find_overlap(datasets)
   (pair,) = found.shared
   assert (pair.stage, pair.eval_file, pair.eval_index) == ('a', 'x.jpg', 0)
   assert pair.other_stage == 'b'
@@ -178,7 +180,7 @@ def test_the_strongest_reason_counts(tmp_path):
     ),
     c=('folder', pictures([5]), {'z.jpg': jpeg(2), 'v.jpg': copy(jpeg(6))}),
   )
-  found = leaks.holdout(datasets, absent={'d': 'tfds:imagenet2012'})
+  found = leaks.find_overlap(datasets, absent={'d': 'tfds:imagenet2012'})
   assert found.counts['a'] == {'name': 1, 'content': 2, 'perceptual': 0}
   assert found.contaminates['a'] == {'b': 3, 'c': 2, 'd': 1}
 
@@ -204,7 +206,7 @@ def test_stages_that_share_a_dataset_hash_it_once(tmp_path, monkeypatch):
     preparation.load_dataset('imagenette', tmp_path, classes=x)
     for x in ((), ('n01', 'n02'), ('n02',))
   ]
-  found = leaks.holdout(dict(zip('abc', some, strict=True)))
+  found = leaks.find_overlap(dict(zip('abc', some, strict=True)))
   assert sorted(calls) == ['train', 'validation']
   # The fixture's evaluation images are the first two of each class.
   for stage, dataset in zip('abc', some, strict=True):
@@ -224,7 +226,7 @@ def test_digits_do_not_leak(data_dir):
     )
     for n in (4, 7, 10)
   }
-  found = leaks.holdout(datasets)
+  found = leaks.find_overlap(datasets)
   assert not any(x.any() for x in found.excluded.values())
   assert found.shared == []
   assert [len(x) for x in found.excluded.values()] == [
@@ -242,7 +244,7 @@ def test_damaged_images_match_nothing_and_are_counted(tmp_path):
       {**pictures([4]), 'y.jpg': damaged[1]},
     ),
   )
-  found = leaks.holdout(datasets)
+  found = leaks.find_overlap(datasets)
   assert found.damaged == {'a': 2}
   assert not found.excluded['a'].any()
 
@@ -421,7 +423,9 @@ def test_real_imagenette_leaks_by_name_alone(tmp_path):
     pytest.skip('JAXPROG_DATA names no folder.')
   (tmp_path / 'imagenette2').symlink_to(real_data() / 'imagenette2')
   dataset = preparation.load_dataset('imagenette', tmp_path)
-  found = leaks.holdout({'a': dataset}, absent={'imagenet': 'imagenet2012'})
+  found = leaks.find_overlap(
+    {'a': dataset}, absent={'imagenet': 'imagenet2012'}
+  )
   assert found.counts['a'] == {'name': 159, 'content': 0, 'perceptual': 0}
   assert found.contaminates == {'a': {'imagenet': 159}}
   assert len(found.shared) == 53

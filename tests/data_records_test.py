@@ -86,7 +86,7 @@ def test_many_classes_are_chosen_in_linear_time(data_dir):
 
 def test_a_holdout_follows_the_names(raw):
   dataset = preparation.load_dataset('imagenette', raw.parent)
-  held = records.hold_out(dataset, 0.4, "stage 'a'")
+  held = records.take_holdout(dataset, 0.4, "stage 'a'")
   names = held.holdout.records.names()
   assert len(held.train) + len(held.holdout) == len(dataset.train)
   assert not set(names) & set(held.train.records.names())
@@ -94,10 +94,10 @@ def test_a_holdout_follows_the_names(raw):
   some = preparation.load_dataset(
     'imagenette', raw.parent, classes=('n02', 'n03')
   )
-  again = records.hold_out(some, 0.4, "stage 'b'").holdout.records.names()
+  again = records.take_holdout(some, 0.4, "stage 'b'").holdout.records.names()
   assert set(again) == {x for x in names if not x.startswith('n01')}
   with pytest.raises(errors.UserError, match='takes 0 of the 15'):
-    records.hold_out(dataset, 1e-9, "stage 'a'")
+    records.take_holdout(dataset, 1e-9, "stage 'a'")
 
 
 @pytest.fixture(scope='module')
@@ -124,7 +124,7 @@ def taken(split):
 
 @pytest.mark.parametrize('percent', [1, 2, 5, 10, 50])
 def test_a_holdout_takes_about_its_part(numbered, percent):
-  held = records.hold_out(numbered, percent / 100, "stage 'a'")
+  held = records.take_holdout(numbered, percent / 100, "stage 'a'")
   expected = 5 * percent
   spread = (expected * (1 - percent / 100)) ** 0.5
   assert abs(len(held.holdout) - expected) < 3 * spread
@@ -133,16 +133,16 @@ def test_a_holdout_takes_about_its_part(numbered, percent):
   fewer = dataclasses.replace(
     numbered, train=numbered.train.select(numbered.train.labels % 3 > 0)
   )
-  some = records.hold_out(fewer, percent / 100, "stage 'a'")
+  some = records.take_holdout(fewer, percent / 100, "stage 'a'")
   assert taken(some.holdout) == taken(held.holdout) & taken(fewer.train)
 
 
 def test_of_a_few_images_a_holdout_takes_one(numbered):
   few = numbered.train.select(np.arange(500) < 20)
   few = dataclasses.replace(numbered, train=few)
-  assert len(records.hold_out(few, 0.03, "stage 'a'").holdout) == 1
+  assert len(records.take_holdout(few, 0.03, "stage 'a'").holdout) == 1
   with pytest.raises(errors.UserError, match='takes 0 of the 20'):
-    records.hold_out(few, 0.02, "stage 'a'")
+    records.take_holdout(few, 0.02, "stage 'a'")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_of_a_few_images_a_holdout_takes_one(numbered):
 def test_imagenets_files_have_one_side_in_all_classes(numbered, name, alike):
   with mock.patch.object(Records, 'names', lambda x: [name] * len(x)):
     try:
-      held = len(records.hold_out(numbered, 0.5, "stage 'a'").holdout)
+      held = len(records.take_holdout(numbered, 0.5, "stage 'a'").holdout)
     except errors.UserError:
       held = 0
   assert (held == 0) == alike

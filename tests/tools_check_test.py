@@ -393,7 +393,7 @@ def test_shortcuts_of_the_plan_are_said_until_the_data_is_ready(
   assert 'ten: leaks were not looked for yet' in out
   assert not preparation.list_packs(dataset.train.records.directory)
   # What a run does first.
-  leaks.holdout({'ten': dataset})
+  leaks.find_overlap({'ten': dataset})
   preparation.store(dataset, stages.Storage('raw', 8))
   cheap = check_lib._cheap(config, ['ten'], [])
   assert cheap.stages[1].storage == 'raw:8'

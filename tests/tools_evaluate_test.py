@@ -87,9 +87,7 @@ def test_the_scores_are_those_of_the_log(config, workdir, weights):
     assert row == ten['epochs'][-1]
 
 
-def test_a_hold_out_s_choice_is_scored_on_the_validation_images(
-  config, workdir
-):
+def test_a_holdout_s_choice_is_scored_on_the_validation_images(config, workdir):
   three = runs.read_history(workdir)['stages'][0]
   found = jaxprog.evaluate(config, workdir, stage='three')
   assert found['count'] == three['validation']['num_images']

@@ -137,7 +137,7 @@ def test_a_dataset_that_is_not_here_counts_as_published(tmp_path):
   assert [x.num_classes for x in counts] == [10, 200, 1000, 1000]
 
 
-def test_a_hold_out_is_taken_from_the_published_count(tmp_path):
+def test_a_holdout_is_taken_from_the_published_count(tmp_path):
   config = jaxprog.load_config(f'{ROOT}/configs/progressive.py')
   config.data_dir = str(tmp_path)
   config.stages[3]['eval_split'] = 'holdout:2%'

@@ -85,7 +85,7 @@ class Shared(NamedTuple):
   reason: str
 
 
-class Holdout(NamedTuple):
+class Overlap(NamedTuple):
   """What must not be trained on; the dicts are by the name of the stage."""
 
   # bool (n,) over the training records.
@@ -132,13 +132,13 @@ def evaluates_on_ilsvrc(dataset: str) -> bool:
   )
 
 
-def holdout(
+def find_overlap(
   datasets: Mapping[str, Dataset],
   *,
   absent: Mapping[str, str] | None = None,
   num_workers: int = 0,
   progress: Progress | None = None,
-) -> Holdout:
+) -> Overlap:
   """Returns the training images that no stage may train on, and why.
 
   Both mappings are by stage; `absent` has the names of datasets that are not
@@ -151,7 +151,7 @@ def holdout(
     if evaluates_on_ilsvrc(dataset)
   ]
   matches: dict[tuple, list[Match]] = {}
-  result = Holdout({}, {}, {}, [], [], {})
+  result = Overlap({}, {}, {}, [], [], {})
   for stage, images in train.items():
     found = [
       Leak(stage, i, images.names[i], other, j, others.names[j], reason)

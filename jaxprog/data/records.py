@@ -241,7 +241,7 @@ def _open_split(
   )
 
 
-def hold_out(
+def take_holdout(
   dataset: Dataset, part: float, where: str, rule: int = HOLDOUT_RULE
 ) -> Dataset:
   """Returns `dataset` with `part` of its training images set aside.

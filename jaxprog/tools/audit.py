@@ -81,14 +81,14 @@ def find_leaks(
   datasets: Mapping[str, Dataset],
   absent: Mapping[str, str],
   console: rich.console.Console,
-) -> leaks.Holdout:
-  """Returns what `leaks.holdout` finds; shows how far it is."""
+) -> leaks.Overlap:
+  """Returns what `leaks.find_overlap` finds; shows how far it is."""
   with bars.progress_bars(console) as show:
-    return leaks.holdout(datasets, absent=absent, progress=show)
+    return leaks.find_overlap(datasets, absent=absent, progress=show)
 
 
 def _table(
-  datasets: Mapping[str, Dataset], found: leaks.Holdout
+  datasets: Mapping[str, Dataset], found: leaks.Overlap
 ) -> rich.table.Table:
   """Returns how many images each stage must not train on, and why."""
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
@@ -109,7 +109,7 @@ def _table(
   return table
 
 
-def _lines(found: leaks.Holdout, absent: Mapping[str, str]) -> list[str]:
+def _lines(found: leaks.Overlap, absent: Mapping[str, str]) -> list[str]:
   """Returns examples, and what was not excluded or not looked at."""
   lines = []
   examples = _examples(found.leaks)
@@ -169,7 +169,7 @@ def _verdict(excluded: int, exclude_leaks: bool) -> str:
 def _summary(
   datasets: Mapping[str, Dataset],
   absent: Mapping[str, str],
-  found: leaks.Holdout,
+  found: leaks.Overlap,
 ) -> dict:
   """Returns what audit.json holds."""
   return {

@@ -162,7 +162,9 @@ def _count_dataset(
   if known is None or preparation.find_prepared(stage.dataset, data_dir):
     found = setup_lib.load_datasets(config, [stage])[stage.name]
     if stage.holdout:
-      found = records.hold_out(found, stage.holdout, f'stage {stage.name!r}')
+      found = records.take_holdout(
+        found, stage.holdout, f'stage {stage.name!r}'
+      )
     return found
   classes = stage.classes or tuple(map(str, range(known.classes)))
   part = len(classes) / known.classes

@@ -230,7 +230,7 @@ def _prepare(
   """
   if stage.holdout:
     where, rule = f'stage {stage.name!r}', rule or records.HOLDOUT_RULE
-    dataset = records.hold_out(dataset, stage.holdout, where, rule)
+    dataset = records.take_holdout(dataset, stage.holdout, where, rule)
   title = f'{stage.dataset}, {stage.storage}'
   with bars.progress_bar(rich.console.Console(stderr=True), title) as show:
     return preparation.store(dataset, stage.stored, progress=show)
@@ -253,7 +253,7 @@ def _exclude_leaks(
       except errors.UserError:
         absent[stage.name] = stage.dataset
   with bars.progress_bars(rich.console.Console(stderr=True)) as show:
-    found = leaks.holdout(known, absent=absent, progress=show)
+    found = leaks.find_overlap(known, absent=absent, progress=show)
   return {
     name: dataclasses.replace(
       dataset,
