@@ -311,8 +311,7 @@ class StageFields:
   # One sentence for the report.
   description: str = field('', free=True, scheduled=True)
 
-  # digits, imagenette, tiny_imagenet, imagenet_mini, imagenet2012, tfds:NAME or
-  # folder:PATH.
+  # A name that README lists under Data, tfds:NAME or folder:PATH.
   dataset: str = ''
   # Checked against the dataset; 0: whatever it has.
   num_classes: int = 0

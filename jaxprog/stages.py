@@ -13,21 +13,14 @@ from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
-from jaxprog import errors, fields
+from jaxprog import errors, fields, named
 
-DATASETS = (
-  'digits',
-  'imagenet2012',
-  'imagenet_mini',
-  'imagenette',
-  'tiny_imagenet',
-)
 # What a stage's is, which has no default.
 _DATASET = fields.Field(
   'dataset',
   str,
   '',
-  choices=(*DATASETS, 'folder:PATH', 'tfds:NAME'),
+  choices=(*named.DATASETS, 'folder:PATH', 'tfds:NAME'),
   pattern='(folder|tfds):(?s:.+)',
 )
 # Files of weights that run code when they are read.

@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 
-from jaxprog import errors
+from jaxprog import errors, named
 from jaxprog.data import archives
 
 CONTENT = {'pets/train/cat/1.png': b'one' * 999, 'pets/val/cat/2.png': b'two'}
@@ -397,5 +397,5 @@ def test_imagenettes_sum_is_the_one_that_tfds_registers():
   import tensorflow_datasets as tfds
 
   builder = tfds.builder_cls('imagenette')
-  known = archives.KNOWN['imagenette']
+  known = named.DATASETS['imagenette'].archive
   assert builder.url_infos[known.url].checksum == known.sha256

@@ -44,7 +44,7 @@ def test_other_files_are_ignored(tmp_path):
 @pytest.mark.parametrize('name', ['val', 'valid', 'validation', 'test'])
 def test_a_folder_may_name_its_eval_split(tmp_path, name):
   write_class_folders(tmp_path, val_name=name)
-  raw = builders.ImageClassFolder.list_raw(tmp_path)
+  raw = builders.list_raw('folder:any', tmp_path)
   assert len(names(raw, 'validation')) == 6
 
 
@@ -199,9 +199,9 @@ def test_lists_that_contradict_themselves_are_refused(
   is_tiny = file.startswith(('w', 'val/'))
   write_tiny_imagenet(tmp_path) if is_tiny else write_flat_val(tmp_path)
   (tmp_path / file).write_text(text)
-  kind = builders.TinyImagenetFolder if is_tiny else builders.Imagenet2012Folder
+  name = 'tiny_imagenet' if is_tiny else 'imagenet2012'
   with pytest.raises(errors.UserError) as caught:
-    kind.list_raw(tmp_path)
+    builders.list_raw(name, tmp_path)
   assert caught.value.what == message
   assert str(tmp_path) in caught.value.where
 

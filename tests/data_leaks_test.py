@@ -10,6 +10,7 @@ from data_fixtures import (
 )
 from PIL import Image
 
+from jaxprog import named
 from jaxprog.data import leaks, preparation, signatures
 
 FILTERS = ('BILINEAR', 'BICUBIC', 'BOX', 'LANCZOS')
@@ -43,13 +44,9 @@ def load(tmp_path, **folders):
   datasets = {}
   for stage, (name, train, val) in folders.items():
     root = tmp_path / stage
-    raw = (
-      preparation.LOCAL[name].FOLDERS[0]
-      if name in preparation.LOCAL
-      else 'images'
-    )
+    raw = named.find(name).folders[0] if name in named.DATASETS else 'images'
     write_folder(root / raw, train, val)
-    dataset = name if name in preparation.LOCAL else f'folder:{root / raw}'
+    dataset = name if name in named.DATASETS else f'folder:{root / raw}'
     datasets[stage] = preparation.load_dataset(dataset, root)
   return datasets
 

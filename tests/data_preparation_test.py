@@ -18,7 +18,7 @@ from data_fixtures import (
 )
 
 from jaxprog import errors
-from jaxprog.data import builders, preparation
+from jaxprog.data import preparation
 
 
 @pytest.fixture
@@ -443,7 +443,7 @@ def test_local_comes_before_tfds(tmp_path):
   write_class_folders(tmp_path / 'imagenette2')
   preparation.prepare('imagenette', tmp_path)
   assert [x.name for x in (tmp_path / 'prepared').iterdir() if x.is_dir()] == [
-    builders.ImagenetteFolder.name
+    'imagenette_folder'
   ]
 
 

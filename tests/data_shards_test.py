@@ -35,8 +35,8 @@ if __name__ == '__main__':
 def many_files(tmp_path_factory):
   """A data_dir whose digits lie in 2 x NUM_FILES files."""
   path = tmp_path_factory.mktemp('many')
-  builder = builders.ScikitLearnDigits(
-    builders.list_digits(), data_dir=path / 'prepared'
+  builder = builders.Images(
+    'digits', builders.list_digits(), data_dir=path / 'prepared'
   )
   tfds.disable_progress_bar()
   builder.download_and_prepare(

@@ -9,6 +9,7 @@ import pytest
 from data_fixtures import encode, photo, write_image, write_tiny_imagenet
 from image_fixtures import write_pets
 
+from jaxprog import named
 from jaxprog.data import preparation, verification
 
 
@@ -176,8 +177,10 @@ def test_a_subset_passes_once_the_manifest_has_it_but_no_missing_class(
   again = verification.verify_dataset('tiny_imagenet', tmp_path)
   assert [k for k, _ in kinds(again)] == ['classes', 'classes']
   assert str(tmp_path / 'tiny-imagenet-200') in again['errors'][0]['name']
-  known = verification.Known(classes=3, train=11, eval=6)
-  monkeypatch.setitem(verification.KNOWN, 'tiny_imagenet', known)
+  known = named.DATASETS['tiny_imagenet']._replace(
+    published=named.Published(classes=3, train=11, eval=6)
+  )
+  monkeypatch.setitem(named.DATASETS, 'tiny_imagenet', known)
   again = verification.verify_dataset('tiny_imagenet', tmp_path)
   assert again['errors'] == []
   assert again['counts'] == ['train: 12 images, 11 published']

@@ -27,7 +27,8 @@ from data_archives_test import (
 from data_fixtures import encode, photo, write_class_folders
 from image_fixtures import GOLDEN, create, describe, huge_png, write_pets
 
-from jaxprog.data import archives, preparation, preprocess
+from jaxprog import named
+from jaxprog.data import preparation, preprocess
 
 CONFIG = """
 from configs import default
@@ -299,7 +300,7 @@ def test_a_wrong_download_is_not_used(run_main, config, tmp_path, monkeypatch):
   server.shutdown()
   server.server_close()
   found = hashlib.sha256(sent).hexdigest()
-  known = archives.KNOWN['tiny_imagenet']
+  known = named.DATASETS['tiny_imagenet'].archive
   assert_three_lines(result, known.url, known.sha256, found)
   assert_three_lines(run(), known.url, 'download failed')
   assert files_below(tmp_path / 'data') == {}

@@ -53,28 +53,6 @@ _READ_ERRORS = (
 )
 
 
-class Archive(NamedTuple):
-  """A published archive."""
-
-  url: str
-  sha256: str
-
-
-# Imagenette's sum is the one that tfds 4.9 registers; Tiny ImageNet's authors
-# publish none: this is the sum on which public users of their 248,100,043
-# bytes agree.
-KNOWN = {
-  'imagenette': Archive(
-    'https://s3.amazonaws.com/fast-ai-imageclas/imagenette2.tgz',
-    '6cbfac238434d89fe99e651496f0812ebc7a10fa62bd42d6874042bf01de4efd',
-  ),
-  'tiny_imagenet': Archive(
-    'http://cs231n.stanford.edu/tiny-imagenet-200.zip',
-    '6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821',
-  ),
-}
-
-
 class _Member(NamedTuple):
   """What an archive says of one of its members."""
 

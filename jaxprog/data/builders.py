@@ -1,6 +1,6 @@
-"""Raw folders as their sources ship them, and the tfds builders over them.
+"""Raw folders as their sources ship them, and the tfds builder over them.
 
-A layout function lists the images of a raw folder and checks its classes; a
+A layout function lists the images of a raw folder and checks its classes; the
 builder writes what it lists into ArrayRecord. Nothing here imports TensorFlow.
 """
 
@@ -16,24 +16,11 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from jaxprog import errors
+from jaxprog import errors, named
 from jaxprog.data import folders, index
 
 # The splits' names in every prepared dataset that comes from here.
 TRAIN, EVAL = 'train', 'validation'
-
-IMAGENETTE_NAMES = {
-  'n01440764': 'tench',
-  'n02102040': 'English springer',
-  'n02979186': 'cassette player',
-  'n03000684': 'chain saw',
-  'n03028079': 'church',
-  'n03394916': 'French horn',
-  'n03417042': 'garbage truck',
-  'n03425413': 'gas pump',
-  'n03445777': 'golf ball',
-  'n03888257': 'parachute',
-}
 
 
 class RawImage(NamedTuple):
@@ -90,22 +77,17 @@ class Images(tfds.core.GeneratorBasedBuilder):
   """Writes a `Raw` as records of image, label, file_name and wnid."""
 
   VERSION = tfds.core.Version('1.0.0')
-  # Below data_dir; the first that exists is taken.
-  FOLDERS: tuple[str, ...]
-
-  @staticmethod
-  def list_raw(root: pathlib.Path) -> Raw:
-    """Returns the images of the raw folder `root`, checked."""
-    raise NotImplementedError
 
   def __init__(
     self,
+    dataset: str,
     raw: Raw,
     *,
     data_dir: str | os.PathLike[str],
     progress: Callable[[int, int], None] | None = None,
     **kwargs: Any,
   ):
+    self.name = prepared_name(dataset)
     self._raw, self._progress, self._done = raw, progress, 0
     self._contents = hashlib.sha256()
     super().__init__(
@@ -118,7 +100,7 @@ class Images(tfds.core.GeneratorBasedBuilder):
     raw = self._raw
     return tfds.core.DatasetInfo(
       builder=self,
-      description=type(self).__doc__,
+      description=f'{raw.num_images:,} images in {len(raw.classes):,} classes',
       features=tfds.features.FeaturesDict(
         {
           'image': tfds.features.Image(),
@@ -171,97 +153,25 @@ class Images(tfds.core.GeneratorBasedBuilder):
       self.info.metadata['contents'] = self._contents.hexdigest()
 
 
-class ImagenetteFolder(Images):
-  """Imagenette from imagenette2/, imagenette2-320/ or imagenette2-160/.
+def prepared_name(dataset: str) -> str:
+  """Returns what the folder of a dataset below prepared/ is called."""
+  return named.find(dataset).prepared or f'{dataset}_folder'
 
-  Each holds {train,val}/WNID/*.JPEG, as its archive unpacks.
+
+def list_raw(dataset: str, root: pathlib.Path) -> Raw:
+  """Returns the images of the raw folder of a dataset, checked.
+
+  Raises:
+    UserError: if the folder is not in order.
   """
-
-  FOLDERS = ('imagenette2', 'imagenette2-320', 'imagenette2-160')
-
-  @staticmethod
-  def list_raw(root: pathlib.Path) -> Raw:
-    """Returns the images below `root`."""
-    return list_class_folders(root, names=IMAGENETTE_NAMES)
-
-
-class TinyImagenetFolder(Images):
-  """Tiny ImageNet from tiny-imagenet-200/, as its archive unpacks.
-
-  The classes are those of wnids.txt, sorted, for that file is not; val/images
-  is flat and its labels stand in val/val_annotations.txt. The test images
-  have no labels and are left out.
-  """
-
-  FOLDERS = ('tiny-imagenet-200',)
-
-  @staticmethod
-  def list_raw(root: pathlib.Path) -> Raw:
-    """Returns the images below `root`."""
-    return list_tiny_imagenet(root)
-
-
-class ImagenetMiniFolder(Images):
-  """ImageNet-Mini from imagenet-mini/, laid out as imagenet1k/."""
-
-  FOLDERS = ('imagenet-mini',)
-
-  @staticmethod
-  def list_raw(root: pathlib.Path) -> Raw:
-    """Returns the images below `root`."""
-    return list_imagenet(root)
-
-
-class Imagenet2012Folder(Images):
-  """ImageNet-1k from imagenet1k/{train,val}/WNID/*.JPEG.
-
-  val/ may also be flat, as ILSVRC2012_img_val.tar unpacks, if one of these
-  lies in imagenet1k/: val_labels.txt with lines FILE WNID, Kaggle's
-  LOC_val_solution.csv, or a list of one WNID a line in the order of the file
-  names, as TensorFlow publishes it: imagenet_2012_validation_synset_labels.txt
-  or ILSVRC2012_validation_synset_labels.txt. The devkit's own numbers are no
-  WNIDs and not accepted.
-  """
-
-  FOLDERS = ('imagenet1k',)
-
-  @staticmethod
-  def list_raw(root: pathlib.Path) -> Raw:
-    """Returns the images below `root`."""
-    return list_imagenet(root)
-
-
-class ImageClassFolder(Images):
-  """Any PATH/{train,val}/CLASS/*; val may be called valid, validation, test."""
-
-  FOLDERS = ()
-
-  @staticmethod
-  def list_raw(root: pathlib.Path) -> Raw:
-    """Returns the images below `root`."""
-    return list_class_folders(root, ('val', 'valid', 'validation', 'test'))
-
-
-class ScikitLearnDigits(Images):
-  """The 1,797 handwritten digits inside scikit-learn, 8x8 pixels, as PNG.
-
-  From the UCI optical recognition test set. The images whose index is a
-  multiple of five are for evaluation, whatever classes a stage takes.
-  """
-
-  FOLDERS = ()
-
-  @staticmethod
-  def list_raw(root: pathlib.Path) -> Raw:
-    """Returns the digits; they lie in no folder."""
-    del root
-    return list_digits()
+  known = named.find(dataset)
+  return LAYOUTS[known.layout](root, known.class_names)
 
 
 def list_class_folders(
   root: pathlib.Path,
-  eval_folders: Sequence[str] = ('val',),
   names: Mapping[str, str] | None = None,
+  eval_folders: Sequence[str] = ('val',),
 ) -> Raw:
   """Returns the images of ROOT/{train,one of eval_folders}/CLASS/*.
 
@@ -278,8 +188,15 @@ def list_class_folders(
   return found.create_raw(sorted(splits[TRAIN]), splits, names)
 
 
-def list_tiny_imagenet(root: pathlib.Path) -> Raw:
-  """Returns the images of a folder laid out like tiny-imagenet-200/."""
+def list_tiny_imagenet(
+  root: pathlib.Path, names: Mapping[str, str] | None = None
+) -> Raw:
+  """Returns the images of a folder laid out like tiny-imagenet-200/.
+
+  The classes are those of wnids.txt, sorted, for that file is not; val/images
+  is flat and its labels stand in val/val_annotations.txt. The test images
+  have no labels and are left out.
+  """
   found = _Listing(root)
   classes = sorted(found.read_list('wnids.txt'))
   train = {wnid: found.images(f'train/{wnid}/images') for wnid in classes}
@@ -288,17 +205,22 @@ def list_tiny_imagenet(root: pathlib.Path) -> Raw:
       raise _unknown_class(wnid, root / 'train', 'wnids.txt')
   labels = found.read_labels('val/val_annotations.txt')
   splits = {TRAIN: train, EVAL: found.group('val/images', labels)}
-  names = found.read_names('words.txt')
+  names = found.read_names('words.txt') or names
   return found.create_raw(classes, splits, names)
 
 
-def list_imagenet(root: pathlib.Path) -> Raw:
+def list_imagenet(
+  root: pathlib.Path, names: Mapping[str, str] | None = None
+) -> Raw:
   """Returns the images of an ImageNet folder; val by class or flat.
 
-  Class names are read from Kaggle's LOC_synset_mapping.txt, if it is there.
+  A flat one, as ILSVRC2012_img_val.tar unpacks, needs a list beside it; see
+  `_Listing.read_flat_labels`. The devkit's own numbers are no WNIDs and not
+  accepted. Class names are read from Kaggle's LOC_synset_mapping.txt, if it is
+  there.
   """
   found = _Listing(root)
-  names = found.read_names('LOC_synset_mapping.txt')
+  names = found.read_names('LOC_synset_mapping.txt') or names
   train = found.classes('train')
   flat = all(x.kind != folders.FOLDER for x in found.scan('val'))
   val = (
@@ -310,7 +232,11 @@ def list_imagenet(root: pathlib.Path) -> Raw:
 
 
 def list_digits() -> Raw:
-  """Returns scikit-learn's digits, scaled from 0..16 to 0..255."""
+  """Returns scikit-learn's 1,797 handwritten digits, scaled to 0..255, as PNG.
+
+  From the UCI optical recognition test set, 8x8 pixels. The images whose index
+  is a multiple of five are for evaluation, whatever classes a stage takes.
+  """
   classes = tuple(str(i) for i in range(10))
   return Raw(
     root='scikit-learn',
@@ -338,6 +264,16 @@ def _read_digits(split: str) -> Iterator[RawImage]:
       Image.fromarray(pixels).save(file, 'png')
       yield RawImage(f'digit_{i:04d}.png', str(label), file.getvalue())
 
+
+# By the `layout` of a named dataset.
+LAYOUTS: dict[str, Callable[[pathlib.Path, Mapping[str, str]], Raw]] = {
+  'any_folder': functools.partial(
+    list_class_folders, eval_folders=('val', 'valid', 'validation', 'test')
+  ),
+  'class_folders': list_class_folders,
+  'imagenet': list_imagenet,
+  'tiny_imagenet': list_tiny_imagenet,
+}
 
 # Class -> (path relative to the raw folder, bytes) of its images.
 _Split = dict[str, list[tuple[str, int]]]

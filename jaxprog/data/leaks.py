@@ -19,16 +19,14 @@ from typing import NamedTuple
 import numpy as np
 import threadpoolctl
 
-from jaxprog import files
+from jaxprog import files, named
 from jaxprog.data import parts, signatures
 from jaxprog.data.records import Dataset, Records
 
 # The strongest first.
 REASONS = ('name', 'content', 'perceptual')
 
-# These keep the names of ImageNet's files. Tiny ImageNet's only look alike: it
-# counts its images anew.
-KEEP_NAMES = ('imagenet2012', 'imagenet_mini', 'imagenette')
+# Of those that keep the names of ImageNet's files.
 _TRAIN_NAME = re.compile(r'n\d{8}_\d+\.JPEG', re.ASCII)
 _EVAL_NAME = re.compile(r'ILSVRC2012_val_\d{8}(\.\w+)?', re.ASCII)
 
@@ -401,7 +399,7 @@ def _read(
     if not np.array_equal(records.positions, np.arange(len(table))):
       table = table[records.positions]
     names = records.names()
-    keeps_names = dataset.name in KEEP_NAMES
+    keeps_names = named.find(dataset.name).keeps_names
     positions = records.positions.tobytes()
     return Images(names, table, keeps_names, split, positions)
 

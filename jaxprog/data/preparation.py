@@ -20,25 +20,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming, read_only_builder
 
-from jaxprog import errors, files, paths
+from jaxprog import errors, files, named, paths
 from jaxprog.data import builders, folders, packs, parts, shards
 from jaxprog.data import records as records_lib
 from jaxprog.data.records import Dataset, Records, Split
 from jaxprog.stages import Storage
 
-# Datasets that can be made of what lies here, by name.
-LOCAL: dict[str, type[builders.Images]] = {
-  'digits': builders.ScikitLearnDigits,
-  'imagenet2012': builders.Imagenet2012Folder,
-  'imagenet_mini': builders.ImagenetMiniFolder,
-  'imagenette': builders.ImagenetteFolder,
-  'tiny_imagenet': builders.TinyImagenetFolder,
-}
-# What tfds calls those that it can make too.
-FROM_TFDS = {
-  'imagenet2012': 'imagenet2012',
-  'imagenette': 'imagenette/full-size-v2',
-}
 # What a disk answers that takes no more, and what tfds says before it is asked.
 FULL = (
   *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
@@ -210,10 +197,8 @@ def find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
   """Returns the raw folder of a dataset, if there is one."""
   if folder := paths.dataset_folder(dataset):
     folders = [folder]
-  elif dataset in LOCAL:
-    folders = [data_dir / name for name in LOCAL[dataset].FOLDERS]
   else:
-    folders = []
+    folders = [data_dir / name for name in named.find(dataset).folders]
   return next((folder for folder in folders if folder.is_dir()), None)
 
 
@@ -235,11 +220,7 @@ def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
   folder = find_raw(dataset, data_dir)
   if dataset == 'digits':
     return builders.list_digits()
-  return _local_class(dataset).list_raw(folder) if folder else None
-
-
-def _local_class(dataset: str) -> type[builders.Images]:
-  return LOCAL.get(dataset, builders.ImageClassFolder)
+  return builders.list_raw(dataset, folder) if folder else None
 
 
 def folder_config(dataset: str) -> str:
@@ -263,7 +244,8 @@ def _create_local_builder(
   progress: parts.Progress | None,
 ) -> builders.Images:
   config = folder_config(dataset)
-  return _local_class(dataset)(
+  return builders.Images(
+    dataset,
     raw,
     data_dir=data_dir / 'prepared',
     progress=progress,
@@ -276,14 +258,11 @@ def find_prepared(
 ) -> tfds.core.DatasetBuilder | None:
   """Returns the prepared dataset: of a local folder first, then of tfds."""
   root = data_dir / 'prepared'
-  source, _, spec = dataset.partition(':')
-  if source != 'tfds':
-    builder_class = _local_class(dataset)
-    path = root / builder_class.name / folder_config(dataset)
-    path /= str(builder_class.VERSION)
-    if os.path.isfile(path / 'dataset_info.json'):
-      return tfds.builder_from_directory(path)
-    spec = FROM_TFDS.get(dataset, '')
+  path = root / builders.prepared_name(dataset) / folder_config(dataset)
+  path /= str(builders.Images.VERSION)
+  if os.path.isfile(path / 'dataset_info.json'):
+    return tfds.builder_from_directory(path)
+  spec = named.find(dataset).tfds
   if not spec or find_raw(dataset, data_dir):
     return None
   try:
@@ -418,8 +397,7 @@ def _create_tfds_builder(
   dataset: str, data_dir: pathlib.Path
 ) -> tfds.core.DatasetBuilder:
   """Returns the builder that tfds ships under a name, not prepared."""
-  source, _, spec = dataset.partition(':')
-  spec = spec if source == 'tfds' else FROM_TFDS.get(dataset, '')
+  spec = named.find(dataset).tfds
   if not spec:
     raise _missing(dataset, data_dir)
   try:
@@ -503,13 +481,14 @@ def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
       f'looked in {pathlib.Path.cwd()}',
       'Its images belong into PATH/{train,val}/CLASS/.',
     )
-  looked = [str(data_dir / x) for x in _local_class(dataset).FOLDERS]
-  if source == 'tfds' or dataset in FROM_TFDS:
+  known = named.find(dataset)
+  looked = [str(data_dir / x) for x in known.folders]
+  if known.tfds:
     looked.append(str(data_dir / 'prepared'))
   advice = 'Put the unpacked folder there.'
-  if dataset == 'imagenet2012':
-    looked.append(str(data_dir / 'downloads/manual/ILSVRC2012_img_train.tar'))
-  elif source == 'tfds' or dataset in FROM_TFDS:
+  if known.manual:
+    looked.append(str(data_dir / 'downloads/manual' / known.manual))
+  elif known.tfds:
     advice = 'Put it there, or download it with --mode=prepare.'
   return errors.UserError(
     f'The dataset {dataset!r} is missing.',

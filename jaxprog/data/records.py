@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxprog import errors
-from jaxprog.data import builders, index, packs, parts, preprocess, shards
+from jaxprog import errors, named
+from jaxprog.data import index, packs, parts, preprocess, shards
 
 # By which an image is set aside; a stage that has begun keeps its own.
 HOLDOUT_RULE = 2
@@ -174,7 +174,7 @@ def open_dataset(
     for x in (train, evaluation)
   )
   known = dict(zip(classes, metadata.get('class_names', ()), strict=False))
-  known = known or builders.IMAGENETTE_NAMES
+  known = known or named.IMAGENETTE_NAMES
   return Dataset(
     name=name,
     classes=classes,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
-from jaxprog import errors, files
+from jaxprog import errors, files, named
 from jaxprog.data import (
   builders,
   folders,
@@ -28,22 +28,6 @@ from jaxprog.data import (
   shards,
 )
 from jaxprog.data.records import Records
-
-
-class Known(NamedTuple):
-  """What a published dataset holds."""
-
-  classes: int
-  train: int
-  eval: int
-
-
-KNOWN = {
-  'imagenet2012': Known(1000, 1_281_167, 50_000),
-  'imagenet_mini': Known(1000, 34_745, 3_923),
-  'imagenette': Known(10, 9_469, 3_925),
-  'tiny_imagenet': Known(200, 100_000, 10_000),
-}
 
 # What to do about what the publisher's own copy has as well.
 ADVICE = {
@@ -132,7 +116,7 @@ def verify_dataset(
     'path': images.path,
     'num_classes': len(images.classes),
     'seconds': time.perf_counter() - start,
-    'splits': _count(seen, images.classes, KNOWN.get(dataset)),
+    'splits': _count(seen, images.classes, named.find(dataset).published),
   }
   problems += _find_bad(seen)
   problems += _find_damaged_packs(images)
@@ -325,7 +309,7 @@ def _find_damaged_packs(images: Images) -> list[Problem]:
 
 
 def _count(
-  seen: Iterable[Seen], classes: Sequence[str], known: Known | None
+  seen: Iterable[Seen], classes: Sequence[str], known: named.Published | None
 ) -> dict[str, dict[str, Any]]:
   """Returns, by split, the number of images, in all and by class."""
   counts: dict[str, dict[str, int]] = {}

@@ -24,9 +24,9 @@ import rich.text
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import config_dict
 
-from jaxprog import epochs, files, paths
+from jaxprog import epochs, files, named, paths
 from jaxprog import stages as stages_lib
-from jaxprog.data import preparation, records, verification
+from jaxprog.data import preparation, records
 from jaxprog.data.records import Dataset, Split
 from jaxprog.planning import chips, costs, elsewhere
 from jaxprog.training import devices, preflight, xla_flags
@@ -158,7 +158,7 @@ def _count_dataset(
 ) -> Dataset:
   """Returns the stage's dataset, or what is published of it."""
   data_dir = paths.data_dir(config)
-  known = verification.KNOWN.get(stage.dataset)
+  known = named.find(stage.dataset).published
   if known is None or preparation.find_prepared(stage.dataset, data_dir):
     found = setup_lib.load_datasets(config, [stage])[stage.name]
     if stage.holdout:

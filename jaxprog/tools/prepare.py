@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import rich.console
 from ml_collections import config_dict
 
-from jaxprog import errors, paths, stages
+from jaxprog import errors, named, paths, stages
 from jaxprog.data import archives, preparation
 from jaxprog.monitoring import bars
 from jaxprog.tools import audit
@@ -118,8 +118,7 @@ def _raw_folders(
   """Returns the names below `data_dir` that hold raw images of `datasets`."""
   names: list[str] = []
   for dataset in datasets:
-    if dataset in preparation.LOCAL:
-      names += preparation.LOCAL[dataset].FOLDERS
+    names += named.find(dataset).folders
     folder = paths.dataset_folder(dataset)
     if folder and data_dir.absolute() in folder.absolute().parents:
       below = folder.absolute().relative_to(data_dir.absolute())
@@ -131,7 +130,7 @@ def _download(
   dataset: str, data_dir: pathlib.Path, console: rich.console.Console
 ) -> None:
   """Fetches and unpacks a known archive, unless its dataset is there."""
-  archive = archives.KNOWN.get(dataset)
+  archive = named.find(dataset).archive
   if (
     archive is None
     or preparation.find_raw(dataset, data_dir)

@@ -20,9 +20,9 @@ from ml_collections import config_dict
 from packaging import requirements, specifiers
 
 from jaxprog import config as config_lib
-from jaxprog import errors, files, formats, paths
+from jaxprog import errors, files, formats, named, paths
 from jaxprog import stages as stages_lib
-from jaxprog.data import archives, builders, folders, preparation, signatures
+from jaxprog.data import builders, folders, preparation, signatures
 from jaxprog.data.records import Dataset
 from jaxprog.monitoring import history as history_lib
 from jaxprog.optim import optimizers
@@ -526,7 +526,7 @@ def _check_left_out(
 def _mend(dataset: str, suggestion: str) -> str:
   """Returns a dataset's suggestion with the command that it speaks of."""
   missing = suggestion.startswith('Put ')
-  if missing and dataset in archives.KNOWN:
+  if missing and named.find(dataset).archive:
     return f'{prepare_command()} --download'
   if '--mode=prepare' in suggestion:
     return prepare_command()

@@ -1,0 +1,110 @@
+"""Datasets that have a name: where each lies, whence it comes, what it holds.
+
+Whatever asks about a dataset by its name asks here. Nothing is imported that
+takes time, so that a wrong name is said at once.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Archive(NamedTuple):
+  """A published archive."""
+
+  url: str
+  sha256: str
+
+
+class Published(NamedTuple):
+  """What the published dataset holds: classes, and images of either split."""
+
+  classes: int
+  train: int
+  eval: int
+
+
+class Named(NamedTuple):
+  """What is known of a dataset; see `DATASETS`."""
+
+  # Which function of data/builders.py lists its raw folder.
+  layout: str
+  # Raw folders below data_dir; the first that exists is taken.
+  folders: tuple[str, ...] = ()
+  published: Published | None = None
+  # Class -> its name for people, where the raw folder says nothing of it.
+  class_names: Mapping[str, str] = {}
+  # What `prepare --download` fetches.
+  archive: Archive | None = None
+  # What tfds calls it, where tfds can make it too, and the file that tfds wants
+  # in downloads/manual for that.
+  tfds: str = ''
+  manual: str = ''
+  # Whether equal names of its and ImageNet's files mean equal images.
+  keeps_names: bool = False
+  # Its folder below prepared/, unless that is NAME_folder.
+  prepared: str = ''
+
+
+IMAGENETTE_NAMES = {
+  'n01440764': 'tench',
+  'n02102040': 'English springer',
+  'n02979186': 'cassette player',
+  'n03000684': 'chain saw',
+  'n03028079': 'church',
+  'n03394916': 'French horn',
+  'n03417042': 'garbage truck',
+  'n03425413': 'gas pump',
+  'n03445777': 'golf ball',
+  'n03888257': 'parachute',
+}
+
+DATASETS = {
+  'digits': Named('digits', prepared='scikit_learn_digits'),
+  'imagenet2012': Named(
+    'imagenet',
+    ('imagenet1k',),
+    Published(1000, 1_281_167, 50_000),
+    tfds='imagenet2012',
+    manual='ILSVRC2012_img_train.tar',
+    keeps_names=True,
+  ),
+  'imagenet_mini': Named(
+    'imagenet',
+    ('imagenet-mini',),
+    Published(1000, 34_745, 3_923),
+    keeps_names=True,
+  ),
+  'imagenette': Named(
+    'class_folders',
+    ('imagenette2', 'imagenette2-320', 'imagenette2-160'),
+    Published(10, 9_469, 3_925),
+    IMAGENETTE_NAMES,
+    # The sum is the one that tfds 4.9 registers.
+    Archive(
+      'https://s3.amazonaws.com/fast-ai-imageclas/imagenette2.tgz',
+      '6cbfac238434d89fe99e651496f0812ebc7a10fa62bd42d6874042bf01de4efd',
+    ),
+    tfds='imagenette/full-size-v2',
+    keeps_names=True,
+  ),
+  # Its images only look like ImageNet's: it counts them anew.
+  'tiny_imagenet': Named(
+    'tiny_imagenet',
+    ('tiny-imagenet-200',),
+    Published(200, 100_000, 10_000),
+    # Its authors publish no sum: this is the one on which public users of
+    # their 248,100,043 bytes agree.
+    archive=Archive(
+      'http://cs231n.stanford.edu/tiny-imagenet-200.zip',
+      '6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821',
+    ),
+  ),
+}
+
+
+def find(dataset: str) -> Named:
+  """Returns what is known of a dataset; little of folder:PATH and tfds:NAME."""
+  source, _, rest = dataset.partition(':')
+  spec = rest if source == 'tfds' else ''
+  other = Named('any_folder', tfds=spec, prepared='image_class_folder')
+  return DATASETS.get(dataset, other)
