@@ -61,7 +61,7 @@ class Reader(parser.HTMLParser):
 
 
 def read(history, **fields):
-  return Reader(html.page(rundir.Run('run', history, **fields)))
+  return Reader(html.page(rundir.RunFiles('run', history, **fields)))
 
 
 def quickstart_config():
@@ -248,7 +248,7 @@ def test_interrupted_resumed_and_stopped_runs_say_so():
 
 def test_events_lie_where_their_steps_were():
   history, incidents = eventful()
-  run = rundir.Run('run', history, incidents=incidents)
+  run = rundir.RunFiles('run', history, incidents=incidents)
   spans = timeline_lib.spans(history['stages'])
   marks = curves.events(run, spans, spans[-1].end)
   found = sorted((mark.x, mark.style) for mark in marks)
@@ -272,7 +272,7 @@ def test_many_incidents_at_one_place_become_one_mark():
     {'kind': 'skipped_step', 'stage': 'imagenet', 'step': i, 'message': f'm{i}'}
     for i in range(500)
   ]
-  run = rundir.Run('run', history, incidents=incidents)
+  run = rundir.RunFiles('run', history, incidents=incidents)
   spans = timeline_lib.spans(history['stages'])
   (mark,) = curves.events(run, spans, spans[-1].end)
   assert mark.text.endswith('and 497 more')
@@ -466,7 +466,7 @@ def test_speed_is_compared_on_the_same_device_only():
 def test_the_page_refers_to_nothing_outside_itself():
   history, incidents = eventful()
   page = html.page(
-    rundir.Run('run', history, quickstart_config(), ENVIRONMENT, incidents)
+    rundir.RunFiles('run', history, quickstart_config(), ENVIRONMENT, incidents)
   )
   references = re.findall(r'(?:src|href)="([^"]*)"', page)
   assert references
@@ -476,7 +476,9 @@ def test_the_page_refers_to_nothing_outside_itself():
 
 def test_a_long_ladder_takes_less_than_three_tenths_of_a_second():
   history, incidents = eventful()
-  run = rundir.Run('run', history, quickstart_config(), ENVIRONMENT, incidents)
+  run = rundir.RunFiles(
+    'run', history, quickstart_config(), ENVIRONMENT, incidents
+  )
   assert sum(len(stage['epochs']) for stage in run.stages) > 120
   times = []
   for _ in range(5):
@@ -500,7 +502,9 @@ def test_chromium_shows_it_without_errors_network_or_overflow(
   browser, tmp_path, width
 ):
   history, incidents = eventful()
-  run = rundir.Run('run', history, quickstart_config(), ENVIRONMENT, incidents)
+  run = rundir.RunFiles(
+    'run', history, quickstart_config(), ENVIRONMENT, incidents
+  )
   path = tmp_path / 'report.html'
   path.write_text(html.page(run), encoding='utf-8')
   browser.open(path, width, dark=width == 400)
@@ -529,7 +533,7 @@ def test_chromium_shows_it_without_errors_network_or_overflow(
 def test_chromium_draws_light_and_dark(browser, tmp_path):
   path = tmp_path / 'report.html'
   history = history_fixture.create_history((2,))
-  path.write_text(html.page(rundir.Run('run', history)), encoding='utf-8')
+  path.write_text(html.page(rundir.RunFiles('run', history)), encoding='utf-8')
   shades = []
   for dark in (False, True):
     browser.open(path, 400, dark=dark)

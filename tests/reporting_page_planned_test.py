@@ -27,7 +27,7 @@ def create_run(**fields):
   }
   # As it comes back from the file.
   figures = json.loads(json.dumps(figures))
-  return rundir.Run('run', history, hardware_plan=figures, **fields)
+  return rundir.RunFiles('run', history, hardware_plan=figures, **fields)
 
 
 def test_a_plan_stands_in_the_report():

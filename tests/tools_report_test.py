@@ -205,7 +205,7 @@ def test_a_holdout_is_named_beside_a_run_on_validation():
   history = history_fixture.create_history((2,))
   held = history_fixture.create_history((2,))
   held['stages'][0]['eval_split'] = 'holdout:5%'
-  runs = [rundir.Run('one', history), rundir.Run('held', held)]
+  runs = [rundir.RunFiles('one', history), rundir.RunFiles('held', held)]
   page = texts(side_by_side.side_by_side(runs))
   assert 'best top-1 on validation a hold-out' in page
   held['stages'][0]['validation'] = {
@@ -232,8 +232,8 @@ def test_only_what_differs_between_configs_is_shown(tmp_path):
   page = texts(
     side_by_side.side_by_side(
       [
-        rundir.Run('one', history, one),
-        rundir.Run('other', history, other),
+        rundir.RunFiles('one', history, one),
+        rundir.RunFiles('other', history, other),
       ]
     )
   )
@@ -243,7 +243,7 @@ def test_only_what_differs_between_configs_is_shown(tmp_path):
   assert 'imagenette.flip' not in page.replace('tiny_imagenet.flip', '')
   assert 'batch_size' not in page
   same = side_by_side.side_by_side(
-    [rundir.Run('a', history, one), rundir.Run('a', history, one)]
+    [rundir.RunFiles('a', history, one), rundir.RunFiles('a', history, one)]
   )
   assert 'Config differences None.' in texts(same)
   assert 'a (1)' in same

@@ -34,7 +34,7 @@ class Speed(NamedTuple):
   source: str
 
 
-class Comparison(NamedTuple):
+class Beside(NamedTuple):
   """A stage beside a baseline, and in what the two differ."""
 
   stage: str
@@ -181,7 +181,7 @@ SPEEDS = (
 )
 
 
-def compare(history: Mapping[str, Any], model: str | None) -> list[Comparison]:
+def compare(history: Mapping[str, Any], model: str | None) -> list[Beside]:
   """Returns each stage beside the baselines of the same data and classes.
 
   Of each source and model that is the one of the nearest image sizes, in
@@ -190,7 +190,7 @@ def compare(history: Mapping[str, Any], model: str | None) -> list[Comparison]:
   one.
   """
   return [
-    Comparison(
+    Beside(
       stage['name'],
       facts.best_top1(stage),
       baseline,

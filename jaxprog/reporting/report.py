@@ -210,7 +210,7 @@ def _baseline_lines(history: Mapping[str, Any], model: str | None) -> list[str]:
   ]
 
 
-def describe_comparison(x: baselines_lib.Comparison) -> str:
+def describe_comparison(x: baselines_lib.Beside) -> str:
   """Returns a sentence about a stage and a published result."""
   low, high = x.baseline.top1
   reached = f'{100 * low:.1f}' + (f'-{100 * high:.1f}' if high > low else '')

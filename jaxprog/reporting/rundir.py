@@ -24,7 +24,7 @@ _SIGNS = (
 _NAMED = 5
 
 
-class Run(NamedTuple):
+class RunFiles(NamedTuple):
   """A run, as far as its files tell."""
 
   # Of its workdir.
@@ -54,14 +54,14 @@ class Run(NamedTuple):
     return (self.config or {}).get('model')
 
 
-def read_run(workdir: str | os.PathLike[str]) -> Run:
+def read_run(workdir: str | os.PathLike[str]) -> RunFiles:
   """Returns what `workdir` says of its run; nothing there is executed.
 
   Raises:
     UserError: if there is no history, or a damaged one.
   """
   workdir = pathlib.Path(workdir)
-  return Run(
+  return RunFiles(
     name=workdir.resolve().name,
     history=history_lib.load_history(workdir / 'training_history.json'),
     config=_read_object(workdir / 'config.json'),

@@ -8,7 +8,7 @@ from jaxprog import formats
 from jaxprog.reporting import timeline
 from jaxprog.reporting.page import charts, markup
 from jaxprog.reporting.page.markup import Html, join, tag
-from jaxprog.reporting.rundir import Run
+from jaxprog.reporting.rundir import RunFiles
 
 Draw = Callable[..., Html]
 
@@ -20,7 +20,7 @@ EPOCHS_LABEL = 'epochs, all stages'
 _MARK_DISTANCE = 1 / 150
 
 
-def curves(run: Run) -> Html:
+def curves(run: RunFiles) -> Html:
   """Returns loss, accuracy, rate, and sizes over the whole ladder."""
   spans = timeline.spans(run.stages)
   if not spans:
@@ -36,7 +36,7 @@ def curves(run: Run) -> Html:
   )
 
 
-def ladder_chart(run: Run, spans: Sequence[timeline.Span]) -> Draw:
+def ladder_chart(run: RunFiles, spans: Sequence[timeline.Span]) -> Draw:
   """Returns charts.line_chart with the ladder's stages, resumes, incidents."""
   x_end = spans[-1].end
   hints = [
@@ -87,7 +87,7 @@ def bands(spans: Sequence[timeline.Span]) -> list[charts.Band]:
 
 
 def events(
-  run: Run, spans: Sequence[timeline.Span], x_end: float
+  run: RunFiles, spans: Sequence[timeline.Span], x_end: float
 ) -> list[charts.Mark]:
   """Returns resumes, rollbacks and other incidents of known steps.
 
@@ -104,7 +104,7 @@ def events(
 
 
 def _events(
-  run: Run, spans: Sequence[timeline.Span]
+  run: RunFiles, spans: Sequence[timeline.Span]
 ) -> Iterator[tuple[str, float, str]]:
   logged = [x for x in run.incidents if x.get('step') is not None]
   for span in spans:

@@ -7,10 +7,10 @@ from jaxprog import formats
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reporting.page import markup
 from jaxprog.reporting.page.markup import Html, join, tag
-from jaxprog.reporting.rundir import Run
+from jaxprog.reporting.rundir import RunFiles
 
 
-def hand_over(run: Run) -> Html:
+def hand_over(run: RunFiles) -> Html:
   """Returns what each stage took over from which, and what it was worth."""
   rows = [_hand_over_row(run, stage) for stage in run.stages]
   titles = [
@@ -43,7 +43,7 @@ def hand_over(run: Run) -> Html:
   )
 
 
-def _hand_over_row(run: Run, stage: Mapping[str, Any]) -> list[object]:
+def _hand_over_row(run: RunFiles, stage: Mapping[str, Any]) -> list[object]:
   transfer = stage['transfer'] or {}
   source = history_lib.find_stage(run.history, transfer.get('from') or '')
   first = stage['epochs'][0] if stage['epochs'] else {}

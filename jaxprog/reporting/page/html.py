@@ -14,11 +14,11 @@ from jaxprog.reporting.page import (
   time,
 )
 from jaxprog.reporting.page.markup import Html, join, tag
-from jaxprog.reporting.rundir import Run
+from jaxprog.reporting.rundir import RunFiles
 
 # Id, title and content of each section, in order; without content there is
 # none.
-SECTIONS: tuple[tuple[str, str, Callable[[Run], Html]], ...] = (
+SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], Html]], ...] = (
   ('overview', 'Overview', overview.overview),
   ('scorecard', 'Scorecard', scorecard.scorecard),
   ('curves', 'Curves', curves.curves),
@@ -34,7 +34,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Run], Html]], ...] = (
 )
 
 
-def page(run: Run) -> str:
+def page(run: RunFiles) -> str:
   """Returns the page of a run that is finished or under way."""
   status, chip = overview.describe_status(run)
   return document(

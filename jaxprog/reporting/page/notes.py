@@ -7,13 +7,13 @@ from jaxprog.monitoring import incidents as incidents_lib
 from jaxprog.reporting import facts
 from jaxprog.reporting.page import markup
 from jaxprog.reporting.page.markup import Html, join, tag
-from jaxprog.reporting.rundir import Run
+from jaxprog.reporting.rundir import RunFiles
 
 # Incidents that a page lists; the log has them all.
 _MAX_INCIDENTS = 60
 
 
-def notes(run: Run) -> Html:
+def notes(run: RunFiles) -> Html:
   """Returns what a reader must know beside the figures, and the incidents."""
   found = facts.notes(run.stages, run.planned)
   parts = [

@@ -9,10 +9,10 @@ from jaxprog import formats
 from jaxprog.reporting import facts
 from jaxprog.reporting.page import charts, markup
 from jaxprog.reporting.page.markup import Html, join, tag
-from jaxprog.reporting.rundir import Run
+from jaxprog.reporting.rundir import RunFiles
 
 
-def overview(run: Run) -> Html:
+def overview(run: RunFiles) -> Html:
   """Returns the section's content."""
   return join(
     _headline(run),
@@ -28,7 +28,7 @@ def overview(run: Run) -> Html:
   )
 
 
-def describe_status(run: Run) -> tuple[str, str]:
+def describe_status(run: RunFiles) -> tuple[str, str]:
   """Returns how far the run is, and the class of the chip that says so."""
   over = sum(stage['status'] != 'running' for stage in run.stages)
   total = max(len(run.planned), len(run.stages))
@@ -39,7 +39,7 @@ def describe_status(run: Run) -> tuple[str, str]:
   return f'{over} of {total} stages finished{more}', 'warn'
 
 
-def remark_chips(run: Run) -> list[Html]:
+def remark_chips(run: RunFiles) -> list[Html]:
   """Returns what a reader must know of the run at first sight."""
   resumes = sum(len(s.get('resumed_at_steps') or ()) for s in run.stages)
   early = [s['name'] for s in run.stages if s['status'] == 'stopped_early']
@@ -60,7 +60,7 @@ def status_chip(stage: Mapping[str, Any]) -> Html:
   return tag('span', words, class_='chip good' if good else 'chip warn')
 
 
-def _headline(run: Run) -> Html:
+def _headline(run: RunFiles) -> Html:
   trained = [stage for stage in run.stages if stage['best']]
   tiles: list[tuple[str, str]] = []
   if trained:
@@ -161,7 +161,7 @@ def definitions(pairs: Sequence[tuple[str, object]], style: str = '') -> Html:
   return tag('dl', *items, class_=style or None)
 
 
-def _facts(run: Run) -> Html:
+def _facts(run: RunFiles) -> Html:
   pairs: list[tuple[str, object]] = []
   for name, text in facts.describe_run(run.history, run.environment):
     value = tag('code', text) if name in ('command', 'commit') else text

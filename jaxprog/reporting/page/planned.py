@@ -7,7 +7,7 @@ from jaxprog import formats
 from jaxprog.reporting import facts
 from jaxprog.reporting.page import markup
 from jaxprog.reporting.page.markup import Html, join, tag
-from jaxprog.reporting.rundir import Run
+from jaxprog.reporting.rundir import RunFiles
 
 _PLAN_TITLES = (
   'stage',
@@ -24,7 +24,7 @@ _PLAN_TITLES = (
 )
 
 
-def planned(run: Run) -> Html:
+def planned(run: RunFiles) -> Html:
   """Returns the plan, beside what was measured where the run used such chips.
 
   Nothing if --mode=plan was never asked in this workdir.
@@ -70,7 +70,7 @@ def _plan_row(stage: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _measured(run: Run, plan: Mapping[str, Any]) -> Html:
+def _measured(run: RunFiles, plan: Mapping[str, Any]) -> Html:
   """Returns planned beside measured, or why there is nothing to compare."""
   devices = (run.environment or {}).get('devices') or {}
   kind, count = devices.get('kind'), devices.get('count')

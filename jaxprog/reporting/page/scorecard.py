@@ -6,10 +6,10 @@ from jaxprog import formats
 from jaxprog.reporting import baselines, facts
 from jaxprog.reporting.page import charts, markup
 from jaxprog.reporting.page.markup import Html, join, tag
-from jaxprog.reporting.rundir import Run
+from jaxprog.reporting.rundir import RunFiles
 
 
-def scorecard(run: Run) -> Html:
+def scorecard(run: RunFiles) -> Html:
   """Returns each stage beside the mission's ranges and published results."""
   compared = baselines.compare(run.history, run.model)
   scores = facts.scorecard(run.history)
@@ -23,7 +23,7 @@ def scorecard(run: Run) -> Html:
 
 
 def _ranges(
-  scores: Sequence[facts.Score], compared: Sequence[baselines.Comparison]
+  scores: Sequence[facts.Score], compared: Sequence[baselines.Beside]
 ) -> Html | None:
   """Returns a bar a stage with the run, the range and the references."""
   rows = []
@@ -85,7 +85,7 @@ def _score_row(score: facts.Score) -> list[object]:
   ]
 
 
-def _baseline_table(compared: Sequence[baselines.Comparison]) -> Html:
+def _baseline_table(compared: Sequence[baselines.Beside]) -> Html:
   title = tag('h3', 'Beside published results')
   if not compared:
     text = 'None is known for the data and classes of these stages.'
@@ -117,7 +117,7 @@ def _baseline_table(compared: Sequence[baselines.Comparison]) -> Html:
   )
 
 
-def _speed_lines(run: Run) -> Html | None:
+def _speed_lines(run: RunFiles) -> Html | None:
   devices = (run.environment or {}).get('devices') or {}
   lines = []
   for stage in run.stages:

@@ -9,7 +9,7 @@ from jaxprog.monitoring import history as history_lib
 from jaxprog.reporting import facts
 from jaxprog.reporting.page import charts, html, markup, overview
 from jaxprog.reporting.page.markup import Html, join, tag
-from jaxprog.reporting.rundir import Run
+from jaxprog.reporting.rundir import RunFiles
 
 # Parts of a config that are no fields.
 _GROUPS = ('stages', 'stage_defaults')
@@ -19,7 +19,7 @@ _ABSENT = object()
 _STYLES = ('s0', 's1', 's2', 's3', 's4', 's5')
 
 
-def side_by_side(runs: Sequence[Run]) -> str:
+def side_by_side(runs: Sequence[RunFiles]) -> str:
   """Returns a page with a column for each run."""
   runs = _with_own_names(runs)
   return html.document(
@@ -47,7 +47,7 @@ def side_by_side(runs: Sequence[Run]) -> str:
   )
 
 
-def _with_own_names(runs: Sequence[Run]) -> list[Run]:
+def _with_own_names(runs: Sequence[RunFiles]) -> list[RunFiles]:
   """Returns the runs with numbers behind names that occur twice."""
   names = [run.name for run in runs]
   return [
@@ -56,14 +56,16 @@ def _with_own_names(runs: Sequence[Run]) -> list[Run]:
   ]
 
 
-def _table(runs: Sequence[Run], rows: list[list[object]], caption: str) -> Html:
+def _table(
+  runs: Sequence[RunFiles], rows: list[list[object]], caption: str
+) -> Html:
   titles = ['', *(run.name for run in runs)]
   return markup.table(
     titles, rows, caption=caption, left=tuple(range(len(titles)))
   )
 
 
-def _facts(runs: Sequence[Run]) -> Html:
+def _facts(runs: Sequence[RunFiles]) -> Html:
   described = [
     {
       'n': '1',
@@ -79,7 +81,7 @@ def _facts(runs: Sequence[Run]) -> Html:
   return _table(runs, rows, 'What ran on what')
 
 
-def _config(runs: Sequence[Run]) -> Html:
+def _config(runs: Sequence[RunFiles]) -> Html:
   """Returns the fields that are not the same in all runs."""
   flat = _flatten([run.config for run in runs])
   names = sorted(set(itertools.chain.from_iterable(flat)))
@@ -136,15 +138,15 @@ def _varies(stages: Sequence[Mapping[str, Any]], field: str) -> bool:
   return any(value != values[0] for value in values)
 
 
-def _stage_names(runs: Sequence[Run]) -> list[str]:
+def _stage_names(runs: Sequence[RunFiles]) -> list[str]:
   return list(dict.fromkeys(s['name'] for run in runs for s in run.stages))
 
 
-def _results(runs: Sequence[Run]) -> Html:
+def _results(runs: Sequence[RunFiles]) -> Html:
   return join(*(_stage_table(runs, name) for name in _stage_names(runs)))
 
 
-def _stage_table(runs: Sequence[Run], name: str) -> Html:
+def _stage_table(runs: Sequence[RunFiles], name: str) -> Html:
   columns = [
     _stage_figures(history_lib.find_stage(run.history, name)) for run in runs
   ]
@@ -184,12 +186,12 @@ def _stage_figures(stage: Mapping[str, Any] | None) -> dict[str, str]:
   }
 
 
-def _curves(runs: Sequence[Run]) -> Html:
+def _curves(runs: Sequence[RunFiles]) -> Html:
   found = [_stage_chart(runs, name) for name in _stage_names(runs)]
   return join(*found) if any(found) else tag('p', 'No epoch is finished yet.')
 
 
-def _stage_chart(runs: Sequence[Run], name: str) -> Html | None:
+def _stage_chart(runs: Sequence[RunFiles], name: str) -> Html | None:
   """Returns validation top-1 over the epochs of a stage, a line a run."""
   series, labels, said = [], [], []
   for i, run in enumerate(runs):

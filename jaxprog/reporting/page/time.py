@@ -8,7 +8,7 @@ from jaxprog import formats
 from jaxprog.reporting import facts, timeline
 from jaxprog.reporting.page import charts, curves, markup
 from jaxprog.reporting.page.markup import Html, join, tag
-from jaxprog.reporting.rundir import Run
+from jaxprog.reporting.rundir import RunFiles
 
 _SPLIT = (
   ('training', 't-training'),
@@ -18,7 +18,7 @@ _SPLIT = (
 )
 
 
-def time(run: Run) -> Html:
+def time(run: RunFiles) -> Html:
   """Returns where the seconds went, and how fast images were trained on."""
   spans = timeline.spans(run.stages)
   return join(
@@ -69,7 +69,7 @@ def _split_bars(stages: Sequence[Mapping[str, Any]]) -> Html:
   )
 
 
-def _speed_chart(run: Run, spans: Sequence[timeline.Span]) -> Html:
+def _speed_chart(run: RunFiles, spans: Sequence[timeline.Span]) -> Html:
   series = [
     curves.create_series(spans, 'images/s', 'rate', 'images_per_second')
   ]
