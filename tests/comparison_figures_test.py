@@ -282,7 +282,7 @@ def test_a_summary_adjusts_p_values_for_the_number_of_cells():
     for i, x in enumerate(finals[cell])
   ]
   a, b, c = tables.summarize(runs, 'a')
-  assert a.comparison is None
+  assert a.difference is None
   assert a.p_value is None
   first = create_scores(finals['a'])
   p = {
@@ -290,7 +290,7 @@ def test_a_summary_adjusts_p_values_for_the_number_of_cells():
   }
   assert b.p_value == pytest.approx(2 * p['b'])
   assert c.p_value == pytest.approx(p['c'])
-  assert b.comparison.estimate.mean == pytest.approx(-0.1)
+  assert b.difference.estimate.mean == pytest.approx(-0.1)
   assert b.costs == {
     'epochs': 4,
     'images': 4000,
@@ -328,7 +328,7 @@ def test_every_run_and_every_cell_is_a_row(tmp_path, grid_runs):
   assert float(runs[0]['flops']) == 2.4e13
   assert cells[0]['difference_mean'] == ''
   assert cells[-1]['done'] == '2'
-  expected = summaries[1].comparison.estimate
+  expected = summaries[1].difference.estimate
   assert float(cells[1]['difference_low']) == expected.low
   assert float(cells[1]['p_holm']) == summaries[1].p_value
 

@@ -22,11 +22,9 @@ from jaxprog.comparison import (
 from jaxprog.comparison.budgets import StageCost
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
-from jaxprog.comparison.statistics import Axis
+from jaxprog.comparison.statistics import Axis, Record
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import outcomes as outcomes_lib
-
-Record = dict[str, Any]
 
 
 def read_record(

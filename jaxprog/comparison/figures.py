@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprog import files
 from jaxprog.comparison import statistics, tables
-from jaxprog.comparison.statistics import Axis, Estimate, Run
+from jaxprog.comparison.statistics import Axis, Estimate, Record
 
 Axes = matplotlib.axes.Axes
 Figure = matplotlib.figure.Figure
@@ -61,7 +61,7 @@ class Grid(NamedTuple):
 
 
 def plot_comparison(
-  runs: Sequence[Run],
+  runs: Sequence[Record],
   path: str | os.PathLike[str],
   *,
   keys: tuple[str, str] | None = None,
@@ -89,7 +89,7 @@ def plot_comparison(
 
 
 def plot_ladder(
-  runs: Sequence[Run],
+  runs: Sequence[Record],
   path: str | os.PathLike[str],
   *,
   target: float | None = None,
@@ -105,7 +105,7 @@ def plot_ladder(
 
 
 def find_grid(
-  runs: Sequence[Run], keys: tuple[str, str] | None = None
+  runs: Sequence[Record], keys: tuple[str, str] | None = None
 ) -> Grid | None:
   """Returns the grid that the overrides of `runs` span, or None."""
   overrides = [run['overrides'] for run in runs]
@@ -128,14 +128,14 @@ def find_grid(
 
 
 def draw_grid(
-  runs: Sequence[Run], grid: Grid, *, axis: Axis = 'images', best: int = 4
+  runs: Sequence[Record], grid: Grid, *, axis: Axis = 'images', best: int = 4
 ) -> Figure:
   """Returns a heat map of mean top-1, beside curves of the `best` cells."""
   width = max(4.2, 1.15 * len(grid.columns) + 1.6)
   height = max(4.2, 0.82 * len(grid.rows) + 1.5)
   figure = _figure(width + 5.6, height)
   heat, curves = figure.subplots(1, 2, width_ratios=(width, 5.2))
-  by_place: dict[tuple[str, str], list[Run]] = {}
+  by_place: dict[tuple[str, str], list[Record]] = {}
   for run in runs:
     by_place.setdefault(_place(grid, run), []).append(run)
   _draw_heat(heat, grid, by_place)
@@ -156,7 +156,7 @@ def draw_grid(
   return figure
 
 
-def draw_forest(runs: Sequence[Run], reference: str = '') -> Figure:
+def draw_forest(runs: Sequence[Record], reference: str = '') -> Figure:
   """Returns the cells in the order of their means: dots and 95% intervals."""
   ranked = _ranked(statistics.by_cell(runs))
   figure = _figure(9.5, 0.42 * len(ranked) + 1.9)
@@ -180,7 +180,7 @@ def draw_forest(runs: Sequence[Run], reference: str = '') -> Figure:
   return figure
 
 
-def draw_ladder(runs: Sequence[Run], target: float | None = None) -> Figure:
+def draw_ladder(runs: Sequence[Record], target: float | None = None) -> Figure:
   """Returns three panels: accuracy over images, over FLOPs, over seconds."""
   cells = statistics.by_cell(runs)
   arms = dict(_ranked(cells))
@@ -257,7 +257,7 @@ def _legend_style(columns: int) -> dict[str, Any]:
 
 
 def _draw_heat(
-  axes: Axes, grid: Grid, runs: Mapping[tuple[str, str], Sequence[Run]]
+  axes: Axes, grid: Grid, runs: Mapping[tuple[str, str], Sequence[Record]]
 ) -> None:
   means = np.full((len(grid.rows), len(grid.columns)), np.nan)
   for (row, column), cell_runs in runs.items():
@@ -293,7 +293,7 @@ def _draw_heat(
 
 def _draw_curves(
   axes: Axes,
-  cells: Mapping[str, Sequence[Run]],
+  cells: Mapping[str, Sequence[Record]],
   axis: Axis,
   styles: Mapping[str, Mapping[str, Any]],
 ) -> None:
@@ -328,7 +328,7 @@ def _draw_curves(
 
 
 def _draw_single(
-  axes: Axes, runs: Sequence[Run], axis: Axis, style: Mapping[str, Any]
+  axes: Axes, runs: Sequence[Record], axis: Axis, style: Mapping[str, Any]
 ) -> None:
   """Draws each seed by itself: no costs are common to all of them."""
   finished = statistics.done(runs)
@@ -358,7 +358,7 @@ def _limit_accuracy(axes: Axes, target: float | None = None) -> None:
 
 
 def _mark_boundaries(
-  figure: Figure, axes: Axes, arms: Mapping[str, Sequence[Run]], axis: Axis
+  figure: Figure, axes: Axes, arms: Mapping[str, Sequence[Record]], axis: Axis
 ) -> None:
   """Draws a line where earlier stages end, with their names above the panel.
 
@@ -393,7 +393,7 @@ def _mark_boundaries(
 
 
 def _boundaries(
-  arms: Mapping[str, Sequence[Run]], axis: Axis, distance: float
+  arms: Mapping[str, Sequence[Record]], axis: Axis, distance: float
 ) -> list[tuple[float, str]]:
   """Returns where the earlier stages of all arms end, close ones as one."""
   found: dict[tuple[str, str], list[float]] = {}
@@ -410,7 +410,7 @@ def _boundaries(
   return merged
 
 
-def _draw_row(axes: Axes, i: int, runs: Sequence[Run]) -> None:
+def _draw_row(axes: Axes, i: int, runs: Sequence[Record]) -> None:
   scores = list(statistics.final_scores(runs).values())
   if not scores:
     return
@@ -431,7 +431,7 @@ def _draw_row(axes: Axes, i: int, runs: Sequence[Run]) -> None:
   axes.plot([100 * e.mean], [i], marker='D', markersize=5.5, color=COLORS[1])
 
 
-def _row_text(runs: Sequence[Run]) -> str:
+def _row_text(runs: Sequence[Record]) -> str:
   scores = list(statistics.final_scores(runs).values())
   lost = _lost(runs)
   if not scores:
@@ -443,7 +443,7 @@ def _row_text(runs: Sequence[Run]) -> str:
   return ', '.join(filter(None, [f'{text}  n = {e.n}', lost]))
 
 
-def _cell_text(runs: Sequence[Run]) -> str:
+def _cell_text(runs: Sequence[Record]) -> str:
   e = _estimate(runs)
   lost = _lost(runs)
   if e is None:
@@ -453,7 +453,7 @@ def _cell_text(runs: Sequence[Run]) -> str:
   return f'{text}\n{lost}' if lost else text
 
 
-def _lost(runs: Sequence[Run]) -> str:
+def _lost(runs: Sequence[Record]) -> str:
   counts = [
     (sum(run['status'] == status for run in runs), status)
     for status in tables.STATUSES[1:]
@@ -461,29 +461,29 @@ def _lost(runs: Sequence[Run]) -> str:
   return ', '.join(f'{n} {status}' for n, status in counts if n)
 
 
-def _estimate(runs: Sequence[Run]) -> Estimate | None:
+def _estimate(runs: Sequence[Record]) -> Estimate | None:
   scores = statistics.final_scores(runs).values()
   return statistics.estimate(scores) if scores else None
 
 
-def _mean(runs: Sequence[Run]) -> float | None:
+def _mean(runs: Sequence[Record]) -> float | None:
   e = _estimate(runs)
   return None if e is None else e.mean
 
 
 def _ranked(
-  cells: Mapping[str, Sequence[Run]],
-) -> list[tuple[str, Sequence[Run]]]:
+  cells: Mapping[str, Sequence[Record]],
+) -> list[tuple[str, Sequence[Record]]]:
   """Returns the cells by falling mean, those without one at the end."""
 
-  def place(item: tuple[str, Sequence[Run]]) -> float:
+  def place(item: tuple[str, Sequence[Record]]) -> float:
     mean = _mean(item[1])
     return np.inf if mean is None else -mean
 
   return sorted(cells.items(), key=place)
 
 
-def _has_earlier_stages(runs: Sequence[Run]) -> bool:
+def _has_earlier_stages(runs: Sequence[Record]) -> bool:
   return any(statistics.earlier_stages(run) for run in runs)
 
 
@@ -500,7 +500,7 @@ def _styles(
   }
 
 
-def _place(grid: Grid, run: Run) -> tuple[str, str]:
+def _place(grid: Grid, run: Record) -> tuple[str, str]:
   overrides = run['overrides']
   return (
     _text(overrides.get(grid.row_key)),

@@ -28,7 +28,7 @@ CONFIDENCE = 0.95
 MIN_RUNS = 3
 
 # A run's record, and the costs that its curve is told over.
-Run = Mapping[str, Any]
+Record = Mapping[str, Any]
 Axis = Literal['images', 'flops', 'seconds', 'epochs']
 
 # More points than this do not show in a plot's line.
@@ -59,7 +59,7 @@ class Estimate(NamedTuple):
   n: int
 
 
-class Comparison(NamedTuple):
+class Difference(NamedTuple):
   """How two cells differ, first less second, or first over second.
 
   `counts` are the runs of each that gave a number. Paired, the estimate is of
@@ -286,7 +286,7 @@ def expected_maximum(count: int) -> float:
   return float(np.trapezoid(x * density, x))
 
 
-def compare(a: Scores, b: Scores) -> Comparison:
+def compare(a: Scores, b: Scores) -> Difference:
   """Returns a - b: over the seeds that both have, or by Welch if under two."""
   seeds = _common_seeds(a, b)
   x = [a[seed] for seed in seeds or a]
@@ -299,7 +299,7 @@ def compare(a: Scores, b: Scores) -> Comparison:
     noise,
     _DIFFERENCES,
   )
-  return Comparison(found, p_value, bool(seeds), (len(a), len(b)))
+  return Difference(found, p_value, bool(seeds), (len(a), len(b)))
 
 
 def _common_seeds(a: Mapping[int, Any], b: Mapping[int, Any]) -> list[int]:
@@ -310,20 +310,20 @@ def _common_seeds(a: Mapping[int, Any], b: Mapping[int, Any]) -> list[int]:
   return []
 
 
-def by_cell(runs: Iterable[Run]) -> dict[str, list[Run]]:
+def by_cell(runs: Iterable[Record]) -> dict[str, list[Record]]:
   """Returns the runs of each cell, cells as they first appear, seeds sorted."""
-  cells: dict[str, list[Run]] = {}
+  cells: dict[str, list[Record]] = {}
   for run in runs:
     cells.setdefault(run['cell'], []).append(run)
   return {k: sorted(v, key=lambda run: run['seed']) for k, v in cells.items()}
 
 
-def done(runs: Iterable[Run]) -> list[Run]:
+def done(runs: Iterable[Record]) -> list[Record]:
   """Returns the runs that reached their end."""
   return [run for run in runs if run['status'] == 'done']
 
 
-def final_scores(runs: Iterable[Run]) -> dict[int, Score]:
+def final_scores(runs: Iterable[Record]) -> dict[int, Score]:
   """Returns the final top-1 of each run that is done, by seed.
 
   Not the best of its epochs: that one is chosen on the evaluation images, and
@@ -339,14 +339,14 @@ def final_scores(runs: Iterable[Run]) -> dict[int, Score]:
   }
 
 
-def points(run: Run, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+def points(run: Record, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
   """Returns costs along `axis` and top-1 of the run's evaluations."""
   rows = [row for row in run['curve'] if row['top1'] is not None]
   costs = np.array([row[axis] for row in rows], float)
   return costs, np.array([row['top1'] for row in rows], float)
 
 
-def earlier_stages(run: Run) -> list[Mapping[str, Any]]:
+def earlier_stages(run: Record) -> list[Mapping[str, Any]]:
   """Returns where the stages before the curve's own end, in their order."""
   if not run['curve']:
     return []
@@ -377,7 +377,7 @@ def first_reach(
 
 
 def costs_to_target(
-  runs: Iterable[Run], target: float, axis: Axis
+  runs: Iterable[Record], target: float, axis: Axis
 ) -> dict[int, float | None]:
   """Returns what each run that is done paid to reach `target`, by seed.
 
@@ -390,8 +390,8 @@ def costs_to_target(
 
 
 def compare_time_to_target(
-  a: Sequence[Run], b: Sequence[Run], target: float, axis: Axis
-) -> Comparison | None:
+  a: Sequence[Record], b: Sequence[Record], target: float, axis: Axis
+) -> Difference | None:
   """Returns the ratio of the costs to a target, or None where it has no sense.
 
   Only where every run of both reached the target. The mean of those that did
@@ -414,10 +414,10 @@ def compare_time_to_target(
     (-math.inf, math.inf),
   )
   counts = len(costs[0]), len(costs[1])
-  return Comparison(_raised(estimated), p_value, bool(seeds), counts)
+  return Difference(_raised(estimated), p_value, bool(seeds), counts)
 
 
-def _target_noise(runs: Iterable[Run], target: float, axis: Axis) -> float:
+def _target_noise(runs: Iterable[Record], target: float, axis: Axis) -> float:
   """Returns the variance of the logarithm of an arm's mean cost to a target.
 
   What the images leave uncertain of an accuracy, over how fast it rises there.
@@ -428,7 +428,7 @@ def _target_noise(runs: Iterable[Run], target: float, axis: Axis) -> float:
   return binomial_noise(target, images).own / float(np.median(slopes)) ** 2
 
 
-def _slope(run: Run, target: float, axis: Axis) -> float:
+def _slope(run: Record, target: float, axis: Axis) -> float:
   """Returns by how much top-1 rises with the logarithm of the cost."""
   costs, values = _whole_curve(run, axis)
   i = max(1, int(np.argmax(values >= target)))
@@ -444,7 +444,7 @@ def interpolate_curve(
   return np.interp(np.asarray(grid, float), x, y, left=np.nan, right=np.nan)
 
 
-def mean_curve(runs: Iterable[Run], axis: Axis) -> MeanCurve | None:
+def mean_curve(runs: Iterable[Record], axis: Axis) -> MeanCurve | None:
   """Returns the mean top-1 of the runs that are done, over costs along `axis`.
 
   On the costs that all of them have in common, so that no run enters or leaves
@@ -482,11 +482,11 @@ def _common_grid(costs: Sequence[np.ndarray]) -> np.ndarray:
   return grid
 
 
-def _reach(run: Run, target: float, axis: Axis) -> float | None:
+def _reach(run: Record, target: float, axis: Axis) -> float | None:
   return first_reach(*_whole_curve(run, axis), target)
 
 
-def _whole_curve(run: Run, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+def _whole_curve(run: Record, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
   """Returns a run's points, and before them where its first step began."""
   costs, values = points(run, axis)
   before = earlier_stages(run)

@@ -13,7 +13,7 @@ import rich.text
 
 from jaxprog import files
 from jaxprog.comparison import statistics, verdicts
-from jaxprog.comparison.statistics import Axis, Comparison, Estimate, Run
+from jaxprog.comparison.statistics import Axis, Difference, Estimate, Record
 
 AXES: tuple[Axis, ...] = ('epochs', 'images', 'flops', 'seconds')
 STATUSES = ('done', 'diverged', 'failed')
@@ -50,7 +50,7 @@ _MAGNITUDES = ((1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
 class CellSummary(NamedTuple):
   """What the runs of a cell come to.
 
-  `top1` is None where no run is done; `comparison` and `p_value`, the latter
+  `top1` is None where no run is done; `difference` and `p_value`, the latter
   adjusted for the number of cells, are None for the reference itself as well.
   `by_image`: whether it is known which images each run has right. `costs` are
   means of the runs that are done, `counts` runs by status.
@@ -59,14 +59,14 @@ class CellSummary(NamedTuple):
   cell: str
   counts: Mapping[str, int]
   top1: Estimate | None
-  comparison: Comparison | None
+  difference: Difference | None
   p_value: float | None
   by_image: bool
   learning_rates: tuple[float, ...]
   costs: Mapping[Axis, float]
 
 
-def summarize(runs: Iterable[Run], reference: str) -> list[CellSummary]:
+def summarize(runs: Iterable[Record], reference: str) -> list[CellSummary]:
   """Returns a summary of each cell, in the order of their first runs.
 
   Args:
@@ -107,8 +107,8 @@ def comparison_table(
 def notes(summaries: Sequence[CellSummary], reference: str) -> list[str]:
   """Returns what a reader of the table has to know, a sentence or two each."""
   texts = [_CAPTION.format(reference=reference)]
-  compared = [s for s in summaries if s.comparison is not None]
-  if any(s.comparison and not s.comparison.paired for s in compared):
+  compared = [s for s in summaries if s.difference is not None]
+  if any(s.difference and not s.difference.paired for s in compared):
     texts.append(
       'Where fewer than two seeds are in common, runs are not paired (Welch).'
     )
@@ -130,7 +130,7 @@ def notes(summaries: Sequence[CellSummary], reference: str) -> list[str]:
   return [text for text in texts if text]
 
 
-def run_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
+def run_rows(runs: Iterable[Record]) -> list[dict[str, Any]]:
   """Returns a row for each run; costs are those at its last evaluation."""
   rows: list[dict[str, Any]] = []
   for run in runs:
@@ -154,9 +154,9 @@ def cell_rows(summaries: Iterable[CellSummary]) -> list[dict[str, Any]]:
       **{status: s.counts[status] for status in STATUSES},
       **_estimate_fields('top1', s.top1),
       **_estimate_fields(
-        'difference', s.comparison.estimate if s.comparison else None
+        'difference', s.difference.estimate if s.difference else None
       ),
-      'paired': s.comparison.paired if s.comparison else None,
+      'paired': s.difference.paired if s.difference else None,
       'p_holm': s.p_value,
       'learning_rate': ' '.join(f'{rate:g}' for rate in s.learning_rates),
       **{axis: s.costs.get(axis) for axis in AXES},
@@ -187,7 +187,7 @@ def format_count(value: float) -> str:
 
 
 def _summarize(
-  cell: str, runs: Sequence[Run], reference: Sequence[Run]
+  cell: str, runs: Sequence[Record], reference: Sequence[Record]
 ) -> CellSummary:
   scores = statistics.final_scores(runs)
   against = statistics.final_scores(reference)
@@ -207,7 +207,7 @@ def _summarize(
   )
 
 
-def _mean_costs(runs: Sequence[Run]) -> dict[Axis, float]:
+def _mean_costs(runs: Sequence[Record]) -> dict[Axis, float]:
   ends = [run['curve'][-1] for run in statistics.done(runs) if run['curve']]
   if not ends:
     return {}
@@ -246,7 +246,7 @@ def accuracy_row(s: CellSummary) -> tuple[str, ...]:
     f'{100 * s.top1.mean:.2f}',
     std or _NONE,
     f'[{low}, {high}]' if low else _NONE,
-    verdicts.format_points(s.comparison.estimate) if s.comparison else _NONE,
+    verdicts.format_points(s.difference.estimate) if s.difference else _NONE,
     _format_p(s.p_value),
   )
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jaxprog.comparison import statistics
-from jaxprog.comparison.statistics import Axis, Comparison, Estimate, Run
+from jaxprog.comparison.statistics import Axis, Difference, Estimate, Record
 
 COSTS: Mapping[Axis, str] = {
   'flops': 'FLOPs',
@@ -23,18 +23,18 @@ class Arm(NamedTuple):
   """One side of a comparison: its name within a sentence, and its runs."""
 
   name: str
-  runs: Sequence[Run]
+  runs: Sequence[Record]
 
 
 class Answer(NamedTuple):
   """Whether an arm paid under one control: 'pays', 'does not pay', 'not shown'.
 
-  `comparison` is that of the final accuracies, None if a side has no run that
+  `difference` is that of the final accuracies, None if a side has no run that
   is done; `reason` says what kept a shown difference from counting.
   """
 
   word: str
-  comparison: Comparison | None
+  difference: Difference | None
   reason: str = ''
 
 
@@ -88,7 +88,7 @@ def accuracy_sentence(a: Arm, b: Arm) -> str:
   return f'{text}: {_better(found.estimate)}, {count_sentence(found)}'
 
 
-def count_sentence(found: Comparison) -> str:
+def count_sentence(found: Difference) -> str:
   """Returns how many runs a comparison stands on, and whether they pair."""
   x, y = found.counts
   if x == y == 1:
@@ -233,10 +233,10 @@ def _reached(arm: Arm, costs: Mapping[int, float | None]) -> str:
 
 
 def _ground(found: Answer) -> str:
-  if found.comparison is None:
+  if found.difference is None:
     return found.reason
-  e = found.comparison.estimate
-  parts = [f'{format_points(e)} points', count_sentence(found.comparison)]
+  e = found.difference.estimate
+  parts = [f'{format_points(e)} points', count_sentence(found.difference)]
   return ', '.join([*parts, *filter(None, [found.reason])])
 
 
