@@ -98,9 +98,9 @@ def complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
 
   def widen(values, declared):
     known = {
-      k: declared[k].widen(v) for k, v in values.items() if k in declared
+      k: declared[k].widen(v) if k in declared else v for k, v in values.items()
     }
-    return config_dict.ConfigDict({**values, **known})
+    return config_dict.ConfigDict(known)
 
   stages = [widen({**defaults, **x}, fields.STAGE) for x in config.stages]
   config = widen(config, fields.CONFIG)
@@ -235,56 +235,50 @@ def _create_stage(stage: config_dict.ConfigDict, where: str) -> Stage:
   name = stage.name
   where = f'{where} ({name!r})' if isinstance(name, str) and name else where
   created = Stage(**_check_fields(stage, fields.STAGE, where))
-  _check_names(created, where)
-  _check_combinations(created, where)
-  return created
-
-
-def _check_names(stage: Stage, where: str) -> None:
-  if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*', stage.name):
+  if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*', name):
     raise errors.UserError(
-      f'A stage needs a name that can be a directory, not {stage.name!r}.',
+      f'A stage needs a name that can be a directory, not {name!r}.',
       where,
       "Use letters, digits, '_', '-' and '.'.",
     )
-  _DATASET.check(stage.dataset, where)
-  _check_init_from(stage, where)
-
-
-def _check_init_from(stage: Stage, where: str) -> None:
-  path = stage.init_from
-  if path and stage.transfer == 'none':
-    raise errors.UserError(
-      "transfer is 'none': nothing would start from init_from.",
-      f'{where}.init_from',
-      "Set transfer to 'plain', or leave init_from out.",
-    )
-  if not path or path.endswith('.safetensors'):
-    return
-  if path.endswith(_PICKLES):
-    raise errors.UserError(
-      f'init_from is a pickle, which can run any code when it is read: {path}',
-      f'{where}.init_from',
-      HOW_TO_CONVERT,
-    )
-  raise errors.UserError(
-    f'init_from must be a .safetensors file, not {path!r}.',
-    f'{where}.init_from',
-  )
-
-
-def _check_combinations(stage: Stage, where: str) -> None:
-  """Refuses what would be ignored or could not work, by name."""
+  _DATASET.check(created.dataset, where)
+  # What would be ignored or could not work.
   for field, what, suggestion in (
-    *_schedule_mistakes(stage),
-    *_optimizer_mistakes(stage),
-    *_other_mistakes(stage),
+    *_weight_mistakes(created),
+    *_schedule_mistakes(created),
+    *_optimizer_mistakes(created),
+    *_image_mistakes(created),
   ):
     raise errors.UserError(what, f'{where}.{field}', suggestion)
+  return created
+
+
+def _weight_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
+  """Yields (field, what is wrong, a suggestion)."""
+  path = stage.init_from
+  if path and stage.transfer == 'none':
+    yield (
+      'init_from',
+      "transfer is 'none': nothing would start from init_from.",
+      "Set transfer to 'plain', or leave init_from out.",
+    )
+  if path.endswith(_PICKLES):
+    runs = 'is a pickle, which can run any code when it is read'
+    yield 'init_from', f'init_from {runs}: {path}', HOW_TO_CONVERT
+  elif path and not path.endswith('.safetensors'):
+    what = f'init_from must be a .safetensors file, not {path!r}.'
+    yield 'init_from', what, ''
+  weights = stage.shrink or stage.perturb
+  if stage.transfer == 'shrink_and_perturb' and not weights:
+    yield (
+      'shrink',
+      'shrink and perturb are both 0: all weights would be 0.',
+      "Set perturb above 0, or transfer to 'none'.",
+    )
 
 
 def _schedule_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
-  """Yields (field, what is wrong, a suggestion)."""
+  """Yields as `_weight_mistakes`."""
   name = stage.schedule
   warmup = stage.warmup_epochs or stage.warmup_steps
   if warmup and name in ('one_cycle', 'cosine'):
@@ -329,7 +323,13 @@ def _schedule_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
 
 
 def _optimizer_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
-  """Yields as `_schedule_mistakes`."""
+  """Yields as `_weight_mistakes`."""
+  for one, other in (
+    ('warmup_epochs', 'warmup_steps'),
+    ('gradient_clipping', 'adaptive_clipping'),
+  ):
+    if getattr(stage, one) and getattr(stage, other):
+      yield other, f'{one} and {other} are both set.', 'Set one of them to 0.'
   name, known = stage.optimizer, fields.OPTIMIZERS[stage.optimizer]
   if stage.nesterov and not known.nesterov:
     yield (
@@ -375,14 +375,8 @@ def _optimizer_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
     yield 'micro_batch_size', what, ''
 
 
-def _other_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
-  """Yields as `_schedule_mistakes`."""
-  for one, other in (
-    ('warmup_epochs', 'warmup_steps'),
-    ('gradient_clipping', 'adaptive_clipping'),
-  ):
-    if getattr(stage, one) and getattr(stage, other):
-      yield other, f'{one} and {other} are both set.', 'Set one of them to 0.'
+def _image_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
+  """Yields as `_weight_mistakes`."""
   if stage.alternating_flip and not stage.flip:
     yield (
       'alternating_flip',
@@ -398,10 +392,3 @@ def _other_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
   if magnitude in changed and stage.auto_augment != 'rand_augment':
     what = f"{magnitude} changes, but auto_augment is not 'rand_augment'."
     yield 'phases', what, ''
-  weights = stage.shrink or stage.perturb
-  if stage.transfer == 'shrink_and_perturb' and not weights:
-    yield (
-      'shrink',
-      'shrink and perturb are both 0: all weights would be 0.',
-      "Set perturb above 0, or transfer to 'none'.",
-    )
