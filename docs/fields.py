@@ -54,7 +54,7 @@ def _describe(x: fields.Field, comment: str) -> str:
   default = f'{x.default:g}' if x.kind is float else repr(x.default)
   values = ', '.join(f'`{choice}`' for choice in x.choices)
   if not values:
-    values = x.wanted.removeprefix('a ')
+    values = fields.WANTED[x.kind].removeprefix('a ')
     if x.within != fields.Field.within:
       values += f' in {x.within}'
   values += f', {x.unit}' * bool(x.unit)

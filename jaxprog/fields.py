@@ -8,10 +8,10 @@ second.
 
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import math
 import re
-import struct
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -38,7 +38,7 @@ class Field:
     within: where its numbers lie, such as '(0, 1]' or '0 or [8, inf)'.
     choices: all that it can be, or with a `pattern` what it may look like; ():
       anything of its type.
-    pattern: a regular expression of what it can be besides.
+    pattern: a regular expression of what it can be besides; by default nothing.
     free: whether it may change between two starts of one run: on the same
       hardware the same bits come out.
     local: whether the hosts of one run may differ in it.
@@ -56,7 +56,7 @@ class Field:
   unit: str = ''
   within: str = '[0, inf)'
   choices: tuple[Any, ...] = ()
-  pattern: str = ''
+  pattern: str = '(?!)'
   free: bool = False
   local: bool = False
   phase: bool = False
@@ -77,7 +77,8 @@ class Field:
     value = self.widen(value)
     if not _fits(value, self.kind):
       raise self._wrong_type(value, where)
-    if self.choices and not self._is_known(value):
+    known = value in self.choices or re.fullmatch(self.pattern, str(value))
+    if self.choices and not known:
       raise unknown(value, self.choices, self.name, where)
     for x in value if isinstance(value, tuple) else (value,):
       if isinstance(x, int | float):
@@ -103,19 +104,10 @@ class Field:
       return tuple(map(_widen, value))
     return _widen(value) if self.kind is float else value
 
-  @property
-  def wanted(self) -> str:
-    """Its type in words."""
-    return _WANTED[self.kind]
-
   def _wrong_type(self, value: Any, where: str) -> errors.UserError:
     return errors.UserError(
-      f'{self.name} must be {self.wanted}, not {value!r}.', where
+      f'{self.name} must be {WANTED[self.kind]}, not {value!r}.', where
     )
-
-  def _is_known(self, value: Any) -> bool:
-    shape = self.pattern and re.fullmatch(self.pattern, value)
-    return value in self.choices or bool(shape)
 
   def _check_range(self, value: float, where: str) -> None:
     near, bounds = _on_devices(value), _miss(value, self.within)
@@ -156,19 +148,16 @@ class Optimizer(NamedTuple):
   eight_bit: bool = False
 
 
+_SGD = Optimizer(coupled=True, trace=True, nesterov=True, scales=True)
 OPTIMIZERS = {
   'adamw': Optimizer(),
   'adamw_8bit': Optimizer(eight_bit=True),
   'lamb': Optimizer(),
-  'lars': Optimizer(coupled=True, trace=True, nesterov=True, scales=True),
+  'lars': _SGD,
   'muon': Optimizer(nesterov=True),
   'rmsprop': Optimizer(coupled=True, trace=True),
-  'sgd_momentum': Optimizer(
-    coupled=True, trace=True, nesterov=True, scales=True
-  ),
-  'sgd_momentum_8bit': Optimizer(
-    coupled=True, trace=True, nesterov=True, scales=True, eight_bit=True
-  ),
+  'sgd_momentum': _SGD,
+  'sgd_momentum_8bit': _SGD._replace(eight_bit=True),
 }
 
 
@@ -581,7 +570,8 @@ def unknown(
   )
 
 
-_WANTED = {
+# Types in words.
+WANTED = {
   bool: 'True or False',
   int: 'a whole number',
   float: 'a number',
@@ -641,10 +631,7 @@ def _on_devices(value: float) -> float:
   """
   if not isinstance(value, float):
     return value if abs(value) < 2**63 else math.inf
-  try:
-    (near,) = struct.unpack('f', struct.pack('f', value))
-  except OverflowError:
-    return math.copysign(math.inf, value)
+  near = ctypes.c_float(value).value
   return 0.0 if abs(near) < 2**-126 else near
 
 

@@ -115,9 +115,8 @@ def _create_direction(
   stage: stages.Stage, decay: optax.GradientTransformation
 ) -> optax.GradientTransformation:
   """Returns the optimizer proper and the decoupled `decay`."""
-  adam = _store_first_moment(
-    optax.scale_by_adam(stage.b1, stage.b2, stage.eps), stage, 'mu'
-  )
+  decays = stage.b1, stage.b2, stage.eps
+  adam = _store_first_moment(optax.scale_by_adam(*decays), stage, 'mu')
   blocks = {
     'block_size': stage.quantization_block,
     'min_size': stage.quantization_min_size,
@@ -126,9 +125,7 @@ def _create_direction(
     case 'adamw':
       return optax.chain(adam, decay)
     case 'adamw_8bit':
-      adam = eight_bit.scale_by_adam_8bit(
-        stage.b1, stage.b2, stage.eps, **blocks
-      )
+      adam = eight_bit.scale_by_adam_8bit(*decays, **blocks)
       return optax.chain(adam, decay)
     case 'lamb':
       # You et al. 2020, arXiv:1904.00962, algorithm 2.
