@@ -205,10 +205,7 @@ def _create_muon(stage: stages.Stage) -> optax.GradientTransformation:
   A kernel is a matrix (H * W * in, out). Orthogonal, its root mean square is
   max(rows, columns) ** -0.5; that is scaled to _MUON_RMS, whatever the shape.
   """
-
-  def dimension_numbers(kernels):
-    numbers = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
-    return jax.tree.map(lambda _: numbers, kernels)
+  numbers = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
 
   def scale(update, _):
     height, width, num_in, num_out = update.shape
@@ -217,7 +214,7 @@ def _create_muon(stage: stages.Stage) -> optax.GradientTransformation:
   muon = optax.contrib.scale_by_muon(
     beta=stage.momentum,
     nesterov=stage.nesterov,
-    weight_dimension_numbers=dimension_numbers,
+    weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: numbers, tree),
   )
   return optax.chain(
     _store_first_moment(muon, stage, 'mu'),
