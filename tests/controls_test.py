@@ -15,9 +15,9 @@ def config(data_dir):
 
 
 @pytest.fixture(scope='module')
-def trained(run_main, config, tmp_path_factory):
+def trained(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('controls')
-  result = run_main(config, f'--workdir={workdir}')
+  result = runs.call_main(config, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   return workdir
 

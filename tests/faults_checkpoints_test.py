@@ -28,9 +28,9 @@ def config(data_dir):
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(run_main, config, tmp_path_factory):
+def uninterrupted(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('expected')
-  result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
+  result = runs.call_main(config, *ARGUMENTS, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   return workdir
 
@@ -194,16 +194,20 @@ def test_nothing_in_a_workdir_is_executed(run_main, config, workdir, tmp_path):
   for folder in (*folders, newest.parent):
     plant(folder, trace)
   data_file(newest).unlink()
-  verified = run_main('--mode=verify', '--checkpoints', f'--workdir={workdir}')
+  verified = runs.call_main(
+    '--mode=verify', '--checkpoints', f'--workdir={workdir}'
+  )
   assert verified.returncode == 1, verified.stderr
+  # A process of its own imports what it finds.
   result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   assert 'damaged, quarantined' in ' '.join(result.stdout.split())
-  scored = run_main('--mode=eval', f'--workdir={workdir}', f'--stage={STAGE}')
+  evaluate = '--mode=eval', f'--workdir={workdir}', f'--stage={STAGE}'
+  scored = runs.call_main(*evaluate)
   assert scored.returncode == 0, scored.stderr
   best = checkpoints / STAGE / 'best'
   plant(next(p for p in best.iterdir() if p.name.isdecimal()), trace)
-  scored = run_main('--mode=eval', f'--workdir={workdir}', f'--stage={STAGE}')
+  scored = runs.call_main(*evaluate)
   assert scored.returncode == 1
   assert 'does not belong here' in scored.stderr
   assert not trace.exists()
@@ -238,7 +242,7 @@ def test_a_full_disk_ends_the_run_and_older_steps_stay(
   assert 'No space left' in line
   assert kept[-1] in intact_steps(workdir)
   filler.unlink()
-  result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
+  result = runs.call_main(config, *ARGUMENTS, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   assert runs.bits(workdir, STAGE) == expected
   assert os.listdir(small_disk) == [STAGE]

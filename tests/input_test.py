@@ -1,4 +1,4 @@
-"""What users see of the input pipeline: runs, in processes of their own."""
+"""What users see of the input pipeline, in whole runs."""
 
 import os
 import pathlib
@@ -20,11 +20,13 @@ def folder(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def trained(run_main, tmp_path_factory):
+def trained(tmp_path_factory):
   """A finished run that uses everything."""
   folder = tmp_path_factory.mktemp('input')
   write_class_folders(folder / 'raw', train=40, val=4)
-  result = run_main(f'--config={CONFIG}:{folder}', f'--workdir={folder}/run')
+  result = runs.call_main(
+    f'--config={CONFIG}:{folder}', f'--workdir={folder}/run'
+  )
   assert result.returncode == 0, result.stderr
   return folder, result
 
@@ -114,9 +116,9 @@ def test_bad_images_are_counted_and_named(folder, storage):
   assert '4 images could not be decoded' in report
 
 
-def test_too_many_bad_images_end_the_run(run_main, folder):
+def test_too_many_bad_images_end_the_run(folder):
   names = break_images(folder, 4)
-  result = run_main(
+  result = runs.call_main(
     f'--config={CONFIG}:{folder}',
     f'--workdir={folder}/run',
     '--config.max_bad_images=3',
@@ -132,7 +134,7 @@ def test_too_many_bad_images_end_the_run(run_main, folder):
   assert '--mode=verify' in result.stderr
 
 
-def test_leaks_are_kept_out_of_every_stage(run_main, folder):
+def test_leaks_are_kept_out_of_every_stage(folder):
   for i, path in enumerate(sorted(folder.glob('raw/val/*/*'))):
     write_image(path, 1000 + i)
   train = folder / 'raw/train/n01'
@@ -142,7 +144,7 @@ def test_leaks_are_kept_out_of_every_stage(run_main, folder):
     (folder / 'raw/val/n02/n02_val_1.JPEG').read_bytes()
   )
   config = f'--config={CONFIG}:{folder}'
-  result = run_main(config, '--mode=audit')
+  result = runs.call_main(config, '--mode=audit')
   assert result.returncode == 1
   assert '2 training images leak' in result.stdout
   result = runs.call_main(

@@ -112,9 +112,7 @@ def test_eval_of_another_stage(trained):
   'signum',
   [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
 )
-def test_interrupted_equals_uninterrupted(
-  run_main, trained, config, tmp_path, signum
-):
+def test_interrupted_equals_uninterrupted(trained, config, tmp_path, signum):
   often = '--config.checkpoint_every_steps=5'
   arguments = (config, often, f'--workdir={tmp_path}')
   process = runs.start_main(*arguments)
@@ -123,7 +121,7 @@ def test_interrupted_equals_uninterrupted(
   output = process.communicate(timeout=60)[0]
   expected = -signum if signum == signal.SIGKILL else 143
   assert process.returncode == expected, output
-  result = run_main(*arguments)
+  result = runs.call_main(*arguments)
   assert result.returncode == 0, result.stderr
   assert 'three: done before' in result.stdout
   resumed = runs.read_history(tmp_path)
@@ -373,8 +371,8 @@ def test_an_unwritable_workdir_is_said_first(data_dir, tmp_path, mode):
   assert result.stdout == ''
 
 
-def test_prepare(run_main, tmp_path):
-  result = run_main('--mode=prepare', f'--config={CONFIG}:{tmp_path}')
+def test_prepare(tmp_path):
+  result = runs.call_main('--mode=prepare', f'--config={CONFIG}:{tmp_path}')
   assert result.returncode == 0, result.stderr
   assert result.stdout.count('digits: prepared') == 1
   assert (tmp_path / 'prepared').is_dir()

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import os
 import subprocess
@@ -42,12 +43,11 @@ def no_convolution_is_too_small(monkeypatch):
 def test_little_work_is_left_to_xla(monkeypatch):
   x, kernel, dy = operands(SHAPES[0])
 
-  def ours(x, kernel):
-    return conv.conv(x, kernel, 1, 1)
-
   def text():
-    f = jax.jit(lambda *a: with_gradients(ours, *a))
-    return f.lower(x, kernel, dy).as_text()
+    def ours(x, kernel):
+      return conv.conv(x, kernel, 1, 1)
+
+    return with_gradients.lower(ours, x, kernel, dy).as_text()
 
   assert 'dot_general' in text()
   monkeypatch.setattr(conv, '_LEAST_FLOP', 2 * 3 * 8 * 8 * kernel.size + 1)
@@ -75,6 +75,7 @@ def lax_conv(x, kernel, stride, padding):
   )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def with_gradients(f, x, kernel, dy):
   y, pull = jax.vjp(f, x, kernel)
   return (y, *pull(dy))
@@ -91,8 +92,8 @@ def test_forward_and_gradients_equal_lax(shape):
   def theirs(x, kernel):
     return lax_conv(x, kernel, stride, padding)
 
-  found = jax.jit(lambda *a: with_gradients(ours, *a))(x, kernel, dy)
-  expected = jax.jit(lambda *a: with_gradients(theirs, *a))(x, kernel, dy)
+  found = with_gradients(ours, x, kernel, dy)
+  expected = with_gradients(theirs, x, kernel, dy)
   for a, b in zip(found, expected, strict=True):
     assert a.shape == b.shape
     # f32 rounding of sums in another order.
@@ -107,18 +108,20 @@ def test_winograd_in_bands_equals_winograd_at_once(monkeypatch, band_bytes):
   pads = ((1, 2), (2, 0))
   x, kernel, dy = operands(((11, 10), 3, 1, 1, 32, 32))
   dy = jnp.pad(dy, ((0, 0), (0, 1), (0, 0), (0, 0)))
-  at_once = (
-    winograd.conv(x, kernel, pads),
-    winograd.conv(x, kernel, pads, 3),
-    winograd.kernel_grad(x, dy, pads),
-  )
+
+  def compute():
+    all_three = jax.jit(
+      lambda x, kernel, dy: (
+        winograd.conv(x, kernel, pads),
+        winograd.conv(x, kernel, pads, 3),
+        winograd.kernel_grad(x, dy, pads),
+      )
+    )
+    return all_three(x, kernel, dy)
+
+  at_once = compute()
   monkeypatch.setattr(winograd, '_BAND_BYTES', band_bytes)
-  banded = (
-    winograd.conv(x, kernel, pads),
-    winograd.conv(x, kernel, pads, 3),
-    winograd.kernel_grad(x, dy, pads),
-  )
-  for a, b in zip(banded, at_once, strict=True):
+  for a, b in zip(compute(), at_once, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6 * float(np.abs(b).max()))
 
 
@@ -186,7 +189,7 @@ def test_max_pool_equals_flax(size):
 def test_it_works_under_vmap_and_checkpoint():
   x, kernel, _ = operands(SHAPES[0])
   f = jax.checkpoint(lambda x, k: conv.conv(x, k, 1, 1).sum())
-  many = jax.vmap(jax.grad(f, argnums=1), in_axes=(0, None))
+  many = jax.jit(jax.vmap(jax.grad(f, argnums=1), in_axes=(0, None)))
   found = many(x[:, None], kernel).sum(axis=0)
   expected = jax.grad(lambda k: lax_conv(x, k, 1, 1).sum())(kernel)
   np.testing.assert_allclose(found, expected, atol=1e-3)

@@ -317,16 +317,23 @@ CASES = [
 ]
 
 
-def print_differences():
-  """Prints those of all cases as JSON."""
-  print(json.dumps([differences(*case) for case in CASES]))
+def print_all(data_dir):
+  """Prints as JSON what only a process with eight devices can find."""
+  found = {
+    'differences': [differences(*case) for case in CASES],
+    'collectives': [collectives(*case) for case in COLLECTIVES],
+    'groups': find_groups(data_dir),
+  }
+  print(json.dumps(found))
 
 
-def run_on_eight_devices(code):
-  """Returns what `code` prints where there are eight devices, from JSON."""
+@pytest.fixture(scope='module')
+def found(data_dir):
+  """What `print_all` prints where there are eight devices."""
   folder = pathlib.Path(__file__).parent
+  code = f'import models_norm_test as t; t.print_all({str(data_dir)!r})'
   found = subprocess.run(
-    [sys.executable, '-c', f'import models_norm_test as t; {code}'],
+    [sys.executable, '-c', code],
     cwd=folder,
     env={
       **os.environ,
@@ -341,14 +348,9 @@ def run_on_eight_devices(code):
   return json.loads(found.stdout)
 
 
-@pytest.fixture(scope='module')
-def found():
-  return run_on_eight_devices('t.print_differences()')
-
-
 @pytest.mark.parametrize('case', CASES)
 def test_a_step_is_numpys_in_every_mode_on_any_number_of_devices(case, found):
-  loss, grads, statistics = found[CASES.index(case)]
+  loss, grads, statistics = found['differences'][CASES.index(case)]
   assert loss < 1e-6
   assert grads < 1e-5
   assert statistics < 1e-6
@@ -389,21 +391,17 @@ def collectives(batch_norm, parts=1, remat_blocks=False):
   )
 
 
-def print_collectives():
-  """Prints those of each mode and of micro-batches as JSON."""
-  cases = (
-    ('global',),
-    ('global', 1, True),
-    ('per_device',),
-    ('per_device', 2),
-  )
-  print(json.dumps([collectives(*case) for case in cases]))
+# Mode, micro-batches, whether blocks are computed again.
+COLLECTIVES = (
+  ('global',),
+  ('global', 1, True),
+  ('per_device',),
+  ('per_device', 2),
+)
 
 
-def test_devices_by_themselves_meet_once_for_gradients_and_statistics():
-  together, recomputed, apart, in_parts = run_on_eight_devices(
-    't.print_collectives()'
-  )
+def test_devices_by_themselves_meet_once_for_gradients_and_statistics(found):
+  together, recomputed, apart, in_parts = found['collectives']
   # Six layers, and the loss divides by the number of images it sees.
   assert len(together) > 6
   # Blocks that are computed again keep their statistics.
@@ -413,8 +411,8 @@ def test_devices_by_themselves_meet_once_for_gradients_and_statistics():
   assert {*together, *apart, *in_parts} == {'all-reduce'}
 
 
-def print_groups(data_dir):
-  """Prints the groups of each of a task's programs, where they are made."""
+def find_groups(data_dir):
+  """Returns the groups of each mode, where a run makes them."""
   found = {}
   for batch_norm in ('global', 'per_device', 'groups:2'):
     config = tiny_config.get_config(data_dir)
@@ -423,12 +421,12 @@ def print_groups(data_dir):
     found[batch_norm] = setup.create_task(
       made, made.chosen[0]
     ).model.norm_groups
-  print(json.dumps(found))
+  return found
 
 
-def test_a_run_makes_groups_of_the_devices_it_has(data_dir):
-  found = run_on_eight_devices(f't.print_groups({str(data_dir)!r})')
-  assert found == {'global': 1, 'per_device': 8, 'groups:2': 4}
+def test_a_run_makes_groups_of_the_devices_it_has(found):
+  expected = {'global': 1, 'per_device': 8, 'groups:2': 4}
+  assert found['groups'] == expected
 
 
 def test_groups_must_divide_the_devices():

@@ -58,8 +58,8 @@ def write_folder(root, split, classes, broken=''):
   return f'folder:{root}'
 
 
-def test_the_command_line_prints_the_best_top1_of_the_log(run_main, workdir):
-  result = run_main('--mode=eval', f'--workdir={workdir}')
+def test_the_command_line_prints_the_best_top1_of_the_log(workdir):
+  result = runs.call_main('--mode=eval', f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   best = runs.read_history(workdir)['stages'][-1]['best']['top1']
   assert result.stdout == f'{100 * best:.1f}\n'

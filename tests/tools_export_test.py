@@ -39,16 +39,16 @@ print(*serve.platforms)
 
 
 @pytest.fixture(scope='module')
-def exported(run_main, data_dir, tmp_path_factory):
+def exported(data_dir, tmp_path_factory):
   """The workdir of a run that was exported, and what was said of it."""
   workdir = tmp_path_factory.mktemp('exported')
-  result = run_main(
+  result = runs.call_main(
     f'--config=tests/tiny_config.py:{data_dir}',
     f'--workdir={workdir}',
     '--only=three',
   )
   assert result.returncode == 0, result.stderr
-  result = run_main('--mode=export', f'--workdir={workdir}')
+  result = runs.call_main('--mode=export', f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   return workdir, result
 

@@ -6,6 +6,7 @@ import re
 
 import jax
 import pytest
+import runs
 from conftest import ROOT
 
 import jaxprog
@@ -153,8 +154,9 @@ def test_a_batch_that_the_chips_cannot_share_is_refused(data_dir, tmp_path):
     plan.plan(config, topology='v5e:4x8')
 
 
-def test_the_command_line_wants_a_topology(data_dir, run_main):
-  done = run_main('--mode=plan', f'--config=tests/tiny_config.py:{data_dir}')
+def test_the_command_line_wants_a_topology(data_dir):
+  config = f'--config=tests/tiny_config.py:{data_dir}'
+  done = runs.call_main('--mode=plan', config)
   assert done.returncode == 2
   assert len(done.stderr.strip().splitlines()) == 3
   assert 'There is no --topology' in done.stderr

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny_config
 from data_fixtures import encode, photo
 from PIL import Image
@@ -89,10 +90,10 @@ def photos(tmp_path_factory):
 
 
 def test_the_command_line_names_what_each_image_shows(
-  run_main, workdir, homeless, photos
+  workdir, homeless, photos
 ):
   root, names = photos
-  result = run_main(
+  result = runs.call_main(
     '--mode=predict',
     f'--workdir={workdir}',
     f'--config.data_dir={homeless.data_dir}',

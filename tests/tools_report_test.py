@@ -75,16 +75,14 @@ def test_the_page_grows_with_the_run(watched):
   assert 'not finished' in pages[0]
 
 
-def test_the_command_line_leaves_what_training_has_left(
-  trained, tmp_path, run_main
-):
+def test_the_command_line_leaves_what_training_has_left(trained, tmp_path):
   kept = {name: (trained / name).read_bytes() for name in REPORTS}
   workdir = tmp_path / 'run'
   workdir.mkdir()
   # No checkpoints, no data: the history and what was written beside it.
   for name in ('training_history.json', 'config.json', 'environment.json'):
     shutil.copy(trained / name, workdir / name)
-  process = run_main('--mode=report', f'--workdir={workdir}')
+  process = runs.call_main('--mode=report', f'--workdir={workdir}')
   assert process.returncode == 0, process.stderr
   assert process.stdout.splitlines() == [str(workdir / x) for x in REPORTS]
   for name in REPORTS:

@@ -90,9 +90,9 @@ def run_measured(*arguments):
   return process, 1024 * peak
 
 
-def test_damaged_images_are_listed(run_main, config, data, tmp_path):
+def test_damaged_images_are_listed(config, data, tmp_path):
   arguments = (config, '--mode=verify', '--only=pets')
-  result = run_main(*arguments)
+  result = runs.call_main(*arguments)
   assert result.returncode == 0, result.stdout + result.stderr
   assert max(map(len, result.stdout.split('\n')[1:5])) <= 80
   assert 'images/s/core' in result.stdout
