@@ -210,11 +210,10 @@ def check_shape(config: config_dict.ConfigDict) -> None:
 
 def check_config(config: config_dict.ConfigDict) -> None:
   """Raises UserError for a mistake in the fields outside the stages."""
-  where = 'config'
   check_shape(config)
   own = {k: config[k] for k in config if k not in ('stage_defaults', 'stages')}
-  _check_fields(own, fields.CONFIG, where)
-  _check_fields(config.stage_defaults, fields.STAGE, f'{where}.stage_defaults')
+  _check_fields(own, fields.CONFIG, 'config')
+  _check_fields(config.stage_defaults, fields.STAGE, 'config.stage_defaults')
   if config.lr_find_min >= config.lr_find_max:
     raise errors.UserError(
       f'lr_find_min {config.lr_find_min:g} is not below lr_find_max '

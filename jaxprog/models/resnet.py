@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from jaxprog.models import conv, norm
 
-ModuleDef = Callable[..., Any]
+_ModuleDef = Callable[..., Any]
 
 # ffcv's and Composer's limit: it spares the first convolution, which would
 # lose the image's own edges.
@@ -43,8 +43,8 @@ class BasicBlock(nn.Module):
 
   filters: int
   stride: int
-  conv: ModuleDef
-  norm: ModuleDef
+  conv: _ModuleDef
+  norm: _ModuleDef
   blur_pool: bool = False
 
   @nn.compact
@@ -64,8 +64,8 @@ class BottleneckBlock(nn.Module):
 
   filters: int
   stride: int
-  conv: ModuleDef
-  norm: ModuleDef
+  conv: _ModuleDef
+  norm: _ModuleDef
   blur_pool: bool = False
 
   @nn.compact
@@ -123,7 +123,7 @@ class ResNet(nn.Module):
   """
 
   block_sizes: Sequence[int]
-  block: ModuleDef
+  block: _ModuleDef
   num_classes: int
   num_filters: int = 64
   stem: Stem = Stem(stride=2, pool=True)
@@ -175,7 +175,7 @@ class ResNet(nn.Module):
     )(x)
 
 
-_MODELS: dict[str, tuple[tuple[int, ...], ModuleDef]] = {
+_MODELS: dict[str, tuple[tuple[int, ...], _ModuleDef]] = {
   'resnet10': ((1, 1, 1, 1), BasicBlock),
   'resnet18': ((2, 2, 2, 2), BasicBlock),
   'resnet34': ((3, 4, 6, 3), BasicBlock),

@@ -15,7 +15,7 @@ from jax import lax
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 # A 4x4 nest of arrays, one for each number of a transformed tile.
-Planes = list[list[jax.Array]]
+_Planes = list[list[jax.Array]]
 
 # Above some 8 MB the transformed tiles leave the cache: 64 channels of
 # 128 images of 16x16 went from 57 to 139 GFLOP/s in eight bands.
@@ -105,7 +105,7 @@ def _in_bands(band, join, shape, x, tiles):
   )
 
 
-def _tiles(x, first_row, rows, low, columns) -> Planes:
+def _tiles(x, first_row, rows, low, columns) -> _Planes:
   band = lax.dynamic_slice_in_dim(x, 2 * first_row, 2 * rows + 2, axis=1)
   band = _pad_axis(band, 2, low, 2 * columns + 2)
   tiles = [
@@ -118,11 +118,11 @@ def _tiles(x, first_row, rows, low, columns) -> Planes:
   return _apply(tiles, _input_1d)
 
 
-def _stack(tile: Planes) -> jax.Array:
+def _stack(tile: _Planes) -> jax.Array:
   return jnp.stack([jnp.stack(row) for row in tile])
 
 
-def _apply(tile: Any, f: Callable) -> Planes:
+def _apply(tile: Any, f: Callable) -> _Planes:
   """Applies `f` to every column of `tile`, then to every row of that."""
   columns = [f(*column) for column in zip(*tile, strict=True)]
   return [list(f(*row)) for row in zip(*columns, strict=True)]
@@ -148,7 +148,7 @@ def _output_1d_transposed(a, b):
   return a, a + b, a - b, -b
 
 
-def interleave(tile: Planes) -> jax.Array:
+def interleave(tile: _Planes) -> jax.Array:
   """Returns an image that has tile[i][j] at rows i::n and columns j::n."""
   y = jnp.stack([jnp.stack(row, axis=3) for row in tile], axis=2)
   n, height, i, width, j, channels = y.shape

@@ -146,9 +146,7 @@ def encode(x: jax.Array, like: Any, step: jax.Array | int) -> Any:
   if not isinstance(like, Blocks):
     return x
   x = x.astype(jnp.float32).reshape(-1)
-  if x.size != like.codes.size:
-    x = jnp.pad(x, (0, like.codes.size - x.size))
-  x = x.reshape(like.codes.shape)
+  x = jnp.pad(x, (0, like.codes.size - x.size)).reshape(like.codes.shape)
   magnitude = jnp.abs(x)
   scales = jnp.max(magnitude, axis=1)
   # Subnormal scales would divide to inf where a device takes them for 0.

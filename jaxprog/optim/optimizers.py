@@ -26,13 +26,10 @@ def create_optimizer(stage: stages.Stage) -> optax.GradientTransformation:
   moment; decoupled decay (Loshchilov & Hutter 2019, arXiv:1711.05101) is added
   at the end, except that LAMB's trust ratio sees it.
   """
-  coupled = decoupled = optax.identity()
+  none = decay = optax.identity()
   if stage.weight_decay:
     decay = optax.add_decayed_weights(stage.weight_decay, weight_decay_mask)
-    if stage.is_coupled:
-      coupled = decay
-    else:
-      decoupled = decay
+  coupled, decoupled = (decay, none) if stage.is_coupled else (none, decay)
   return optax.chain(
     _create_clipping(stage), coupled, _create_direction(stage, decoupled)
   )
