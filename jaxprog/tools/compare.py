@@ -379,7 +379,7 @@ def _run_all(
   seeds = cells.seeds(comparison.config)
   order = [(seed, cell) for seed in seeds for cell in comparison.cells]
   done: list[tuple[Planned, runs.Outcome]] = []
-  reference: dict[str, Any] = {}
+  reference: Mapping[str, Any] = {}
   for seed, cell in order:
     planned, outcome = _run_cell(
       comparison, cell, seed, reference, timings.get(cell.name)
