@@ -321,8 +321,9 @@ def plot_history(history: dict[str, Any], path: str | pathlib.Path) -> None:
 def report(history: dict[str, Any]) -> str:
   """Returns the report of a run as plain text."""
   from jaxprog.reporting import report as reporting
+  from jaxprog.reporting import rundir
 
-  return reporting.report(history)
+  return reporting.report(rundir.RunFiles('', history))
 
 
 def _workdir(path: str | pathlib.Path) -> pathlib.Path:

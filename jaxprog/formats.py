@@ -16,8 +16,9 @@ def percent(fraction: float | None) -> str:
 
 
 def percents(bounds: tuple[float, float]) -> str:
-  """Returns a range of fractions as '85-92%'."""
-  return f'{100 * bounds[0]:g}-{100 * bounds[1]:g}%'
+  """Returns a range of fractions as '85-92%', one of equal ends as '85%'."""
+  low, high = bounds
+  return f'{100 * low:g}-{100 * high:g}%' if low < high else f'{100 * low:g}%'
 
 
 def count(count: int) -> str:

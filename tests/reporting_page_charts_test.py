@@ -16,7 +16,7 @@ TOP, FOOT = 10.0, 212.0
 def draw(points, **arguments):
   """Returns the chart of one line as a tree; y runs from 0 to 100."""
   arguments = {
-    'y': charts.Scale(0, 100),
+    'y': timeline.Scale(0, 100),
     'x_end': 10,
     'x_label': 'epochs',
     'format_y': '{:g}'.format,
@@ -56,7 +56,7 @@ def test_a_point_lies_where_its_values_say():
 
 
 def test_a_logarithmic_axis_has_equal_factors_at_equal_distances():
-  y = charts.Scale(0.001, 10.0, log=True)
+  y = timeline.Scale(0.001, 10.0, log=True)
   drawn = path(draw([(1, 0.001), (2, 0.1), (3, 10.0)], y=y))
   assert [at for _, _, at in drawn] == [FOOT, (TOP + FOOT) / 2, TOP]
 
@@ -124,11 +124,11 @@ def test_logarithmic_ticks_are_powers_of_ten():
 
 
 def test_a_scale_is_logarithmic_only_where_values_are_far_apart():
-  assert not charts.fit_scale([0.1, 1.9], log=True).log
-  scale = charts.fit_scale([1e-9, 0.1, 0.0], log=True)
+  assert not timeline.fit_scale([0.1, 1.9], log=True).log
+  scale = timeline.fit_scale([1e-9, 0.1, 0.0], log=True)
   assert scale.log
   assert math.log10(scale.high / scale.low) < 6
-  assert charts.fit_scale([]) == charts.Scale(0.0, 1.08)
+  assert timeline.fit_scale([]) == timeline.Scale(0.0, 1.08)
 
 
 def test_parts_of_a_bar_add_up_and_lie_end_to_end():
@@ -144,7 +144,7 @@ def test_parts_of_a_bar_add_up_and_lie_end_to_end():
 
 def test_bars_of_a_histogram_are_as_high_as_their_counts():
   tree = ET.fromstring(
-    charts.histogram('t', [('1', 10), ('2', 5), ('3', 0)], summary='s')
+    charts.histogram('t', [('1', 10), ('2', 5), ('3', 0)], 's')
   )
   heights = [float(r.get('height')) for r in find(tree, 'rect', 'bar')]
   assert heights == [116.0, 58.0, 0.0]
@@ -238,4 +238,5 @@ def test_phases_cut_the_axis_and_rates_end_with_the_training():
   )
   _, span = timeline.spans([stage([1]), phased])
   assert span.segments('image_size') == [(1.0, 3.0, 32), (3.0, 4.0, 64)]
-  assert span.rates() == [(1.0, 0.0), (2.0, 0.1), (3.0, 0.2), (4.0, 0.3)]
+  rates = [(1.0, 0.0), (2.0, 0.1), (3.0, 0.2), (4.0, 0.3)]
+  assert span.points('learning_rate') == rates

@@ -15,10 +15,10 @@ from jaxprog import config as config_lib
 from jaxprog import stages
 from jaxprog.reporting import baselines, rundir
 from jaxprog.reporting import timeline as timeline_lib
-from jaxprog.reporting.page import curves, html, overview
+from jaxprog.reporting.page import curves, html, overview, sections
 
 # Without --mode=plan there is no section of it.
-SECTIONS = [name for name, _, _ in html.SECTIONS if name != 'plan']
+SECTIONS = [x.name for x in sections.SECTIONS if x.name != 'plan']
 EVIL = '<script>alert("1")</script>&'
 ENVIRONMENT = {
   'time': '2026-11-24T12:00:00+00:00',
@@ -390,9 +390,14 @@ def test_the_config_is_shown_where_it_is_not_the_default():
   assert 'no config.json' in overview.config_difference(None)
 
 
+def compare(history, model=None):
+  run = rundir.RunFiles('run', history, config={'model': model})
+  return baselines.compare(run)
+
+
 def test_baselines_are_of_the_same_data_at_the_nearest_setting():
   history = history_fixture.create_history()
-  found = baselines.compare(history, 'resnet50')
+  found = compare(history, 'resnet50')
   imagenette = [x for x in found if x.stage == 'imagenette']
   assert [x.baseline.top1 for x in imagenette] == [(0.935, 0.935)]
   assert imagenette[0].differs == (
@@ -408,7 +413,7 @@ def test_baselines_are_of_the_same_data_at_the_nearest_setting():
   )
   ffcv = [x for x in found if 'ffcv' in x.baseline.source]
   assert [x.baseline.num_epochs for x in ffcv] == [56]
-  both = baselines.compare(history, 'resnet34')
+  both = compare(history, 'resnet34')
   assert len([x for x in both if x.stage == 'tiny_imagenet']) == 2
 
 
@@ -421,16 +426,16 @@ def test_a_baseline_was_tested_at_the_size_it_is_compared_at(sizes, top1):
   stage |= dict(zip(('image_size', 'eval_image_size'), sizes, strict=False))
   found = {
     x.baseline.source: x
-    for x in baselines.compare(history, 'resnet50')
+    for x in compare(history, 'resnet50')
     if x.stage == stage['name']
   }
   a3 = found['timm, ResNet-50 A3']
   assert a3.baseline.top1 == (top1, top1)
-  assert a3.baseline[4:6] == (160, sizes[-1])
+  assert a3.baseline[2:4] == (160, sizes[-1])
   assert not any('px' in x for x in a3.differs)
   # Tested larger than trained, as its configs say.
   ffcv = next(x for source, x in found.items() if 'ffcv' in source)
-  assert ffcv.baseline[4:6] == (192, 256)
+  assert ffcv.baseline[2:4] == (192, 256)
   assert f'tested at 256 px, here at {sizes[-1]} px' in ffcv.differs
   page = read(history, config={**quickstart_config(), 'model': 'resnet50'})
   assert 'tested at' in page.words()
@@ -439,15 +444,15 @@ def test_a_baseline_was_tested_at_the_size_it_is_compared_at(sizes, top1):
 def test_baselines_of_other_classes_or_subsets_are_not_passed_off():
   history = history_fixture.create_history((2,))
   history['stages'][0]['num_train_images'] = 500
-  (one,) = baselines.compare(history, None)
+  (one,) = compare(history)
   assert '9,469 training images, here 500' in one.differs
   assert 'xresnext50, here an unknown network' in one.differs
   assert not any('evaluation images' in x for x in one.differs)
   history['stages'][0]['num_eval_images'] = 500
-  (one,) = baselines.compare(history, None)
+  (one,) = compare(history)
   assert '3,925 evaluation images, here 500' in one.differs
   history['stages'][0]['num_classes'] = 3
-  assert baselines.compare(history, None) == []
+  assert compare(history) == []
   assert 'None is known for the data' in read(history).words()
 
 

@@ -8,7 +8,7 @@ from planning_elsewhere_test import PLAN
 
 from jaxprog.planning import elsewhere
 from jaxprog.reporting import facts, rundir
-from jaxprog.reporting.page import html, planned
+from jaxprog.reporting.page import html, markup, planned
 
 TPUS = {'devices': {'kind': 'TPU v5 lite', 'count': 4}}
 
@@ -30,6 +30,10 @@ def create_run(**fields):
   return rundir.RunFiles('run', history, hardware_plan=figures, **fields)
 
 
+def section(run):
+  return markup.join(*map(markup.render, planned.planned(run)))
+
+
 def test_a_plan_stands_in_the_report():
   page = html.page(create_run())
   assert 'Planned elsewhere' in page
@@ -38,22 +42,20 @@ def test_a_plan_stands_in_the_report():
 
 
 def test_a_run_on_such_chips_is_held_against_its_plan():
-  section = planned.planned(create_run(environment=TPUS))
-  assert 'Planned against measured' in section
+  found = section(create_run(environment=TPUS))
+  assert 'Planned against measured' in found
   rows = create_run().stages[0]['epochs']
   rate = sum(x['images_per_second'] for x in rows) / len(rows) / 4
-  assert f'{rate / PLAN.images_per_second:.2f}x' in section
+  assert f'{rate / PLAN.images_per_second:.2f}x' in found
 
 
 def test_a_run_on_others_is_not():
   other = {'devices': {'kind': 'cpu', 'count': 1}}
-  section = planned.planned(create_run(environment=other))
-  assert 'Planned against measured' not in section
-  assert '1 x cpu' in section
+  found = section(create_run(environment=other))
+  assert 'Planned against measured' not in found
+  assert '1 x cpu' in found
   fewer = {'devices': {'kind': 'TPU v5 lite', 'count': 8}}
-  assert 'against measured' not in planned.planned(
-    create_run(environment=fewer)
-  )
+  assert 'against measured' not in section(create_run(environment=fewer))
 
 
 def test_gpus_are_known_by_the_start_of_their_name():
@@ -63,7 +65,7 @@ def test_gpus_are_known_by_the_start_of_their_name():
 
 def test_without_a_plan_there_is_no_section():
   run = create_run()._replace(hardware_plan=None)
-  assert planned.planned(run) == ''
+  assert section(run) == ''
   assert 'Planned elsewhere' not in html.page(run)
 
 

@@ -22,9 +22,9 @@ def draw(tmp_path, monkeypatch):
 
   monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', keep)
 
-  def draw(history, **arguments):
+  def draw(history):
     path = tmp_path / 'training_metrics.png'
-    plots.plot_history(history, path, **arguments)
+    plots.plot_history(history, path)
     image = np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert('RGB'))
     return figures[-1], image
 
@@ -166,7 +166,8 @@ def test_given_rates_are_drawn_as_far_as_trained(draw):
   history = history_fixture.create_history((4, 2))
   del history['stages'][0]['epochs'][2:]
   rates = np.linspace(0.1, 0.5, 41)
-  figure, _ = draw(history, learning_rates={'imagenette': rates})
+  history['stages'][0]['learning_rates'] = rates.tolist()
+  figure, _ = draw(history)
   x, y = lines(figure.axes[2], plots.RATE)
   np.testing.assert_allclose(x[:21], np.linspace(0, 2, 21), atol=1e-12)
   np.testing.assert_allclose(y[:21], rates[:21])

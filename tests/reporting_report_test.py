@@ -6,7 +6,7 @@ import history_fixture
 import pytest
 import rich.console
 
-from jaxprog.reporting import facts
+from jaxprog.reporting import facts, rundir
 from jaxprog.reporting import report as report_lib
 
 ENVIRONMENT = {
@@ -19,6 +19,7 @@ ENVIRONMENT = {
   'git': {'commit': 'c0ffee', 'dirty': True},
   'command': 'python main.py ' + '--config=' + 'x' * 70,
 }
+CONFIG = {'model': 'resnet50', 'stages': []}
 
 
 def create_stage(**fields):
@@ -28,14 +29,16 @@ def create_stage(**fields):
 
 
 def score(**fields):
-  history = {'config_hash': '', 'stages': [create_stage(**fields)]}
-  return facts.scorecard(history)[0]
+  return facts.score(create_stage(**fields))
 
 
-def in_words(*stages, **arguments):
+def report(history, **fields):
+  return report_lib.report(rundir.RunFiles('run', history, **fields))
+
+
+def in_words(*stages, **fields):
   """Returns the report with its lines joined, so that no break matters."""
-  history = {'config_hash': 'hash', 'stages': list(stages)}
-  text = report_lib.report(history, **arguments)
+  text = report({'config_hash': 'hash', 'stages': list(stages)}, **fields)
   assert max(map(len, text.splitlines())) <= 80
   assert text.isascii()
   return ' '.join(text.split())
@@ -78,16 +81,18 @@ def test_expectations_belong_to_datasets_not_to_names():
   other = score(name='imagenette', dataset='digits')
   assert (other.expectation, other.top1_verdict) == (None, '')
   words = in_words(create_stage(dataset='digits'))
-  assert 'no expectation stated' in words
+  assert 'states no expectation for the data' in words
+  beside = in_words(create_stage(), create_stage(dataset='digits'))
+  assert 'no expectation stated' in beside
   assert 'without evidence' not in words
 
 
 def test_says_when_data_or_epochs_are_not_the_missions():
-  assert score().comparable
+  assert not score().remark
   whole = in_words(create_stage())
   assert 'given without evidence' in whole
   assert 'the expectation speaks of' not in whole
-  assert not score(num_train_images=100).comparable
+  assert score(num_train_images=100).remark
   fewer = create_stage(epochs=create_stage()['epochs'][:3])
   assert (
     'the expectation speaks of 9,469 training images and 20 epochs; here it '
@@ -97,7 +102,7 @@ def test_says_when_data_or_epochs_are_not_the_missions():
 
 def test_complete_ladder_fits_and_shortens_no_name():
   history = history_fixture.create_history()
-  text = report_lib.report(history, ENVIRONMENT)
+  text = report(history, environment=ENVIRONMENT)
   assert max(map(len, text.splitlines())) <= 80
   assert '..' not in text
   for stage in history['stages']:
@@ -109,7 +114,7 @@ def test_complete_ladder_fits_and_shortens_no_name():
 
 def test_columns_are_aligned():
   history = history_fixture.create_history()
-  lines = report_lib.report(history).splitlines()
+  lines = report(history).splitlines()
   begin = lines.index('Results') + 2
   titles, dashes, *rows = lines[begin : begin + 6]
   ends = [
@@ -160,7 +165,8 @@ def test_says_what_was_cut_resumed_or_not_run():
   assert 'after 12 of 20 epochs (out of patience).' in words
   assert 'never reached' not in words
   running = create_stage(status='running', resumed_at_steps=[1480, 2000])
-  words = in_words(running, planned=('imagenette', 'pets'))
+  planned = {'stages': [{'name': 'imagenette'}, {'name': 'pets'}]}
+  words = in_words(running, config=planned)
   assert 'not finished, 20 of 20 epochs' in words
   assert 'resumed 2 times, at global step 1,480, 2,000' in words
   assert "Not run, of this config's stages: pets." in words
@@ -197,7 +203,7 @@ def test_copes_with_nothing_and_with_nulls():
 
 def test_long_names_lose_their_middle_and_numbers_nothing():
   stage = create_stage(dataset='folder:/' + 'deep/' * 30 + 'pets')
-  text = report_lib.report({'config_hash': '', 'stages': [stage]})
+  text = report({'config_hash': '', 'stages': [stage]})
   assert max(map(len, text.splitlines())) <= 80
   assert '/pets ' in text
   assert '9,469' in text
@@ -241,19 +247,19 @@ def test_a_holdout_is_not_passed_off_as_validation():
   stage = create_stage(
     eval_split='holdout:10%', best={'epoch': 20, 'top1': 0.97}
   )
-  words = in_words(stage, model='resnet50')
+  words = in_words(stage, config=CONFIG)
   assert 'On training images held out instead: imagenette; see' in words
   assert 'imagenette: 97.0% here' in words
   assert 'validation images, here on a hold-out' in words
   assert 'and top-1 is on a hold-out' in words
-  assert not score(**stage).comparable
+  assert score(**stage).remark
   stage['validation'] = {
     'top1': 0.9,
     'top5': 0.99,
     'epoch': 20,
     'num_images': 3_925,
   }
-  words = in_words(stage, model='resnet50')
+  words = in_words(stage, config=CONFIG)
   assert 'imagenette: 90.0% here' in words
   assert 'on a hold-out' not in words
   found = score(**stage)
@@ -275,7 +281,7 @@ def test_says_what_others_reach_and_what_is_mistaken_for_what():
       {'label': 2, 'predicted': 1, 'count': 1},
     ],
   }
-  words = in_words(stage, model='resnet50')
+  words = in_words(stage, config=CONFIG)
   assert 'tench taken for horn, 5 of 10; horn taken for radio, 1 of 9' in words
   assert (
     '93.5% by xresnext50 tested at 256 px (fastai/imagenette, README, '
@@ -283,5 +289,5 @@ def test_says_what_others_reach_and_what_is_mistaken_for_what():
     'tested at 256 px, here at 224 px.'
   ) in words
   plain = in_words(create_stage(dataset='digits'))
-  assert 'Published results' not in plain
-  assert 'confusions' not in plain
+  assert 'None is known for the data' in plain
+  assert 'Classes and mistakes' not in plain

@@ -4,7 +4,15 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxprog.reporting import facts
+from jaxprog.reporting import facts, rundir
+
+
+class Data(NamedTuple):
+  """A dataset as others have used it: all there is."""
+
+  num_classes: int
+  num_train_images: int
+  num_eval_images: int
 
 
 class Baseline(NamedTuple):
@@ -15,8 +23,6 @@ class Baseline(NamedTuple):
   """
 
   dataset: str
-  num_classes: int
-  num_train_images: int
   model: str
   image_size: int
   eval_size: int
@@ -30,7 +36,7 @@ class Speed(NamedTuple):
   """Published training throughput of ResNet-50 at 224 px, images/s a GPU."""
 
   device: str
-  images_per_second: tuple[float, float]
+  images_per_second: int
   source: str
 
 
@@ -43,161 +49,138 @@ class Beside(NamedTuple):
   differs: tuple[str, ...]
 
 
-def _imagenette() -> Iterator[Baseline]:
-  """Yields the leaderboard: by image size, accuracy after so many epochs.
+def _by_length(
+  dataset: str,
+  model: str,
+  sizes: tuple[int, int],
+  top1: Mapping[int, float | tuple[float, float]],
+  source: str,
+  remark: str = '',
+) -> list[Baseline]:
+  """Returns what a source gives for so many epochs at the sizes."""
+  return [
+    Baseline(
+      dataset,
+      model,
+      *sizes,
+      num_epochs,
+      found if isinstance(found, tuple) else (found, found),
+      source,
+      remark,
+    )
+    for num_epochs, found in top1.items()
+  ]
 
-  Its rules allow no larger size in validation than in training.
-  """
-  epochs = 5, 20, 80, 200
-  found = {
-    128: (0.874, 0.916, 0.936, 0.942),
-    192: (0.868, 0.925, 0.945, 0.950),
-    256: (0.869, 0.935, 0.949, 0.951),
-  }
-  for size, scores in found.items():
-    for length, top1 in zip(epochs, scores, strict=True):
-      yield Baseline(
+
+DATA = {
+  'imagenette': Data(10, 9_469, 3_925),
+  'tiny_imagenet': Data(200, 100_000, 10_000),
+  'imagenet_mini': Data(1_000, 34_745, 3_923),
+  'imagenet2012': Data(1_000, 1_281_167, 50_000),
+  'tfds:cifar10': Data(10, 50_000, 10_000),
+}
+
+# Epochs and top-1 by image size. The leaderboard's rules allow no larger size
+# in validation than in training.
+_IMAGENETTE = {
+  128: {5: 0.874, 20: 0.916, 80: 0.936, 200: 0.942},
+  192: {5: 0.868, 20: 0.925, 80: 0.945, 200: 0.950},
+  256: {5: 0.869, 20: 0.935, 80: 0.949, 200: 0.951},
+}
+# By model, after so many epochs. Sizes are those of the configs that ffcv's
+# table links to; its text says that 224 px were tested.
+_FFCV_EPOCHS = (16, 24, 32, 40, 56, 88)
+_FFCV = {
+  'resnet50': (0.738, 0.756, 0.766, 0.772, 0.780, 0.784),
+  'resnet18': (0.669, 0.688, 0.700, 0.706, 0.713, 0.724),
+}
+# Sizes, epochs and top-1 of ResNet-50.
+_IMAGENET = (
+  ((224, 224), {100: (0.763, 0.767)}, 'flax, examples/imagenet, README'),
+  ((160, 224), {100: 0.781}, 'timm, ResNet-50 A3'),
+  ((160, 160), {100: 0.760}, 'timm, ResNet-50 A3'),
+  ((224, 224), {300: 0.798}, 'timm, ResNet-50 A2'),
+  ((224, 224), {600: 0.804}, 'timm, ResNet-50 A1'),
+)
+
+BASELINES = [
+  found
+  for part in (
+    *(
+      _by_length(
         'imagenette',
-        10,
-        9_469,
         'xresnext50',
-        size,
-        size,
-        length,
-        (top1, top1),
+        (size, size),
+        top1,
         'fastai/imagenette, README, leaderboard',
       )
-
-
-def _ffcv() -> Iterator[Baseline]:
-  """Yields ffcv's ImageNet results by model and epochs.
-
-  Sizes are those of the configs that its table links to; its text says that 224
-  px were tested.
-  """
-  epochs = 16, 24, 32, 40, 56, 88
-  found = {
-    'resnet50': (0.738, 0.756, 0.766, 0.772, 0.780, 0.784),
-    'resnet18': (0.669, 0.688, 0.700, 0.706, 0.713, 0.724),
-  }
-  for model, scores in found.items():
-    for length, top1 in zip(epochs, scores, strict=True):
-      yield Baseline(
-        'imagenet2012',
-        1_000,
-        1_281_167,
+      for size, top1 in _IMAGENETTE.items()
+    ),
+    *(
+      _by_length(
+        'tiny_imagenet',
         model,
-        192,
-        256,
-        length,
-        (top1, top1),
+        (64, 64),
+        {100: top1},
+        'cs-giung/giung2-jax, projects/Baseline-ImageNet',
+      )
+      for model, top1 in (('resnet18', 0.655), ('resnet50', 0.692))
+    ),
+    _by_length(
+      'imagenet_mini',
+      'resnet50',
+      (224, 224),
+      {100: 0.187},
+      'the only public training log found',
+      'its sizes are the usual ones, not said',
+    ),
+    *(
+      _by_length(
+        'imagenet2012',
+        model,
+        (192, 256),
+        dict(zip(_FFCV_EPOCHS, top1, strict=True)),
         'libffcv/ffcv-imagenet, README and configs',
         'with flip averaging, and images that grow from 160 px',
       )
-
-
-def _imagenet(
-  epochs: int,
-  low: float,
-  high: float,
-  source: str,
-  image_size: int = 224,
-  eval_size: int = 224,
-) -> Baseline:
-  return Baseline(
-    'imagenet2012',
-    1_000,
-    1_281_167,
-    'resnet50',
-    image_size,
-    eval_size,
-    epochs,
-    (low, high),
-    source,
+      for model, top1 in _FFCV.items()
+    ),
+    *(_by_length('imagenet2012', 'resnet50', *found) for found in _IMAGENET),
+    _by_length(
+      'tfds:cifar10',
+      'airbench CNN',
+      (32, 32),
+      {8: 0.940},
+      'KellerJordan/cifar10-airbench, README',
+      'with the mean over mirrored and shifted images',
+    ),
   )
-
-
-BASELINES = (
-  *_imagenette(),
-  *(
-    Baseline(
-      'tiny_imagenet',
-      200,
-      100_000,
-      model,
-      64,
-      64,
-      100,
-      (top1, top1),
-      'cs-giung/giung2-jax, projects/Baseline-ImageNet',
-    )
-    for model, top1 in (('resnet18', 0.655), ('resnet50', 0.692))
-  ),
-  Baseline(
-    'imagenet_mini',
-    1_000,
-    34_745,
-    'resnet50',
-    224,
-    224,
-    100,
-    (0.187, 0.187),
-    'the only public training log found',
-    'its sizes are the usual ones, not said',
-  ),
-  *_ffcv(),
-  _imagenet(100, 0.763, 0.767, 'flax, examples/imagenet, README'),
-  _imagenet(100, 0.781, 0.781, 'timm, ResNet-50 A3', image_size=160),
-  _imagenet(100, 0.760, 0.760, 'timm, ResNet-50 A3', 160, 160),
-  _imagenet(300, 0.798, 0.798, 'timm, ResNet-50 A2'),
-  _imagenet(600, 0.804, 0.804, 'timm, ResNet-50 A1'),
-  Baseline(
-    'tfds:cifar10',
-    10,
-    50_000,
-    'airbench CNN',
-    32,
-    32,
-    8,
-    (0.940, 0.940),
-    'KellerJordan/cifar10-airbench, README',
-    'with the mean over mirrored and shifted images',
-  ),
-)
-
-# Images that the published results were evaluated on: all there are.
-EVAL_IMAGES = {
-  'imagenette': 3_925,
-  'tiny_imagenet': 10_000,
-  'imagenet_mini': 3_923,
-  'imagenet2012': 50_000,
-  'tfds:cifar10': 10_000,
-}
+  for found in part
+]
 
 # A GPU is one device to JAX, and so its images can be counted by device.
 SPEEDS = (
-  Speed('A100', (2_470, 2_470), 'PyTorch with mixed precision'),
-  Speed('H100', (6_900, 6_900), 'MLPerf Training 3.0, computed'),
+  Speed('A100', 2_470, 'PyTorch with mixed precision'),
+  Speed('H100', 6_900, 'MLPerf Training 3.0, computed'),
 )
 
 
-def compare(history: Mapping[str, Any], model: str | None) -> list[Beside]:
+def compare(run: rundir.RunFiles) -> list[Beside]:
   """Returns each stage beside the baselines of the same data and classes.
 
   Of each source and model that is the one of the nearest image sizes, in
   training and in testing, then of the nearest number of epochs. Those of the
-  run's own `model` are all there is, where there are any; None is an unknown
-  one.
+  run's own model are all there is, where there are any.
   """
   return [
     Beside(
       stage['name'],
       facts.best_top1(stage),
       baseline,
-      tuple(_differences(stage, model, baseline)),
+      tuple(_differences(stage, run.model, baseline)),
     )
-    for stage in history['stages']
-    for baseline in _choose(stage, model)
+    for stage in run.stages
+    for baseline in _choose(stage, run.model)
   ]
 
 
@@ -211,11 +194,9 @@ def compare_speed(
 
 
 def _choose(stage: Mapping[str, Any], model: str | None) -> list[Baseline]:
-  same = [
-    x
-    for x in BASELINES
-    if (x.dataset, x.num_classes) == (stage['dataset'], stage['num_classes'])
-  ]
+  same = [x for x in BASELINES if x.dataset == stage['dataset']]
+  if not same or stage['num_classes'] != DATA[stage['dataset']].num_classes:
+    return []
   same = [x for x in same if x.model == model] or same
 
   def distance(x: Baseline) -> tuple[float, float, float]:
@@ -250,24 +231,19 @@ def _differences(
   done = min(len(stage['epochs']), stage['num_epochs'])
   if done != baseline.num_epochs:
     yield f'{baseline.num_epochs} epochs, here {done:g}'
-  if stage['num_train_images'] != baseline.num_train_images:
+  data = DATA[baseline.dataset]
+  if stage['num_train_images'] != data.num_train_images:
     yield (
-      f'{baseline.num_train_images:,} training images, here '
+      f'{data.num_train_images:,} training images, here '
       f'{stage["num_train_images"]:,}'
     )
+  validation = stage.get('validation') or {}
+  count = validation.get('num_images', stage['num_eval_images'])
   if facts.is_on_holdout(stage):
     yield 'validation images, here on a hold-out'
-  else:
-    yield from _fewer_eval_images(stage)
+  elif count != data.num_eval_images:
+    yield f'{data.num_eval_images:,} evaluation images, here {count:,}'
   if (stage.get('transfer') or {}).get('from'):
     yield 'from scratch, here from an earlier stage'
   if baseline.remark:
     yield baseline.remark
-
-
-def _fewer_eval_images(stage: Mapping[str, Any]) -> Iterator[str]:
-  validation = stage.get('validation') or {}
-  count = validation.get('num_images', stage['num_eval_images'])
-  published = EVAL_IMAGES.get(stage['dataset'], count)
-  if count != published:
-    yield f'{published:,} evaluation images, here {count:,}'

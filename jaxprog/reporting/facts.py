@@ -1,11 +1,12 @@
 """What a run has come to: its scores, its times, what to know of them."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprog import formats
 from jaxprog.monitoring import history as history_lib
+from jaxprog.reporting import rundir
 
 # Train top-1 above validation top-1 by more than this, at the end of a stage,
 # is named overfitting.
@@ -54,13 +55,13 @@ class Score(NamedTuple):
   """A stage beside its expectation; verdicts: below, within, above or ''."""
 
   stage: str
-  dataset: str
   top1: float | None
   minutes: float
   expectation: Expectation | None
-  top1_verdict: str
-  minutes_verdict: str
-  comparable: bool
+  top1_verdict: str = ''
+  minutes_verdict: str = ''
+  # A sentence on another size than the expectation speaks of; '': the same.
+  remark: str = ''
 
 
 def best_top1(stage: Mapping[str, Any]) -> float | None:
@@ -87,24 +88,21 @@ def chooses_on_holdout(stage: Mapping[str, Any]) -> bool:
   return str(stage.get('eval_split') or '').startswith('holdout')
 
 
-def scorecard(history: Mapping[str, Any]) -> list[Score]:
-  """Returns every stage beside what the mission expects of its dataset.
+def score(stage: Mapping[str, Any]) -> Score:
+  """Returns a stage beside what the mission expects of its dataset.
 
   Compared is what is printed: top-1 in tenths of a percent, time in minutes.
   """
-  return [_score(stage) for stage in history['stages']]
-
-
-def scorecard_remarks(history: Mapping[str, Any]) -> list[str]:
-  """Returns a sentence for each stage that the mission speaks otherwise of."""
-  stages = {stage['name']: stage for stage in history['stages']}
-  return [
-    f'* {score.stage}: the expectation speaks of '
-    f'{score.expectation.num_train_images:,} training images and '
-    f'{score.expectation.num_epochs} epochs; {_as_run(stages[score.stage])}.'
-    for score in scorecard(history)
-    if score.expectation and not score.comparable
-  ]
+  top1, minutes = best_top1(stage), stage['seconds'] / 60
+  expected = EXPECTATIONS.get(stage['dataset'])
+  found = Score(stage['name'], top1, minutes, expected)
+  if expected is None:
+    return found
+  return found._replace(
+    top1_verdict=_verdict(top1, expected.top1, 3),
+    minutes_verdict=_verdict(minutes, expected.minutes, 0),
+    remark=_describe_size(stage, expected),
+  )
 
 
 def time_split(stage: Mapping[str, Any]) -> TimeSplit:
@@ -169,6 +167,22 @@ def measured(
   }
 
 
+def describe_speed(stage: Mapping[str, Any]) -> str:
+  """Returns `median_speed` as people read it."""
+  speed = {'images_per_second': median_speed(stage)}
+  return formats.cell('images_per_second', speed)
+
+
+def last_row(stage: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns the row of the last epoch, an empty one before the first."""
+  return stage['epochs'][-1] if stage['epochs'] else {}
+
+
+def total_seconds(run: rundir.RunFiles) -> float:
+  """Returns the time that all stages have taken so far."""
+  return sum(stage['seconds'] for stage in run.stages)
+
+
 def confusions(
   stage: Mapping[str, Any], limit: int
 ) -> list[tuple[str, str, int, int]]:
@@ -203,11 +217,15 @@ def trained_epochs(stage: Mapping[str, Any]) -> str:
   return f'{min(len(stage["epochs"]), stage["num_epochs"]):g}'
 
 
-def describe_run(
-  history: Mapping[str, Any], environment: Mapping[str, Any] | None
-) -> list[tuple[str, str]]:
+def describe_status(stage: Mapping[str, Any]) -> str:
+  """Returns 'done', 'running' or 'stopped early'."""
+  return stage['status'].replace('_', ' ')
+
+
+def describe_run(run: rundir.RunFiles) -> dict[str, str]:
   """Returns names and texts: config, date, machine, versions, command."""
-  pairs = [('config', history['config_hash'] or '-')]
+  found = {'config': run.history['config_hash'] or '-'}
+  environment = run.environment or {}
   if environment:
     devices = environment.get('devices') or {}
     git = environment.get('git') or {}
@@ -217,34 +235,33 @@ def describe_run(
     spread = f', {processes} processes' if processes > 1 else ''
     versions = environment.get('versions', {})
     shown = ('jax', 'flax', 'optax', 'orbax-checkpoint')
-    pairs += [
-      ('date', environment.get('time', '-')),
-      ('host', environment.get('host', '-')),
-      ('platform', environment.get('platform', '-')),
-      ('devices', count + spread if devices else '-'),
-      ('commit', git.get('commit', '-') + dirty),
-      ('python', environment.get('python', '-')),
-      (
-        'versions',
-        ', '.join(f'{k} {versions[k]}' for k in shown if k in versions),
+    found |= {
+      'date': environment.get('time', '-'),
+      'host': environment.get('host', '-'),
+      'platform': environment.get('platform', '-'),
+      'devices': count + spread if devices else '-',
+      'commit': git.get('commit', '-') + dirty,
+      'python': environment.get('python', '-'),
+      'versions': ', '.join(
+        f'{k} {versions[k]}' for k in shown if k in versions
       ),
-      ('command', environment.get('command', '-')),
-    ]
-  total = sum(stage['seconds'] for stage in history['stages'])
-  pairs.append(('trained', formats.duration(total)))
-  return pairs
+      'command': environment.get('command', '-'),
+    }
+  found['trained'] = formats.duration(total_seconds(run))
+  if run.environment is None:
+    found['machine'] = 'unknown: there is no environment.json'
+  return found
 
 
-def notes(
-  stages: Sequence[Mapping[str, Any]], planned: Sequence[str] = ()
-) -> list[str]:
+def notes(run: rundir.RunFiles) -> list[str]:
   """Returns sentences about what a reader must know beside the figures.
 
   What was not run, interrupted, stopped early, overfitted or left out.
   """
-  notes = [note for stage in stages for note in _stage_notes(stage)]
+  stages = run.stages
+  notes = [f'{s["name"]}: {x}.' for s in stages for x in _stage_notes(s)]
   begun = {stage['name'] for stage in stages}
-  if missing := [name for name in planned if name not in begun]:
+  if missing := [name for name in run.planned if name not in begun]:
     notes.append(f"Not run, of this config's stages: {', '.join(missing)}.")
   finished = {s['dataset'] for s in stages if s['status'] != 'running'}
   if unseen := [name for name in EXPECTATIONS if name not in finished]:
@@ -268,107 +285,89 @@ def describe_changes(stage: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _stage_notes(stage: Mapping[str, Any]) -> list[str]:
-  name, notes = stage['name'], []
+def _stage_notes(stage: Mapping[str, Any]) -> Iterator[str]:
+  """Yields sentences on a stage, without its name and their full stop."""
   planned, done = planned_epochs(stage), trained_epochs(stage)
+  rows = stage['epochs']
   if stage['status'] == 'running':
-    notes.append(
-      f'{name}: not finished, {done} of {planned} epochs; its figures are '
-      'provisional.'
+    yield (
+      f'not finished, {done} of {planned} epochs; its figures are provisional'
     )
   if stage['status'] == 'stopped_early':
     why = f' ({stage["stopped"]})' if 'stopped' in stage else ''
-    note = f'{name}: stopped early, after {done} of {planned} epochs{why}'
-    if stage['schedule'] not in ('constant', 'plateau'):
-      note += (
-        f'; its schedule ({stage["schedule"]}) never reached its last '
-        'learning rates'
+    cut = (
+      ''
+      if stage['schedule'] in ('constant', 'plateau')
+      else (
+        f'; its schedule ({stage["schedule"]}) never reached its last learning '
+        'rates'
       )
-    notes.append(f'{note}.')
-  notes += _input_notes(stage)
+    )
+    yield f'stopped early, after {done} of {planned} epochs{why}{cut}'
+  yield from _input_notes(stage)
   if steps := stage.get('resumed_at_steps'):
     times = 'once' if len(steps) == 1 else f'{len(steps)} times'
     where = ', '.join(f'{step:,}' for step in steps)
-    notes.append(
-      f'{name}: interrupted and resumed {times}, at global step {where}.'
+    yield f'interrupted and resumed {times}, at global step {where}'
+  yield from describe_changes(stage)
+  yield from _overfitting_notes(rows)
+  if average := history_lib.best_epoch(rows, 'ema_top1'):
+    yield (
+      f'its averaged weights reach {formats.percent(average["top1"])} at epoch '
+      f'{average["epoch"]}'
     )
-  notes += [f'{name}: {x}.' for x in describe_changes(stage)]
-  if note := _overfitting_note(stage):
-    notes.append(note)
-  if average := history_lib.best_epoch(stage['epochs'], 'ema_top1'):
-    notes.append(
-      f'{name}: its averaged weights reach '
-      f'{formats.percent(average["top1"])} at epoch '
-      f'{average["epoch"]}.'
+  if skipped := sum(row.get('skipped_steps', 0) for row in rows):
+    yield (
+      f'{skipped} steps changed nothing, because their loss, gradient or new '
+      'state was not finite'
     )
-  if skipped := sum(r.get('skipped_steps', 0) for r in stage['epochs']):
-    notes.append(
-      f'{name}: {skipped} steps changed nothing, because their loss, gradient '
-      'or new state was not finite.'
-    )
-  if bad := [r['epoch'] for r in stage['epochs'] if _is_broken(r)]:
-    notes.append(f'{name}: the loss was not finite in epochs {_ranges(bad)}.')
-  return notes
+  if bad := [
+    r['epoch'] for r in rows if not formats.is_number(r['train_loss'])
+  ]:
+    yield f'the loss was not finite in epochs {_ranges(bad)}'
 
 
-def _input_notes(stage: Mapping[str, Any]) -> list[str]:
-  """Returns sentences about what the stage was trained and chosen on."""
-  name, notes = stage['name'], []
+def _input_notes(stage: Mapping[str, Any]) -> Iterator[str]:
+  """Yields sentences about what the stage was trained and chosen on."""
   if validation := stage.get('validation'):
-    notes.append(
-      f'{name}: the best epoch was chosen on {stage["eval_split"]} of the '
-      f'training images; its weights, of epoch {validation["epoch"]}, reach '
+    yield (
+      f'the best epoch was chosen on {stage["eval_split"]} of the training '
+      f'images; its weights, of epoch {validation["epoch"]}, reach '
       f'{formats.percent(validation["top1"])} on the '
-      f'{validation["num_images"]:,} validation images, looked at once.'
+      f'{validation["num_images"]:,} validation images, looked at once'
     )
   if excluded := sum(stage.get('excluded_images', {}).values()):
-    notes.append(
-      f'{name}: {excluded:,} training images were left out because a stage is '
-      'evaluated on them, or on a copy.'
+    yield (
+      f'{excluded:,} training images were left out because a stage is '
+      'evaluated on them, or on a copy'
     )
   if bad := stage.get('bad_images'):
     more = ', ...' if len(bad) > 3 else ''
-    notes.append(
-      f'{name}: {len(bad):,} images could not be decoded and were left out of '
-      f'the loss, or counted as wrong: {", ".join(sorted(bad)[:3])}{more}.'
+    yield (
+      f'{len(bad):,} images could not be decoded and were left out of the '
+      f'loss, or counted as wrong: {", ".join(sorted(bad)[:3])}{more}'
     )
   if limit := stage.get('input_limit'):
-    notes.append(f'{name}: {limit}.')
-  return notes
+    yield limit
 
 
-def _overfitting_note(stage: Mapping[str, Any]) -> str:
-  """Returns a sentence if the gap is large and wider than it was before."""
-  gaps = [(gap, r) for r in stage['epochs'] if (gap := _gap(r)) is not None]
+def _overfitting_notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+  """Yields a sentence if the gap is large and wider than it was before."""
+  gaps = [
+    (row['train_top1'] - row['val_top1'], row['epoch'])
+    for row in rows
+    if formats.is_number(row['train_top1'])
+    and formats.is_number(row['val_top1'])
+  ]
   if not gaps:
-    return ''
-  (narrow, then), (wide, _) = min(gaps, key=lambda x: x[0]), gaps[-1]
-  if wide <= OVERFITTING_GAP or wide <= narrow:
-    return ''
-  return (
-    f'{stage["name"]}: overfitting: train top-1 ends {100 * wide:.1f} points '
-    f'above validation top-1 ({100 * narrow:+.1f} in epoch {then["epoch"]}). '
-    'Train top-1 is a running average on augmented images, so the gap on '
-    'equal terms is larger.'
-  )
-
-
-def _score(stage: Mapping[str, Any]) -> Score:
-  top1 = best_top1(stage)
-  minutes = stage['seconds'] / 60
-  expected = EXPECTATIONS.get(stage['dataset'])
-  score = Score(
-    stage['name'], stage['dataset'], top1, minutes, expected, '', '', True
-  )
-  if expected is None:
-    return score
-  size = expected.num_train_images, expected.num_epochs
-  return score._replace(
-    top1_verdict=_verdict(top1, expected.top1, 3),
-    minutes_verdict=_verdict(minutes, expected.minutes, 0),
-    comparable=size == (stage['num_train_images'], len(stage['epochs']))
-    and not is_on_holdout(stage),
-  )
+    return
+  (narrow, then), (wide, _) = min(gaps), gaps[-1]
+  if wide > max(OVERFITTING_GAP, narrow):
+    yield (
+      f'overfitting: train top-1 ends {100 * wide:.1f} points above validation '
+      f'top-1 ({100 * narrow:+.1f} in epoch {then}). Train top-1 is a running '
+      'average on augmented images, so the gap on equal terms is larger'
+    )
 
 
 def _verdict(
@@ -380,22 +379,19 @@ def _verdict(
   return 'below' if value < low else 'above' if value > high else 'within'
 
 
-def _as_run(stage: Mapping[str, Any]) -> str:
-  done = len(stage['epochs'])
-  epochs = 'epoch' if done == 1 else 'epochs'
-  where = ', and top-1 is on a hold-out' if is_on_holdout(stage) else ''
-  return f'here it was {stage["num_train_images"]:,} and {done} {epochs}{where}'
-
-
-def _gap(row: Mapping[str, Any]) -> float | None:
-  train, val = row['train_top1'], row['val_top1']
-  if formats.is_number(train) and formats.is_number(val):
-    return train - val
-  return None
-
-
-def _is_broken(row: Mapping[str, Any]) -> bool:
-  return not formats.is_number(row['train_loss'])
+def _describe_size(stage: Mapping[str, Any], expected: Expectation) -> str:
+  """Returns in what a stage is not what its expectation speaks of, or ''."""
+  done, held = len(stage['epochs']), is_on_holdout(stage)
+  wanted = expected.num_train_images, expected.num_epochs
+  if (stage['num_train_images'], done) == wanted and not held:
+    return ''
+  return (
+    f'* {stage["name"]}: the expectation speaks of {wanted[0]:,} training '
+    f'images and {wanted[1]} epochs; here it was '
+    f'{stage["num_train_images"]:,} and {done} '
+    f'{"epoch" if done == 1 else "epochs"}'
+    f'{", and top-1 is on a hold-out" if held else ""}.'
+  )
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -24,20 +24,12 @@ def write_reports(
   run, workdir = rundir.read_run(workdir), pathlib.Path(workdir)
   if incidents is not None:
     run = run._replace(incidents=incidents)
-  text = report.report(
-    run.history, run.environment, run.planned, run.incidents, run.model
-  )
   paths = [
     workdir / name
     for name in ('training_report.txt', 'training_metrics.png', 'report.html')
   ]
-  files.write_bytes(paths[0], text.encode())
-  rates = {
-    stage['name']: stage['learning_rates']
-    for stage in run.stages
-    if stage.get('learning_rates')
-  }
-  plots.plot_history(run.history, paths[1], rates)
+  files.write_bytes(paths[0], report.report(run).encode())
+  plots.plot_history(run.history, paths[1])
   files.write_bytes(paths[2], html.page(run).encode())
   return paths
 

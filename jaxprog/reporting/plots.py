@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.axes
 import matplotlib.backends.backend_agg
@@ -12,56 +12,27 @@ import matplotlib.text
 import matplotlib.ticker
 import numpy as np
 
-from jaxprog import files, formats
+from jaxprog import files
+from jaxprog.reporting import timeline
 
 # Okabe and Ito's blue and vermilion: apart for colour-blind readers too.
 TRAIN, VAL, TOP5 = '#0072b2', '#d55e00', '#e0a070'
 RATE, INK, GRID, SHADE = '#4d4d4d', '#333333', '#e6e6e6', '#f4f4f4'
 
-# Above this ratio of its extremes the learning rate is drawn on a log scale.
-LOG_RATIO = 20.0
-# One-cycle ends millions below its peak; what is further down is cut off.
-LOG_DECADES = 5
-
-LearningRates = Mapping[str, Sequence[float]]
 Axes = matplotlib.axes.Axes
 
 
-class _Span(NamedTuple):
-  """The part of the x axis, in epochs, that belongs to a stage."""
-
-  stage: Mapping[str, Any]
-  begin: float
-  end: float
-
-  def epochs(self) -> np.ndarray:
-    return np.array([self.begin + r['epoch'] for r in self.stage['epochs']])
-
-  def values(self, field: str) -> np.ndarray:
-    """Returns a value for each row, NaN where the history has none."""
-    values = [row[field] for row in self.stage['epochs']]
-    return np.array(
-      [v if formats.is_number(v) else np.nan for v in values], float
-    )
-
-
 def plot_history(
-  history: Mapping[str, Any],
-  path: str | os.PathLike[str],
-  learning_rates: LearningRates | None = None,
+  history: Mapping[str, Any], path: str | os.PathLike[str]
 ) -> None:
   """Writes training_metrics.png: all stages side by side on one axis of epochs.
 
   Args:
     history: as in training_history.json, finished or under way.
     path: replaced atomically, so that it can be looked at during a run.
-    learning_rates: by name of a stage, the rates of all its epochs at even
-      distances; without it there is one point an epoch, which hides what a
-      schedule does within it.
   """
-  figure = matplotlib.figure.Figure(figsize=(12, 8.5), dpi=130)
-  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-  spans = _spans(history['stages'])
+  figure = _create_figure(12, 8.5)
+  spans = timeline.spans(history['stages'])
   loss, accuracy, rate = figure.subplots(
     3, 1, sharex=True, height_ratios=(3, 3, 2)
   )
@@ -76,7 +47,7 @@ def plot_history(
     _style(axes, title, spans)
   _draw_loss(loss, spans)
   _draw_accuracy(accuracy, spans)
-  _draw_rate(rate, spans, learning_rates or {})
+  _draw_rate(rate, spans)
   rate.set_xlabel('epochs, all stages', color=INK)
   _title(figure, history['stages'])
   if spans:
@@ -87,7 +58,7 @@ def plot_history(
 
 
 def plot_learning_rates(
-  learning_rates: LearningRates,
+  learning_rates: Mapping[str, Sequence[float]],
   num_epochs: Mapping[str, float],
   path: str | os.PathLike[str],
 ) -> None:
@@ -101,8 +72,7 @@ def plot_learning_rates(
   names = list(learning_rates)
   columns = min(len(names), 4)
   rows = -(-len(names) // columns)
-  figure = matplotlib.figure.Figure(figsize=(3 * columns, 2.4 * rows), dpi=130)
-  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  figure = _create_figure(3 * columns, 2.4 * rows)
   for i, name in enumerate(names):
     axes = figure.add_subplot(rows, columns, i + 1)
     _bare(axes)
@@ -131,8 +101,7 @@ def plot_lr_find(
   path: str | os.PathLike[str],
 ) -> None:
   """Writes a range test: the loss of each step over its learning rate."""
-  figure = matplotlib.figure.Figure(figsize=(7, 4.2), dpi=130)
-  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  figure = _create_figure(7, 4.2)
   axes = figure.add_subplot()
   _bare(axes)
   axes.plot(rates, losses, color=TRAIN, linewidth=0.8, alpha=0.4)
@@ -156,6 +125,12 @@ def plot_lr_find(
   _save(figure, path)
 
 
+def _create_figure(width: float, height: float) -> matplotlib.figure.Figure:
+  figure = matplotlib.figure.Figure(figsize=(width, height), dpi=130)
+  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  return figure
+
+
 def _save(
   figure: matplotlib.figure.Figure, path: str | os.PathLike[str]
 ) -> None:
@@ -164,18 +139,7 @@ def _save(
   files.write_bytes(path, buffer.getvalue())
 
 
-def _spans(stages: Sequence[Mapping[str, Any]]) -> list[_Span]:
-  """Returns the stages that have rows, end to end."""
-  spans, begin = [], 0.0
-  for stage in stages:
-    if stage['epochs']:
-      end = begin + stage['epochs'][-1]['epoch']
-      spans.append(_Span(stage, begin, end))
-      begin = end
-  return spans
-
-
-def _style(axes: Axes, title: str, spans: Sequence[_Span]) -> None:
+def _style(axes: Axes, title: str, spans: Sequence[timeline.Span]) -> None:
   axes.set_ylabel(title, color=INK)
   _bare(axes)
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
@@ -201,15 +165,14 @@ def _bare(axes: Axes) -> None:
   axes.spines['bottom'].set_color('#bbbbbb')
 
 
-def _draw_loss(axes: Axes, spans: Sequence[_Span]) -> None:
-  _line(axes, spans, 'train_loss', TRAIN)
-  _line(axes, spans, 'val_loss', VAL)
-  _label_ends(
-    axes, spans, {'train_loss': ('train', TRAIN), 'val_loss': ('val', VAL)}
-  )
+def _draw_loss(axes: Axes, spans: Sequence[timeline.Span]) -> None:
+  lines = {'train_loss': ('train', TRAIN), 'val_loss': ('val', VAL)}
+  for field, (_, color) in lines.items():
+    _line(axes, spans, field, color)
+  _label_ends(axes, spans, lines)
 
 
-def _draw_accuracy(axes: Axes, spans: Sequence[_Span]) -> None:
+def _draw_accuracy(axes: Axes, spans: Sequence[timeline.Span]) -> None:
   lines = {
     'val_top5': ('val top-5', TOP5),
     'train_top1': ('train top-1', TRAIN),
@@ -217,57 +180,48 @@ def _draw_accuracy(axes: Axes, spans: Sequence[_Span]) -> None:
   }
   for field, (_, color) in lines.items():
     _line(axes, spans, field, color, scale=100)
-  _label_ends(axes, spans, lines, scale=100)
   if spans:
     # Room for the labels of best epochs near 100 %.
     axes.set_ylim(0, 108)
     axes.set_yticks(range(0, 101, 20))
+  _label_ends(axes, spans, lines, scale=100)
   for span in spans:
     _mark_best(axes, span)
 
 
-def _draw_rate(
-  axes: Axes, spans: Sequence[_Span], learning_rates: LearningRates
-) -> None:
-  drawn = []
-  for span in spans:
-    rates = np.asarray(learning_rates.get(span.stage['name'], ()), float)
-    if rates.size > 1:
-      epochs = np.linspace(0, span.stage['num_epochs'], rates.size)
-      trained = epochs <= span.end - span.begin
-      x, rates = span.begin + epochs[trained], rates[trained]
-      axes.plot(x, rates, color=RATE, linewidth=1.5)
-    else:
-      rates = span.values('learning_rate')
-      _line(axes, [span], 'learning_rate', RATE)
-    drawn.append(rates)
+def _draw_rate(axes: Axes, spans: Sequence[timeline.Span]) -> None:
+  drawn = [_line(axes, [span], 'learning_rate', RATE) for span in spans]
   rates = np.concatenate([*drawn, []])
-  positive = rates[rates > 0]
-  if positive.size and positive.max() > LOG_RATIO * positive.min():
+  if not (rates > 0).any():
+    return
+  y = timeline.fit_scale(rates[np.isfinite(rates)].tolist(), log=True)
+  axes.set_ylim(y.low, y.high)
+  if y.log:
     axes.set_yscale('log', nonpositive='mask')
-    floor = max(positive.min(), positive.max() / 10**LOG_DECADES)
-    axes.set_ylim(floor / 2, positive.max() * 2)
     axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-  elif positive.size:
-    axes.set_ylim(0, positive.max() * 1.1)
+  else:
     axes.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
 
 
 def _line(
   axes: Axes,
-  spans: Sequence[_Span],
+  spans: Sequence[timeline.Span],
   field: str,
   color: str,
   scale: float = 1.0,
-) -> None:
-  """Draws one line a stage, with points where a line alone would not show."""
+) -> np.ndarray:
+  """Returns the values of all stages, NaN where there is none.
+
+  Draws one line a stage, with points where a line alone would not show.
+  """
+  drawn = []
   for span in spans:
-    values = span.values(field) * scale
+    x, values = np.array(span.points(field, scale), float).T
     finite = np.isfinite(values)
     neighbours = np.convolve(finite, (1, 0, 1), 'same') > 0
     few = finite & ~neighbours if len(values) > 6 else finite
     axes.plot(
-      span.epochs(),
+      x,
       values,
       color=color,
       linewidth=1.5,
@@ -275,27 +229,30 @@ def _line(
       markersize=3.5,
       markevery=list(np.flatnonzero(few)),
     )
+    drawn.append(values)
+  return np.concatenate([*drawn, []])
 
 
 def _label_ends(
   axes: Axes,
-  spans: Sequence[_Span],
+  spans: Sequence[timeline.Span],
   lines: Mapping[str, tuple[str, str]],
   scale: float = 1.0,
 ) -> None:
   """Names the lines at their right ends, moved apart where they are close."""
-  if not spans:
-    return
   ends = []
   for field, (label, color) in lines.items():
-    values = spans[-1].values(field)
-    finite = values[np.isfinite(values)] * scale
-    if finite.size:
-      ends.append((finite[-1], label, color))
-  low, high = axes.get_ylim() if scale == 1 else (0.0, 108.0)
+    values = (
+      [y for _, y in spans[-1].points(field, scale) if y is not None]
+      if spans
+      else []
+    )
+    ends += [(y, label, color) for y in values[-1:]]
+  ends.sort()
+  low, high = axes.get_ylim()
   # A label is 5.5 % of the panel high.
-  heights = _spread([(e[0] - low) / (high - low) for e in sorted(ends)], 0.055)
-  for height, (_, label, color) in zip(heights, sorted(ends), strict=True):
+  heights = _spread([(y - low) / (high - low) for y, _, _ in ends], 0.055)
+  for height, (_, label, color) in zip(heights, ends, strict=True):
     axes.annotate(
       label,
       (1.005, height),
@@ -319,7 +276,7 @@ def _spread(heights: Sequence[float], distance: float) -> list[float]:
   return spread
 
 
-def _mark_best(axes: Axes, span: _Span) -> None:
+def _mark_best(axes: Axes, span: timeline.Span) -> None:
   best = span.stage['best']
   if not best:
     return
@@ -342,7 +299,7 @@ def _mark_best(axes: Axes, span: _Span) -> None:
 
 
 def _name_stages(
-  figure: matplotlib.figure.Figure, axes: Axes, spans: Sequence[_Span]
+  figure: matplotlib.figure.Figure, axes: Axes, spans: Sequence[timeline.Span]
 ) -> None:
   """Writes each name above the beginning of its stage.
 

@@ -1,8 +1,9 @@
-"""The common axis of a ladder's charts: epochs, one stage after the other."""
+"""The axes of a ladder's charts: epochs, stage after stage, and values."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,26 @@ from jaxprog import formats
 
 # x in epochs of the whole ladder, and a value or None where there is none.
 Point = tuple[float, float | None]
+
+# Above this ratio of its extremes an axis may be logarithmic, and one that is
+# shows so many decades: one-cycle ends millions below its peak.
+LOG_RATIO = 20.0
+LOG_DECADES = 5
+
+
+class Scale(NamedTuple):
+  """A range of values along an axis."""
+
+  low: float
+  high: float
+  log: bool = False
+
+  def at(self, value: float) -> float:
+    """Returns where `value` lies, from 0 at `low` to 1 at `high`."""
+    if self.log:
+      low, high = math.log(self.low), math.log(self.high)
+      return (math.log(max(value, self.low)) - low) / (high - low)
+    return (value - self.low) / (self.high - self.low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +44,21 @@ class Span:
   end: float
 
   def points(self, field: str, scale: float = 1.0) -> list[Point]:
-    """Returns a point for each row; one without a finite number has None."""
+    """Returns a point for each row; one without a finite number has None.
+
+    Of the learning rate they are as close as it was sampled.
+    """
+    stage = self.stage
+    at = [row['epoch'] for row in stage['epochs']]
+    values = [row.get(field) for row in stage['epochs']]
+    rates = stage.get('learning_rates') or []
+    if field == 'learning_rate' and len(rates) > 1:
+      at = np.linspace(0, stage['num_epochs'], len(rates)).tolist()
+      values = rates
     return [
-      (self.begin + row['epoch'], _scaled(row.get(field), scale))
-      for row in self.stage['epochs']
+      (self.begin + float(x), scale * y if formats.is_number(y) else None)
+      for x, y in zip(at, values, strict=True)
+      if x <= self.end - self.begin
     ]
 
   def position(self, step: float) -> float:
@@ -45,19 +77,6 @@ class Span:
     # A stage shorter than one epoch has one row of fewer steps.
     steps = row['epoch'] * per_epoch * min(1.0, self.stage['num_epochs'])
     return max(0, round(row['global_step'] - steps))
-
-  def rates(self) -> list[Point]:
-    """Returns the learning rate as sampled, else after each epoch."""
-    rates = self.stage.get('learning_rates') or ()
-    if len(rates) < 2:
-      return self.points('learning_rate')
-    length = self.stage['num_epochs']
-    at = np.linspace(0, length, len(rates))
-    return [
-      (self.begin + float(x), _scaled(rate, 1.0))
-      for x, rate in zip(at, rates, strict=True)
-      if x <= self.end - self.begin
-    ]
 
   def segments(self, field: str) -> list[tuple[float, float, Any]]:
     """Returns begin, end and value of `field` as the stage's phases set it."""
@@ -81,5 +100,15 @@ def spans(stages: Sequence[Mapping[str, Any]]) -> list[Span]:
   return found
 
 
-def _scaled(value: float | None, scale: float) -> float | None:
-  return scale * value if formats.is_number(value) else None
+def fit_scale(values: Sequence[float], *, log: bool = False) -> Scale:
+  """Returns a scale from 0 to a little above `values`.
+
+  With `log` it is logarithmic if they are positive and far apart.
+  """
+  top = max(values, default=0.0) or 1.0
+  positive = [x for x in values if x > 0]
+  if log and positive and top > LOG_RATIO * min(positive):
+    return Scale(
+      max(min(positive), top / 10**LOG_DECADES) / 1.5, top * 1.5, True
+    )
+  return Scale(min(0.0, *values, 0.0), top * 1.08)

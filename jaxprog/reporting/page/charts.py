@@ -8,19 +8,13 @@ for light and dark. What the pointer is over says its numbers, without scripts.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from jaxprog.reporting.page.markup import Html, join, tag
+from jaxprog.reporting.page.markup import Html, tag
+from jaxprog.reporting.timeline import Point, Scale
 
-# x, and a value or None where there is none.
-Point = tuple[float, float | None]
 Format = Callable[[float], str]
-
-# Above this ratio of its extremes an axis may be logarithmic, and one that is
-# shows so many decades: one-cycle ends millions below its peak.
-LOG_RATIO = 20.0
-LOG_DECADES = 5
 
 # Width of the stretched image, in units of its own.
 _UNITS = 1000.0
@@ -28,21 +22,8 @@ _UNITS = 1000.0
 _TOP, _BOTTOM = 10.0, 8.0
 # Labels closer than this part of the width would touch on a telephone.
 _LABEL_DISTANCE = 0.17
-
-
-class Scale(NamedTuple):
-  """A range of values along an axis."""
-
-  low: float
-  high: float
-  log: bool = False
-
-  def at(self, value: float) -> float:
-    """Returns where `value` lies, from 0 at `low` to 1 at `high`."""
-    if self.log:
-      low, high = math.log(self.low), math.log(self.high)
-      return (math.log(max(value, self.low)) - low) / (high - low)
-    return (value - self.low) / (self.high - self.low)
+# Pixels of a square for reliability, and of a cell of a heat map.
+_SQUARE, _CELL = 240, 30
 
 
 class Series(NamedTuple):
@@ -51,6 +32,11 @@ class Series(NamedTuple):
   name: str
   style: str
   points: Sequence[Point]
+
+  @property
+  def values(self) -> list[float]:
+    """Those that there are."""
+    return [value for _, value in self.points if value is not None]
 
 
 class Band(NamedTuple):
@@ -104,20 +90,6 @@ def log_ticks(low: float, high: float) -> list[float]:
   return [x for x in found if low * 0.999 <= x <= high * 1.001]
 
 
-def fit_scale(values: Sequence[float], *, log: bool = False) -> Scale:
-  """Returns a scale from 0 to a little above `values`.
-
-  With `log` it is logarithmic if they are positive and far apart.
-  """
-  top = max(values, default=0.0) or 1.0
-  positive = [x for x in values if x > 0]
-  if log and positive and top > LOG_RATIO * min(positive):
-    return Scale(
-      max(min(positive), top / 10**LOG_DECADES) / 1.5, top * 1.5, True
-    )
-  return Scale(min(0.0, *values, 0.0), top * 1.08)
-
-
 def line_chart(
   title: str,
   series: Sequence[Series],
@@ -154,46 +126,48 @@ def line_chart(
   at_y = _vertical(y, height)
   if y_ticks is None:
     y_ticks = log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high, 4)
-  plot = tag(
-    'svg',
-    *_band_rects(bands, x_end, height),
+  shapes = [
+    *(
+      _bar((band.begin / x_end, band.end / x_end), (0, height), 'band')
+      for band in bands[1::2]
+    ),
     *(_rule(at_y(tick)) for tick in y_ticks),
     _stretched(height, [_path(s, y, x_end, height) for s in series]),
     *_dots(series, y, x_end, height),
-    *_mark_shapes(marks, x_end, height),
+    *(_mark_shape(mark, x_end, height) for mark in marks),
     *_label_shapes(labels, x_end, at_y),
     *_hint_strips(hints, x_end, height),
-    class_='plot',
-    width='100%',
-    height=_pixels(height),
-    role='img',
-    aria_label=f'{title}. {summary}',
+  ]
+  y_names = (
+    _text(format_y(tick), '100%', at_y(tick) + 4, text_anchor='end')
+    for tick in y_ticks
   )
+  x_names = ((tick / x_end, f'{tick:g}') for tick in ticks(0, x_end, 6))
   return tag(
     'figure',
-    tag('figcaption', tag('b', title), *legend(series, marks, labels)),
+    tag('figcaption', tag('b', title), *_legend(series, marks, labels)),
     _band_names(bands, x_end),
     tag(
       'div',
-      _y_axis([(at_y(tick), format_y(tick)) for tick in y_ticks], height),
-      plot,
+      _image(y_names, height),
+      _image(shapes, height, f'{title}. {summary}', 'plot'),
+      tag('div'),
+      _axis(x_names),
       class_='panel',
     ),
-    _x_axis(x_end, x_label),
+    tag('p', x_label, class_='axis-label'),
     class_='chart',
   )
 
 
-def legend(
-  series: Sequence[Series],
-  marks: Sequence[Mark] = (),
-  labels: Sequence[Label] = (),
+def _legend(
+  series: Sequence[Series], marks: Sequence[Mark], labels: Sequence[Label]
 ) -> list[Html]:
   """Returns the names of lines and of what is marked, each beside its sign."""
   names = [
     tag('span', tag('i', class_=f'key {s.style}'), s.name, class_='entry')
     for s in series
-    if any(value is not None for _, value in s.points)
+    if s.values
   ]
   signs = {'resume': '▲ resumed', 'incident': '◆ incident', '': '● best epoch'}
   styles = [*dict.fromkeys(mark.style for mark in marks), *[''] * bool(labels)]
@@ -203,9 +177,7 @@ def legend(
 
 
 def strip_chart(
-  rows: Mapping[str, Sequence[tuple[float, float, float]]],
-  x_end: float,
-  height: float = 26,
+  rows: Mapping[str, Sequence[tuple[float, float, float]]], x_end: float
 ) -> Html:
   """Returns, for each name, bars (begin, end, value) that say their value.
 
@@ -214,102 +186,81 @@ def strip_chart(
   drawn = []
   for name, bars in rows.items():
     top = max((value for _, _, value in bars), default=1) or 1
+    # Each in an image of its own, which cuts off what is too long.
     cells = [
       tag(
-        'div',
-        f'{value:g}',
-        title=f'{name} {value:g}',
-        style=f'left:{_percent(begin / x_end)};'
-        f'width:{_percent((end - begin) / x_end)};'
-        f'--strength:{12 + 48 * value / top:.0f}%',
+        'svg',
+        _bar(
+          (0, 1),
+          (0, 26),
+          'bar',
+          f'{name} {value:g}',
+          fill_opacity=f'{0.12 + 0.48 * value / top:.2f}',
+        ),
+        _text(f'{value:g}', '50%', 17),
+        x=_percent(begin / x_end),
+        width=_percent((end - begin) / x_end),
+        height=26,
       )
       for begin, end, value in bars
     ]
-    drawn.append(
-      tag(
-        'div',
-        tag('span', name, class_='strip-name'),
-        tag('div', *cells, class_='strip', style=f'height:{height:g}px'),
-        class_='panel',
-      )
-    )
-  return tag('div', *drawn, class_='strips')
+    drawn += [tag('span', name, class_='strip-name'), _image(cells, 26)]
+  return tag('div', *drawn, class_='panel strips')
+
+
+def bar_rows(
+  title: str, key: Sequence[Html], rows: Sequence[tuple[str, Html, str]]
+) -> Html:
+  """Returns rows of a name, a bar and a figure, below a title and a key."""
+  cells = (
+    (tag('span', name, title=name), bar, tag('span', figure, class_='num'))
+    for name, bar, figure in rows
+  )
+  return tag(
+    'figure',
+    tag('figcaption', tag('b', title), *key),
+    tag('div', *itertools.chain.from_iterable(cells), class_='rows'),
+  )
 
 
 def stacked_bar(parts: Sequence[tuple[str, str, float]], summary: str) -> Html:
   """Returns one bar as wide as the page: (name, style, amount) side by side."""
   total = sum(amount for _, _, amount in parts) or 1.0
-  begins = itertools.accumulate((p[2] / total for p in parts), initial=0.0)
-  rects = [
-    tag(
-      'rect',
-      tag('title', f'{name}: {amount / total:.1%}'),
-      class_=style,
-      x=_percent(begin),
-      width=_percent(amount / total),
-      height='20',
+  edges = itertools.accumulate((p[2] / total for p in parts), initial=0.0)
+  bars = [
+    _bar(x, (0, 20), style, f'{name}: {amount / total:.1%}')
+    for (name, style, amount), x in zip(
+      parts, itertools.pairwise(edges), strict=True
     )
-    for (name, style, amount), begin in zip(parts, begins, strict=False)
     if amount > 0
   ]
-  return tag(
-    'svg',
-    *rects,
-    class_='stack',
-    width='100%',
-    height='20',
-    role='img',
-    aria_label=summary,
-  )
+  return _image(bars, 20, summary, 'stack')
 
 
 def histogram(
-  title: str,
-  bars: Sequence[tuple[str, int]],
-  *,
-  summary: str,
-  height: float = 120,
+  title: str, bars: Sequence[tuple[str, int]], summary: str
 ) -> Html:
   """Returns a bar for each (name, count), names below where there is room."""
+  height = 120.0
   top = max((count for _, count in bars), default=0) or 1
   width = 1 / max(len(bars), 1)
-  # At most five names: they are up to fifty pixels wide.
-  every = -(-len(bars) // 5)
   rects = [
-    tag(
-      'rect',
-      tag('title', f'{name}: {count:,}'),
-      class_='bar',
-      x=_percent((i + 0.06) * width),
-      width=_percent(0.88 * width),
-      y=_pixels(height - count / top * (height - 4)),
-      height=_pixels(count / top * (height - 4)),
+    _bar(
+      ((i + 0.06) * width, (i + 0.94) * width),
+      (height - count / top * (height - 4), height),
+      'bar',
+      f'{name}: {count:,}',
     )
     for i, (name, count) in enumerate(bars)
   ]
-  names = [
-    _text(
-      name,
-      x=_percent((i + 0.5) * width),
-      y='14',
-      text_anchor=_anchor((i + 0.5) * width, 0.08),
-    )
-    for i, (name, _) in enumerate(bars)
-    if i % every == 0
-  ]
+  # At most five names: they are up to fifty pixels wide.
+  every = -(-len(bars) // 5)
+  names = [((i + 0.5) * width, name) for i, (name, _) in enumerate(bars)]
   return tag(
     'figure',
     tag('figcaption', tag('b', title)),
-    tag(
-      'svg',
-      *rects,
-      class_='plot',
-      width='100%',
-      height=_pixels(height),
-      role='img',
-      aria_label=f'{title}. {summary}',
-    ),
-    tag('svg', *names, width='100%', height='20', aria_hidden='true'),
+    _image(rects, height, f'{title}. {summary}', 'plot'),
+    _axis(names[:: every or 1], 0.08),
     class_='chart small',
   )
 
@@ -321,74 +272,21 @@ def range_bar(
   summary: str,
 ) -> Html:
   """Returns a scale of 0 to 100 % with a range, references and a value."""
-  shapes = [_rule(14.0)]
+  shapes = [_rule(14)]
   if expected:
-    low, high = expected
-    shapes.append(
-      tag(
-        'rect',
-        tag('title', f'expected: {low:.0%} to {high:.0%}'),
-        class_='expected',
-        x=_percent(low),
-        width=_percent(high - low),
-        y='5',
-        height='18',
-      )
-    )
+    said = f'expected: {expected[0]:.0%} to {expected[1]:.0%}'
+    shapes.append(_bar(expected, (5, 23), 'expected', said))
   for name, at in references:
-    shapes.append(
-      tag(
-        'line',
-        tag('title', f'{name}: {at:.1%}'),
-        class_='reference',
-        x1=_percent(at),
-        x2=_percent(at),
-        y1='1',
-        y2='27',
-      )
-    )
+    said = tag('title', f'{name}: {at:.1%}')
+    shapes.append(_upright(at, (1, 27), said, class_='reference'))
   if value is not None:
-    shapes.append(
-      tag(
-        'circle',
-        tag('title', f'this run: {value:.1%}'),
-        class_='best',
-        cx=_percent(value),
-        cy='14',
-        r='6',
-      )
-    )
-  return tag(
-    'svg',
-    *shapes,
-    class_='range',
-    width='100%',
-    height='28',
-    role='img',
-    aria_label=summary,
-  )
+    shapes.append(_dot(value, 14, 6, 'best', f'this run: {value:.1%}'))
+  return _image(shapes, 28, summary, 'range')
 
 
 def percent_axis() -> Html:
   """Returns the ticks below `range_bar`s."""
-  marks = [
-    _text(
-      f'{x}%',
-      x=f'{x}%',
-      y='14',
-      text_anchor=_anchor(x / 100),
-      class_='minor' if x % 50 else None,
-    )
-    for x in range(0, 101, 25)
-  ]
-  return tag(
-    'svg',
-    *marks,
-    class_='range-axis',
-    width='100%',
-    height='18',
-    aria_hidden='true',
-  )
+  return _axis([(x / 100, f'{x}%') for x in range(0, 101, 25)])
 
 
 def reliability(bins: Sequence[tuple[int, float, float]], summary: str) -> Html:
@@ -397,56 +295,41 @@ def reliability(bins: Sequence[tuple[int, float, float]], summary: str) -> Html:
   A bar for each bin, stronger the more images it has; the diagonal is what
   perfect calibration would give.
   """
-  size = 240.0
   total = sum(count for count, _, _ in bins) or 1
-  width = size / max(len(bins), 1)
-  rects = [
-    tag(
-      'rect',
-      tag(
-        'title',
-        f'{count:,} images: confidence {confidence:.1%}, '
-        f'accuracy {accuracy:.1%}',
-      ),
-      class_='bar',
-      x=_pixels(i * width + 1),
-      width=_pixels(width - 2),
-      y=_pixels(size * (1 - accuracy)),
-      height=_pixels(size * accuracy),
+  width, gap = 1 / max(len(bins), 1), 1 / _SQUARE
+  bars = [
+    _bar(
+      (i * width + gap, (i + 1) * width - gap),
+      (_SQUARE * (1 - accuracy), _SQUARE),
+      'bar',
+      f'{count:,} images: confidence {confidence:.1%}, accuracy {accuracy:.1%}',
       fill_opacity=f'{0.3 + 0.7 * math.sqrt(count / total):.2f}',
     )
     for i, (count, confidence, accuracy) in enumerate(bins)
     if count
   ]
-  frame = [
-    tag('line', class_='grid', x1=0, x2=240, y1=y, y2=y)
-    for y in (0, 60, 120, 180, 240)
-  ]
-  diagonal = tag('line', class_='ideal', x1=0, y1=240, x2=240, y2=0)
+  end = _SQUARE
   names = [
-    *(
-      _text(f'{v}', x=-6, y=f'{244 - 2.4 * v:g}', text_anchor='end')
-      for v in (0, 50, 100)
-    ),
-    *(
-      _text(f'{v}', x=f'{2.4 * v:g}', y=257, text_anchor='middle')
-      for v in (0, 50, 100)
-    ),
-    _text('confidence %', x=120, y=274, text_anchor='middle'),
-    _text(
-      'accuracy %',
-      x=-28,
-      y=120,
-      text_anchor='middle',
-      transform='rotate(-90 -28 120)',
-    ),
+    _text(f'{v}', x, y, anchor)
+    for v in (0, 50, 100)
+    for x, y, anchor in (
+      (-6, end + 4 - v * end / 100, 'end'),
+      (v * end / 100, end + 17, 'middle'),
+    )
   ]
   return tag(
     'svg',
-    *frame,
-    *rects,
-    diagonal,
+    tag(
+      'svg',
+      *(_rule(end * i / 4) for i in range(5)),
+      *bars,
+      tag('line', class_='ideal', x1=0, y1=end, x2=end, y2=0),
+      width=end,
+      height=end,
+    ),
     *names,
+    _text('confidence %', end / 2, end + 34),
+    _text('accuracy %', -28, end / 2, transform=f'rotate(-90 -28 {end / 2:g})'),
     viewBox='-44 -8 298 290',
     class_='reliability',
     width='298',
@@ -463,41 +346,37 @@ def heat_map(
 
   A cell is the stronger the larger its part of the row.
   """
-  cell, count = 30.0, len(names)
-  left = 10 + 6.6 * min(max(map(len, names), default=0), 18)
-  sums = [
-    sum(counts.get((i, j), 0) for j in range(count)) for i in range(count)
-  ]
+  every = range(len(names))
+  sums = [sum(counts.get((i, j), 0) for j in every) for i in every]
   cells = [
-    _cell(i, j, counts.get((i, j), 0), sums[i], cell, names)
-    for i in range(count)
-    for j in range(count)
+    shape
+    for i in every
+    for j in every
+    for shape in _cell(i, j, counts.get((i, j), 0), sums[i], names)
   ]
+  middles = [(i + 0.5) * _CELL + 4 for i in every]
   rows = [
-    _text(
-      shorten(name, 18),
-      x=-8,
-      y=_pixels((i + 0.5) * cell + 4),
-      text_anchor='end',
-    )
-    for i, name in enumerate(names)
+    _text(_shorten(name), -8, y, text_anchor='end')
+    for name, y in zip(names, middles, strict=True)
   ]
   columns = [
     _text(
-      shorten(name, 18),
-      x=0,
-      y=0,
-      transform=f'translate({(j + 0.5) * cell + 4:g} -8) rotate(-60)',
+      _shorten(name),
+      0,
+      0,
+      text_anchor=None,
+      transform=f'translate({x:g} -8) rotate(-60)',
     )
-    for j, name in enumerate(names)
+    for name, x in zip(names, middles, strict=True)
   ]
-  side = count * cell
+  left = 10 + 6.6 * max((len(_shorten(name)) for name in names), default=0)
+  side = len(names) * _CELL
   # Turned by 60 degrees, a name is 0.87 as high and half as wide as long.
-  top, right = 6 + 0.87 * left, max(4.0, 0.5 * left - cell / 2)
+  top, right = 6 + 0.87 * left, max(4.0, 0.5 * left - _CELL / 2)
   box = -left, -top, left + side + right, top + side + 4
   return tag(
     'svg',
-    *itertools.chain.from_iterable(cells),
+    *cells,
     *rows,
     *columns,
     viewBox=' '.join(f'{x:g}' for x in box),
@@ -509,38 +388,92 @@ def heat_map(
   )
 
 
-def sparkline(points: Sequence[Point], style: str, height: float = 36) -> Html:
+def sparkline(points: Sequence[Point]) -> Html:
   """Returns a line without axes, from the least to the largest value."""
-  values = [value for _, value in points if value is not None]
+  values = Series('', '', points).values
   if not values:
-    return Html('')
+    return Html()
   low, high = min(values), max(values)
-  y = Scale(low, high if high > low else low + 1)
+  y, height = Scale(low, high if high > low else low + 1), 36.0
   begin, end = points[0][0], points[-1][0]
-  moved = [(x - begin, value) for x, value in points]
+  line = Series('', 'val', [(x - begin, value) for x, value in points])
   x_end = end - begin or 1.0
-  series = [Series('', style, moved)]
+  shapes = _stretched(height, [_path(line, y, x_end, height)])
+  return _image(
+    [shapes, *_dots([line], y, x_end, height)], height, style='spark'
+  )
+
+
+def _shorten(name: str, width: int = 18) -> str:
+  return name if len(name) <= width else f'{name[: width - 1]}…'
+
+
+def _image(
+  shapes: Iterable[Html],
+  height: float,
+  summary: str | None = None,
+  style: str | None = None,
+) -> Html:
+  """Returns an image as wide as the page; without `summary` it is not read."""
   return tag(
     'svg',
-    _stretched(height, [_path(series[0], y, x_end, height)]),
-    *_dots(series, y, x_end, height),
-    class_='spark',
+    *shapes,
+    class_=style,
     width='100%',
     height=_pixels(height),
-    aria_hidden='true',
+    role='img' if summary else None,
+    aria_label=summary,
+    aria_hidden=None if summary else 'true',
   )
 
 
-def row(name: str, chart: Html, value: str) -> Html:
-  """Returns three cells of a grid."""
-  return join(
-    tag('span', name, title=name), chart, tag('span', value, class_='num')
+def _bar(
+  x: tuple[float, float],
+  y: tuple[float, float],
+  style: str | None,
+  said: str | None = None,
+  **attributes: object,
+) -> Html:
+  """Returns a bar between two parts of the width and two heights."""
+  return tag(
+    'rect',
+    tag('title', said) if said else None,
+    class_=style,
+    x=_percent(x[0]),
+    width=_percent(x[1] - x[0]),
+    y=_pixels(y[0]),
+    height=_pixels(y[1] - y[0]),
+    **attributes,
   )
 
 
-def shorten(text: str, width: int) -> str:
-  """Returns `text`, its end cut off where it is longer than `width`."""
-  return text if len(text) <= width else f'{text[: width - 1]}…'
+def _dot(x: float, y: float, r: float, style: str, said: str = '') -> Html:
+  return tag(
+    'circle',
+    tag('title', said) if said else None,
+    class_=style,
+    cx=_percent(x),
+    cy=_pixels(y),
+    r=f'{r:g}',
+  )
+
+
+def _upright(
+  x: float, y: tuple[float, float], *said: Html, class_: str | None = None
+) -> Html:
+  """Returns a line down at a part of the width."""
+  at = _percent(x)
+  ends = {'y1': _pixels(y[0]), 'y2': _pixels(y[1])}
+  return tag('line', *said, class_=class_, x1=at, x2=at, **ends)
+
+
+def _axis(names: Iterable[tuple[float, str]], margin: float = 0.02) -> Html:
+  """Returns names below a chart, each at its part of the width."""
+  texts = (
+    _text(name, _percent(x), 14, text_anchor=_anchor(x, margin))
+    for x, name in names
+  )
+  return _image(texts, 18)
 
 
 def _vertical(y: Scale, height: float) -> Callable[[float], float]:
@@ -583,28 +516,7 @@ def _dots(
     values = [None, *(value for _, value in s.points), None]
     for i, (x, value) in enumerate(s.points):
       if value is not None and values[i] is None and values[i + 2] is None:
-        yield tag(
-          'circle',
-          class_=f'dot {s.style}',
-          cx=_percent(x / x_end),
-          cy=_pixels(at_y(value)),
-          r='3',
-        )
-
-
-def _band_rects(
-  bands: Sequence[Band], x_end: float, height: float
-) -> list[Html]:
-  return [
-    tag(
-      'rect',
-      class_='band',
-      x=_percent(band.begin / x_end),
-      width=_percent((band.end - band.begin) / x_end),
-      height=_pixels(height),
-    )
-    for band in bands[1::2]
-  ]
+        yield _dot(x / x_end, at_y(value), 3, f'dot {s.style}')
 
 
 def _band_names(bands: Sequence[Band], x_end: float) -> Html | None:
@@ -628,27 +540,16 @@ def _rule(y: float) -> Html:
   return tag('line', class_='grid', x1='0', x2='100%', y1=at, y2=at)
 
 
-def _mark_shapes(
-  marks: Sequence[Mark], x_end: float, height: float
-) -> list[Html]:
-  """Returns a line across the plot and a sign at its foot for each mark."""
-  return [
-    tag(
-      'g',
-      tag('title', mark.text),
-      tag('line', x1=at, x2=at, y1='0', y2=_pixels(height - 12)),
-      tag(
-        'text',
-        '▲' if mark.style == 'resume' else '◆',
-        x=at,
-        y=_pixels(height - 2),
-        text_anchor='middle',
-      ),
-      class_=f'mark {mark.style}',
-    )
-    for mark in marks
-    for at in [_percent(mark.x / x_end)]
-  ]
+def _mark_shape(mark: Mark, x_end: float, height: float) -> Html:
+  """Returns a line across the plot and a sign at its foot."""
+  x = mark.x / x_end
+  return tag(
+    'g',
+    tag('title', mark.text),
+    _upright(x, (0, height - 12)),
+    _text('▲' if mark.style == 'resume' else '◆', _percent(x), height - 2),
+    class_=f'mark {mark.style}',
+  )
 
 
 def _label_shapes(
@@ -657,14 +558,7 @@ def _label_shapes(
   taken: list[float] = []
   for label in reversed(labels):
     x, y = label.x / x_end, at_y(label.y)
-    yield tag(
-      'circle',
-      tag('title', label.text),
-      class_=f'best {label.style}',
-      cx=_percent(x),
-      cy=_pixels(y),
-      r='4.5',
-    )
+    yield _dot(x, y, 4.5, f'best {label.style}', label.text)
     if any(abs(x - other) < _LABEL_DISTANCE for other in taken):
       continue
     taken.append(x)
@@ -672,8 +566,8 @@ def _label_shapes(
     below = y + 19 < at_y(0)
     yield _text(
       label.text,
-      x=_percent(x),
-      y=_pixels(y + 19 if below else y - 9),
+      _percent(x),
+      y + 19 if below else y - 9,
       class_=f'best-label {label.style}',
       text_anchor=_anchor(x, 0.08),
     )
@@ -681,95 +575,59 @@ def _label_shapes(
 
 def _hint_strips(
   hints: Sequence[tuple[float, str]], x_end: float, height: float
-) -> list[Html]:
-  """Returns invisible strips, each as wide as the way to its neighbours."""
+) -> Iterator[Html]:
+  """Yields invisible strips, each as wide as the way to its neighbours."""
   at = [x / x_end for x, _ in hints]
   edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(at)), 1.0]
-  return [
-    tag(
+  for x, strip, (_, text) in zip(
+    at, itertools.pairwise(edges), hints, strict=False
+  ):
+    yield tag(
       'g',
       tag('title', text),
-      tag(
-        'rect',
-        x=_percent(edges[i]),
-        width=_percent(edges[i + 1] - edges[i]),
-        height=_pixels(height),
-      ),
-      tag(
-        'line',
-        x1=_percent(at[i]),
-        x2=_percent(at[i]),
-        y1='0',
-        y2=_pixels(height),
-      ),
+      _bar(strip, (0, height), None),
+      _upright(x, (0, height)),
       class_='hint',
     )
-    for i, (_, text) in enumerate(hints)
-  ]
-
-
-def _y_axis(marks: Sequence[tuple[float, str]], height: float) -> Html:
-  return tag(
-    'svg',
-    *(
-      _text(name, x='100%', y=_pixels(y + 4), text_anchor='end')
-      for y, name in marks
-    ),
-    class_='axis',
-    width='100%',
-    height=_pixels(height),
-    aria_hidden='true',
-  )
-
-
-def _x_axis(x_end: float, label: str) -> Html:
-  marks = [
-    _text(
-      f'{tick:g}',
-      x=_percent(tick / x_end),
-      y='14',
-      text_anchor=_anchor(tick / x_end),
-    )
-    for tick in ticks(0, x_end, 6)
-  ]
-  axis = tag('svg', *marks, width='100%', height='18', aria_hidden='true')
-  return join(
-    tag('div', tag('div'), axis, class_='panel'),
-    tag('p', label, class_='axis-label'),
-  )
 
 
 def _cell(
-  i: int, j: int, count: int, total: int, cell: float, names: Sequence[str]
-) -> list[Html]:
-  """Returns the square of label `i` taken for `j`, with its count."""
+  i: int, j: int, count: int, total: int, names: Sequence[str]
+) -> Iterator[Html]:
+  """Yields the square of label `i` taken for `j`, and its count."""
   part = count / total if total else 0.0
   style = 'right' if i == j else 'wrong'
-  square = tag(
+  yield tag(
     'rect',
     tag('title', f'{names[i]} taken for {names[j]}: {count:,} of {total:,}'),
     class_=style if count else 'none',
-    x=_pixels(j * cell + 1),
-    y=_pixels(i * cell + 1),
-    width=_pixels(cell - 2),
-    height=_pixels(cell - 2),
+    x=j * _CELL + 1,
+    y=i * _CELL + 1,
+    width=_CELL - 2,
+    height=_CELL - 2,
     rx='3',
     fill_opacity=f'{0.12 + 0.88 * part:.2f}' if count else None,
   )
-  if not count:
-    return [square]
-  number = _text(
-    f'{count}',
-    x=_pixels((j + 0.5) * cell),
-    y=_pixels((i + 0.5) * cell + 4),
-    text_anchor='middle',
-    class_='on-strong' if part > 0.5 else 'on-weak',
+  if count:
+    yield _text(
+      f'{count}',
+      (j + 0.5) * _CELL,
+      (i + 0.5) * _CELL + 4,
+      class_='on-strong' if part > 0.5 else 'on-weak',
+    )
+
+
+def _text(
+  text: str,
+  x: float | str,
+  y: float,
+  text_anchor: str | None = 'middle',
+  **attributes: object,
+) -> Html:
+  at = x if isinstance(x, str) else _pixels(x)
+  return tag(
+    'text', text, x=at, y=_pixels(y), text_anchor=text_anchor, **attributes
   )
-  return [square, number]
-
-
-def _text(text: str, **attributes: object) -> Html:
-  return tag('text', text, **attributes)
 
 
 def _anchor(fraction: float, margin: float = 0.02) -> str:

@@ -1,14 +1,16 @@
-"""The report's section about single classes and images, stage by stage."""
+"""The section about single classes and images, stage by stage."""
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprog import formats
 from jaxprog.reporting import facts
 from jaxprog.reporting.page import charts, markup
 from jaxprog.reporting.page.markup import Html, join, tag
+from jaxprog.reporting.parts import Column, Part, Table, Words
+from jaxprog.reporting.rundir import RunFiles
 
 # So many classes are listed each; of more, the extremes are.
 MAX_LISTED = 30
@@ -17,15 +19,35 @@ _EXTREMES = 10
 MAX_MATRIX = 20
 _MAX_CONFUSIONS = 10
 
+# Of label, what it was taken for, how often, and images of the label.
+_CONFUSIONS = (
+  Column('label', lambda x: x[0], left=True),
+  Column('taken for', lambda x: x[1], left=True),
+  Column('images', lambda x: f'{x[2]:,}'),
+  Column('of', lambda x: f'{x[3]:,}'),
+  Column('share', lambda x: formats.percent(x[2] / x[3])),
+)
 
-def per_class(stages: Sequence[Mapping[str, Any]]) -> Html:
-  """Returns what the best weights of each stage see; the last one unfolded."""
-  seen = [stage for stage in stages if stage.get('diagnostics')]
+
+def classes(run: RunFiles) -> Iterator[Part]:
+  """Yields what the best weights of each stage see; the last one unfolded.
+
+  The text has the most frequent confusions alone.
+  """
+  seen = [stage for stage in run.stages if stage.get('diagnostics')]
   if not seen:
-    return tag(
-      'p', 'No stage is over yet: its best weights are looked at then.'
-    )
-  return join(*(_stage(stage, stage is seen[-1]) for stage in seen))
+    yield tag('p', 'No stage is over yet: its best weights are looked at then.')
+  yield Words([[x for stage in seen for x in _most_frequent(stage)]])
+  yield from (_stage(stage, stage is seen[-1]) for stage in seen)
+
+
+def _most_frequent(stage: Mapping[str, Any]) -> Iterator[str]:
+  words = [
+    f'{label} taken for {taken}, {count:,} of {of:,}'
+    for label, taken, count, of in facts.confusions(stage, 3)
+  ]
+  if words:
+    yield f'{stage["name"]}: {"; ".join(words)}'
 
 
 def _stage(stage: Mapping[str, Any], unfolded: bool) -> Html:
@@ -113,7 +135,7 @@ def _distribution(parts: Sequence[float]) -> Html:
   return charts.histogram(
     f'Classes by their accuracy, all {len(parts):,}',
     bars,
-    summary='; '.join(f'{name}: {count}' for name, count in bars),
+    '; '.join(f'{name}: {count}' for name, count in bars),
   )
 
 
@@ -149,14 +171,7 @@ def _matrix(found: Mapping[str, Any]) -> Html | None:
   matrix = charts.heat_map(names, pairs, said)
   return join(
     tag('h4', 'Confusion matrix'),
-    tag(
-      'div',
-      matrix,
-      class_='scroll',
-      tabindex=0,
-      role='region',
-      aria_label='Confusion matrix',
-    ),
+    markup.scroll(matrix, 'Confusion matrix'),
     tag('p', said, class_='note'),
   )
 
@@ -165,15 +180,8 @@ def _confusions(stage: Mapping[str, Any]) -> Html:
   mistakes = facts.confusions(stage, _MAX_CONFUSIONS)
   if not mistakes:
     return tag('p', _describe_none(stage['diagnostics']), class_='note')
-  return markup.table(
-    ['label', 'taken for', 'images', 'of', 'share'],
-    [
-      [label, taken, f'{n:,}', f'{of:,}', formats.percent(n / of)]
-      for label, taken, n, of in mistakes
-    ],
-    caption='Images of the label, how many of them were so mistaken',
-    left=(0, 1),
-  )
+  caption = 'Images of the label, how many of them were so mistaken'
+  return markup.render(Table(_CONFUSIONS, mistakes, caption))
 
 
 def _describe_none(found: Mapping[str, Any]) -> str:

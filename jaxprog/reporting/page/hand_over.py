@@ -1,96 +1,104 @@
-"""The section on what each stage took over from which."""
+"""The section on what each stage took over from which, and its worth."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from jaxprog import formats
 from jaxprog.monitoring import history as history_lib
-from jaxprog.reporting.page import markup
-from jaxprog.reporting.page.markup import Html, join, tag
+from jaxprog.reporting.page.markup import tag
+from jaxprog.reporting.parts import Column, Part, Table
 from jaxprog.reporting.rundir import RunFiles
 
+# Longer lists of names are a number, and the names are in small print.
+_MAX_NAMES = 24
 
-def hand_over(run: RunFiles) -> Html:
-  """Returns what each stage took over from which, and what it was worth."""
-  rows = [_hand_over_row(run, stage) for stage in run.stages]
-  titles = [
-    'stage',
-    'from',
-    'carried',
-    'fresh',
-    'dropped',
-    'seconds',
-    'before',
-    'first epoch',
-    'what differs',
+
+class _HandOver(NamedTuple):
+  """A stage's record, and that of the stage its weights come from."""
+
+  stage: Mapping[str, Any]
+  source: Mapping[str, Any] | None
+
+  @property
+  def transfer(self) -> Mapping[str, Any]:
+    return self.stage['transfer'] or {}
+
+
+_COLUMNS = (
+  Column('stage', lambda x: x.stage['name'], left=True),
+  Column('from', lambda x: _origin(x.transfer), left=True),
+  Column('carried', lambda x: _modules(x.transfer, 'carried'), left=True),
+  Column('fresh', lambda x: _modules(x.transfer, 'fresh'), left=True),
+  Column('dropped', lambda x: _modules(x.transfer, 'dropped'), left=True),
+  Column('seconds', lambda x: _seconds(x.stage), wide=True),
+  Column('before', lambda x: formats.percent(_before(x.source)), wide=True),
+  Column('first epoch', lambda x: formats.percent(_after(x.stage)), wide=True),
+  Column('what differs', lambda x: _difference(x), left=True, wide=True),
+)
+
+
+def hand_over(run: RunFiles) -> Iterator[Part]:
+  """Yields a table, and on the page what its figures are."""
+  rows = [
+    _HandOver(x, history_lib.find_stage(run.history, origin or ''))
+    for x in run.stages
+    for origin in [(x['transfer'] or {}).get('from')]
   ]
-  return join(
-    markup.table(
-      titles,
-      rows,
-      caption='Weights handed from stage to stage',
-      left=(0, 1, 2, 3, 4, 8),
-    ),
-    tag(
-      'p',
-      'seconds: from the end of the stage before until the first batch is '
-      'asked for, waiting for the compiler included. before: the best top-1 '
-      'of the stage the weights come from, on its own data. first epoch: '
-      'top-1 after one epoch, on this stage’s data. Where classes or '
-      'images differ, the two are not the same question.',
-      class_='note',
-    ),
+  yield Table(_COLUMNS, rows, 'Weights handed from stage to stage')
+  yield tag(
+    'p',
+    'seconds: from the end of the stage before until the first batch is '
+    'asked for, waiting for the compiler included. before: the best top-1 '
+    'of the stage the weights come from, on its own data. first epoch: '
+    'top-1 after one epoch, on this stage’s data. Where classes or '
+    'images differ, the two are not the same question.',
+    class_='note',
   )
 
 
-def _hand_over_row(run: RunFiles, stage: Mapping[str, Any]) -> list[object]:
-  transfer = stage['transfer'] or {}
-  source = history_lib.find_stage(run.history, transfer.get('from') or '')
-  first = stage['epochs'][0] if stage['epochs'] else {}
-  before = source['best']['top1'] if source and source['best'] else None
-  seconds = stage.get('handover_seconds')
-  origin: object = 'nothing: fresh weights'
-  if transfer.get('from'):
-    how = [f'{transfer.get("weights", "best")} weights']
-    if transfer.get('operator', 'plain') != 'plain':
-      how.append(str(transfer['operator']))
-    origin = join(transfer['from'], tag('small', ', '.join(how)))
-  return [
-    stage['name'],
-    origin,
-    *(_modules(transfer.get(x)) for x in ('carried', 'fresh', 'dropped')),
-    f'{seconds:.1f}' if formats.is_number(seconds) else '–',
-    formats.percent(before),
-    formats.percent(first.get('val_top1')),
-    tag('span', _stage_difference(source, stage), class_='long'),
-  ]
+def _origin(transfer: Mapping[str, Any]) -> tuple[str, str]:
+  if not transfer.get('from'):
+    return '-', 'fresh weights'
+  how = f'{transfer.get("weights", "best")} weights'
+  operator = transfer.get('operator', 'plain')
+  return transfer['from'], how if operator == 'plain' else f'{how}, {operator}'
 
 
-def _modules(value: Any) -> object:
-  """Returns how many modules, and their names in small print."""
+def _modules(transfer: Mapping[str, Any], part: str) -> str | tuple[str, str]:
+  """Returns the names of modules, or how many there are."""
+  value = transfer.get(part)
   if value is None or isinstance(value, str | int):
-    return '–' if value is None else value
-  names = list(value)
-  if not names:
-    return 'none'
-  if len(names) == 1:
-    return names[0]
-  listed = tag('small', ', '.join(names), class_='names')
-  return join(f'{len(names)} modules', listed)
+    return '-' if value is None else str(value)
+  names = ', '.join(value)
+  if len(names) <= _MAX_NAMES:
+    return names or 'none'
+  return f'{len(value)} modules', names
 
 
-def _stage_difference(
-  source: Mapping[str, Any] | None, stage: Mapping[str, Any]
-) -> str:
+def _seconds(stage: Mapping[str, Any]) -> str:
+  seconds = stage.get('handover_seconds')
+  return f'{seconds:.1f}' if formats.is_number(seconds) else '-'
+
+
+def _before(source: Mapping[str, Any] | None) -> float | None:
+  return source['best']['top1'] if source and source['best'] else None
+
+
+def _after(stage: Mapping[str, Any]) -> float | None:
+  return stage['epochs'][0]['val_top1'] if stage['epochs'] else None
+
+
+def _difference(x: _HandOver) -> str:
   """Returns why the accuracies before and after are not the same question."""
+  source, stage = x.source, x.stage
   if source is None:
-    return '–'
+    return '-'
   differs = []
   if source['dataset'] != stage['dataset']:
     differs.append(f'other images: {source["dataset"]} → {stage["dataset"]}')
   if source['num_classes'] != stage['num_classes']:
     differs.append(f'{source["num_classes"]} → {stage["num_classes"]} classes')
-  elif 'head' in ((stage['transfer'] or {}).get('fresh') or ()):
+  elif 'head' in (x.transfer.get('fresh') or ()):
     differs.append('other classes')
   if source['image_size'] != stage['image_size']:
     differs.append(f'{source["image_size"]} → {stage["image_size"]} px')

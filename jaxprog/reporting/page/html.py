@@ -1,71 +1,48 @@
 """report.html: a run on one page that needs nothing else, no network either."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
-from jaxprog.reporting.page import (
-  classes,
-  curves,
-  hand_over,
-  notes,
-  overview,
-  planned,
-  scorecard,
-  style,
-  time,
-)
-from jaxprog.reporting.page.markup import Html, join, tag
+from jaxprog.reporting.page import overview, sections, style
+from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.rundir import RunFiles
-
-# Id, title and content of each section, in order; without content there is
-# none.
-SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], Html]], ...] = (
-  ('overview', 'Overview', overview.overview),
-  ('scorecard', 'Scorecard', scorecard.scorecard),
-  ('curves', 'Curves', curves.curves),
-  ('hand-over', 'Hand-over', hand_over.hand_over),
-  ('time', 'Time', time.time),
-  ('plan', 'Planned elsewhere', planned.planned),
-  (
-    'classes',
-    'Classes and mistakes',
-    lambda run: classes.per_class(run.stages),
-  ),
-  ('notes', 'Notes and incidents', notes.notes),
-)
 
 
 def page(run: RunFiles) -> str:
   """Returns the page of a run that is finished or under way."""
   status, chip = overview.describe_status(run)
+  contents = [
+    (section.name, section.title, join(*map(render, section.parts(run))))
+    for section in sections.SECTIONS
+  ]
   return document(
     f'{run.name}: training report',
-    tag(
-      'header',
-      tag('p', 'Training report', class_='eyebrow'),
-      tag('h1', run.name),
+    create_header(
+      'Training report',
+      run.name,
       tag(
         'p',
         tag('span', status, class_=f'chip {chip}'),
         *overview.remark_chips(run),
         class_='chips',
       ),
-      class_='top',
     ),
-    [
-      (name, title, content)
-      for name, title, create in SECTIONS
-      if (content := create(run))
-    ],
+    [found for found in contents if found[2]],
     'One run with one seed: n = 1. Made from training_history.json, '
     'config.json, environment.json and incidents.jsonl of the workdir; '
     '--mode=report makes it again.',
   )
 
 
+def create_header(kind: str, title: str, below: Html) -> Html:
+  """Returns what stands above the sections."""
+  eyebrow = tag('p', kind, class_='eyebrow')
+  return tag('header', eyebrow, tag('h1', title), below, class_='top')
+
+
 def document(
   title: str,
   header: Html,
-  parts: list[tuple[str, str, Html]],
+  parts: Sequence[tuple[str, str, Html]],
   footer: str,
 ) -> str:
   """Returns a whole page of sections (id, title, content) with their list."""

@@ -1,19 +1,20 @@
-"""HTML that is escaped unless it was made here."""
+"""Elements of HTML; what is not made here is escaped on its way in."""
 
-import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from markupsafe import Markup as Html
+from markupsafe import escape
 
-class Html(str):
-  """Text that is HTML already; any other string is escaped on its way in."""
-
-  __slots__ = ()
-
+from jaxprog.reporting.parts import Heading, Part, Table, Words
 
 # Elements that have no end tag.
 _VOID = frozenset(
   {'br', 'img', 'link', 'meta', 'line', 'rect', 'circle', 'path'}
 )
+# Longer texts need room in a table.
+_LONG = 30
+# Facts that are typed or copied.
+_CODE = ('command', 'commit')
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
@@ -29,7 +30,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
   for key, value in attributes.items():
     if value is not None:
       key = key.removesuffix('_').replace('_', '-')
-      words.append(f'{key}="{html.escape(str(value))}"')
+      words.append(f'{key}="{escape(value)}"')
   opening = ' '.join(words)
   if name in _VOID and not children:
     return Html(f'<{opening}/>')
@@ -38,39 +39,82 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
 
 def join(*children: object) -> Html:
   """Returns its arguments side by side, as `tag` takes them."""
-  return Html(''.join(map(_escape, children)))
+  return Html().join(escape(x) for x in children if x is not None)
+
+
+def render(part: Part) -> Html:
+  """Returns a part of a section as the page shows it."""
+  match part:
+    case Html():
+      return part
+    case str():
+      return tag('p', part, class_='note')
+    case list():
+      return items(part)
+    case dict():
+      return definitions(
+        {k: tag('code', v) if k in _CODE else v for k, v in part.items()},
+        'facts',
+      )
+    case Heading(text):
+      return tag('h3', text)
+    case Words():
+      return Html()
+    case Table(columns, rows, caption):
+      return table(
+        [column.title for column in columns],
+        [[column.cell(row) for column in columns] for row in rows],
+        caption=caption,
+        left=[i for i, column in enumerate(columns) if column.left],
+      )
+
+
+def items(points: Iterable[object]) -> Html:
+  """Returns a list of points."""
+  return tag('ul', *(tag('li', x) for x in points), class_='notes')
+
+
+def definitions(pairs: Mapping[str, object], style: str | None = None) -> Html:
+  """Returns a list of names and what they stand for."""
+  found = [join(tag('dt', k), tag('dd', v)) for k, v in pairs.items()]
+  return tag('dl', *found, class_=style)
 
 
 def table(
   titles: Sequence[str],
-  rows: Sequence[Sequence[object]],
+  rows: Iterable[Sequence[object]],
   *,
   caption: str,
-  left: tuple[int, ...] = (0,),
+  left: Sequence[int] = (0,),
 ) -> Html:
   """Returns a table in a box that scrolls by itself.
 
   Args:
     titles: of the columns.
-    rows: a cell for each title; the first one is the row's header.
+    rows: a cell for each title; the first one is the row's header. Of two texts
+      the second is in small print.
     caption: says what the table is, to those who cannot see it too.
     left: columns of text; the others are numbers and aligned right.
   """
 
-  def shown(cell: object) -> object:
-    return '–' if cell == '-' else cell
+  def create_cell(name: str, value: object, i: int, scope: str | None) -> Html:
+    text, small = value if isinstance(value, tuple) else (value, '')
+    if not isinstance(text, Html) and len(str(text)) > _LONG:
+      text = tag('span', text, class_='long')
+    return tag(
+      name,
+      '–' if text == '-' else text,
+      tag('small', small) if small else None,
+      scope=scope,
+      class_=None if i in left else 'num',
+    )
 
-  def style(i: int) -> str | None:
-    return None if i in left else 'num'
-
-  head = [
-    tag('th', x, scope='col', class_=style(i)) for i, x in enumerate(titles)
-  ]
+  head = [create_cell('th', x, i, 'col') for i, x in enumerate(titles)]
   body = [
     tag(
       'tr',
-      tag('th', row[0], scope='row', class_=style(0)),
-      *(tag('td', shown(x), class_=style(i)) for i, x in enumerate(row[1:], 1)),
+      create_cell('th', row[0], 0, 'row'),
+      *(create_cell('td', x, i, None) for i, x in enumerate(row[1:], 1)),
     )
     for row in rows
   ]
@@ -80,14 +124,11 @@ def table(
     tag('thead', tag('tr', *head)),
     tag('tbody', *body),
   )
+  return scroll(inner, caption)
+
+
+def scroll(content: Html, said: str) -> Html:
+  """Returns a box that scrolls by itself, where `content` is wider."""
   return tag(
-    'div', inner, class_='scroll', tabindex=0, role='region', aria_label=caption
+    'div', content, class_='scroll', tabindex=0, role='region', aria_label=said
   )
-
-
-def _escape(child: object) -> str:
-  if child is None:
-    return ''
-  if isinstance(child, Html):
-    return child
-  return html.escape(str(child))

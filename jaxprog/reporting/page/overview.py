@@ -1,6 +1,6 @@
 """The report's first section: the result, each stage, what ran on what."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from configs import default
@@ -8,35 +8,77 @@ from jaxprog import config as config_lib
 from jaxprog import formats
 from jaxprog.reporting import facts
 from jaxprog.reporting.page import charts, markup
-from jaxprog.reporting.page.markup import Html, join, tag
+from jaxprog.reporting.page.markup import Html, tag
+from jaxprog.reporting.parts import Column, Heading, Part, Table, Words
 from jaxprog.reporting.rundir import RunFiles
 
+_STAGES = (
+  Column('stage', lambda x: x['name'], left=True),
+  Column('dataset', lambda x: x['dataset'], left=True),
+  Column('classes', lambda x: str(x['num_classes'])),
+  Column('train', lambda x: f'{x["num_train_images"]:,}'),
+  Column('val', lambda x: f'{x["num_eval_images"]:,}'),
+  Column('px', lambda x: str(x['image_size'])),
+  Column('batch', lambda x: str(x['batch_size'])),
+  Column(
+    'epochs', lambda x: f'{facts.trained_epochs(x)}/{facts.planned_epochs(x)}'
+  ),
+)
+_RESULTS = (
+  Column('stage', lambda x: x['name'], left=True),
+  Column('best', lambda x: formats.percent((x['best'] or {}).get('top1'))),
+  Column('epoch', lambda x: str((x['best'] or {'epoch': '-'})['epoch'])),
+  Column('last', lambda x: formats.percent(facts.last_row(x).get('val_top1'))),
+  Column('top-5', lambda x: formats.percent(facts.last_row(x).get('val_top5'))),
+  Column('time', lambda x: formats.duration(x['seconds'])),
+  Column('images/s', facts.describe_speed),
+  Column('status', facts.describe_status, left=True),
+)
+# Parts of a config that are no fields.
+GROUPS = {'stages', 'stage_defaults'}
+# Stands for the value of a field that a config does not have.
+_ABSENT = object()
 
-def overview(run: RunFiles) -> Html:
-  """Returns the section's content."""
-  return join(
-    _headline(run),
-    tag(
-      'div',
-      *(_card(i, stage) for i, stage in enumerate(run.stages, 1)),
-      class_='cards',
-    ),
-    tag('h3', 'What ran on what'),
-    _facts(run),
-    tag('h3', 'The config beside the defaults'),
-    config_difference(run.config),
+
+def overview(run: RunFiles) -> Iterator[Part]:
+  """Yields the result and each stage; tables in the text, cards on the page."""
+  yield _headline(run)
+  cards = [_card(i, stage) for i, stage in enumerate(run.stages, 1)]
+  yield tag('div', *cards, class_='cards')
+  yield tag('h3', 'What ran on what')
+  yield facts.describe_run(run)
+  yield tag('h3', 'The config beside the defaults')
+  yield config_difference(run.config)
+  note = 'best and last are top-1, top-5 is of the last epoch, on val images.'
+  if held := [x['name'] for x in run.stages if facts.chooses_on_holdout(x)]:
+    note += (
+      f' On training images held out instead: {", ".join(held)}; see the notes.'
+    )
+  yield Words(
+    [
+      Heading('Stages'),
+      Table(_STAGES, run.stages, ''),
+      Heading('Results'),
+      Table(_RESULTS, run.stages, ''),
+      note,
+    ]
   )
 
 
 def describe_status(run: RunFiles) -> tuple[str, str]:
   """Returns how far the run is, and the class of the chip that says so."""
-  over = sum(stage['status'] != 'running' for stage in run.stages)
-  total = max(len(run.planned), len(run.stages))
+  over, total = _count_stages(run)
   if over == total:
     return 'finished', 'good'
   running = any(stage['status'] == 'running' for stage in run.stages)
   more = ', one under way or interrupted' if running else ''
   return f'{over} of {total} stages finished{more}', 'warn'
+
+
+def _count_stages(run: RunFiles) -> tuple[int, int]:
+  """Returns how many stages are over, and how many there will be."""
+  over = sum(stage['status'] != 'running' for stage in run.stages)
+  return over, max(len(run.planned), len(run.stages))
 
 
 def remark_chips(run: RunFiles) -> list[Html]:
@@ -51,36 +93,26 @@ def remark_chips(run: RunFiles) -> list[Html]:
   return [tag('a', x, class_='chip warn', href='#notes') for x in texts]
 
 
-def status_chip(stage: Mapping[str, Any]) -> Html:
-  """Returns a stage's status, with colour where it is not simply done."""
-  words = stage['status'].replace('_', ' ')
-  if stage['status'] == 'running':
-    words = 'not finished'
-  good = stage['status'] == 'done'
-  return tag('span', words, class_='chip good' if good else 'chip warn')
-
-
 def _headline(run: RunFiles) -> Html:
-  trained = [stage for stage in run.stages if stage['best']]
-  tiles: list[tuple[str, str]] = []
-  if trained:
-    tiles.append(_headline_result(trained[-1]))
-  seconds = sum(stage['seconds'] for stage in run.stages)
-  epochs = sum(len(stage['epochs']) for stage in run.stages)
   status, _ = describe_status(run)
-  over = sum(stage['status'] != 'running' for stage in run.stages)
-  total = max(len(run.planned), len(run.stages))
-  tiles += [
-    (formats.duration(seconds), 'trained and evaluated'),
+  over, total = _count_stages(run)
+  epochs = sum(len(stage['epochs']) for stage in run.stages)
+  tiles = [
+    *[_headline_result(x) for x in run.stages if x['best']][-1:],
+    (formats.duration(facts.total_seconds(run)), 'trained and evaluated'),
     (f'{over} of {total}', 'stages finished'),
     (f'{epochs:,}', 'epochs'),
   ]
-  first = 'tile first' if trained else 'tile'
   return tag(
     'div',
     *(
-      tag('div', tag('b', a), tag('span', b), class_='tile' if i else first)
-      for i, (a, b) in enumerate(tiles)
+      tag(
+        'div',
+        tag('b', figure),
+        tag('span', said),
+        class_='tile first' if len(tiles) > 3 and not i else 'tile',
+      )
+      for i, (figure, said) in enumerate(tiles)
     ),
     class_='tiles',
     aria_label=f'Result; {status}',
@@ -90,18 +122,18 @@ def _headline(run: RunFiles) -> Html:
 
 def _headline_result(stage: Mapping[str, Any]) -> tuple[str, str]:
   """Returns the top-1 that a stage stands for, and what it is."""
+  reached = formats.percent(facts.best_top1(stage))
   if validation := stage.get('validation'):
     return (
-      formats.percent(validation['top1']),
+      reached,
       f'top-1 of {stage["name"]} on {validation["num_images"]:,} validation '
       f'images, looked at once; epoch {validation["epoch"]} was chosen on '
       f'{stage["eval_split"]}',
     )
-  best = stage['best']
   held = facts.is_on_holdout(stage)
   return (
-    formats.percent(best['top1']),
-    f'best top-1 of {stage["name"]}, epoch {best["epoch"]} of '
+    reached,
+    f'best top-1 of {stage["name"]}, epoch {stage["best"]["epoch"]} of '
     f'{facts.planned_epochs(stage)}, on {stage["num_eval_images"]:,} '
     + ('training images held out' if held else 'validation images'),
   )
@@ -111,64 +143,39 @@ def _card(number: int, stage: Mapping[str, Any]) -> Html:
   best, held = stage['best'], facts.chooses_on_holdout(stage)
   at = ' top-1' + (f', epoch {best["epoch"]}' if best else '')
   at += ', on a hold-out' if facts.is_on_holdout(stage) else ''
-  speed = {'images_per_second': facts.median_speed(stage)}
-  pairs = [
-    ('data', f'{stage["dataset"]}, {stage["num_classes"]:,} classes'),
-    (
-      'images',
-      f'{stage["num_train_images"]:,} train, {stage["num_eval_images"]:,} '
-      + ('held out' if held else 'val'),
-    ),
-    ('input', f'{stage["image_size"]} px, batch {stage["batch_size"]}'),
-    ('recipe', f'{stage["optimizer"]}, {stage["schedule"]}'),
-    (
-      'epochs',
-      f'{facts.trained_epochs(stage)} of {facts.planned_epochs(stage)}',
-    ),
-    (
-      'time',
-      f'{formats.duration(stage["seconds"])}, '
-      f'{formats.cell("images_per_second", speed)} images/s',
-    ),
-  ]
+  running, done = (stage['status'] == x for x in ('running', 'done'))
+  status = 'not finished' if running else facts.describe_status(stage)
+  described = {
+    'data': f'{stage["dataset"]}, {stage["num_classes"]:,} classes',
+    'images': f'{stage["num_train_images"]:,} train, '
+    f'{stage["num_eval_images"]:,} {"held out" if held else "val"}',
+    'input': f'{stage["image_size"]} px, batch {stage["batch_size"]}',
+    'recipe': f'{stage["optimizer"]}, {stage["schedule"]}',
+    'epochs': f'{facts.trained_epochs(stage)} of {facts.planned_epochs(stage)}',
+    'time': f'{formats.duration(stage["seconds"])}, '
+    f'{facts.describe_speed(stage)} images/s',
+  }
   if 'num_params' in stage:
-    pairs.append(('weights', formats.count(stage['num_params'])))
-  points = [(float(r['epoch']), r['val_top1']) for r in stage['epochs']]
+    described['weights'] = formats.count(stage['num_params'])
+  text = stage.get('description')
   return tag(
     'article',
-    tag('h3', tag('span', f'{number}  {stage["name"]}'), status_chip(stage)),
-    _description(stage),
+    tag(
+      'h3',
+      tag('span', f'{number}  {stage["name"]}'),
+      tag('span', status, class_=f'chip {"good" if done else "warn"}'),
+    ),
+    tag('p', text, class_='note') if text else None,
     tag(
       'div',
       formats.percent(facts.best_top1(stage)),
       tag('small', at),
       class_='score',
     ),
-    charts.sparkline(points, 'val'),
-    definitions(pairs),
+    charts.sparkline([(r['epoch'], r['val_top1']) for r in stage['epochs']]),
+    markup.definitions(described),
     class_='card',
   )
-
-
-def _description(stage: Mapping[str, Any]) -> Html | None:
-  text = stage.get('description')
-  return tag('p', text, class_='note') if text else None
-
-
-def definitions(pairs: Sequence[tuple[str, object]], style: str = '') -> Html:
-  """Returns a list of names and what they stand for."""
-  items = [join(tag('dt', name), tag('dd', value)) for name, value in pairs]
-  return tag('dl', *items, class_=style or None)
-
-
-def _facts(run: RunFiles) -> Html:
-  pairs: list[tuple[str, object]] = []
-  for name, text in facts.describe_run(run.history, run.environment):
-    value = tag('code', text) if name in ('command', 'commit') else text
-    pairs.append((name, value))
-  if run.environment is None:
-    pairs.append(('machine', 'unknown: there is no environment.json'))
-  return definitions(pairs, 'facts')
 
 
 def config_difference(config: Mapping[str, Any] | None) -> Html:
@@ -179,65 +186,59 @@ def config_difference(config: Mapping[str, Any] | None) -> Html:
   if config is None:
     return tag('p', 'Unknown: there is no config.json.', class_='note')
   defaults = config_lib.to_json(default.get_config())
-  fields = [
-    [tag('code', name), quote(defaults.get(name)), tag('b', quote(value))]
-    for name, value in sorted(config.items())
-    if name not in ('stages', 'stage_defaults') and value != defaults.get(name)
-  ]
-  rows = _stage_rows(config['stages'], defaults['stage_defaults'])
-  if not fields and not rows:
+  stages, of_stages = config['stages'], defaults['stage_defaults']
+  own = differing_rows([defaults, config], config.keys() - GROUPS)
+  fields = set().union(*stages) - {'name', 'description'}
+  rows = differing_rows([of_stages, *stages], fields)
+  if not own and not rows:
     return tag('p', 'All is as by default.')
-  said = f'{len(fields)} fields of the run and {len(rows)} of the stages differ'
+  said = f'{len(own)} fields of the run and {len(rows)} of the stages differ'
+  names = [stage['name'] for stage in stages]
   return tag(
     'details',
     tag('summary', said),
-    _field_table(fields, ['this run'], 'Fields of the run'),
-    _field_table(
-      rows,
-      [stage['name'] for stage in config['stages']],
-      'Fields of the stages; bold: not the default',
-    ),
+    _field_table(own, ['this run'], 'Fields of the run'),
+    _field_table(rows, names, 'Fields of the stages; bold: not the default'),
   )
 
 
 def _field_table(
-  rows: Sequence[Sequence[object]], names: Sequence[str], caption: str
+  rows: Sequence[Sequence[Html]], names: Sequence[str], caption: str
 ) -> Html | None:
   if not rows:
     return None
   titles = ['field', 'default', *names]
-  left = tuple(range(len(titles)))
-  return markup.table(titles, rows, caption=caption, left=left)
+  return markup.table(titles, rows, caption=caption, left=range(len(titles)))
 
 
-def _stage_rows(
-  stages: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
-) -> list[list[object]]:
-  """Returns a row for each field that some stage has of its own."""
+def differing_rows(
+  columns: Sequence[Mapping[str, Any]], names: Iterable[str]
+) -> list[list[Html]]:
+  """Returns a row for each field of `names` that the columns do not share.
 
-  def cell(field: str, value: Any) -> Html:
-    same = value == defaults.get(field)
-    return tag('span', quote(value), class_='same' if same else 'changed')
-
-  fields = sorted({field for stage in stages for field in stage})
-  return [
-    [
-      tag('code', field),
-      quote(defaults.get(field)),
-      *(cell(field, stage.get(field)) for stage in stages),
-    ]
-    for field in fields
-    if field not in ('name', 'description')
-    and any(stage.get(field) != defaults.get(field) for stage in stages)
-  ]
+  What is not as in the first column is bold.
+  """
+  rows = []
+  for name in sorted(names):
+    values = [fields.get(name, _ABSENT) for fields in columns]
+    same = [value == values[0] for value in values]
+    if not all(same):
+      cells = (
+        tag('span', _quote(value), class_='same' if x else 'changed')
+        for value, x in zip(values, same, strict=True)
+      )
+      rows.append([tag('code', name), *cells])
+  return rows
 
 
-def quote(value: Any) -> str:
+def _quote(value: Any) -> str:
   """Returns a config's value as people read it."""
+  if value is _ABSENT:
+    return 'not set'
   if value is None or value == '':
     return '–'
   if isinstance(value, bool):
     return 'yes' if value else 'no'
   if isinstance(value, list):
-    return ', '.join(map(quote, value)) or 'none'
+    return ', '.join(map(_quote, value)) or 'none'
   return f'{value:g}' if isinstance(value, float) else str(value)

@@ -1,115 +1,85 @@
-"""The report's section on what was planned for other hardware."""
+"""The section on what was planned for other hardware."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxprog import formats
 from jaxprog.reporting import facts
-from jaxprog.reporting.page import markup
-from jaxprog.reporting.page.markup import Html, join, tag
+from jaxprog.reporting.parts import Column, Part, Table
 from jaxprog.reporting.rundir import RunFiles
 
-_PLAN_TITLES = (
-  'stage',
-  'batch',
-  'HBM',
-  'fits',
-  'FLOPs an image',
-  'traffic an image',
-  'bound by',
-  'images/s a chip',
-  'cores a chip',
-  'hours',
-  'cost',
+_PLANNED = (
+  Column('stage', lambda x: x['name'], left=True),
+  Column('batch', lambda x: f'{_largest(x)["batch_size"]:,}'),
+  Column('HBM', lambda x: formats.size(_largest(x)['memory_bytes'])),
+  Column('fits', lambda x: 'yes' if x['fits'] else 'NO', left=True),
+  Column(
+    'FLOPs an image', lambda x: formats.flops(x['flops_per_image']), wide=True
+  ),
+  Column(
+    'traffic an image',
+    lambda x: formats.size(x['traffic_per_image']),
+    wide=True,
+  ),
+  Column('bound by', lambda x: x['bound_by'], left=True),
+  Column('images/s a chip', lambda x: f'{x["images_per_second"]:,.0f}'),
+  Column('cores a chip', lambda x: f'{x["cores_needed"]:.1f}', wide=True),
+  Column('hours', lambda x: formats.hours(x['hours'])),
+  Column('cost', lambda x: formats.cost(x['cost'])),
+)
+_MEASURED = (
+  Column('stage', lambda x: x['name'], left=True),
+  Column('images/s a chip', lambda x: f'{x["images_per_second"]:,.0f}'),
+  Column('planned', lambda x: f'{x["planned_images_per_second"]:,.0f}'),
+  Column(
+    'ratio',
+    lambda x: f'{x["images_per_second"] / x["planned_images_per_second"]:.2f}x',
+  ),
+  Column('hours', lambda x: formats.hours(x['hours'])),
+  Column('planned', lambda x: formats.hours(x['planned_hours'])),
 )
 
 
-def planned(run: RunFiles) -> Html:
-  """Returns the plan, beside what was measured where the run used such chips.
+def planned(run: RunFiles) -> Iterator[Part]:
+  """Yields the plan, beside what was measured where the run used such chips.
 
   Nothing if --mode=plan was never asked in this workdir.
   """
   plan = run.hardware_plan
   if plan is None:
-    return Html('')
-  return join(
-    tag(
-      'p',
-      f'Compiled for {plan["topology"]} ({plan["num_chips"]} x '
-      f'{plan["device_kind"]}), not run: times are '
-      f'{plan["utilization"]:.0%} of the chip’s published rates.',
-      class_='note',
-    ),
-    markup.table(
-      list(_PLAN_TITLES),
-      [_plan_row(stage) for stage in plan['stages']],
-      caption=f'{plan["model"]} on {plan["topology"]}',
-      left=(0, 3, 6),
-    ),
-    _measured(run, plan),
-    tag('ul', *(tag('li', x) for x in plan['notes']), class_='notes')
-    if plan['notes']
-    else None,
+    return
+  yield (
+    f'Compiled for {plan["topology"]} ({plan["num_chips"]} x '
+    f'{plan["device_kind"]}), not run: times are {plan["utilization"]:.0%} of '
+    "the chip's published rates."
   )
-
-
-def _plan_row(stage: Mapping[str, Any]) -> list[str]:
-  largest = max(stage['steps'], key=lambda step: step['memory_bytes'])
-  return [
-    stage['name'],
-    f'{largest["batch_size"]:,}',
-    formats.size(largest['memory_bytes']),
-    'yes' if stage['fits'] else 'NO',
-    formats.flops(stage['flops_per_image']),
-    formats.size(stage['traffic_per_image']),
-    stage['bound_by'],
-    f'{stage["images_per_second"]:,.0f}',
-    f'{stage["cores_needed"]:.1f}',
-    formats.hours(stage['hours']),
-    formats.cost(stage['cost']),
-  ]
-
-
-def _measured(run: RunFiles, plan: Mapping[str, Any]) -> Html:
-  """Returns planned beside measured, or why there is nothing to compare."""
+  caption = f'{plan["model"]} on {plan["topology"]}'
+  yield Table(_PLANNED, plan['stages'], caption)
   devices = (run.environment or {}).get('devices') or {}
   kind, count = devices.get('kind'), devices.get('count')
-  if count != plan['num_chips'] or not _is_kind(kind, plan['device_kind']):
-    return tag(
-      'p',
+  if count == plan['num_chips'] and _is_kind(kind, plan['device_kind']):
+    trained = {stage['name']: stage for stage in run.stages if stage['epochs']}
+    found = [
+      {'name': x['name'], **facts.measured(x, trained[x['name']])}
+      for x in plan['stages']
+      if x['name'] in trained
+    ]
+    yield Table(_MEASURED, found, 'Planned against measured')
+  else:
+    yield (
       f'This run used {count or "?"} x {kind or "unknown devices"}: nothing to '
-      'hold the plan against.',
-      class_='note',
+      'hold the plan against.'
     )
-  rows = list(_compare(plan['stages'], run.stages))
-  titles = 'stage', 'images/s a chip', 'planned', 'ratio', 'hours', 'planned'
-  return markup.table(
-    list(titles), rows, caption='Planned against measured', left=(0,)
-  )
+  if plan['notes']:
+    yield plan['notes']
+
+
+def _largest(stage: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns the step that needs most memory."""
+  return max(stage['steps'], key=lambda step: step['memory_bytes'])
 
 
 def _is_kind(kind: str | None, wanted: str) -> bool:
   """Returns whether devices are those planned; GPUs add their memory."""
   longer = wanted.startswith('NVIDIA') and (kind or '').startswith(wanted)
   return kind == wanted or longer
-
-
-def _compare(
-  planned_stages: Sequence[Mapping[str, Any]],
-  stages: Sequence[Mapping[str, Any]],
-) -> Iterator[list[str]]:
-  """Yields a row for each stage that was planned and trained."""
-  by_name = {stage['name']: stage for stage in planned_stages}
-  for stage in stages:
-    if stage['name'] not in by_name or not stage['epochs']:
-      continue
-    found = facts.measured(by_name[stage['name']], stage)
-    ratio = found['images_per_second'] / found['planned_images_per_second']
-    yield [
-      stage['name'],
-      f'{found["images_per_second"]:,.0f}',
-      f'{found["planned_images_per_second"]:,.0f}',
-      f'{ratio:.2f}x',
-      formats.hours(found['hours']),
-      formats.hours(found['planned_hours']),
-    ]

@@ -1,34 +1,99 @@
 """The section that holds a run against the mission and against others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from jaxprog import formats
 from jaxprog.reporting import baselines, facts
 from jaxprog.reporting.page import charts, markup
-from jaxprog.reporting.page.markup import Html, join, tag
+from jaxprog.reporting.page.markup import Html, tag
+from jaxprog.reporting.parts import Column, Heading, Part, Table, Words
 from jaxprog.reporting.rundir import RunFiles
 
+_SCORES = (
+  Column('stage', lambda x: x.stage, left=True),
+  Column('top-1', lambda x: formats.percent(x.top1)),
+  Column('expected', lambda x: _expected(x), left=True),
+  Column('is', lambda x: _starred(x, x.top1_verdict), left=True),
+  Column('time', lambda x: formats.duration(x.minutes * 60)),
+  Column(
+    'expected',
+    lambda x: formats.minutes(x.expectation.minutes) if x.expectation else '',
+    left=True,
+  ),
+  Column('is', lambda x: _starred(x, x.minutes_verdict), left=True),
+)
+_PUBLISHED = (
+  Column('stage', lambda x: x.stage, left=True),
+  Column('here', lambda x: formats.percent(x.top1)),
+  Column('published', lambda x: formats.percents(x.baseline.top1)),
+  Column('network', lambda x: x.baseline.model, left=True),
+  Column('px', lambda x: str(x.baseline.image_size)),
+  Column('tested at', lambda x: str(x.baseline.eval_size)),
+  Column('epochs', lambda x: str(x.baseline.num_epochs)),
+  Column(
+    'what differs', lambda x: '; '.join(x.differs) or 'nothing', left=True
+  ),
+  Column('source', lambda x: x.baseline.source, left=True),
+)
 
-def scorecard(run: RunFiles) -> Html:
-  """Returns each stage beside the mission's ranges and published results."""
-  compared = baselines.compare(run.history, run.model)
-  scores = facts.scorecard(run.history)
-  return join(
-    _ranges(scores, compared),
-    _score_table(scores),
-    *(tag('p', x, class_='note') for x in facts.scorecard_remarks(run.history)),
-    _baseline_table(compared),
-    _speed_lines(run),
+
+def scorecard(run: RunFiles) -> Iterator[Part]:
+  """Yields each stage beside the mission's ranges and published results."""
+  compared = baselines.compare(run)
+  scores = [facts.score(stage) for stage in run.stages]
+  yield _ranges(scores, compared)
+  if any(score.expectation for score in scores):
+    yield Table(_SCORES, scores, 'Beside what the mission expects')
+    yield 'Expectation of the mission, given without evidence.'
+    yield from (score.remark for score in scores if score.remark)
+  else:
+    yield 'The mission states no expectation for the data of these stages.'
+  yield Heading('Published results')
+  if compared:
+    yield Words([[_describe(x) for x in compared]])
+    yield markup.render(
+      Table(
+        _PUBLISHED,
+        compared,
+        'Top-1 of others on the same data and classes, at the nearest image '
+        'sizes and length they give',
+      )
+    )
+  else:
+    yield 'None is known for the data and classes of these stages.'
+  if speeds := [x for stage in run.stages for x in _speeds(run, stage)]:
+    yield speeds
+
+
+def _expected(score: facts.Score) -> str:
+  expected = score.expectation
+  return (
+    formats.percents(expected.top1) if expected else 'no expectation stated'
+  )
+
+
+def _starred(score: facts.Score, verdict: str) -> str:
+  return f'{verdict} *' if verdict and score.remark else verdict
+
+
+def _describe(x: baselines.Beside) -> str:
+  """Returns a sentence about a stage and a published result."""
+  differs = f' Differs: {"; ".join(x.differs)}.' if x.differs else ''
+  return (
+    f'{x.stage}: {formats.percent(x.top1)} here, '
+    f'{formats.percents(x.baseline.top1)} by {x.baseline.model} tested at '
+    f'{x.baseline.eval_size} px ({x.baseline.source}).{differs}'
   )
 
 
 def _ranges(
   scores: Sequence[facts.Score], compared: Sequence[baselines.Beside]
-) -> Html | None:
+) -> Html:
   """Returns a bar a stage with the run, the range and the references."""
   rows = []
   for score in scores:
-    mine = [x for x in compared if x.stage == score.stage]
+    mine = [x.baseline for x in compared if x.stage == score.stage]
     expected = score.expectation.top1 if score.expectation else None
     if not expected and not mine:
       continue
@@ -36,101 +101,36 @@ def _ranges(
     said = f', expected {formats.percents(expected)}' if expected else ''
     bar = charts.range_bar(
       expected,
-      [(_name(x.baseline), x.baseline.top1[1]) for x in mine],
+      [
+        (
+          f'{x.model}, {x.num_epochs} epochs, {x.image_size} px ({x.source})',
+          x.top1[1],
+        )
+        for x in mine
+      ],
       score.top1,
       f'{score.stage}: top-1 {reached}{said}',
     )
-    rows.append(charts.row(score.stage, bar, reached))
+    rows.append((score.stage, bar, reached))
   if not rows:
-    return None
+    return Html()
   key = [
     tag('span', '● this run', class_='entry val'),
     tag('span', '■ expected', class_='entry t-training'),
     tag('span', '| published', class_='entry'),
   ]
-  return tag(
-    'figure',
-    tag('figcaption', tag('b', 'Best top-1'), *key),
-    tag('div', *rows, charts.row('', charts.percent_axis(), ''), class_='rows'),
-  )
+  rows.append(('', charts.percent_axis(), ''))
+  return charts.bar_rows('Best top-1', key, rows)
 
 
-def _name(x: baselines.Baseline) -> str:
-  return f'{x.model}, {x.num_epochs} epochs, {x.image_size} px ({x.source})'
-
-
-def _score_table(scores: Sequence[facts.Score]) -> Html:
-  if not any(score.expectation for score in scores):
-    text = 'The mission states no expectation for the data of these stages.'
-    return tag('p', text)
-  return markup.table(
-    ['stage', 'top-1', 'expected', 'is', 'time', 'expected', 'is'],
-    [_score_row(score) for score in scores],
-    caption='Beside what the mission expects, given without evidence',
-    left=(0, 2, 3, 5, 6),
-  )
-
-
-def _score_row(score: facts.Score) -> list[object]:
-  expected = score.expectation
-  star = ' *' if expected and not score.comparable else ''
-  return [
-    score.stage,
-    formats.percent(score.top1),
-    formats.percents(expected.top1) if expected else 'no expectation stated',
-    score.top1_verdict + star if score.top1_verdict else '',
-    formats.duration(score.minutes * 60),
-    formats.minutes(expected.minutes) if expected else '',
-    score.minutes_verdict + star if expected else '',
-  ]
-
-
-def _baseline_table(compared: Sequence[baselines.Beside]) -> Html:
-  title = tag('h3', 'Beside published results')
-  if not compared:
-    text = 'None is known for the data and classes of these stages.'
-    return join(title, tag('p', text, class_='note'))
-  rows: list[list[object]] = [
-    [
-      x.stage,
-      formats.percent(x.top1),
-      formats.percents(x.baseline.top1),
-      x.baseline.model,
-      str(x.baseline.image_size),
-      str(x.baseline.eval_size),
-      str(x.baseline.num_epochs),
-      tag('span', '; '.join(x.differs) or 'nothing', class_='long'),
-      x.baseline.source,
-    ]
-    for x in compared
-  ]
-  titles = ['stage', 'here', 'published', 'network', 'px', 'tested at']
-  return join(
-    title,
-    markup.table(
-      [*titles, 'epochs', 'what differs', 'source'],
-      rows,
-      caption='Top-1 of others on the same data and classes, at the nearest '
-      'image sizes and length they give',
-      left=(0, 3, 7, 8),
-    ),
-  )
-
-
-def _speed_lines(run: RunFiles) -> Html | None:
+def _speeds(run: RunFiles, stage: dict[str, Any]) -> Iterator[str]:
+  """Yields how fast a stage was, if that was published of its devices."""
   devices = (run.environment or {}).get('devices') or {}
-  lines = []
-  for stage in run.stages:
-    speed = facts.median_speed(stage)
-    known = baselines.compare_speed(stage, run.model, str(devices.get('kind')))
-    if known and speed:
-      low, high = known.images_per_second
-      reached = f'{low:,.0f}' + (f'–{high:,.0f}' if high > low else '')
-      lines.append(
-        tag(
-          'li',
-          f'{stage["name"]}: {speed / devices.get("count", 1):,.0f} images/s '
-          f'a device, published for {known.device}: {reached} ({known.source})',
-        )
-      )
-  return tag('ul', *lines, class_='notes') if lines else None
+  speed = facts.median_speed(stage)
+  known = baselines.compare_speed(stage, run.model, str(devices.get('kind')))
+  if known and speed:
+    yield (
+      f'{stage["name"]}: {speed / devices.get("count", 1):,.0f} images/s a '
+      f'device, published for {known.device}: {known.images_per_second:,} '
+      f'({known.source})'
+    )

@@ -6,15 +6,11 @@ from typing import Any
 
 from jaxprog import formats
 from jaxprog.monitoring import history as history_lib
-from jaxprog.reporting import facts
+from jaxprog.reporting import facts, timeline
 from jaxprog.reporting.page import charts, html, markup, overview
-from jaxprog.reporting.page.markup import Html, join, tag
+from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.rundir import RunFiles
 
-# Parts of a config that are no fields.
-_GROUPS = ('stages', 'stage_defaults')
-# Stands for the value of a field that a config does not have.
-_ABSENT = object()
 # Styles of lines; further runs begin again.
 _STYLES = ('s0', 's1', 's2', 's3', 's4', 's5')
 
@@ -22,25 +18,46 @@ _STYLES = ('s0', 's1', 's2', 's3', 's4', 's5')
 def side_by_side(runs: Sequence[RunFiles]) -> str:
   """Returns a page with a column for each run."""
   runs = _with_own_names(runs)
+  names = list(dict.fromkeys(s['name'] for run in runs for s in run.stages))
+  by_stage = {
+    name: [history_lib.find_stage(run.history, name) for run in runs]
+    for name in names
+  }
+  results = (
+    join(
+      tag('h3', name),
+      _table(runs, list(map(_figures, stages)), f'{name}, by run', left=(0,)),
+    )
+    for name, stages in by_stage.items()
+  )
+  drawn = [_chart(runs, name, stages) for name, stages in by_stage.items()]
+  described = [
+    {
+      'n': '1',
+      'status': overview.describe_status(run)[0],
+      **facts.describe_run(run),
+    }
+    for run in runs
+  ]
   return html.document(
     f'Comparison of {len(runs)} runs',
-    tag(
-      'header',
-      tag('p', 'Comparison', class_='eyebrow'),
-      tag('h1', ' · '.join(run.name for run in runs)),
-      tag(
-        'p',
-        'Each column is one run with one seed: n = 1. A difference between '
-        'two of them says nothing of what a repetition would give.',
-        class_='note',
+    html.create_header(
+      'Comparison',
+      ' · '.join(run.name for run in runs),
+      render(
+        'Each column is one run with one seed: n = 1. A difference between two '
+        'of them says nothing of what a repetition would give.'
       ),
-      class_='top',
     ),
     [
-      ('runs', 'Runs', _facts(runs)),
+      ('runs', 'Runs', _table(runs, described, 'What ran on what')),
       ('config', 'Config differences', _config(runs)),
-      ('results', 'Results by stage', _results(runs)),
-      ('curves', 'Top-1 by stage', _curves(runs)),
+      ('results', 'Results by stage', join(*results)),
+      (
+        'curves',
+        'Top-1 by stage',
+        join(*drawn) or tag('p', 'No epoch is finished yet.'),
+      ),
     ],
     'Made from the training_history.json, config.json and environment.json of '
     'each workdir by --mode=report.',
@@ -57,74 +74,58 @@ def _with_own_names(runs: Sequence[RunFiles]) -> list[RunFiles]:
 
 
 def _table(
-  runs: Sequence[RunFiles], rows: list[list[object]], caption: str
+  runs: Sequence[RunFiles],
+  columns: Sequence[Mapping[str, str]],
+  caption: str,
+  left: Sequence[int] | None = None,
 ) -> Html:
+  """Returns a table with a row for each name that a column has."""
   titles = ['', *(run.name for run in runs)]
-  return markup.table(
-    titles, rows, caption=caption, left=tuple(range(len(titles)))
-  )
-
-
-def _facts(runs: Sequence[RunFiles]) -> Html:
-  described = [
-    {
-      'n': '1',
-      'status': overview.describe_status(run)[0],
-      **dict(facts.describe_run(run.history, run.environment)),
-    }
-    for run in runs
+  rows = [
+    [name, *(column.get(name, '-') for column in columns)]
+    for name in dict.fromkeys(itertools.chain.from_iterable(columns))
   ]
-  names = dict.fromkeys(itertools.chain.from_iterable(described))
-  rows: list[list[object]] = [
-    [name, *(one.get(name, '–') for one in described)] for name in names
-  ]
-  return _table(runs, rows, 'What ran on what')
+  left = range(len(titles)) if left is None else left
+  return markup.table(titles, rows, caption=caption, left=left)
 
 
 def _config(runs: Sequence[RunFiles]) -> Html:
   """Returns the fields that are not the same in all runs."""
-  flat = _flatten([run.config for run in runs])
-  names = sorted(set(itertools.chain.from_iterable(flat)))
-  rows: list[list[object]] = [
-    [tag('code', name), *(_quote(fields, name) for fields in flat)]
-    for name in names
-    if any(
-      fields.get(name, _ABSENT) != flat[0].get(name, _ABSENT) for fields in flat
-    )
-  ]
+  flat = _flatten([run.config or {} for run in runs])
+  rows = overview.differing_rows(flat, set().union(*flat))
+  titles = ['', *(run.name for run in runs)]
   lacking = [run.name for run in runs if run.config is None]
-  note = (
-    tag('p', f'Without a config.json: {", ".join(lacking)}.', class_='note')
-    if lacking
-    else None
-  )
-  if not rows:
-    return join(note, tag('p', 'None.'))
+  said = f'Without a config.json: {", ".join(lacking)}.'
   return join(
-    note, _table(runs, rows, 'Not the same in all runs; *: of every stage')
+    tag('p', said, class_='note') if lacking else None,
+    markup.table(
+      titles,
+      rows,
+      caption='Not the same in all runs; *: of every stage',
+      left=range(len(titles)),
+    )
+    if rows
+    else tag('p', 'None.'),
   )
 
 
-def _quote(fields: Mapping[str, Any], name: str) -> object:
-  if name in fields:
-    return overview.quote(fields[name])
-  return tag('span', 'not set', class_='same')
-
-
-def _flatten(
-  configs: Sequence[Mapping[str, Any] | None],
-) -> list[dict[str, Any]]:
+def _flatten(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """Returns each config's fields by name, those of its stages too.
 
   A stage's field is STAGE.field; but one that no config varies from stage to
   stage stands once, as '*.field'.
   """
-  stages = [(config or {}).get('stages', ()) for config in configs]
+  stages = [config.get('stages', ()) for config in configs]
   fields = {f for run in stages for stage in run for f in stage}
-  varied = {f for f in fields for run in stages if _varies(run, f)}
+  varied = {
+    field
+    for field in fields
+    for run in stages
+    if any(stage.get(field) != run[0].get(field) for stage in run)
+  }
   flat = []
   for config, run in zip(configs, stages, strict=True):
-    own = {k: v for k, v in (config or {}).items() if k not in _GROUPS}
+    own = {k: v for k, v in config.items() if k not in overview.GROUPS}
     for stage in run:
       for field in stage.keys() - {'name', 'description'}:
         where = stage['name'] if field in varied else '*'
@@ -133,88 +134,52 @@ def _flatten(
   return flat
 
 
-def _varies(stages: Sequence[Mapping[str, Any]], field: str) -> bool:
-  values = [stage.get(field) for stage in stages]
-  return any(value != values[0] for value in values)
-
-
-def _stage_names(runs: Sequence[RunFiles]) -> list[str]:
-  return list(dict.fromkeys(s['name'] for run in runs for s in run.stages))
-
-
-def _results(runs: Sequence[RunFiles]) -> Html:
-  return join(*(_stage_table(runs, name) for name in _stage_names(runs)))
-
-
-def _stage_table(runs: Sequence[RunFiles], name: str) -> Html:
-  columns = [
-    _stage_figures(history_lib.find_stage(run.history, name)) for run in runs
-  ]
-  names = list(dict.fromkeys(itertools.chain.from_iterable(columns)))
-  rows: list[list[object]] = [
-    [field, *(column.get(field, '–') for column in columns)] for field in names
-  ]
-  titles = ['', *(run.name for run in runs)]
-  table = markup.table(titles, rows, caption=f'{name}, by run', left=(0,))
-  return join(tag('h3', name), table)
-
-
-def _stage_figures(stage: Mapping[str, Any] | None) -> dict[str, str]:
+def _figures(stage: Mapping[str, Any] | None) -> dict[str, str]:
   if stage is None:
     return {'status': 'not run'}
-  best = stage['best'] or {'epoch': '–'}
-  last = stage['epochs'][-1] if stage['epochs'] else {}
-  speed = {'images_per_second': facts.median_speed(stage)}
+  best = stage['best'] or {'epoch': '-'}
+  last = facts.last_row(stage)
+  splits = 'validation', 'a hold-out'
   return {
-    'status': stage['status'].replace('_', ' '),
+    'status': facts.describe_status(stage),
     'best top-1': formats.percent(facts.best_top1(stage)),
-    'best top-1 on': 'a hold-out'
-    if facts.is_on_holdout(stage)
-    else 'validation',
+    'best top-1 on': splits[facts.is_on_holdout(stage)],
     'at epoch': str(best['epoch']),
-    'epochs evaluated on': 'a hold-out'
-    if facts.chooses_on_holdout(stage)
-    else 'validation',
+    'epochs evaluated on': splits[facts.chooses_on_holdout(stage)],
     'last top-1': formats.percent(last.get('val_top1')),
     'last val loss': formats.cell('val_loss', last),
     'epochs': f'{facts.trained_epochs(stage)} of {facts.planned_epochs(stage)}',
     'time': formats.duration(stage['seconds']),
-    'images/s': formats.cell('images_per_second', speed),
+    'images/s': facts.describe_speed(stage),
     'train images': f'{stage["num_train_images"]:,}',
     'px': str(stage['image_size']),
     'resumes': str(len(stage.get('resumed_at_steps') or ())),
   }
 
 
-def _curves(runs: Sequence[RunFiles]) -> Html:
-  found = [_stage_chart(runs, name) for name in _stage_names(runs)]
-  return join(*found) if any(found) else tag('p', 'No epoch is finished yet.')
-
-
-def _stage_chart(runs: Sequence[RunFiles], name: str) -> Html | None:
+def _chart(
+  runs: Sequence[RunFiles],
+  name: str,
+  stages: Sequence[Mapping[str, Any] | None],
+) -> Html | None:
   """Returns validation top-1 over the epochs of a stage, a line a run."""
   series, labels, said = [], [], []
-  for i, run in enumerate(runs):
-    stage = history_lib.find_stage(run.history, name)
-    if stage is None or not stage['epochs']:
-      continue
-    style = _STYLES[i % len(_STYLES)]
-    points: list[charts.Point] = [
-      (row['epoch'], _percent(row['val_top1'])) for row in stage['epochs']
-    ]
-    series.append(charts.Series(run.name, style, points))
-    if best := stage['best']:
-      text = f'{100 * best["top1"]:.1f}%'
-      labels.append(
-        charts.Label(best['epoch'], 100 * best['top1'], text, style)
-      )
-      said.append(f'{run.name} {text}')
+  for run, stage, style in zip(runs, stages, itertools.cycle(_STYLES)):
+    for span in timeline.spans([stage] if stage else []):
+      points = span.points('val_top1', 100.0)
+      series.append(charts.Series(run.name, style, points))
+      if best := span.stage['best']:
+        text = formats.percent(best['top1'])
+        labels.append(
+          charts.Label(best['epoch'], 100 * best['top1'], text, style)
+        )
+        said.append(f'{run.name} {text}')
   if not series:
     return None
   return charts.line_chart(
     name,
     series,
-    y=charts.Scale(0, 104),
+    y=timeline.Scale(0, 104),
     y_ticks=range(0, 101, 20),
     x_end=max(x for s in series for x, _ in s.points),
     x_label='epochs of the stage',
@@ -222,7 +187,3 @@ def _stage_chart(runs: Sequence[RunFiles], name: str) -> Html | None:
     labels=labels,
     summary=f'Best: {", ".join(said) or "none yet"}.',
   )
-
-
-def _percent(value: float | None) -> float | None:
-  return 100 * value if formats.is_number(value) else None

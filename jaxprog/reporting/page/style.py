@@ -94,7 +94,7 @@ tbody th { font-weight: 600; }
 .num { text-align: right; white-space: nowrap; }
 .long { display: inline-block; min-width: 15rem; }
 td small { display: block; color: var(--soft); }
-td small.names { min-width: 9rem; }
+td:not(.num) small { min-width: 9rem; }
 .same { color: var(--soft); }
 .changed { font-weight: 650; }
 
@@ -144,12 +144,9 @@ svg .mark text { fill: currentColor; font-size: 11px; }
 .t-wait { color: var(--wait); fill: var(--wait); }
 .t-eval { color: var(--eval); fill: var(--eval); }
 .t-hand { color: var(--hand); fill: var(--hand); }
-.strips { margin: .2rem 0 1.6rem; display: grid; gap: 4px; }
-.strip { position: relative; }
-.strip div { position: absolute; inset-block: 0; overflow: hidden;
-  text-align: center; font-size: .78rem; line-height: 26px;
-  font-variant-numeric: tabular-nums; border-right: 2px solid var(--page);
-  background: color-mix(in srgb, var(--bar) var(--strength), var(--page)); }
+.strips { margin: .2rem 0 1.6rem; row-gap: 4px; }
+.strips .bar { stroke: var(--page); }
+.strips text { fill: var(--ink); }
 .strip-name { text-align: right; font-size: .75rem; color: var(--soft);
   line-height: 26px; }
 .rows { display: grid; gap: .55rem 1rem; align-items: center;
@@ -197,7 +194,7 @@ footer { color: var(--soft); font-size: .83rem; margin: 4rem 0 2.5rem; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .rows { gap: .5rem .6rem; }
   .rows > span { max-width: 6.5rem; }
-  .bands small, .range-axis .minor { display: none; }
+  .bands small, .rows > svg > text:nth-child(even) { display: none; }
   .panel { grid-template-columns: 34px minmax(0, 1fr); column-gap: 6px; }
   .facts { grid-template-columns: 1fr; gap: 0; }
   .facts dd { margin-bottom: .4rem; }

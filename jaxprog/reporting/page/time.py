@@ -1,86 +1,74 @@
 """The section on where the seconds went."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprog import formats
 from jaxprog.reporting import facts, timeline
-from jaxprog.reporting.page import charts, curves, markup
-from jaxprog.reporting.page.markup import Html, join, tag
+from jaxprog.reporting.page import charts, curves
+from jaxprog.reporting.page.markup import Html, tag
+from jaxprog.reporting.parts import Column, Part, Table
 from jaxprog.reporting.rundir import RunFiles
 
-_SPLIT = (
-  ('training', 't-training'),
-  ('waiting for input', 't-wait'),
-  ('evaluation', 't-eval'),
-  ('hand-over', 't-hand'),
+# What `facts.TimeSplit` holds, and its style.
+_SPLIT = {
+  'training': 't-training',
+  'input wait': 't-wait',
+  'evaluation': 't-eval',
+  'hand-over': 't-hand',
+}
+# Of a stage's name and its TimeSplit.
+_COLUMNS = (
+  Column('stage', lambda x: x[0], left=True),
+  Column('time', lambda x: formats.duration(sum(x[1]))),
+  Column('training', lambda x: _share(x[1], 0)),
+  Column('input wait', lambda x: _share(x[1], 1)),
+  Column('evaluation', lambda x: _share(x[1], 2)),
+  Column('hand-over', lambda x: _share(x[1], 3)),
 )
 
 
-def time(run: RunFiles) -> Html:
-  """Returns where the seconds went, and how fast images were trained on."""
-  spans = timeline.spans(run.stages)
-  return join(
-    _split_bars(run.stages),
-    _speed_chart(run, spans) if spans else None,
-    tag('div', *map(_step_histogram, run.stages), class_='pair'),
+def time(run: RunFiles) -> Iterator[Part]:
+  """Yields where the seconds went, and how fast images were trained on."""
+  splits = [(x['name'], facts.time_split(x)) for x in run.stages]
+  yield charts.bar_rows(
+    'Where the time went, by stage',
+    [
+      tag('span', tag('i', class_=f'key {style}'), name, class_='entry')
+      for name, style in _SPLIT.items()
+    ],
+    [_bar(name, split) for name, split in splits],
   )
+  if splits:
+    yield Table(_COLUMNS, splits, 'Where the time went')
+    yield facts.time_note(run.stages)
+  if spans := timeline.spans(run.stages):
+    yield _speed_chart(run, spans)
+  yield tag('div', *map(_step_histogram, run.stages), class_='pair')
 
 
-def _split_bars(stages: Sequence[Mapping[str, Any]]) -> Html:
-  """Returns a bar a stage of where its time went, and the seconds."""
-  rows: list[list[object]] = []
-  bars = []
-  for stage in stages:
-    split = facts.time_split(stage)
-    total = sum(split)
-    parts = [
-      (name, style, x) for (name, style), x in zip(_SPLIT, split, strict=True)
-    ]
-    said = ', '.join(f'{name} {x:.1f} s' for name, _, x in parts)
-    duration = formats.duration(total)
-    bar = charts.stacked_bar(parts, f'{stage["name"]}: {said}')
-    bars.append(charts.row(stage['name'], bar, duration))
-    rows.append(
-      [
-        stage['name'],
-        duration,
-        *(f'{x:,.1f}' for x in split),
-        formats.percent(split.input_wait / total if total else None),
-      ]
-    )
-  key = [
-    tag('span', tag('i', class_=f'key {style}'), name, class_='entry')
-    for name, style in _SPLIT
-  ]
-  titles = ['stage', 'total', *(f'{name}, s' for name, _ in _SPLIT)]
-  return join(
-    tag(
-      'figure',
-      tag('figcaption', tag('b', 'Where the time went, by stage'), *key),
-      tag('div', *bars, class_='rows'),
-    ),
-    markup.table(
-      [*titles, 'input share'],
-      rows,
-      caption=f'Seconds. {facts.time_note(stages)}',
-    ),
-  )
+def _share(split: facts.TimeSplit, i: int) -> tuple[str, str]:
+  part = split[i] / (sum(split) or 1.0)
+  return formats.percent(part), f'{split[i]:,.1f} s'
+
+
+def _bar(name: str, split: facts.TimeSplit) -> tuple[str, Html, str]:
+  parts = [(x, s, y) for (x, s), y in zip(_SPLIT.items(), split, strict=True)]
+  said = ', '.join(f'{x} {y:.1f} s' for x, _, y in parts)
+  bar = charts.stacked_bar(parts, f'{name}: {said}')
+  return name, bar, formats.duration(sum(split))
 
 
 def _speed_chart(run: RunFiles, spans: Sequence[timeline.Span]) -> Html:
-  series = [
-    curves.create_series(spans, 'images/s', 'rate', 'images_per_second')
-  ]
-  values = curves.all_values(series)
+  line = curves.create_line(spans, 'images/s', 'rate', 'images_per_second')
   return curves.ladder_chart(run, spans)(
     'Images trained on per second, each epoch',
-    series,
-    y=charts.fit_scale(values),
+    [line],
+    y=timeline.fit_scale(line.values),
     height=150,
     format_y=_thousands,
-    summary=f'Up to {max(values, default=0):,.0f}.',
+    summary=f'Up to {max(line.values, default=0):,.0f}.',
   )
 
 
@@ -96,9 +84,7 @@ def _step_histogram(stage: Mapping[str, Any]) -> Html | None:
   bars = [(_milliseconds(edge), count) for edge, count in _fill(bins)]
   total = sum(count for _, count in bars)
   return charts.histogram(
-    f'{stage["name"]}: time of a step, up to',
-    bars,
-    summary=f'{total:,} steps.',
+    f'{stage["name"]}: time of a step, up to', bars, f'{total:,} steps.'
   )
 
 
