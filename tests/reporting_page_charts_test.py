@@ -86,7 +86,7 @@ def test_marks_and_hints_say_what_they_stand_for():
     [(0, 0.0), (10, 1.0)],
     marks=[charts.Mark('resume', 2.5, 'resumed at 100')],
     hints=[(2, 'epoch 2'), (6, 'epoch 6')],
-    bands=[charts.Band('a', 0, 6), charts.Band('b', 6, 10)],
+    spans=timeline.spans([stage(range(6)), stage(range(4))]),
   )
   (mark,) = find(tree, 'g', 'mark')
   assert mark.find('title').text == 'resumed at 100'
@@ -110,15 +110,14 @@ def test_marks_and_hints_say_what_they_stand_for():
     (0, 0.83, 4, [0, 0.5]),
     (0, 150, 6, [0, 50, 100, 150]),
     (0, 1.5, 6, [0, 0.5, 1, 1.5]),
-    (3, 3, 5, [3]),
   ],
 )
 def test_ticks_are_round_and_inside(low, high, count, expected):
-  assert charts.ticks(low, high, count) == pytest.approx(expected)
+  assert timeline.Scale(low, high).ticks(count) == pytest.approx(expected)
 
 
 def test_logarithmic_ticks_are_powers_of_ten():
-  assert charts.log_ticks(1e-5, 0.3) == pytest.approx(
+  assert timeline.Scale(1e-5, 0.3, log=True).ticks() == pytest.approx(
     [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
   )
 
@@ -159,13 +158,14 @@ def test_calibration_bars_leave_out_empty_bins():
 
 def test_a_heat_map_has_a_row_a_label():
   counts = {(0, 0): 9, (0, 1): 1, (1, 1): 5}
-  tree = ET.fromstring(charts.heat_map(['cat', 'dog'], counts, 's'))
-  (wrong,) = find(tree, 'rect', 'wrong')
-  assert wrong.find('title').text == 'cat taken for dog: 1 of 10'
-  # First row, second column.
-  assert float(wrong.get('x')) > float(wrong.get('y'))
-  assert len(find(tree, 'rect', 'right')) == 2
-  assert len(find(tree, 'rect', 'none')) == 1
+  tree = ET.fromstring(charts.heat_map(['cat', 'dog'], counts))
+  first, second = tree.findall('tr')[1:]
+  right, wrong = first.findall('td')
+  assert (right.get('class'), right.text) == ('right', '9')
+  assert (wrong.get('class'), wrong.text) == ('wrong', '1')
+  assert wrong.get('title') == 'cat taken for dog: 1 of 10'
+  assert wrong.get('style') == '--part:21%'
+  assert second.find('td').text is None
 
 
 def test_a_range_bar_marks_the_run_in_its_range():

@@ -29,7 +29,7 @@ class Baseline(NamedTuple):
   num_epochs: int
   top1: tuple[float, float]
   source: str
-  remark: str = ''
+  remark: str
 
 
 class Speed(NamedTuple):
@@ -49,29 +49,6 @@ class Beside(NamedTuple):
   differs: tuple[str, ...]
 
 
-def _by_length(
-  dataset: str,
-  model: str,
-  sizes: tuple[int, int],
-  top1: Mapping[int, float | tuple[float, float]],
-  source: str,
-  remark: str = '',
-) -> list[Baseline]:
-  """Returns what a source gives for so many epochs at the sizes."""
-  return [
-    Baseline(
-      dataset,
-      model,
-      *sizes,
-      num_epochs,
-      found if isinstance(found, tuple) else (found, found),
-      source,
-      remark,
-    )
-    for num_epochs, found in top1.items()
-  ]
-
-
 DATA = {
   'imagenette': Data(10, 9_469, 3_925),
   'tiny_imagenet': Data(200, 100_000, 10_000),
@@ -80,82 +57,68 @@ DATA = {
   'tfds:cifar10': Data(10, 50_000, 10_000),
 }
 
-# Epochs and top-1 by image size. The leaderboard's rules allow no larger size
-# in validation than in training.
-_IMAGENETTE = {
-  128: {5: 0.874, 20: 0.916, 80: 0.936, 200: 0.942},
-  192: {5: 0.868, 20: 0.925, 80: 0.945, 200: 0.950},
-  256: {5: 0.869, 20: 0.935, 80: 0.949, 200: 0.951},
-}
-# By model, after so many epochs. Sizes are those of the configs that ffcv's
-# table links to; its text says that 224 px were tested.
+_LEADERBOARD = 'fastai/imagenette, README, leaderboard'
+_FFCV = 'libffcv/ffcv-imagenet, README and configs'
 _FFCV_EPOCHS = (16, 24, 32, 40, 56, 88)
-_FFCV = {
-  'resnet50': (0.738, 0.756, 0.766, 0.772, 0.780, 0.784),
-  'resnet18': (0.669, 0.688, 0.700, 0.706, 0.713, 0.724),
+_FLAX = 'flax, examples/imagenet, README'
+_GIUNG = 'cs-giung/giung2-jax, projects/Baseline-ImageNet'
+_AIRBENCH = 'KellerJordan/cifar10-airbench, README'
+_ONLY_LOG = 'the only public training log found'
+_REMARKS = {
+  _ONLY_LOG: 'its sizes are the usual ones, not said',
+  _FFCV: 'with flip averaging, and images that grow from 160 px',
+  _AIRBENCH: 'with the mean over mirrored and shifted images',
 }
-# Sizes, epochs and top-1 of ResNet-50.
-_IMAGENET = (
-  ((224, 224), {100: (0.763, 0.767)}, 'flax, examples/imagenet, README'),
-  ((160, 224), {100: 0.781}, 'timm, ResNet-50 A3'),
-  ((160, 160), {100: 0.760}, 'timm, ResNet-50 A3'),
-  ((224, 224), {300: 0.798}, 'timm, ResNet-50 A2'),
-  ((224, 224), {600: 0.804}, 'timm, ResNet-50 A1'),
-)
+# By dataset: the model, the sizes that it was trained and tested at, top-1
+# after so many epochs, the source.
+_PUBLISHED: dict[str, list[tuple[str, int, int, dict[int, Any], str]]] = {
+  # The leaderboard's rules allow no larger size in validation.
+  'imagenette': [
+    ('xresnext50', size, size, by_length, _LEADERBOARD)
+    for size, by_length in (
+      (128, {5: 0.874, 20: 0.916, 80: 0.936, 200: 0.942}),
+      (192, {5: 0.868, 20: 0.925, 80: 0.945, 200: 0.950}),
+      (256, {5: 0.869, 20: 0.935, 80: 0.949, 200: 0.951}),
+    )
+  ],
+  'tiny_imagenet': [
+    ('resnet18', 64, 64, {100: 0.655}, _GIUNG),
+    ('resnet50', 64, 64, {100: 0.692}, _GIUNG),
+  ],
+  'imagenet_mini': [('resnet50', 224, 224, {100: 0.187}, _ONLY_LOG)],
+  'imagenet2012': [
+    # Sizes are those of the configs that ffcv's table links to; its text says
+    # that 224 px were tested.
+    *(
+      (model, 192, 256, dict(zip(_FFCV_EPOCHS, top1, strict=True)), _FFCV)
+      for model, top1 in (
+        ('resnet50', (0.738, 0.756, 0.766, 0.772, 0.780, 0.784)),
+        ('resnet18', (0.669, 0.688, 0.700, 0.706, 0.713, 0.724)),
+      )
+    ),
+    ('resnet50', 224, 224, {100: (0.763, 0.767)}, _FLAX),
+    ('resnet50', 160, 224, {100: 0.781}, 'timm, ResNet-50 A3'),
+    ('resnet50', 160, 160, {100: 0.760}, 'timm, ResNet-50 A3'),
+    ('resnet50', 224, 224, {300: 0.798}, 'timm, ResNet-50 A2'),
+    ('resnet50', 224, 224, {600: 0.804}, 'timm, ResNet-50 A1'),
+  ],
+  'tfds:cifar10': [('airbench CNN', 32, 32, {8: 0.940}, _AIRBENCH)],
+}
 
 BASELINES = [
-  found
-  for part in (
-    *(
-      _by_length(
-        'imagenette',
-        'xresnext50',
-        (size, size),
-        top1,
-        'fastai/imagenette, README, leaderboard',
-      )
-      for size, top1 in _IMAGENETTE.items()
-    ),
-    *(
-      _by_length(
-        'tiny_imagenet',
-        model,
-        (64, 64),
-        {100: top1},
-        'cs-giung/giung2-jax, projects/Baseline-ImageNet',
-      )
-      for model, top1 in (('resnet18', 0.655), ('resnet50', 0.692))
-    ),
-    _by_length(
-      'imagenet_mini',
-      'resnet50',
-      (224, 224),
-      {100: 0.187},
-      'the only public training log found',
-      'its sizes are the usual ones, not said',
-    ),
-    *(
-      _by_length(
-        'imagenet2012',
-        model,
-        (192, 256),
-        dict(zip(_FFCV_EPOCHS, top1, strict=True)),
-        'libffcv/ffcv-imagenet, README and configs',
-        'with flip averaging, and images that grow from 160 px',
-      )
-      for model, top1 in _FFCV.items()
-    ),
-    *(_by_length('imagenet2012', 'resnet50', *found) for found in _IMAGENET),
-    _by_length(
-      'tfds:cifar10',
-      'airbench CNN',
-      (32, 32),
-      {8: 0.940},
-      'KellerJordan/cifar10-airbench, README',
-      'with the mean over mirrored and shifted images',
-    ),
+  Baseline(
+    dataset,
+    model,
+    image_size,
+    eval_size,
+    epochs,
+    top1 if isinstance(top1, tuple) else (top1, top1),
+    source,
+    _REMARKS.get(source, ''),
   )
-  for found in part
+  for dataset, published in _PUBLISHED.items()
+  for model, image_size, eval_size, by_length, source in published
+  for epochs, top1 in by_length.items()
 ]
 
 # A GPU is one device to JAX, and so its images can be counted by device.

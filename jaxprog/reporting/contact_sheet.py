@@ -67,15 +67,10 @@ def _draw_tile(
   else:
     x = left + (TILE_WIDTH - image.width) // 2
     page.paste(image, (x, top + (TILE_HEIGHT - image.height) // 2))
-  # Text stands in the middle, as the image does.
-  y = top + TILE_HEIGHT + 6
-  for text, size, colour in (
-    (tile.title, TITLE_SIZE, INK),
-    (tile.detail, DETAIL_SIZE, GREY),
-  ):
-    space = TILE_WIDTH - _write(None, (0, 0), text, size, colour, TILE_WIDTH)
-    _write(pen, (left + space // 2, y), text, size, colour, TILE_WIDTH)
-    y += size + 5
+  middle, y = left + TILE_WIDTH // 2, top + TILE_HEIGHT + 6
+  _write(pen, (middle, y), tile.title, TITLE_SIZE, INK, TILE_WIDTH, 'ma')
+  y += TITLE_SIZE + 5
+  _write(pen, (middle, y), tile.detail, DETAIL_SIZE, GREY, TILE_WIDTH, 'ma')
 
 
 def _read(path: pathlib.Path) -> Image.Image | None:
@@ -98,22 +93,21 @@ def _read(path: pathlib.Path) -> Image.Image | None:
 
 
 def _write(
-  pen: ImageDraw.ImageDraw | None,
+  pen: ImageDraw.ImageDraw,
   place: tuple[int, int],
   text: str,
   size: int,
   colour: str,
   width: int,
-) -> int:
-  """Returns the width of `text`, cut to `width`; writes it if it has a pen."""
+  anchor: str = 'la',
+) -> None:
+  """Writes `text`, cut to `width`; 'ma' has its middle at `place`."""
   font = _font(size)
   shown = text
   while font.getlength(shown) > width and text:
     text = text[:-1]
     shown = f'{text.rstrip()}…'
-  if pen:
-    pen.text(place, shown, colour, font)
-  return math.ceil(font.getlength(shown))
+  pen.text(place, shown, colour, font, anchor)
 
 
 @functools.cache

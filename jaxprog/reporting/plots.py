@@ -13,11 +13,12 @@ import matplotlib.ticker
 import numpy as np
 
 from jaxprog import files
-from jaxprog.reporting import timeline
+from jaxprog.reporting import facts, timeline
 
 # Okabe and Ito's blue and vermilion: apart for colour-blind readers too.
 TRAIN, VAL, TOP5 = '#0072b2', '#d55e00', '#e0a070'
 RATE, INK, GRID, SHADE = '#4d4d4d', '#333333', '#e6e6e6', '#f4f4f4'
+RULE = '#bbbbbb'
 
 Axes = matplotlib.axes.Axes
 
@@ -39,21 +40,24 @@ def plot_history(
   figure.subplots_adjust(
     left=0.07, right=0.92, bottom=0.065, top=0.9, hspace=0.09
   )
-  for axes, title in (
-    (loss, 'loss'),
-    (accuracy, 'accuracy (%)'),
-    (rate, 'learning rate'),
-  ):
+  titles = 'loss', 'accuracy (%)', 'learning rate'
+  for axes, title in zip(figure.axes, titles, strict=True):
     _style(axes, title, spans)
-  _draw_loss(loss, spans)
-  _draw_accuracy(accuracy, spans)
-  _draw_rate(rate, spans)
   rate.set_xlabel('epochs, all stages', color=INK)
-  _title(figure, history['stages'])
   if spans:
+    _draw_loss(loss, spans)
+    _draw_accuracy(accuracy, spans)
+    _draw_rate(rate, spans)
     _name_stages(figure, loss, spans)
   else:
     figure.text(0.5, 0.5, 'no epoch finished yet', ha='center', color=INK)
+  figure.text(
+    0.07, 0.965, 'Training metrics', fontsize=14, color=INK, weight='bold'
+  )
+  running = [x['name'] for x in history['stages'] if x['status'] == 'running']
+  if running:
+    text = f'in training: {running[-1]}'
+    figure.text(0.92, 0.965, text, fontsize=10, color=INK, ha='right')
   _save(figure, path)
 
 
@@ -83,7 +87,7 @@ def plot_learning_rates(
     axes.set_ylim(0, 1.1 * max(rates))
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
     axes.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
-    axes.set_title(_shorten(name), fontsize=10, color=INK, loc='left')
+    axes.set_title(facts.shorten(name, 28), fontsize=10, color=INK, loc='left')
     if i >= len(names) - columns:
       axes.set_xlabel('epochs', color=INK, fontsize=9)
   figure.suptitle(
@@ -152,7 +156,7 @@ def _style(axes: Axes, title: str, spans: Sequence[timeline.Span]) -> None:
     if i % 2:
       axes.axvspan(span.begin, span.end, color=SHADE, linewidth=0, zorder=0)
     if i:
-      axes.axvline(span.begin, color='#bbbbbb', linewidth=0.8)
+      axes.axvline(span.begin, color=RULE, linewidth=0.8)
 
 
 def _bare(axes: Axes) -> None:
@@ -162,14 +166,14 @@ def _bare(axes: Axes) -> None:
   axes.tick_params(colors=INK, length=0, labelsize=9)
   for side in ('top', 'right', 'left'):
     axes.spines[side].set_visible(False)
-  axes.spines['bottom'].set_color('#bbbbbb')
+  axes.spines['bottom'].set_color(RULE)
 
 
 def _draw_loss(axes: Axes, spans: Sequence[timeline.Span]) -> None:
   lines = {'train_loss': ('train', TRAIN), 'val_loss': ('val', VAL)}
   for field, (_, color) in lines.items():
     _line(axes, spans, field, color)
-  _label_ends(axes, spans, lines)
+  _label_ends(axes, spans[-1], lines)
 
 
 def _draw_accuracy(axes: Axes, spans: Sequence[timeline.Span]) -> None:
@@ -180,18 +184,18 @@ def _draw_accuracy(axes: Axes, spans: Sequence[timeline.Span]) -> None:
   }
   for field, (_, color) in lines.items():
     _line(axes, spans, field, color, scale=100)
-  if spans:
-    # Room for the labels of best epochs near 100 %.
-    axes.set_ylim(0, 108)
-    axes.set_yticks(range(0, 101, 20))
-  _label_ends(axes, spans, lines, scale=100)
+  # Room for the labels of best epochs near 100 %.
+  axes.set_ylim(0, 108)
+  axes.set_yticks(range(0, 101, 20))
+  _label_ends(axes, spans[-1], lines, scale=100)
   for span in spans:
-    _mark_best(axes, span)
+    if span.stage['best']:
+      _mark_best(axes, span)
 
 
 def _draw_rate(axes: Axes, spans: Sequence[timeline.Span]) -> None:
   drawn = [_line(axes, [span], 'learning_rate', RATE) for span in spans]
-  rates = np.concatenate([*drawn, []])
+  rates = np.concatenate(drawn)
   if not (rates > 0).any():
     return
   y = timeline.fit_scale(rates[np.isfinite(rates)].tolist(), log=True)
@@ -230,28 +234,24 @@ def _line(
       markevery=list(np.flatnonzero(few)),
     )
     drawn.append(values)
-  return np.concatenate([*drawn, []])
+  return np.concatenate(drawn)
 
 
 def _label_ends(
   axes: Axes,
-  spans: Sequence[timeline.Span],
+  span: timeline.Span,
   lines: Mapping[str, tuple[str, str]],
   scale: float = 1.0,
 ) -> None:
   """Names the lines at their right ends, moved apart where they are close."""
-  ends = []
-  for field, (label, color) in lines.items():
-    values = (
-      [y for _, y in spans[-1].points(field, scale) if y is not None]
-      if spans
-      else []
-    )
-    ends += [(y, label, color) for y in values[-1:]]
-  ends.sort()
   low, high = axes.get_ylim()
+  ends = sorted(
+    ((values[-1] - low) / (high - low), label, color)
+    for field, (label, color) in lines.items()
+    if (values := [y for _, y in span.points(field, scale) if y is not None])
+  )
   # A label is 5.5 % of the panel high.
-  heights = _spread([(y - low) / (high - low) for y, _, _ in ends], 0.055)
+  heights = _spread([height for height, _, _ in ends], 0.055)
   for height, (_, label, color) in zip(heights, ends, strict=True):
     axes.annotate(
       label,
@@ -278,8 +278,6 @@ def _spread(heights: Sequence[float], distance: float) -> list[float]:
 
 def _mark_best(axes: Axes, span: timeline.Span) -> None:
   best = span.stage['best']
-  if not best:
-    return
   x, y = span.begin + best['epoch'], 100 * best['top1']
   axes.plot(x, y, 'o', color=VAL, markeredgecolor='white', markersize=7)
   # On the side where training has been, except at the panel's left edge.
@@ -307,11 +305,12 @@ def _name_stages(
   that lead down to the stages pass by the names of later ones.
   """
   right_edge = axes.get_window_extent().x1
+  white = {'color': 'white', 'pad': 0.5, 'linewidth': 0}
   taken: list[float] = []
   for span in reversed(spans):
-    text = _above(axes, span.begin, 2, 5)
     name, size = span.stage['name'], span.stage['image_size']
-    text.set_text(f'{_shorten(name)}  {size} px')
+    said = f'{facts.shorten(name, 28)}  {size} px'
+    text = _above(axes, span.begin, said, (2, 5), fontsize=9, bbox=white)
     box = text.get_window_extent()
     shift = min(right_edge - box.x1, 0)
     left, right = box.x0 + shift, box.x1 + shift
@@ -321,58 +320,24 @@ def _name_stages(
     taken[line : line + 1] = [left]
     text.set_position((2 + shift * 72 / figure.dpi, 5 + 13 * line))
     if line:
-      _leader(axes, span.begin, 5 + 13 * line)
+      leader = {'arrowstyle': '-', 'color': RULE, 'shrinkA': 0, 'shrinkB': 0}
+      above = 0, 5 + 13 * line
+      _above(axes, span.begin, '', above, arrowprops=leader, zorder=0)
   top = 1 - (36 + 13 * len(taken)) / (72 * figure.get_figheight())
   figure.subplots_adjust(top=top)
 
 
 def _above(
-  axes: Axes, x: float, right: float, up: float
+  axes: Axes, x: float, text: str, offset: tuple[float, float], **style: Any
 ) -> matplotlib.text.Annotation:
-  """Returns an empty text at epoch `x`, `up` points above the panel."""
+  """Returns a text `offset` points from where the panel ends at epoch `x`."""
   return axes.annotate(
-    '',
+    text,
     (x, 1.0),
     xycoords=('data', 'axes fraction'),
-    xytext=(right, up),
+    xytext=offset,
     textcoords='offset points',
     color=INK,
-    fontsize=9,
-    bbox={'color': 'white', 'pad': 0.5, 'linewidth': 0},
     annotation_clip=False,
+    **style,
   )
-
-
-def _leader(axes: Axes, x: float, height: float) -> None:
-  """Draws a thin line from a stage up to its name, `height` in points."""
-  axes.annotate(
-    '',
-    (x, 1.0),
-    xycoords=('data', 'axes fraction'),
-    xytext=(0, height),
-    textcoords='offset points',
-    arrowprops={
-      'arrowstyle': '-',
-      'color': '#bbbbbb',
-      'linewidth': 0.8,
-      'shrinkA': 0,
-      'shrinkB': 0,
-    },
-    annotation_clip=False,
-    zorder=0,
-  )
-
-
-def _shorten(name: str, width: int = 28) -> str:
-  return name if len(name) <= width else f'{name[: width - 1]}…'
-
-
-def _title(
-  figure: matplotlib.figure.Figure, stages: Sequence[Mapping[str, Any]]
-) -> None:
-  running = [s['name'] for s in stages if s['status'] == 'running']
-  text = f'in training: {running[-1]}' if running else ''
-  figure.text(
-    0.07, 0.965, 'Training metrics', fontsize=14, color=INK, weight='bold'
-  )
-  figure.text(0.92, 0.965, text, fontsize=10, color=INK, ha='right')

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import matplotlib.ticker
 import numpy as np
 
 from jaxprog import formats
@@ -32,6 +33,20 @@ class Scale(NamedTuple):
       return (math.log(max(value, self.low)) - low) / (high - low)
     return (value - self.low) / (self.high - self.low)
 
+  def ticks(self, count: int = 4) -> list[float]:
+    """Returns round numbers within it, about `count`; powers of ten if log."""
+    few = self.log and self.high < 100 * self.low
+    locator = (
+      matplotlib.ticker.LogLocator(subs=(1, 2, 5) if few else (1,), numticks=99)
+      if self.log
+      else matplotlib.ticker.MaxNLocator(count, steps=(1, 2, 5, 10))
+    )
+    return [
+      float(x)
+      for x in locator.tick_values(self.low, self.high)
+      if 0.999 * self.low <= x <= 1.001 * self.high
+    ]
+
 
 @dataclasses.dataclass(frozen=True)
 class Span:
@@ -42,6 +57,11 @@ class Span:
   number: int
   begin: float
   end: float
+
+  @property
+  def name(self) -> str:
+    """The stage's, after its number."""
+    return f'{self.number} {self.stage["name"]}'
 
   def points(self, field: str, scale: float = 1.0) -> list[Point]:
     """Returns a point for each row; one without a finite number has None.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxprog.reporting.page.markup import Html, tag
-from jaxprog.reporting.timeline import Point, Scale
+from jaxprog.reporting.timeline import Point, Scale, Span
 
 Format = Callable[[float], str]
 
@@ -22,8 +22,6 @@ _UNITS = 1000.0
 _TOP, _BOTTOM = 10.0, 8.0
 # Labels closer than this part of the width would touch on a telephone.
 _LABEL_DISTANCE = 0.17
-# Pixels of a square for reliability, and of a cell of a heat map.
-_SQUARE, _CELL = 240, 30
 
 
 class Series(NamedTuple):
@@ -37,16 +35,6 @@ class Series(NamedTuple):
   def values(self) -> list[float]:
     """Those that there are."""
     return [value for _, value in self.points if value is not None]
-
-
-class Band(NamedTuple):
-  """A part of the x axis with a name, such as a stage."""
-
-  name: str
-  begin: float
-  end: float
-  # Behind the name where the page is wide.
-  detail: str = ''
 
 
 class Mark(NamedTuple):
@@ -69,27 +57,6 @@ class Label(NamedTuple):
   style: str
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-  """Returns round numbers in [low, high], about `count`, at even distances."""
-  if not high > low:
-    return [low]
-  rough = (high - low) / count
-  power = 10.0 ** math.floor(math.log10(rough))
-  step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-  first = math.ceil(low / step - 1e-9)
-  last = math.floor(high / step + 1e-9)
-  return [i * step for i in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-  """Returns the powers of ten in [low, high], 2 and 5 too if they are few."""
-  first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-  powers = [10.0**i for i in range(first, last + 1)]
-  factors = (1, 2, 5) if last - first <= 2 else (1,)
-  found = [f * p for p in powers for f in factors]
-  return [x for x in found if low * 0.999 <= x <= high * 1.001]
-
-
 def line_chart(
   title: str,
   series: Sequence[Series],
@@ -100,7 +67,7 @@ def line_chart(
   format_y: Format,
   summary: str,
   height: float = 220,
-  bands: Sequence[Band] = (),
+  spans: Sequence[Span] = (),
   marks: Sequence[Mark] = (),
   labels: Sequence[Label] = (),
   hints: Sequence[tuple[float, str]] = (),
@@ -117,46 +84,37 @@ def line_chart(
     format_y: writes a tick of the vertical axis.
     summary: the chart in a sentence, for those who cannot see it.
     height: of the plot, in pixels.
-    bands: parts of the x axis, every other one shaded, named above the plot.
+    spans: of stages, every other one shaded, named above the plot.
     marks: at the foot of the plot.
     labels: named points; of those that would touch, the last ones stay.
     hints: x and what the pointer shows nearest to it.
     y_ticks: instead of round numbers.
   """
   at_y = _vertical(y, height)
-  if y_ticks is None:
-    y_ticks = log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high, 4)
+  y_ticks = y.ticks() if y_ticks is None else y_ticks
   shapes = [
     *(
-      _bar((band.begin / x_end, band.end / x_end), (0, height), 'band')
-      for band in bands[1::2]
+      _bar((span.begin / x_end, span.end / x_end), (0, height), 'band')
+      for span in spans[1::2]
     ),
-    *(_rule(at_y(tick)) for tick in y_ticks),
     _stretched(height, [_path(s, y, x_end, height) for s in series]),
     *_dots(series, y, x_end, height),
     *(_mark_shape(mark, x_end, height) for mark in marks),
     *_label_shapes(labels, x_end, at_y),
     *_hint_strips(hints, x_end, height),
   ]
-  y_names = (
-    _text(format_y(tick), '100%', at_y(tick) + 4, text_anchor='end')
-    for tick in y_ticks
-  )
-  x_names = ((tick / x_end, f'{tick:g}') for tick in ticks(0, x_end, 6))
   return tag(
     'figure',
     tag('figcaption', tag('b', title), *_legend(series, marks, labels)),
-    _band_names(bands, x_end),
-    tag(
-      'div',
-      _image(y_names, height),
-      _image(shapes, height, f'{title}. {summary}', 'plot'),
-      tag('div'),
-      _axis(x_names),
-      class_='panel',
+    _span_names(spans, x_end),
+    _panel(
+      shapes,
+      height,
+      [(at_y(tick), format_y(tick)) for tick in y_ticks],
+      [(tick / x_end, f'{tick:g}') for tick in Scale(0, x_end).ticks(6)],
+      f'{title}. {summary}',
     ),
     tag('p', x_label, class_='axis-label'),
-    class_='chart',
   )
 
 
@@ -237,6 +195,15 @@ def stacked_bar(parts: Sequence[tuple[str, str, float]], summary: str) -> Html:
   return _image(bars, 20, summary, 'stack')
 
 
+def part_bar(part: float, said: str) -> Html:
+  """Returns a bar that fills a part of the width."""
+  shapes = [
+    _bar((0, 1), (0, 13), 'band'),
+    _bar((0, part), (0, 13), 'bar', said),
+  ]
+  return _image(shapes, 13, said)
+
+
 def histogram(
   title: str, bars: Sequence[tuple[str, int]], summary: str
 ) -> Html:
@@ -259,7 +226,7 @@ def histogram(
   return tag(
     'figure',
     tag('figcaption', tag('b', title)),
-    _image(rects, height, f'{title}. {summary}', 'plot'),
+    _image(rects, height, f'{title}. {summary}'),
     _axis(names[:: every or 1], 0.08),
     class_='chart small',
   )
@@ -295,12 +262,12 @@ def reliability(bins: Sequence[tuple[int, float, float]], summary: str) -> Html:
   A bar for each bin, stronger the more images it has; the diagonal is what
   perfect calibration would give.
   """
+  height = 240.0
   total = sum(count for count, _, _ in bins) or 1
-  width, gap = 1 / max(len(bins), 1), 1 / _SQUARE
   bars = [
     _bar(
-      (i * width + gap, (i + 1) * width - gap),
-      (_SQUARE * (1 - accuracy), _SQUARE),
+      (i / len(bins), (i + 0.94) / len(bins)),
+      (height * (1 - accuracy), height),
       'bar',
       f'{count:,} images: confidence {confidence:.1%}, accuracy {accuracy:.1%}',
       fill_opacity=f'{0.3 + 0.7 * math.sqrt(count / total):.2f}',
@@ -308,84 +275,41 @@ def reliability(bins: Sequence[tuple[int, float, float]], summary: str) -> Html:
     for i, (count, confidence, accuracy) in enumerate(bins)
     if count
   ]
-  end = _SQUARE
-  names = [
-    _text(f'{v}', x, y, anchor)
-    for v in (0, 50, 100)
-    for x, y, anchor in (
-      (-6, end + 4 - v * end / 100, 'end'),
-      (v * end / 100, end + 17, 'middle'),
-    )
-  ]
-  return tag(
-    'svg',
-    tag(
-      'svg',
-      *(_rule(end * i / 4) for i in range(5)),
-      *bars,
-      tag('line', class_='ideal', x1=0, y1=end, x2=end, y2=0),
-      width=end,
-      height=end,
-    ),
-    *names,
-    _text('confidence %', end / 2, end + 34),
-    _text('accuracy %', -28, end / 2, transform=f'rotate(-90 -28 {end / 2:g})'),
-    viewBox='-44 -8 298 290',
-    class_='reliability',
-    width='298',
-    height='290',
-    role='img',
-    aria_label=summary,
-  )
+  ideal = tag('line', class_='ideal', x1=0, y1='100%', x2='100%', y2=0)
+  ticks = [(height * (1 - x), f'{x:.0%}') for x in (0.0, 0.5, 1.0)]
+  names = [(x, f'{x:.0%}') for x in (0.0, 0.5, 1.0)]
+  panel = _panel([*bars, ideal], height, ticks, names, summary)
+  label = tag('p', 'accuracy over confidence', class_='axis-label')
+  return tag('figure', panel, label, class_='small')
 
 
 def heat_map(
-  names: Sequence[str], counts: Mapping[tuple[int, int], int], summary: str
+  names: Sequence[str], counts: Mapping[tuple[int, int], int]
 ) -> Html:
   """Returns a matrix, a row a label and a column a prediction.
 
   A cell is the stronger the larger its part of the row.
   """
   every = range(len(names))
-  sums = [sum(counts.get((i, j), 0) for j in every) for i in every]
-  cells = [
-    shape
-    for i in every
-    for j in every
-    for shape in _cell(i, j, counts.get((i, j), 0), sums[i], names)
-  ]
-  middles = [(i + 0.5) * _CELL + 4 for i in every]
-  rows = [
-    _text(_shorten(name), -8, y, text_anchor='end')
-    for name, y in zip(names, middles, strict=True)
-  ]
-  columns = [
-    _text(
-      _shorten(name),
-      0,
-      0,
-      text_anchor=None,
-      transform=f'translate({x:g} -8) rotate(-60)',
+
+  def cell(i: int, j: int, total: int) -> Html:
+    count = counts.get((i, j), 0)
+    part = count / (total or 1)
+    return tag(
+      'td',
+      count or None,
+      title=f'{names[i]} taken for {names[j]}: {count:,} of {total:,}',
+      class_='right' if i == j else 'wrong',
+      style=f'--part:{12 + 88 * part:.0f}%' if count else None,
     )
-    for name, x in zip(names, middles, strict=True)
-  ]
-  left = 10 + 6.6 * max((len(_shorten(name)) for name in names), default=0)
-  side = len(names) * _CELL
-  # Turned by 60 degrees, a name is 0.87 as high and half as wide as long.
-  top, right = 6 + 0.87 * left, max(4.0, 0.5 * left - _CELL / 2)
-  box = -left, -top, left + side + right, top + side + 4
-  return tag(
-    'svg',
-    *cells,
-    *rows,
-    *columns,
-    viewBox=' '.join(f'{x:g}' for x in box),
-    class_='heat',
-    width=f'{box[2]:g}',
-    height=f'{box[3]:g}',
-    role='img',
-    aria_label=summary,
-  )
+
+  rows = []
+  for i, name in enumerate(names):
+    total = sum(counts.get((i, j), 0) for j in every)
+    cells = (cell(i, j, total) for j in every)
+    rows.append(tag('tr', tag('th', name, scope='row'), *cells))
+  heads = (tag('th', tag('span', name), scope='col') for name in names)
+  return tag('table', tag('tr', tag('td'), *heads), *rows, class_='heat')
 
 
 def sparkline(points: Sequence[Point]) -> Html:
@@ -402,10 +326,6 @@ def sparkline(points: Sequence[Point]) -> Html:
   return _image(
     [shapes, *_dots([line], y, x_end, height)], height, style='spark'
   )
-
-
-def _shorten(name: str, width: int = 18) -> str:
-  return name if len(name) <= width else f'{name[: width - 1]}…'
 
 
 def _image(
@@ -467,6 +387,26 @@ def _upright(
   return tag('line', *said, class_=class_, x1=at, x2=at, **ends)
 
 
+def _panel(
+  shapes: Iterable[Html],
+  height: float,
+  y_names: Sequence[tuple[float, str]],
+  x_names: Sequence[tuple[float, str]],
+  summary: str,
+) -> Html:
+  """Returns shapes over lines of a grid, between the names of both axes."""
+  names = (_text(name, '100%', y + 4, text_anchor='end') for y, name in y_names)
+  grid = (_rule(y) for y, _ in y_names)
+  return tag(
+    'div',
+    _image(names, height),
+    _image([*grid, *shapes], height, summary),
+    tag('div'),
+    _axis(x_names),
+    class_='panel',
+  )
+
+
 def _axis(names: Iterable[tuple[float, str]], margin: float = 0.02) -> Html:
   """Returns names below a chart, each at its part of the width."""
   texts = (
@@ -519,20 +459,19 @@ def _dots(
         yield _dot(x / x_end, at_y(value), 3, f'dot {s.style}')
 
 
-def _band_names(bands: Sequence[Band], x_end: float) -> Html | None:
-  if not bands:
-    return None
+def _span_names(spans: Sequence[Span], x_end: float) -> Html | None:
   names = [
     tag(
       'span',
-      band.name,
-      tag('small', f' · {band.detail}') if band.detail else None,
-      title=band.name,
-      style=f'width:{_percent((band.end - band.begin) / x_end)}',
+      span.name,
+      tag('small', f' · {span.stage["image_size"]} px'),
+      title=span.name,
+      style=f'width:{_percent((span.end - span.begin) / x_end)}',
     )
-    for band in bands
+    for span in spans
   ]
-  return tag('div', tag('div'), tag('div', *names), class_='panel bands')
+  names_above = tag('div', tag('div'), tag('div', *names), class_='panel bands')
+  return names_above if names else None
 
 
 def _rule(y: float) -> Html:
@@ -588,32 +527,6 @@ def _hint_strips(
       _bar(strip, (0, height), None),
       _upright(x, (0, height)),
       class_='hint',
-    )
-
-
-def _cell(
-  i: int, j: int, count: int, total: int, names: Sequence[str]
-) -> Iterator[Html]:
-  """Yields the square of label `i` taken for `j`, and its count."""
-  part = count / total if total else 0.0
-  style = 'right' if i == j else 'wrong'
-  yield tag(
-    'rect',
-    tag('title', f'{names[i]} taken for {names[j]}: {count:,} of {total:,}'),
-    class_=style if count else 'none',
-    x=j * _CELL + 1,
-    y=i * _CELL + 1,
-    width=_CELL - 2,
-    height=_CELL - 2,
-    rx='3',
-    fill_opacity=f'{0.12 + 0.88 * part:.2f}' if count else None,
-  )
-  if count:
-    yield _text(
-      f'{count}',
-      (j + 0.5) * _CELL,
-      (i + 0.5) * _CELL + 4,
-      class_='on-strong' if part > 0.5 else 'on-weak',
     )
 
 

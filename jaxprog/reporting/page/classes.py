@@ -1,7 +1,5 @@
 """The section about single classes and images, stage by stage."""
 
-import base64
-import binascii
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +62,6 @@ def _stage(stage: Mapping[str, Any], unfolded: bool) -> Html:
       'div',
       tag(
         'div',
-        tag('h4', 'Accuracy by class'),
         _accuracies(found),
         _matrix(found),
       ),
@@ -93,36 +90,28 @@ def _accuracies(found: Mapping[str, Any]) -> Html:
   if not counted:
     return tag('p', 'Not known.', class_='note')
   if len(counted) <= MAX_LISTED:
-    return _bar_list(counted)
+    return _bar_list('Accuracy by class', counted)
   ordered = sorted(counted, key=lambda x: x[1])
   return join(
     _distribution([part for _, part, _ in counted]),
-    tag('h4', f'The {_EXTREMES} worst'),
-    _bar_list(ordered[:_EXTREMES]),
-    tag('h4', f'The {_EXTREMES} best'),
-    _bar_list(ordered[: -_EXTREMES - 1 : -1]),
+    _bar_list(f'The {_EXTREMES} worst', ordered[:_EXTREMES]),
+    _bar_list(f'The {_EXTREMES} best', ordered[: -_EXTREMES - 1 : -1]),
   )
 
 
-def _bar_list(rows: Sequence[tuple[str, float, int]]) -> Html:
+def _bar_list(title: str, rows: Sequence[tuple[str, float, int]]) -> Html:
   """Returns bars of (class, accuracy, images)."""
-  return tag(
-    'ul',
-    *(
-      tag(
-        'li',
-        tag('span', name),
-        tag(
-          'span',
-          tag('i', style=f'width:{100 * part:.1f}%'),
-          class_='track',
-          title=f'{round(part * count):,} of {count:,} right',
-        ),
-        tag('span', formats.percent(part), class_='num'),
+  return charts.bar_rows(
+    title,
+    [],
+    [
+      (
+        name,
+        charts.part_bar(part, f'{round(part * n):,} of {n:,} right'),
+        formats.percent(part),
       )
-      for name, part, count in rows
-    ),
-    class_='bars',
+      for name, part, n in rows
+    ],
   )
 
 
@@ -167,12 +156,10 @@ def _matrix(found: Mapping[str, Any]) -> Html | None:
   }
   if not pairs or len(names) > MAX_MATRIX:
     return None
-  said = 'Rows: the label. Columns: what it was taken for.'
-  matrix = charts.heat_map(names, pairs, said)
   return join(
     tag('h4', 'Confusion matrix'),
-    markup.scroll(matrix, 'Confusion matrix'),
-    tag('p', said, class_='note'),
+    markup.scroll(charts.heat_map(names, pairs), 'Confusion matrix'),
+    tag('p', 'Rows: the label. Columns: what it was taken for.', class_='note'),
   )
 
 
@@ -224,22 +211,8 @@ def _mistake(
   said = f'{label}, taken for {taken} with {sure} confidence'
   if undecodable:
     short, said = 'cannot be decoded', f'{label}, cannot be decoded'
-  return tag(
-    'li',
-    _thumbnail(mistake.get('thumbnail', ''), said),
-    tag('b', label),
-    tag('br'),
-    short,
-    title=f'{mistake["name"]}: loss {formats.cell("loss", mistake)}',
-  )
-
-
-def _thumbnail(encoded: str, said: str) -> Html:
-  """Returns the image, or a box that says that there is none."""
-  try:
-    data = base64.b64decode(encoded, validate=True)
-  except (ValueError, binascii.Error):
-    data = b''
-  if not data:
-    return tag('span', 'no image', class_='no-image')
-  return tag('img', src=f'data:image/jpeg;base64,{encoded}', alt=said)
+  image = tag('span', 'no image', class_='no-image')
+  if encoded := mistake.get('thumbnail'):
+    image = tag('img', src=f'data:image/jpeg;base64,{encoded}', alt=said)
+  title = f'{mistake["name"]}: loss {formats.cell("loss", mistake)}'
+  return tag('li', image, tag('b', label), tag('br'), short, title=title)

@@ -66,15 +66,6 @@ def curves(run: RunFiles) -> Iterator[Html]:
 def ladder_chart(run: RunFiles, spans: Sequence[timeline.Span]) -> Draw:
   """Returns charts.line_chart with the ladder's stages, resumes, incidents."""
   x_end = spans[-1].end
-  bands = [
-    charts.Band(
-      f'{x.number} {x.stage["name"]}',
-      x.begin,
-      x.end,
-      f'{x.stage["image_size"]} px',
-    )
-    for x in spans
-  ]
   hints = [
     (span.begin + row['epoch'], _describe_row(span.stage, row))
     for span in spans
@@ -84,7 +75,7 @@ def ladder_chart(run: RunFiles, spans: Sequence[timeline.Span]) -> Draw:
     charts.line_chart,
     x_end=x_end,
     x_label='epochs, all stages',
-    bands=bands,
+    spans=spans,
     marks=events(run, spans, x_end),
     hints=hints,
   )
@@ -184,26 +175,39 @@ def _loss_chart(draw: Draw, spans: Sequence[timeline.Span]) -> Html:
 
 
 def _top1_chart(draw: Draw, spans: Sequence[timeline.Span]) -> Html:
-  fields = (
-    ('train', 'train', 'train_top1'),
-    ('averaged weights', 'ema', 'ema_top1'),
-    ('validation', 'val', 'val_top1'),
-  )
+  lines = [
+    create_line(spans, 'train', 'train', 'train_top1', 100),
+    create_line(spans, 'averaged weights', 'ema', 'ema_top1', 100),
+    create_line(spans, 'validation', 'val', 'val_top1', 100),
+  ]
+  named = [(x.stage['name'], 'val', x) for x in spans]
+  return draw_top1(draw, 'Top-1 accuracy', lines, named)
+
+
+def draw_top1(
+  draw: Draw,
+  title: str,
+  lines: Sequence[charts.Series],
+  spans: Sequence[tuple[str, str, timeline.Span]],
+  **arguments: Any,
+) -> Html:
+  """Returns lines of percents; `spans` are name, style, and what has a best."""
   labels, reached = [], []
-  for span in spans:
+  for name, style, span in spans:
     if best := span.stage['best']:
-      at, top1 = span.begin + best['epoch'], best['top1']
-      text = formats.percent(top1)
-      labels.append(charts.Label(at, 100 * top1, text, 'val'))
-      reached.append(f'{span.stage["name"]} {text}')
+      text = formats.percent(best['top1'])
+      at = span.begin + best['epoch']
+      labels.append(charts.Label(at, 100 * best['top1'], text, style))
+      reached.append(f'{name} {text}')
   return draw(
-    'Top-1 accuracy',
-    [create_line(spans, *field, scale=100.0) for field in fields],
+    title,
+    lines,
     y=timeline.Scale(0, 104),
     y_ticks=range(0, 101, 20),
     format_y='{:g}%'.format,
     labels=labels,
     summary=f'Best: {", ".join(reached) or "none yet"}.',
+    **arguments,
   )
 
 

@@ -193,21 +193,24 @@ def config_difference(config: Mapping[str, Any] | None) -> Html:
   if not own and not rows:
     return tag('p', 'All is as by default.')
   said = f'{len(own)} fields of the run and {len(rows)} of the stages differ'
+  titles = ['field', 'default']
   names = [stage['name'] for stage in stages]
   return tag(
     'details',
     tag('summary', said),
-    _field_table(own, ['this run'], 'Fields of the run'),
-    _field_table(rows, names, 'Fields of the stages; bold: not the default'),
+    field_table([*titles, 'this run'], own, 'Fields of the run'),
+    field_table(
+      [*titles, *names], rows, 'Fields of the stages; bold: not the default'
+    ),
   )
 
 
-def _field_table(
-  rows: Sequence[Sequence[Html]], names: Sequence[str], caption: str
+def field_table(
+  titles: Sequence[str], rows: Sequence[Sequence[Html]], caption: str
 ) -> Html | None:
+  """Returns a table of what `differing_rows` has found, None of nothing."""
   if not rows:
     return None
-  titles = ['field', 'default', *names]
   return markup.table(titles, rows, caption=caption, left=range(len(titles)))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from jaxprog import formats
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reporting import facts, timeline
-from jaxprog.reporting.page import charts, html, markup, overview
+from jaxprog.reporting.page import charts, curves, html, markup, overview
 from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.rundir import RunFiles
 
@@ -93,19 +93,13 @@ def _config(runs: Sequence[RunFiles]) -> Html:
   """Returns the fields that are not the same in all runs."""
   flat = _flatten([run.config or {} for run in runs])
   rows = overview.differing_rows(flat, set().union(*flat))
-  titles = ['', *(run.name for run in runs)]
   lacking = [run.name for run in runs if run.config is None]
   said = f'Without a config.json: {", ".join(lacking)}.'
+  caption = 'Not the same in all runs; *: of every stage'
   return join(
     tag('p', said, class_='note') if lacking else None,
-    markup.table(
-      titles,
-      rows,
-      caption='Not the same in all runs; *: of every stage',
-      left=range(len(titles)),
-    )
-    if rows
-    else tag('p', 'None.'),
+    overview.field_table(['', *(run.name for run in runs)], rows, caption)
+    or tag('p', 'None.'),
   )
 
 
@@ -163,27 +157,21 @@ def _chart(
   stages: Sequence[Mapping[str, Any] | None],
 ) -> Html | None:
   """Returns validation top-1 over the epochs of a stage, a line a run."""
-  series, labels, said = [], [], []
-  for run, stage, style in zip(runs, stages, itertools.cycle(_STYLES)):
-    for span in timeline.spans([stage] if stage else []):
-      points = span.points('val_top1', 100.0)
-      series.append(charts.Series(run.name, style, points))
-      if best := span.stage['best']:
-        text = formats.percent(best['top1'])
-        labels.append(
-          charts.Label(best['epoch'], 100 * best['top1'], text, style)
-        )
-        said.append(f'{run.name} {text}')
-  if not series:
+  found = [
+    (run.name, style, span)
+    for run, stage, style in zip(runs, stages, itertools.cycle(_STYLES))
+    for span in timeline.spans([stage] if stage else [])
+  ]
+  if not found:
     return None
-  return charts.line_chart(
+  return curves.draw_top1(
+    charts.line_chart,
     name,
-    series,
-    y=timeline.Scale(0, 104),
-    y_ticks=range(0, 101, 20),
-    x_end=max(x for s in series for x, _ in s.points),
+    [
+      charts.Series(label, style, span.points('val_top1', 100))
+      for label, style, span in found
+    ],
+    found,
+    x_end=max(span.end for _, _, span in found),
     x_label='epochs of the stage',
-    format_y='{:g}%'.format,
-    labels=labels,
-    summary=f'Best: {", ".join(said) or "none yet"}.',
   )

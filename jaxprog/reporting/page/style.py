@@ -160,20 +160,16 @@ svg .mark text { fill: currentColor; font-size: 11px; }
 .pair { display: grid; gap: 0 2.5rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
 .small { max-width: 34rem; }
-.reliability { max-width: 100%; height: auto; }
 .ideal { stroke: var(--ink); stroke-dasharray: 4 4; }
-.right { fill: var(--bar); } .wrong { fill: var(--val); }
-.none { fill: var(--band); }
-.heat .on-strong { fill: var(--on-strong); }
-.heat .on-weak { fill: var(--ink); }
-.bars { display: grid; gap: .12rem .7rem; font-size: .87rem;
-  grid-template-columns: minmax(0, max-content) minmax(4rem, 1fr) max-content;
-  list-style: none; margin: .4rem 0; padding: 0; }
-.bars li { display: grid; grid-template-columns: subgrid; grid-column: 1 / -1;
-  align-items: center; }
-.bars .track { height: .8rem; background: var(--band); border-radius: 3px; }
-.bars .track i { display: block; height: 100%; background: var(--bar);
-  border-radius: 3px; }
+.heat { min-width: 0; font-variant-numeric: tabular-nums; }
+.heat th { border: 0; padding: 0 .5rem 0 0; vertical-align: middle; }
+.heat th span { writing-mode: vertical-rl; padding-top: .4rem;
+  transform: rotate(180deg); }
+.heat td { width: 1.9rem; min-width: 1.9rem; height: 1.9rem; padding: 0;
+  border: 2px solid var(--page); text-align: center; vertical-align: middle; }
+.heat .right { --hue: var(--bar); } .heat .wrong { --hue: var(--val); }
+.heat td { background: color-mix(in srgb, var(--hue) var(--part, 0%),
+  var(--band)); }
 .worst { display: grid; gap: .9rem; list-style: none; padding: 0;
   grid-template-columns: repeat(auto-fill, minmax(7.2rem, 1fr)); }
 .worst li { font-size: .8rem; line-height: 1.35; min-width: 0;

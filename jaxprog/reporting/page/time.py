@@ -81,7 +81,7 @@ def _step_histogram(stage: Mapping[str, Any]) -> Html | None:
   bins = stage.get('step_seconds')
   if not bins:
     return None
-  bars = [(_milliseconds(edge), count) for edge, count in _fill(bins)]
+  bars = [(formats.seconds(x) or 'more', count) for x, count in _fill(bins)]
   total = sum(count for _, count in bars)
   return charts.histogram(
     f'{stage["name"]}: time of a step, up to', bars, f'{total:,} steps.'
@@ -101,9 +101,3 @@ def _fill(bins: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
   counts = {round(x): n for x, (_, n) in zip(places, bins, strict=True)}
   first, last = min(counts), max(counts)
   return [(2 ** (i / 4), counts.get(i, 0)) for i in range(first, last + 1)]
-
-
-def _milliseconds(edge: float | None) -> str:
-  if not formats.is_number(edge):
-    return 'more'
-  return f'{edge:.3g} s' if edge >= 1 else f'{1000 * edge:.3g} ms'
