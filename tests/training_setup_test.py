@@ -62,10 +62,14 @@ def test_what_a_step_needs_to_know_is_made_once(data_dir):
   task = setup.create_task(made, made.chosen[0])
   assert task.stage.parts is task.stage.parts
   programs = [task.program(step) for step in range(task.steps.total)]
-  assert programs == [
-    setup._program(task.stage, task.steps, step)
-    for step in range(task.steps.total)
-  ]
+  for step, program in enumerate(programs):
+    part = task.steps.part(task.stage, step)
+    assert program == (
+      task.steps.phase(step).batch_size,
+      part.image_size,
+      tuple(getattr(part, field) for field in setup._TRACED),
+      step < task.steps.frozen,
+    )
   assert set(programs) == set(task.train_steps)
   assert len(programs[0].options) > 0
   assert len({id(program) for program in programs}) == 3

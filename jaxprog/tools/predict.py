@@ -4,11 +4,10 @@ import collections
 import csv
 import functools
 import io
-import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ _ORIENTATION = 0x0112  # Of EXIF; 1: as stored.
 Prediction = dict[str, Any]
 
 
-class Found(NamedTuple):
+class _Found(NamedTuple):
   """Image files, sorted, below `root`; and what else was there."""
 
   root: pathlib.Path
@@ -84,7 +83,7 @@ def predict(
   Raises:
     UserError: if there are no such weights or no images.
   """
-  found = find_images(input)
+  found = _find_images(input)
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
   )
@@ -107,8 +106,8 @@ def predict(
       '--input',
       f'Images are {", ".join(preprocess.FORMATS)}.',
     )
-  paths = _write(pathlib.Path(workdir), trained, found, predictions)
-  _show(found, predictions, paths)
+  paths = _write(pathlib.Path(workdir), trained, found.root, predictions)
+  _show(found.root, predictions, paths)
   _show_notes(found, predictions, turned, console)
   return predictions
 
@@ -116,17 +115,20 @@ def predict(
 def _write(
   workdir: pathlib.Path,
   trained: trained_lib.Trained,
-  found: Found,
+  root: pathlib.Path,
   predictions: Sequence[Prediction],
 ) -> list[pathlib.Path]:
   """Writes the CSV and the contact sheet; returns their paths."""
-  base = workdir / 'predictions' / _name(found.root)
+  resolved = root.resolve()
+  name = resolved.stem if resolved.is_file() else resolved.name
+  base = workdir / 'predictions' / (errors.printable(name) or 'images')
   paths = [base.with_name(base.name + x) for x in ('.csv', '.png')]
   _write_csv(paths[0], predictions, min(NUM_CLASSES, len(trained.classes)))
-  tiles, count = _tiles(found, predictions), len(predictions)
+  tiles = [_tile(x) for x in predictions[: contact_sheet.MAX_TILES]]
+  count = len(predictions)
   first = f'the first {len(tiles)} of ' * (len(tiles) < count)
   heading = (
-    f'{found.root.resolve().name}: {first}{count:,} image{"s" * (count != 1)}, '
+    f'{resolved.name}: {first}{count:,} image{"s" * (count != 1)}, '
     f'{trained.stage.name}, {trained.weights} weights'
   )
   sheet = contact_sheet.draw(tiles, errors.printable(heading))
@@ -134,7 +136,7 @@ def _write(
   return paths
 
 
-def find_images(input: str | pathlib.Path) -> Found:
+def _find_images(input: str | pathlib.Path) -> _Found:
   """Returns the image files of a folder and those below it, or the one file.
 
   Files are images by their suffix or by how they begin. Hidden files and
@@ -151,7 +153,7 @@ def find_images(input: str | pathlib.Path) -> Found:
     )
   root = paths_lib.expand(input, f'--input={input}')
   if os.path.isfile(root):  # It raises nothing, whatever the name.
-    return Found(root, [root], [])
+    return _Found(root, [root], [])
   if not os.path.isdir(root):
     raise errors.UserError(
       f"There is no image or folder '{input}'.",
@@ -168,7 +170,7 @@ def find_images(input: str | pathlib.Path) -> Found:
       '--input',
       f'Images are {formats}; hidden files are left out.',
     )
-  return Found(root, paths, left_out)
+  return _Found(root, paths, left_out)
 
 
 def classify(
@@ -315,56 +317,40 @@ def _write_csv(
   files.write_bytes(path, out.getvalue().encode())
 
 
-def _name(root: pathlib.Path) -> str:
-  resolved = root.resolve()
-  name = resolved.stem if resolved.is_file() else resolved.name
-  return errors.printable(name) or 'images'
-
-
-def _tiles(
-  found: Found, predictions: Sequence[Prediction]
-) -> list[contact_sheet.Tile]:
-  """Returns the first images, each with its class and probability."""
-  tiles = []
-  pairs = zip(found.images, predictions, strict=True)
-  for path, x in itertools.islice(pairs, contact_sheet.MAX_TILES):
-    file, name = (
-      errors.printable(path.name),
-      errors.printable(x.get('name', '')),
-    )
-    tiles.append(
-      contact_sheet.Tile(None, 'cannot be read', file)
-      if 'error' in x
-      else contact_sheet.Tile(path, name, f'{x["probability"]:.1%}')
-    )
-  return tiles
+def _tile(x: Prediction) -> contact_sheet.Tile:
+  """Returns an image with its class and probability."""
+  path = pathlib.Path(x['file'])
+  if 'error' in x:
+    file = errors.printable(path.name)
+    return contact_sheet.Tile(None, 'cannot be read', file)
+  name, percent = errors.printable(x['name']), f'{x["probability"]:.1%}'
+  return contact_sheet.Tile(path, name, percent)
 
 
 def _show(
-  found: Found, predictions: Sequence[Prediction], paths: Sequence[pathlib.Path]
+  root: pathlib.Path,
+  predictions: Sequence[Prediction],
+  paths: Sequence[pathlib.Path],
 ) -> None:
   """Prints the first predictions in columns, and where all of them are."""
-  base = found.root if found.root.is_dir() else found.root.parent
-  rows = [
-    _row(x, errors.printable(str(path.relative_to(base))))
-    for x, path in zip(predictions[:NUM_ROWS], found.images, strict=False)
-  ]
+  base = root if root.is_dir() else root.parent
+  rows = [_row(x, base) for x in predictions[:NUM_ROWS]]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  for file, percent, name, error in rows:
-    columns = f'{file:<{widths[0]}}  {percent:>{widths[1]}}  {name}{error}'
-    _print(columns.rstrip())
-  rest = len(predictions) - len(rows)
-  if rest:
-    _print(f'... and {rest:,} more in {paths[0]}')
+  for file, percent, rest in rows:
+    _print(f'{file:<{widths[0]}}  {percent:>{widths[1]}}  {rest}'.rstrip())
+  more = len(predictions) - len(rows)
+  if more:
+    _print(f'... and {more:,} more in {paths[0]}')
   _print(f'CSV: {paths[0]}')
   _print(f'Contact sheet: {paths[1]}')
 
 
-def _row(x: Mapping[str, Any], file: str) -> tuple[str, str, str, str]:
+def _row(x: Prediction, base: pathlib.Path) -> tuple[str, str, str]:
+  file = errors.printable(str(pathlib.Path(x['file']).relative_to(base)))
   if 'error' in x:
-    return file, '-', '', f'cannot be read: {x["error"]}'
+    return file, '-', f'cannot be read: {x["error"]}'
   name = x['class'] if x['class'] == x['name'] else f'{x["class"]} {x["name"]}'
-  return file, f'{x["probability"]:.1%}', name, ''
+  return file, f'{x["probability"]:.1%}', name
 
 
 def _print(line: str) -> None:
@@ -373,7 +359,7 @@ def _print(line: str) -> None:
 
 
 def _show_notes(
-  found: Found,
+  found: _Found,
   predictions: Sequence[Prediction],
   turned: int,
   console: rich.console.Console,

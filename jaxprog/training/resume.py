@@ -9,7 +9,7 @@ schedule follows, and all else is kept.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -85,15 +85,45 @@ def check(tasks: Iterable[setup_lib.Task], workdir: pathlib.Path) -> None:
     if found := checkpoints.read_latest(workdir, name):
       number, saved, meta = found
       config, record = _config_of(task, meta, before), meta['record']
-      _check_fields(task, config)
-      _check_data(task, meta)
-      directory = checkpoints.stage_directory(workdir, name)
-      checkpoints.check_matches(saved, task.state_shapes, directory, _RENEWABLE)
       first = record.get('first_step', 0)
       step = number + first - record.get('step_offset', first)
       place = _find_place(task, config, record, step)
-      _check_eval_size(task, place)
+      for what, where, suggestion in _mistakes(task, config, meta, place):
+        raise errors.UserError(what, f'stage {name!r}{where}', suggestion)
+      directory = checkpoints.stage_directory(workdir, name)
+      checkpoints.check_matches(saved, task.state_shapes, directory, _RENEWABLE)
       _find_step(task, place)
+
+
+def _mistakes(
+  task: setup_lib.Task,
+  config: config_dict.ConfigDict,
+  meta: checkpoints.Meta,
+  place: _Place,
+) -> Iterator[tuple[str, str, str]]:
+  """Yields what is wrong, where, and a suggestion."""
+  for field, (was, now) in _differences(task, config).items():
+    if field in _FIXED:
+      yield (
+        f'A stage under way cannot go on with another {field}.',
+        f': {field}: {was!r} -> {now!r}',
+        'Use another --workdir, or the value that the stage began with.',
+      )
+  other_data = 'Use another --workdir, or the data that the run began with.'
+  if tuple(meta['classes']) != task.dataset.classes:
+    what = 'The classes of the dataset are not those of the checkpoint.'
+    yield what, '', other_data
+  was, now = meta['record']['num_train_images'], len(task.dataset.train)
+  if was != now:
+    what = f'The run began with {was:,} training images; there are {now:,} now.'
+    yield what, '', other_data
+  was, now = place.stage.eval_size, task.stage.eval_size
+  if was != now:
+    yield (
+      'A stage under way cannot go on with another size of evaluation images.',
+      f': {was} -> {now}',
+      f'Set its eval_image_size to {was}, or use another --workdir.',
+    )
 
 
 def read_config(workdir: pathlib.Path) -> config_dict.ConfigDict | None:
@@ -141,44 +171,6 @@ def restore(
   state = dataclasses.replace(state, step=step, rate_scale=rate_scale)
   change = Change(_count_epochs(place), place.step, now, fields, renewed)
   return state, record, change
-
-
-def _check_data(task: setup_lib.Task, meta: checkpoints.Meta) -> None:
-  where = f'stage {task.stage.name!r}'
-  if tuple(meta['classes']) != task.dataset.classes:
-    raise errors.UserError(
-      'The classes of the dataset are not those of the checkpoint.',
-      where,
-      'Use another --workdir, or the data that the run began with.',
-    )
-  found = meta['record']['num_train_images']
-  if found != len(task.dataset.train):
-    raise errors.UserError(
-      f'The run began with {found:,} training images; '
-      f'there are {len(task.dataset.train):,} now.',
-      where,
-      'Use another --workdir, or the data that the run began with.',
-    )
-
-
-def _check_fields(task: setup_lib.Task, config: config_dict.ConfigDict) -> None:
-  for field, (was, now) in _differences(task, config).items():
-    if field in _FIXED:
-      raise errors.UserError(
-        f'A stage under way cannot go on with another {field}.',
-        f'stage {task.stage.name!r}: {field}: {was!r} -> {now!r}',
-        'Use another --workdir, or the value that the stage began with.',
-      )
-
-
-def _check_eval_size(task: setup_lib.Task, place: _Place) -> None:
-  was, now = place.stage.eval_size, task.stage.eval_size
-  if was != now:
-    raise errors.UserError(
-      'A stage under way cannot go on with another size of evaluation images.',
-      f'stage {task.stage.name!r}: {was} -> {now}',
-      f'Set its eval_image_size to {was}, or use another --workdir.',
-    )
 
 
 def _config_of(

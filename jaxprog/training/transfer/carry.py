@@ -1,6 +1,6 @@
 """Hands the weights of one stage to the next."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ from jaxprog import errors
 Variables = dict[str, Any]
 
 
-class Transfer(NamedTuple):
+class _Transfer(NamedTuple):
   """What a stage starts from, and where each part of it came from.
 
   `carried` and `fresh` name top-level modules; `dropped` those of the earlier
@@ -30,41 +30,39 @@ def transfer(
   classes: Sequence[str],
   *,
   keep_head: bool | None = None,
-) -> Transfer:
+) -> _Transfer:
   """Returns `trained` with the head of `fresh` where the classes differ.
 
   Equal counts are not equal classes: the lists decide, unless `keep_head`
-  does. All else, BatchNorm's
-  statistics included, is carried bit for bit and must match in name, shape
-  and dtype, because a backbone that silently restarts from scratch still
-  trains, only worse. Of `fresh` only the head needs values: the rest may be
-  shapes.
+  does. All else, BatchNorm's statistics included, is carried bit for bit and
+  must match in name, shape and dtype, because a backbone that silently
+  restarts from scratch still trains, only worse. Of `fresh` only the head
+  needs values: the rest may be shapes.
 
   Raises:
     UserError: if anything but the head differs.
   """
   if keep_head is None:
     keep_head = tuple(trained_classes) == tuple(classes)
-  reset = () if keep_head else ('head',)
+  reset = set() if keep_head else {'head'}
   _check_backbone(trained, fresh, reset)
-  variables = {
-    collection: {
-      **trained[collection],
-      **{k: v for k, v in fresh[collection].items() if k in reset},
-    }
-    for collection in fresh
-  }
   modules = set(fresh['params'])
-  return Transfer(
-    variables,
-    carried=tuple(sorted(modules - set(reset))),
-    fresh=tuple(sorted(modules & set(reset))),
-    dropped=tuple(sorted(set(trained['params']) & set(reset))),
+  return _Transfer(
+    {
+      collection: {
+        **trained[collection],
+        **{k: v for k, v in fresh[collection].items() if k in reset},
+      }
+      for collection in fresh
+    },
+    carried=tuple(sorted(modules - reset)),
+    fresh=tuple(sorted(modules & reset)),
+    dropped=tuple(sorted(set(trained['params']) & reset)),
   )
 
 
 def _check_backbone(
-  trained: Variables, fresh: Variables, reset: Sequence[str]
+  trained: Variables, fresh: Variables, reset: Collection[str]
 ) -> None:
   ours, theirs = _leaves(fresh, reset), _leaves(trained, reset)
   for path in sorted({*ours, *theirs}):
@@ -77,7 +75,7 @@ def _check_backbone(
       )
 
 
-def _leaves(variables: Variables, reset: Sequence[str]) -> dict[str, str]:
+def _leaves(variables: Variables, reset: Collection[str]) -> dict[str, str]:
   kept = {
     collection: {k: v for k, v in modules.items() if k not in reset}
     for collection, modules in variables.items()

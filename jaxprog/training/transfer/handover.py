@@ -21,7 +21,7 @@ from jaxprog.training.transfer import carry, operators, pretrained
 Variables = dict[str, Any]
 
 
-class Source(NamedTuple):
+class _Source(NamedTuple):
   """Weights to start from, and whose they are."""
 
   name: str
@@ -121,7 +121,7 @@ def needs_backbone(stage: stages.Stage) -> bool:
 
 def _load_source(
   setup: setup_lib.Setup, workdir: pathlib.Path, task: setup_lib.Task
-) -> Source | None:
+) -> _Source | None:
   """Returns the weights that `task` takes over, None if it starts afresh."""
   name = find_source(setup, workdir, task.stage)
   # A shared file system may show a new marker to one host before another.
@@ -134,10 +134,10 @@ def _load_source(
     found = pretrained.load(
       task.stage, task.state_shapes.variables, task.dataset.classes
     )
-    return Source(name, found.digest, found.variables, found.classes)
+    return _Source(name, found.digest, found.variables, found.classes)
   weights = task.stage.transfer_weights
   variables, meta = checkpoints.load_weights(workdir, name, weights)
-  return Source(name, weights, variables, tuple(meta['classes']))
+  return _Source(name, weights, variables, tuple(meta['classes']))
 
 
 def find_source(
@@ -259,7 +259,7 @@ def _list_heads(
   setup: setup_lib.Setup,
   workdir: pathlib.Path,
   task: setup_lib.Task,
-  source: Source,
+  source: _Source,
 ) -> list[operators.Head]:
   """Returns what a head by class may take rows from, the nearest first.
 

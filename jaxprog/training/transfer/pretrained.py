@@ -32,7 +32,7 @@ _IMAGENET_1K = (
 _DTYPES = ('F32', 'F16')
 
 
-class Pretrained(NamedTuple):
+class _Pretrained(NamedTuple):
   """Weights of a file; `classes` is () where they are not known."""
 
   # As of a stage before; without 'head' where the file has none.
@@ -44,7 +44,7 @@ class Pretrained(NamedTuple):
 
 def load(
   stage: stages.Stage, like: Variables, classes: Sequence[str]
-) -> Pretrained:
+) -> _Pretrained:
   """Returns the weights in the file that `stage.init_from` names.
 
   Their classes are known if the file lists them, as those do that this program
@@ -64,11 +64,17 @@ def load(
     known = _classes(file.metadata() or {}, shapes, classes)
     if known != tuple(classes):
       like = _with_head_of(like, shapes)
-    _check_names(like, shapes, where)
-    tensors = {
-      name: _read(file, name, where) for name in _describe(like, where)
-    }
-  return Pretrained(
+    try:
+      expected = interchange.describe(like)
+    except ValueError as e:
+      raise errors.UserError(
+        f'init_from is for our ResNets: {e}',
+        where,
+        'Leave it out with a network of your own.',
+      ) from None
+    _check_names(expected, shapes, where)
+    tensors = {name: _read(file, name, where) for name in expected}
+  return _Pretrained(
     interchange.from_state_dict(tensors, like), known, files.digest(path)[:16]
   )
 
@@ -103,11 +109,12 @@ def _open(path: pathlib.Path, where: str) -> Iterator[Any]:
       f'The weights cannot be read: {e.strerror}.', where
     ) from None
   except safetensors.SafetensorError as e:
+    message = ' '.join(str(e).split())
     pickled = begins == b'PK' or begins[:1] == b'\x80'
     raise errors.UserError(
       'The file is a pickle under another name; it was not read.'
       if pickled
-      else f'The file is damaged, or no safetensors: {_one_line(e)}.',
+      else f'The file is damaged, or no safetensors: {message}.',
       where,
       stages.HOW_TO_CONVERT if pickled else 'Fetch or export it again.',
     ) from None
@@ -145,22 +152,12 @@ def _with_head_of(
   return {**like, 'params': params}
 
 
-def _describe(like: Variables, where: str) -> dict[str, tuple[int, ...]]:
-  try:
-    return interchange.describe(like)
-  except ValueError as e:
-    raise errors.UserError(
-      f'init_from is for our ResNets: {e}',
-      where,
-      'Leave it out with a network of your own.',
-    ) from None
-
-
 def _check_names(
-  like: Variables, shapes: Mapping[str, tuple[int, ...]], where: str
+  expected: Mapping[str, tuple[int, ...]],
+  shapes: Mapping[str, tuple[int, ...]],
+  where: str,
 ) -> None:
   """Raises UserError unless all but counters fit."""
-  expected = _describe(like, where)
   _check_stem(expected, shapes, where)
   found = {name for name in shapes if not interchange.is_counter(name)}
   for names, what in (
@@ -215,7 +212,3 @@ def _read(file: Any, name: str, where: str) -> np.ndarray:
       f'{name} is not finite in the file.', where, 'Fetch or export it again.'
     )
   return tensor
-
-
-def _one_line(error: Exception) -> str:
-  return ' '.join(str(error).split())
