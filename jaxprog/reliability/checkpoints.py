@@ -10,7 +10,6 @@ found damaged when it is needed to resume moves to quarantine/; see integrity.
 import collections
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 import re
@@ -22,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from jaxprog import errors, files
 from jaxprog.reliability import integrity, peers
@@ -57,10 +55,10 @@ class Checkpoints:
   ) -> None:
     self._directory = directory
     self._on_incident = on_incident
-    self._managers: dict[str, ocp.CheckpointManager] = {}
+    self._savers: dict[str, ocp.AsyncCheckpointer] = {}
     self._pending: dict[str, futures.Future[None]] = {}
     self._worker = futures.ThreadPoolExecutor(1, 'checkpoints')
-    _on_first_process(functools.partial(_sweep, directory))
+    _on_first_process(lambda: _sweep(directory))
 
   def save_latest(
     self, state: State, meta: Meta, step: int | None = None
@@ -94,33 +92,17 @@ class Checkpoints:
         itself would convert or drop it silently.
     """
     self.wait()
-    quarantine = functools.partial(
-      quarantine_latest, self._directory, self._on_incident
-    )
-    _on_first_process(quarantine)
-    steps = integrity.list_steps(self._directory / 'latest')
+    stage = self._directory
+    _on_first_process(lambda: _quarantine_latest(stage, self._on_incident))
+    steps = integrity.list_steps(stage / 'latest')
     if not steps:
       return None
-    manager = self._manager('latest')
-    manager.reload()
-    found = _read_metadata(manager, steps[-1])
-    directory = self._directory / 'latest'
-    unfit = check_matches(found, like, directory, renewable)
-    # Read in the shape that it has: orbax takes states of equal leaves for
-    # different ones where what holds no leaf differs, such as a decay of 0.
-    restored = manager.restore(
-      steps[-1],
-      args=ocp.args.Composite(
-        tree=ocp.args.PyTreeRestore(restore_args=_as_numpy(found)),
-        meta=ocp.args.JsonRestore(),
-      ),
-    )
+    tree, meta = _read(stage / 'latest' / str(steps[-1]))
+    unfit = check_matches(tree, like, stage / 'latest', renewable)
     fitting = dataclasses.replace(like, **dict.fromkeys(unfit))
-    state = _place_like(restored.tree, fitting)
-    _on_first_process(
-      functools.partial(_forget_after, self._directory, steps[-1])
-    )
-    return state, restored.meta
+    state = _place_like(tree, fitting)
+    _on_first_process(lambda: _forget_after(stage, steps[-1]))
+    return state, meta
 
   def check(self) -> None:
     """Raises what a save has met in the background; costs next to nothing.
@@ -154,8 +136,10 @@ class Checkpoints:
       self._await_own()
     finally:
       self._worker.shutdown()
-      for manager in self._managers.values():
-        _close(manager)
+      for saver in self._savers.values():
+        # Orbax raises a failed save here too; our worker has told it.
+        with contextlib.suppress(Exception):
+          saver.close()
 
   def __enter__(self) -> 'Checkpoints':
     """Returns itself."""
@@ -174,11 +158,6 @@ class Checkpoints:
     for name in list(self._pending):
       self._pending.pop(name).result()
 
-  def _manager(self, name: str) -> ocp.CheckpointManager:
-    if name not in self._managers:
-      self._managers[name] = _create_manager(self._directory / name)
-    return self._managers[name]
-
   def _save(self, name: str, step: int, tree: Any, meta: Meta) -> None:
     if jax.process_index() != 0:  # All have the same; one of them writes.
       return
@@ -187,22 +166,21 @@ class Checkpoints:
       self._pending.pop(name).result()
     directory = self._directory / name
     try:
-      manager = self._manager(name)
       # A run that resumed from before `step` trains it again: that one counts.
       integrity.begin(directory, step)
-      if step in manager.all_steps():
-        manager.reload()
-      manager.save(
-        step,
+      if name not in self._savers:  # One each: a saver does a save at a time.
+        self._savers[name] = _create_checkpointer()
+      saver = self._savers[name]
+      saver.save(
+        directory / str(step),
         args=ocp.args.Composite(
           tree=ocp.args.PyTreeSave(_copy_here(tree)),
           meta=ocp.args.JsonSave(meta),
         ),
-        force=True,
       )
     except Exception as e:
       raise _save_error(directory, step, e) from e
-    self._pending[name] = self._worker.submit(_finish, manager, step)
+    self._pending[name] = self._worker.submit(_finish, saver, directory, step)
 
 
 def _sweep(stage: pathlib.Path) -> None:
@@ -211,11 +189,12 @@ def _sweep(stage: pathlib.Path) -> None:
     integrity.sweep(directory)
 
 
-def _finish(manager: ocp.CheckpointManager, step: int) -> None:
+def _finish(
+  saver: ocp.AsyncCheckpointer, directory: pathlib.Path, step: int
+) -> None:
   """Waits for a save, hashes it and removes what nothing needs any more."""
-  directory = pathlib.Path(manager.directory)
   try:
-    manager.wait_until_finished()
+    saver.wait_until_finished()
     integrity.finish(directory, step)
     if directory.name == 'final':
       _keep_newest(directory)
@@ -269,12 +248,6 @@ def _reason(error: Exception) -> str:
   return text if len(text) <= 90 else f'{text[:30]} ... {text[-60:]}'
 
 
-def _close(manager: ocp.CheckpointManager) -> None:
-  # Orbax raises a failed save once in every thread; our worker has told it.
-  with contextlib.suppress(Exception):
-    manager.close()
-
-
 def _on_first_process(change: Callable[[], None]) -> None:
   """Lets one process change files, and the others see them only then."""
   if jax.process_index() == 0:
@@ -282,31 +255,32 @@ def _on_first_process(change: Callable[[], None]) -> None:
   peers.wait_for_all('checkpoints')
 
 
-def quarantine_latest(
-  directory: pathlib.Path, on_incident: OnIncident = ignore
-) -> None:
+def _quarantine_latest(stage: pathlib.Path, on_incident: OnIncident) -> None:
   """Moves the damaged 'latest' states of a stage to quarantine/.
 
   Raises:
     DamagedError: if the stage is under way and no intact one is left.
   """
-  latest = directory / 'latest'
+  if _is_lost(stage, _tell_damage(stage / 'latest', on_incident)):
+    raise lost_error(stage)
+
+
+def _tell_damage(directory: pathlib.Path, on_incident: OnIncident) -> list[str]:
+  """Returns the status of each step; what is damaged of 'latest' moves away."""
   statuses = []
-  for found in integrity.inspect(latest):
+  for found in integrity.inspect(directory):
     statuses.append(found.status)
-    if found.status == 'damaged':
-      path = integrity.quarantine(latest / str(found.step), directory)
-      on_incident(
-        'quarantine',
-        f'{_label(latest)}: step {found.step} is damaged, quarantined '
-        f'({found.detail})',
-        stage=found.stage,
-        step=found.step,
-        detail=found.detail,
-        path=str(path),
-      )
-  if _is_lost(directory, statuses):
-    raise lost_error(directory)
+    if found.status != 'damaged':
+      continue
+    what = f'{_label(directory)}: step {found.step} is damaged'
+    fields = {'stage': found.stage, 'step': found.step, 'detail': found.detail}
+    if directory.name == 'latest':
+      path = directory / str(found.step)
+      fields['path'] = str(integrity.quarantine(path, directory.parent))
+      what += ', quarantined'
+    kind = 'quarantine' if 'path' in fields else 'damaged'
+    on_incident(kind, f'{what} ({found.detail})', **fields)
+  return statuses
 
 
 def find_lost(
@@ -324,8 +298,7 @@ def find_lost(
 
 
 def _is_lost(stage: pathlib.Path, statuses: Sequence[str]) -> bool:
-  done = stage / 'done.json'
-  if 'intact' in statuses or (done.exists() and not _done_damage(done)):
+  if 'intact' in statuses or _is_done(stage):
     return False
   return 'damaged' in statuses or any(stage.glob('quarantine/latest-*'))
 
@@ -348,7 +321,7 @@ def verify_all(workdir: pathlib.Path, on_incident: OnIncident = ignore) -> None:
   Raises:
     DamagedError: if a stage is under way and has no intact state left.
   """
-  _on_first_process(functools.partial(_verify_all, workdir, on_incident))
+  _on_first_process(lambda: _verify_all(workdir, on_incident))
 
 
 def _verify_all(workdir: pathlib.Path, on_incident: OnIncident) -> None:
@@ -361,20 +334,8 @@ def _verify_all(workdir: pathlib.Path, on_incident: OnIncident) -> None:
       on_incident('quarantine', message, stage=stage.name, path=str(target))
     for part in _parts(stage):
       if part.name != 'latest':
-        _report_damage(part, on_incident)
-    quarantine_latest(stage, on_incident)
-
-
-def _report_damage(directory: pathlib.Path, on_incident: OnIncident) -> None:
-  for found in integrity.inspect(directory):
-    if found.status == 'damaged':
-      on_incident(
-        'damaged',
-        f'{_label(directory)}: step {found.step} is damaged ({found.detail})',
-        stage=found.stage,
-        step=found.step,
-        detail=found.detail,
-      )
+        _tell_damage(part, on_incident)
+    _quarantine_latest(stage, on_incident)
 
 
 def check_workdir(workdir: pathlib.Path) -> list[integrity.Condition]:
@@ -402,6 +363,11 @@ def _done_damage(path: pathlib.Path) -> str:
   except integrity.DamagedError:
     return 'not what was written'
   return ''
+
+
+def _is_done(stage: pathlib.Path) -> bool:
+  path = stage / 'done.json'
+  return path.exists() and not _done_damage(path)
 
 
 def _stages(workdir: pathlib.Path) -> list[pathlib.Path]:
@@ -441,10 +407,7 @@ def is_done(workdir: pathlib.Path, stage: str) -> bool:
 
   Training sets it aside and finishes such a stage again from its last save.
   """
-  try:
-    return read_done(workdir, stage) is not None
-  except integrity.DamagedError:
-    return False
+  return _is_done(stage_directory(workdir, stage))
 
 
 def load_weights(
@@ -463,74 +426,65 @@ def load_weights(
       str(directory),
       'Train it first, with this --workdir.',
     )
-  step = _find_weights(directory)
-  with _create_manager(directory, create=False) as manager:
-    restore_args = _as_numpy(_read_metadata(manager, step))
-    restored = manager.restore(
+  steps = integrity.list_finished(directory)
+  if not steps:
+    raise errors.UserError(
+      f'Stage {stage!r} has no {name} weights yet.', str(directory)
+    )
+  path = directory / str(steps[-1])
+  if damage := integrity.find_damage(path):
+    raise integrity.DamagedError(
+      f'{_label(directory)}: step {steps[-1]} is damaged ({damage}). Use other '
+      f'weights, or train the stage anew: remove {directory.parent}'
+    )
+  return _read(path)
+
+
+def _create_checkpointer() -> ocp.AsyncCheckpointer:
+  """Returns what reads and writes steps; it must be closed.
+
+  Each process has its own, which waits for no other: one alone writes, and
+  when the others may read is decided by us.
+  """
+  alone: dict[str, Any] = {}
+  if jax.process_count() > 1:
+    index = jax.process_index()
+    alone = {'primary_host': index, 'active_processes': {index}}
+  options = ocp.options.MultiprocessingOptions(**alone)
+  return ocp.AsyncCheckpointer(
+    ocp.CompositeCheckpointHandler(
+      composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+      tree=ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
+      meta=ocp.JsonCheckpointHandler(multiprocessing_options=options),
+    ),
+    multiprocessing_options=options,
+  )
+
+
+def _read(step: pathlib.Path) -> tuple[Any, Meta]:
+  """Returns what was saved, in NumPy, in the shape that it was saved in.
+
+  Orbax takes states of equal leaves for different ones where what holds no
+  leaf differs, such as a decay of 0.
+  """
+  with _create_checkpointer() as reader:
+    as_numpy = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+      _read_shapes(reader, step),
+    )
+    restored = reader.restore(
       step,
       args=ocp.args.Composite(
-        tree=ocp.args.PyTreeRestore(restore_args=restore_args),
+        tree=ocp.args.PyTreeRestore(restore_args=as_numpy),
         meta=ocp.args.JsonRestore(),
       ),
     )
   return restored.tree, restored.meta
 
 
-def _find_weights(directory: pathlib.Path) -> int:
-  """Returns the newest finished step of `directory`, verified.
-
-  Another process may be about to finish a newer one.
-  """
-  steps = [
-    step
-    for step in integrity.list_steps(directory)
-    if not integrity.is_unfinished(directory, step)
-  ]
-  if not steps:
-    raise errors.UserError(
-      f'Stage {directory.parent.name!r} has no {directory.name} weights yet.',
-      str(directory),
-    )
-  damage = integrity.find_damage(directory / str(steps[-1]))
-  if damage:
-    raise integrity.DamagedError(
-      f'{_label(directory)}: step {steps[-1]} is damaged ({damage}). Use other '
-      f'weights, or train the stage anew: remove {directory.parent}'
-    )
-  return steps[-1]
-
-
-def _create_manager(
-  directory: pathlib.Path, *, create: bool = True
-) -> ocp.CheckpointManager:
-  """Returns what reads and writes steps; we ourselves remove them.
-
-  Each process has its own, which waits for no other: one alone writes, and
-  when the others may read is decided by us.
-  """
-  if create:
-    directory.mkdir(parents=True, exist_ok=True)
-  alone: dict[str, Any] = {}
-  if jax.process_count() > 1:
-    index = jax.process_index()
-    alone = {'primary_host': index, 'active_processes': {index}}
-  multiprocessing = ocp.options.MultiprocessingOptions(**alone)
-  return ocp.CheckpointManager(
-    directory,
-    options=ocp.CheckpointManagerOptions(
-      preservation_policy=checkpoint_managers.LatestN(n=None),
-      create=False,
-      multiprocessing_options=multiprocessing,
-    ),
-    item_handlers={
-      'tree': ocp.PyTreeCheckpointHandler(
-        multiprocessing_options=multiprocessing
-      ),
-      'meta': ocp.JsonCheckpointHandler(
-        multiprocessing_options=multiprocessing
-      ),
-    },
-  )
+def _read_shapes(reader: ocp.AsyncCheckpointer, step: pathlib.Path) -> Any:
+  """Returns the saved tree with each leaf's shape and dtype."""
+  return reader.metadata(step).item_metadata.tree.tree
 
 
 def _copy_here(tree: Any) -> Any:
@@ -546,11 +500,6 @@ def _copy_here(tree: Any) -> Any:
     return np.array(x.addressable_data(0))
 
   return jax.tree.map(copy, tree)
-
-
-def _as_numpy(tree: Any) -> Any:
-  """Returns what makes orbax restore each leaf of `tree` in NumPy."""
-  return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
 
 
 def _place_like(tree: Any, like: Any) -> Any:
@@ -569,27 +518,19 @@ def _place_like(tree: Any, like: Any) -> Any:
   return jax.tree_util.tree_map_with_path(place, like)
 
 
-def _read_metadata(manager: ocp.CheckpointManager, step: int) -> Any:
-  """Returns the saved tree with each leaf's shape and dtype."""
-  return manager.item_metadata(step).tree.tree
-
-
 def read_latest(
   workdir: pathlib.Path, stage: str
 ) -> tuple[int, Any, Meta] | None:
   """Returns the number of the newest state, its shapes and its meta, if any."""
   directory = stage_directory(workdir, stage) / 'latest'
-  steps = [
-    step
-    for step in integrity.list_steps(directory)
-    if not integrity.is_unfinished(directory, step)
-  ]
+  steps = integrity.list_finished(directory)
   if not steps:
     return None
-  with _create_manager(directory, create=False) as manager:
+  path = directory / str(steps[-1])
+  with _create_checkpointer() as reader:
     meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    restored = manager.restore(steps[-1], args=meta)
-    return steps[-1], _read_metadata(manager, steps[-1]), restored.meta
+    restored = reader.restore(path, args=meta)
+    return steps[-1], _read_shapes(reader, path), restored.meta
 
 
 def check_matches(

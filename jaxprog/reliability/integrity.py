@@ -73,6 +73,12 @@ def list_steps(directory: pathlib.Path) -> list[int]:
   return sorted(int(x) for x in names if x.isdecimal() and x == str(int(x)))
 
 
+def list_finished(directory: pathlib.Path) -> list[int]:
+  """Returns the steps of which nobody is still writing, ascending."""
+  steps = list_steps(directory)
+  return [step for step in steps if not _is_unfinished(directory, step)]
+
+
 def begin(directory: pathlib.Path, step: int) -> None:
   """Lays the marker of a save that is about to begin.
 
@@ -92,7 +98,7 @@ def finish(directory: pathlib.Path, step: int) -> None:
     shutil.rmtree(path)
 
 
-def is_unfinished(directory: pathlib.Path, step: int) -> bool:
+def _is_unfinished(directory: pathlib.Path, step: int) -> bool:
   """Returns whether the save of `step`, or its hashing, was cut short."""
   written = (directory / str(step) / MANIFEST).exists()
   return not written and _marker(directory, step).exists()
@@ -113,7 +119,7 @@ def inspect(directory: pathlib.Path) -> Iterator[Condition]:
 
 
 def _inspect_step(directory: pathlib.Path, step: int) -> tuple[str, str]:
-  if is_unfinished(directory, step):
+  if _is_unfinished(directory, step):
     return 'unfinished', 'its save was interrupted'
   damage = find_damage(directory / str(step))
   return ('damaged', damage) if damage else ('intact', '')
@@ -124,7 +130,7 @@ def sweep(directory: pathlib.Path) -> None:
   markers = list(directory.glob(f'{_MARKER}*'))
   names = [path.name.removeprefix(_MARKER) for path in markers]
   steps = [int(name) for name in names if name.isdecimal()]
-  interrupted = [step for step in steps if is_unfinished(directory, step)]
+  interrupted = [step for step in steps if _is_unfinished(directory, step)]
   for step in interrupted:
     remove(directory, step)
   if interrupted:

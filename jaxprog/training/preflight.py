@@ -626,11 +626,7 @@ def _describe_run(workdir: pathlib.Path) -> list[str]:
   for stage in history_lib.load_history(path)['stages']:
     name = stage['name']
     latest = checkpoints.stage_directory(workdir, name) / 'latest'
-    saved = [
-      step
-      for step in integrity.list_steps(latest)
-      if not integrity.is_unfinished(latest, step)
-    ]
+    saved = integrity.list_finished(latest)
     if checkpoints.is_done(workdir, name):
       parts.append(f'{name} done')
     elif saved:
