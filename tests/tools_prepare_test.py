@@ -161,7 +161,7 @@ def prepare_twice(root):
   import hashlib
   import pathlib
 
-  from jaxprog import stages
+  from jaxprog import files, stages
   from jaxprog.data import archives
   from jaxprog.reliability import lock
 
@@ -190,8 +190,8 @@ def prepare_twice(root):
   subprocess.run(['tar', '-cf', archive, 'pets'], cwd=root, check=True)
   digest = hashlib.sha256(archive.read_bytes()).hexdigest()
   archives.extract(archive, root / 'unpacked', sha256=digest)
-  with lock.Lock(root / 'run') as held:
-    assert not held.has_flock
+  with lock.Lock(root / 'run'), open(archive) as file:
+    assert not files.lock(file.fileno())
 
 
 @pytest.mark.skipif(

@@ -50,7 +50,6 @@ class Lock:
 
   Attributes:
     taken_over: a sentence about the dead run that had the lock, or None.
-    has_flock: whether the file system knows flock; else only time tells.
   """
 
   def __init__(
@@ -61,13 +60,9 @@ class Lock:
   ) -> None:
     self._path = pathlib.Path(workdir) / 'run.lock'
     self._beat_seconds = beat_seconds
-    self._file: int | None = None
+    self._resources = contextlib.ExitStack()
     self._lost: str | None = None
-    self._ended = threading.Event()
-    self._thread: threading.Thread | None = None
-    self._folder = contextlib.ExitStack()
     self.taken_over: str | None = None
-    self.has_flock = True
 
   def check(self) -> None:
     """Raises a RuntimeError if another run has taken the lock over.
@@ -89,7 +84,7 @@ class Lock:
       with contextlib.ExitStack() as stack:
         stack.enter_context(files.folder(self._path.parent))
         self._file = self._acquire()
-        self._folder = stack.pop_all()
+        self._resources = stack.pop_all()
     except OSError as e:
       raise errors.UserError(
         f'Cannot write to the workdir: {e.strerror}.',
@@ -97,28 +92,25 @@ class Lock:
         'Name a directory that you may write to.',
       ) from None
     _held.add(self._me['token'])
-    self._ended.clear()
-    self._thread = threading.Thread(
-      target=self._beat, name='run.lock', daemon=True
-    )
-    self._thread.start()
+    self._ended = threading.Event()
+    thread = threading.Thread(target=self._beat, name='run.lock', daemon=True)
+    thread.start()
+    self._resources.callback(self._free)
+    self._resources.callback(thread.join)
+    self._resources.callback(self._ended.set)
     return self
 
   def __exit__(self, *exc_info: object) -> None:
     """Gives the lock back and removes its file; an empty workdir goes too."""
-    self._ended.set()
-    if self._thread is not None:
-      self._thread.join()
+    self._resources.close()
+
+  def _free(self) -> None:
     _held.discard(self._me['token'])
-    with self._folder:
-      if self._file is None:
-        return
-      with contextlib.suppress(OSError):
-        # Before it is unlocked: nobody may take a file that then goes.
-        if _is_mine(_read(self._path), self._me):
-          self._path.unlink()
-      os.close(self._file)
-      self._file = None
+    with contextlib.suppress(OSError):
+      # Before it is unlocked: nobody may take a file that then goes.
+      if self._is_mine(_read(self._path)):
+        self._path.unlink()
+    os.close(self._file)
 
   def _acquire(self) -> int:
     """Returns the open file, locked and with our name in it."""
@@ -129,7 +121,6 @@ class Lock:
         if not _is_at(file, self._path):  # Its owner has just removed it.
           os.close(file)
           continue
-        self.has_flock = state != 'unknown'
         owner, age = _read_dead(file, self._path, state)
         if owner:
           self.taken_over = _describe_dead(owner, age)
@@ -148,7 +139,7 @@ class Lock:
   def _touch(self) -> None:
     """Shows that the owner lives, or finds that it is another one now."""
     owner = _read(self._path)
-    if _is_mine(owner, self._me):
+    if self._is_mine(owner):
       os.utime(self._path)
     elif owner:
       self._lose(owner)
@@ -158,8 +149,10 @@ class Lock:
       except errors.UserError:
         self._lose(_read(self._path))
       else:
-        if old is not None:
-          os.close(old)
+        os.close(old)
+
+  def _is_mine(self, owner: Owner) -> bool:
+    return owner.get('token') == self._me['token']
 
   def _lose(self, owner: Owner) -> None:
     self._lost = (
@@ -314,10 +307,6 @@ def _is_running(owner: Owner) -> bool:
   except PermissionError:
     pass
   return owner.get('start') == _start_time(pid)
-
-
-def _is_mine(owner: Owner, me: Owner) -> bool:
-  return owner.get('token') == me['token']
 
 
 def _describe_dead(owner: Owner, age: float) -> str:
