@@ -7,6 +7,7 @@ or on a dumb terminal: lines of `key=value`, to be searched with grep.
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -327,21 +328,18 @@ class _LiveView:
     self._console = console
     self._live: rich.live.Live | None = None
     self._next_refresh = -math.inf
-    self._columns: tuple[_Column, ...] = ()
+    self._columns: list[_Column] = []
     self._width = 0  # That the columns were chosen for.
 
   def plan(self, plan: Sequence[Description]) -> None:
-    cells = [[f(stage) for _, _, f in _PLAN_COLUMNS] for stage in plan]
     columns = [
-      _Column(title, max(len(c) for c in (title, *column)), rank)
-      for (title, rank, _), column in zip(
-        _PLAN_COLUMNS, zip(*cells, strict=True), strict=True
-      )
+      _Column(title, max(len(title), *map(len, map(show, plan))), rank, show)
+      for title, rank, show in _PLAN_COLUMNS
     ]
-    shown = _fit_columns(columns, self._console.width)
-    self._line(_join(shown, [c.title for c in columns], columns), 'bold')
-    for row in cells:
-      self._line(_join(shown, row, columns))
+    columns = _fit_columns(columns, self._console.width)
+    self._line(_join(columns, [c.title for c in columns]), 'bold')
+    for stage in plan:
+      self._line(_join(columns, [c.show(stage) for c in columns]))
     self._line('')
 
   def begin(self, at: _Standing, details: Mapping[str, Any]) -> None:
@@ -370,8 +368,8 @@ class _LiveView:
     if self._console.width != self._width:
       self._begin_table(at)
     epoch = f'{row["epoch"]}/{at.num_epochs}'
-    cells = [epoch, *(formats.cell(c.field, row) for c in self._columns[1:])]
-    line = _join(self._columns, cells, self._columns)
+    cells = [epoch, *(c.show(row) for c in self._columns[1:])]
+    line = _join(self._columns, cells)
     self._line(f'{line} *' if best else line, 'green' if best else '')
 
   def end(self, at: _Standing, stage: Mapping[str, Any]) -> None:
@@ -397,10 +395,11 @@ class _LiveView:
     """Prints titles of as many columns as the terminal is wide for now."""
     self._width = self._console.width
     epoch_width = max(5, 2 * len(str(at.num_epochs)) + 1)
-    columns = (
-      _Column('epoch', epoch_width, 0),
-      *(c for c in _ROW_COLUMNS if at.averages or c.field != 'ema_top1'),
-    )
+    columns = [_Column('epoch', epoch_width, 0)] + [
+      _Column(title, width, rank, functools.partial(formats.cell, field), group)
+      for title, width, rank, field, group in _ROW_COLUMNS
+      if at.averages or field != 'ema_top1'
+    ]
     # Two more columns are for the mark of the best row.
     self._columns = _fit_columns(columns, self._width - 2)
     for line in _row_header(self._columns):
@@ -510,22 +509,23 @@ class _Column(NamedTuple):
   title: str
   width: int
   rank: int
-  field: str = ''
+  show: Callable[[Any], str] = str
   group: str = ''
 
 
+# Title, width, rank, field of a row, and what stands above the title.
 _ROW_COLUMNS = (
-  _Column('loss', 7, 3, 'train_loss', 'train'),
-  _Column('top-1', 6, 2, 'train_top1', 'train'),
-  _Column('loss', 8, 3, 'val_loss', 'val'),
-  _Column('top-1', 6, 1, 'val_top1', 'val'),
-  _Column('ema', 6, 4, 'ema_top1', 'val'),
-  _Column('top-5', 6, 6, 'val_top5', 'val'),
-  _Column('lr', 8, 7, 'learning_rate'),
-  _Column('grad norm', 9, 9, 'grad_norm'),
-  _Column('images/s', 8, 8, 'images_per_second'),
-  _Column('input wait', 10, 10, 'input_wait'),
-  _Column('time', 8, 5, 'seconds'),
+  ('loss', 7, 3, 'train_loss', 'train'),
+  ('top-1', 6, 2, 'train_top1', 'train'),
+  ('loss', 8, 3, 'val_loss', 'val'),
+  ('top-1', 6, 1, 'val_top1', 'val'),
+  ('ema', 6, 4, 'ema_top1', 'val'),
+  ('top-5', 6, 6, 'val_top5', 'val'),
+  ('lr', 8, 7, 'learning_rate', ''),
+  ('grad norm', 9, 9, 'grad_norm', ''),
+  ('images/s', 8, 8, 'images_per_second', ''),
+  ('input wait', 10, 10, 'input_wait', ''),
+  ('time', 8, 5, 'seconds', ''),
 )
 
 _PLAN_COLUMNS: tuple[tuple[str, int, Callable[[Description], str]], ...] = (
@@ -542,25 +542,19 @@ _PLAN_COLUMNS: tuple[tuple[str, int, Callable[[Description], str]], ...] = (
 )
 
 
-def _fit_columns(columns: Sequence[_Column], width: int) -> tuple[_Column, ...]:
+def _fit_columns(columns: Sequence[_Column], width: int) -> list[_Column]:
   """Returns the columns that fit into `width`, two spaces between them."""
   shown = list(columns)
   while len(shown) > 1 and sum(c.width + 2 for c in shown) - 2 > width:
     shown.remove(max(shown, key=lambda c: c.rank))
-  return tuple(shown)
+  return shown
 
 
-def _join(
-  shown: Sequence[_Column], cells: Sequence[str], columns: Sequence[_Column]
-) -> str:
-  """Returns the cells of the shown columns; the first is aligned left."""
-  first, *rest = (
-    (column, cell)
-    for column, cell in zip(columns, cells, strict=True)
-    if column in shown
-  )
-  parts = [first[1].ljust(first[0].width)]
-  return '  '.join(parts + [cell.rjust(c.width) for c, cell in rest])
+def _join(columns: Sequence[_Column], cells: Sequence[str]) -> str:
+  """Returns a line of cells; the first is aligned left."""
+  first, *rest = zip(columns, cells, strict=True)
+  parts = [cell.rjust(column.width) for column, cell in rest]
+  return '  '.join([first[1].ljust(first[0].width), *parts])
 
 
 def _row_header(columns: Sequence[_Column]) -> tuple[str, str]:
@@ -570,8 +564,8 @@ def _row_header(columns: Sequence[_Column]) -> tuple[str, str]:
     for before, column in itertools.pairwise(columns)
   ]
   return (
-    _join(columns, ['', *groups], columns).rstrip(),
-    _join(columns, [c.title for c in columns], columns),
+    _join(columns, ['', *groups]).rstrip(),
+    _join(columns, [c.title for c in columns]),
   )
 
 
