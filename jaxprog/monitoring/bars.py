@@ -17,16 +17,14 @@ def progress_bars(
   Nothing is shown before it is called, or where the output is no terminal.
   `count` shows both numbers rather than their ratio.
   """
-  columns = (
+  ratio = rich.progress.TaskProgressColumn()
+  bar = rich.progress.Progress(
     rich.progress.TextColumn('{task.description}'),
     rich.progress.BarColumn(),
-    rich.progress.MofNCompleteColumn()
-    if count
-    else rich.progress.TaskProgressColumn(),
+    rich.progress.MofNCompleteColumn() if count else ratio,
     rich.progress.TimeRemainingColumn(),
-  )
-  bar = rich.progress.Progress(
-    *columns, console=console, disable=not console.is_terminal
+    console=console,
+    disable=not console.is_terminal,
   )
   tasks: dict[str, rich.progress.TaskID] = {}
 

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,17 +12,9 @@ from jaxprog.data import preprocess
 
 # Enough for all mix-ups of twenty classes, and the worst ones of a thousand.
 MAX_CONFUSIONS = 400
-MAX_WORST = 24
-THUMBNAIL_SIZE = 96
-CALIBRATION_BINS = 15
-
-
-class Confusion(TypedDict):
-  """How often images of class `label` were taken for class `predicted`."""
-
-  label: int
-  predicted: int
-  count: int
+_MAX_WORST = 24
+_THUMBNAIL_SIZE = 96
+_CALIBRATION_BINS = 15
 
 
 def join_outcomes(
@@ -30,9 +22,7 @@ def join_outcomes(
 ) -> dict[str, np.ndarray]:
   """Returns the first `count` rows of batches of outcomes, as NumPy arrays."""
   return {
-    name: np.concatenate([np.asarray(batch[name]) for batch in outcomes])[
-      :count
-    ]
+    name: np.concatenate([batch[name] for batch in outcomes])[:count]
     for name in outcomes[0]
   }
 
@@ -46,9 +36,10 @@ def diagnose(
 
   Keys: nll, the mean negative log-likelihood in nats; ece, the expected
   calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3, with
-  CALIBRATION_BINS equal bins); calibration, [count, mean confidence, accuracy]
-  of each bin; per_class, [count, right] of each class; confusions, the most
-  frequent mix-ups, most frequent first, then the right ones of each class.
+  _CALIBRATION_BINS equal bins); calibration, [count, mean confidence, accuracy]
+  of each bin; per_class, [count, right] of each class; confusions, how often a
+  label was taken for what was predicted: the MAX_CONFUSIONS most frequent
+  mix-ups, most frequent first, then the right ones of each class.
 
   Args:
     outcomes: loss, rank, predicted and confidence, (n,) each, as steps.
@@ -58,11 +49,12 @@ def diagnose(
   """
   right = outcomes['rank'] < 1
   bins = calibration(outcomes['confidence'], right)
+  errors = sum(count * abs(mean - accuracy) for count, mean, accuracy in bins)
   counts = np.bincount(labels, minlength=num_classes)
   rights = np.bincount(labels[right], minlength=num_classes)
   return {
     'nll': float(np.mean(outcomes['loss'], dtype=np.float64)),
-    'ece': calibration_error(bins),
+    'ece': errors / max(len(labels), 1),
     'calibration': bins,
     'per_class': np.stack([counts, rights], axis=1).tolist(),
     'confusions': _confusions(outcomes, labels, num_classes),
@@ -78,31 +70,21 @@ def calibration(
     confidence: (n,) probabilities of the predicted classes.
     right: (n,) bool, whether they are the labels.
   """
-  edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]
+  edges = np.linspace(0, 1, _CALIBRATION_BINS + 1)[1:-1]
   place = np.digitize(confidence, edges, right=True)
 
-  def total(weights=None):
-    return np.bincount(place, weights, minlength=CALIBRATION_BINS)
-
-  counts = total()
+  counts, confidences, rights = (
+    np.bincount(place, weights, minlength=_CALIBRATION_BINS)
+    for weights in (None, confidence.astype(np.float64), right)
+  )
   divisor = np.maximum(counts, 1)
-  means = total(confidence.astype(np.float64)) / divisor
-  accuracies = total(right) / divisor
-  return [
-    (int(n), float(c), float(a))
-    for n, c, a in zip(counts, means, accuracies, strict=True)
-  ]
-
-
-def calibration_error(bins: Sequence[tuple[int, float, float]]) -> float:
-  """Returns the expected calibration error of `calibration`'s bins."""
-  total = sum(count for count, _, _ in bins)
-  return sum(n * abs(c - a) for n, c, a in bins) / max(total, 1)
+  bins = counts, confidences / divisor, rights / divisor
+  return list(zip(*(x.tolist() for x in bins), strict=True))
 
 
 def _confusions(
   outcomes: Mapping[str, np.ndarray], labels: np.ndarray, num_classes: int
-) -> list[Confusion]:
+) -> list[dict[str, int]]:
   """Returns the most frequent mix-ups, then how often each class was right.
 
   An undecodable image ranks below all classes, and was taken for nothing.
@@ -117,7 +99,7 @@ def _confusions(
     (*divmod(int(values[i]), num_classes), int(counts[i])) for i in order
   ]
   found += [(i, i, int(rights[i])) for i in map(int, np.flatnonzero(rights))]
-  return [Confusion(label=a, predicted=b, count=n) for a, b, n in found]
+  return [{'label': a, 'predicted': b, 'count': n} for a, b, n in found]
 
 
 def worst_mistakes(
@@ -132,7 +114,7 @@ def worst_mistakes(
   the encoded image at an index.
   """
   wrong = np.flatnonzero(outcomes['rank'] >= 1)
-  order = np.argsort(-outcomes['loss'][wrong], kind='stable')[:MAX_WORST]
+  order = np.argsort(-outcomes['loss'][wrong], kind='stable')[:_MAX_WORST]
   mistakes = []
   for index in map(int, wrong[order]):
     name, encoded = read(index)
@@ -150,13 +132,13 @@ def worst_mistakes(
   return mistakes
 
 
-def create_thumbnail(encoded: bytes, size: int = THUMBNAIL_SIZE) -> str:
+def create_thumbnail(encoded: bytes) -> str:
   """Returns a small JPEG of an encoded image in base64, '' if it is damaged."""
   try:
     image = Image.fromarray(preprocess.decode(encoded))
   except preprocess.BadImageError:
     return ''
-  image.thumbnail((size, size))
+  image.thumbnail((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE))
   out = io.BytesIO()
   image.save(out, 'JPEG', quality=80)
   return base64.b64encode(out.getvalue()).decode()

@@ -1,5 +1,6 @@
 """What a run ran on."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -50,10 +51,8 @@ def environment() -> dict[str, Any]:
 def _versions() -> dict[str, str]:
   versions = {}
   for name in _PACKAGES:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
   return versions
 
 

@@ -91,7 +91,8 @@ def draw_confusion(diagnostics: Mapping[str, Any]) -> np.ndarray:
     if label in place and predicted in place:
       share = pair['count'] / max(counts[label], 1)
       shares[place[label], place[predicted]] = share
-  title = f'Labels (rows) taken for (columns), %; top-1 {_top1(diagnostics)}'
+  top1 = rights.sum() / max(counts.sum(), 1)
+  title = f'Labels (rows) taken for (columns), %; top-1 {top1:.1%}'
   if len(shown) < len(names):
     title += f'; the {len(shown)} of {len(names)} classes with most mistakes'
   return _draw_matrix(shares, [short_name(names[c]) for c in shown], title)
@@ -100,11 +101,6 @@ def draw_confusion(diagnostics: Mapping[str, Any]) -> np.ndarray:
 def short_name(name: str) -> str:
   """Returns the first of a class's names: 'tench' of 'tench, Tinca tinca'."""
   return name.split(',')[0]
-
-
-def _top1(diagnostics: Mapping[str, Any]) -> str:
-  counts, rights = np.array(diagnostics['per_class']).reshape(-1, 2).T
-  return f'{rights.sum() / max(counts.sum(), 1):.1%}'
 
 
 def _draw_matrix(
