@@ -153,11 +153,10 @@ def reshard(folder: pathlib.Path) -> None:
 
 def start(folder: pathlib.Path) -> dict[str, float]:
   """Returns seconds until ImageNet is open, until the first batch, ...."""
-  from configs import default
-  from jaxprog import epochs, stages
+  from jaxprog import epochs, stages, start_from
   from jaxprog.data import batches, loader, preparation
 
-  config = default.get_config()
+  config = start_from('default')
   config.stages = [
     {
       'name': 'imagenet',

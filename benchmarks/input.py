@@ -154,11 +154,10 @@ def ours(
 ) -> Iterator:
   """Yields this program's batches."""
   sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-  from configs import default
-  from jaxprog import epochs, stages
+  from jaxprog import epochs, stages, start_from
   from jaxprog.data import loader, preparation
 
-  config = default.get_config()
+  config = start_from('default')
   config.stages = [
     {
       'name': 'input',

@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from configs import default
-from jaxprog import stages
+from jaxprog import stages, start_from
 from jaxprog.models import resnet
 from jaxprog.optim import eight_bit, optimizers
 
@@ -57,7 +56,7 @@ def transformations() -> dict[str, optax.GradientTransformation]:
 
 def ours(name: str) -> optax.GradientTransformation:
   """Returns an optimizer as a stage has it, with the step's rate and sign."""
-  config = default.get_config()
+  config = start_from('default')
   stage = {'name': name, 'dataset': 'digits', 'optimizer': name}
   config.stages = [{**stage, 'weight_decay': DECAY}]
   direction = optimizers.create_optimizer(stages.create_stages(config)[0])

@@ -1,27 +1,22 @@
 """Every field of a comparison, with its unit and default.
 
-For --mode=compare. The other compare_*.py configs start from
-`compare_defaults()` and override. What is compared are the cells: a ladder
-with some fields changed, each trained with several seeds.
+For --mode=compare. The other compare_*.py configs start from it and override:
+`start_from('compare_default')`. What is compared are the cells: a ladder with
+some fields changed, each trained with several seeds.
 """
 
 from ml_collections import config_dict
 
-from configs import default
+from jaxprog import start_from
 
 
 def get_config() -> config_dict.ConfigDict:
   """Returns a comparison of nothing: all fields, all defaults."""
-  return compare_defaults()
-
-
-def compare_defaults() -> config_dict.ConfigDict:
-  """Returns the fields of a comparison."""
   config = config_dict.ConfigDict()
 
   # The ladder that all cells start from; on the command line its fields are
   # --config.base.FIELD.
-  config.base = default.get_config()
+  config.base = start_from('default')
 
   # One cell for each combination of an entry of every axis. An axis is a dict:
   # {'stages[-1].batch_size': (32, 64)}, a field and its values; or

@@ -2,28 +2,27 @@
 
 Imagenette, then Tiny ImageNet, at 32 pixels with a small network, against Tiny
 ImageNet alone at equal FLOPs, images and seconds; and the main ways of handing
-weights over. `--config=configs/compare_ladder.py:digits` is the same on digits
-of 8 pixels: a minute on two cores, to see how it works.
+weights over. `--config=compare_ladder:digits` is the same on digits of 8
+pixels: a minute on two cores, to see how it works.
 """
 
 from ml_collections import config_dict
 
-from configs import compare_default, nette_tiny, quickstart
-from jaxprog import errors
+from jaxprog import UserError, start_from
 
 
 def get_config(dataset: str = 'photographs') -> config_dict.ConfigDict:
   """Returns the comparison on 'photographs' or 'digits'."""
-  config = compare_default.compare_defaults()
+  config = start_from('compare_default')
   match dataset:
     case 'photographs':
       config.base = create_photographs()
     case 'digits':
       config.base = create_digits()
     case _:
-      raise errors.UserError(
+      raise UserError(
         f'{dataset!r} is none of photographs, digits.',
-        f'--config=configs/compare_ladder.py:{dataset}',
+        f'--config=compare_ladder:{dataset}',
       )
   config.cells = ({'name': 'plain', 'overrides': {}},)
   config.operators = (
@@ -40,7 +39,7 @@ def get_config(dataset: str = 'photographs') -> config_dict.ConfigDict:
 
 def create_photographs() -> config_dict.ConfigDict:
   """Returns nette_tiny.py at 32 pixels, with a network of 10 layers."""
-  ladder = nette_tiny.get_config()
+  ladder = start_from('nette_tiny')
   ladder.model = 'resnet10'
   ladder.num_filters = 8
   ladder.stem_kernel = 3
@@ -55,7 +54,7 @@ def create_photographs() -> config_dict.ConfigDict:
 
 def create_digits() -> config_dict.ConfigDict:
   """Returns the digits 0 to 6, then all ten, at 8 pixels."""
-  ladder = quickstart.get_config()
+  ladder = start_from('quickstart')
   ladder.num_filters = 8
   ladder.stage_defaults.image_size = 8
   ladder.stage_defaults.optimizer = 'adamw'

@@ -1,34 +1,33 @@
 """Four networks at equal images, on one small stage.
 
 By default on the ten digits of quickstart.py;
-`--config=configs/compare_models.py:imagenette` and `:tiny_imagenet` take the
+`--config=compare_models:imagenette` and `:tiny_imagenet` take the
 stages of nette_tiny.py. `--config.budget=flops` asks which is best for the
 same arithmetic instead.
 """
 
 from ml_collections import config_dict
 
-from configs import compare_default, nette_tiny, quickstart
-from jaxprog import errors
+from jaxprog import UserError, start_from
 
 MODELS = ('resnet10', 'resnet18', 'resnet34', 'resnet50')
 
 
 def get_config(dataset: str = 'digits') -> config_dict.ConfigDict:
   """Returns a cell for each network, at the best of three learning rates."""
-  config = compare_default.compare_defaults()
+  config = start_from('compare_default')
   ladders = {
-    'digits': (quickstart.get_config, 'ten'),
-    'imagenette': (nette_tiny.get_config, 'imagenette'),
-    'tiny_imagenet': (nette_tiny.get_config, 'tiny_imagenet'),
+    'digits': ('quickstart', 'ten'),
+    'imagenette': ('nette_tiny', 'imagenette'),
+    'tiny_imagenet': ('nette_tiny', 'tiny_imagenet'),
   }
   if dataset not in ladders:
-    raise errors.UserError(
+    raise UserError(
       f'{dataset!r} is none of {", ".join(ladders)}.',
-      f'--config=configs/compare_models.py:{dataset}',
+      f'--config=compare_models:{dataset}',
     )
-  create, name = ladders[dataset]
-  config.base = create()
+  ladder, name = ladders[dataset]
+  config.base = start_from(ladder)
   config.base.stages = [x for x in config.base.stages if x['name'] == name]
   config.grid = ({'model': MODELS},)
   config.budget = 'images'

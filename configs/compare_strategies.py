@@ -3,7 +3,7 @@
 AdamW, SGD with momentum, RMSprop and 8-bit AdamW, each with five schedules, at
 the best of three learning rates. By default on the ten digits of
 quickstart.py, which need no download;
-`--config=configs/compare_strategies.py:imagenette` takes real photographs.
+`--config=compare_strategies:imagenette` takes real photographs.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from configs import compare_default, nette_tiny, quickstart
-from jaxprog import errors
+from jaxprog import UserError, start_from
 
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
   'adamw': {
@@ -43,18 +42,18 @@ MILESTONES = (1 / 2, 3 / 4)
 
 def get_config(dataset: str = 'digits') -> config_dict.ConfigDict:
   """Returns the twenty cells on 'digits' or 'imagenette'."""
-  config = compare_default.compare_defaults()
+  config = start_from('compare_default')
   match dataset:
     case 'digits':
-      config.base = quickstart.get_config()
+      config.base = start_from('quickstart')
       stage = dict(config.base.stages[2])
     case 'imagenette':
-      config.base = nette_tiny.get_config()
+      config.base = start_from('nette_tiny')
       stage = dict(config.base.stages[0])
     case _:
-      raise errors.UserError(
+      raise UserError(
         f'{dataset!r} is none of digits, imagenette.',
-        f'--config=configs/compare_strategies.py:{dataset}',
+        f'--config=compare_strategies:{dataset}',
       )
   num_epochs = stage['num_epochs'] = 8
   stage |= {'warmup_epochs': 0, 'gradient_clipping': 1.0}

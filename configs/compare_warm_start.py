@@ -8,12 +8,12 @@ at a constant rate, no augmentation, as in their paper.
 
 from ml_collections import config_dict
 
-from configs import compare_default, default
+from jaxprog import start_from
 
 
 def get_config() -> config_dict.ConfigDict:
   """Returns the comparison."""
-  config = compare_default.compare_defaults()
+  config = start_from('compare_default')
   config.base = create_ladder()
   config.cells = (
     {'name': 'cold', 'overrides': {}, 'stages': ('all',)},
@@ -34,7 +34,7 @@ def get_config() -> config_dict.ConfigDict:
 
 def create_ladder() -> config_dict.ConfigDict:
   """Returns half of the images, then all."""
-  ladder = default.get_config()
+  ladder = start_from('default')
   ladder.model = 'resnet10'
   ladder.num_filters = 8
   ladder.stem_kernel = 3

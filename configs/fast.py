@@ -1,6 +1,6 @@
 """ImageNet-1k on a short budget: the recipe of ffcv-imagenet, one stage.
 
-`--config=configs/fast.py:16` trains ResNet-50 for 16 epochs, `:resnet18-16`
+`--config=fast:16` trains ResNet-50 for 16 epochs, `:resnet18-16`
 ResNet-18; 24, 32, 40, 56 and 88 epochs are published too. On fewer chips add
 `--config.stages[0].micro_batch_size=512`, or take a smaller batch_size: the
 rate follows it.
@@ -25,7 +25,7 @@ What differs from theirs:
 
 from ml_collections import config_dict
 
-from configs import default
+from jaxprog import start_from
 
 # Epochs: from where to where the image size rises from 160 to 192 pixels, as
 # start_ramp and end_ramp of their YAML files.
@@ -65,7 +65,7 @@ def get_config(budget: str = '16') -> config_dict.ConfigDict:
   batch_size, learning_rate, weight_decay = RECIPES[model]
   start, end = RAMPS[num_epochs]
 
-  config = default.get_config()
+  config = start_from('default')
   config.model = model
   config.blur_pool = True
   config.stages = [

@@ -5,12 +5,12 @@ A ResNet-18 of half the usual width at 64 pixels.
 
 from ml_collections import config_dict
 
-from configs import default
+from jaxprog import start_from
 
 
 def get_config() -> config_dict.ConfigDict:
   """Returns two stages on real photographs."""
-  config = default.get_config()
+  config = start_from('default')
   config.model = 'resnet18'
   config.num_filters = 32
   config.stem_kernel = 7

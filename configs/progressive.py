@@ -1,17 +1,17 @@
 """The ladder of the mission: Imagenette to ImageNet-1k, ResNet-50.
 
-`--config=configs/progressive.py:resnet18` takes another network. A stage of
+`--config=progressive:resnet18` takes another network. A stage of
 your own is one more dict in the list.
 """
 
 from ml_collections import config_dict
 
-from configs import default
+from jaxprog import start_from
 
 
 def get_config(model: str = 'resnet50') -> config_dict.ConfigDict:
   """Returns the four stages, from 10 classes to 1000."""
-  config = default.get_config()
+  config = start_from('default')
   config.model = model
   config.exclude_leaks = True
   config.stage_defaults.mixed_precision = True

@@ -7,12 +7,12 @@ carried too because the classes stay the same.
 
 from ml_collections import config_dict
 
-from configs import default
+from jaxprog import start_from
 
 
 def get_config() -> config_dict.ConfigDict:
   """Returns a ladder of four stages that ends with all ten digits."""
-  config = default.get_config()
+  config = start_from('default')
   config.model = 'resnet10'
   config.num_filters = 16
   config.stem_kernel = 3

@@ -2,13 +2,12 @@
 
 The same four stages, data and budgets, with a cosine for AdamW early and
 steps for SGD late; no clipping, no label smoothing, no mixed precision. It is
-there to compare with; `--config=configs/standard.py:resnet18` takes another
-network.
+there to compare with; `--config=standard:resnet18` takes another network.
 """
 
 from ml_collections import config_dict
 
-from configs import progressive
+from jaxprog import start_from
 
 # Parts of a stage's epochs after which the rate falls to a tenth. The last is
 # the usual 30, 60 and 80 of 90.
@@ -20,7 +19,7 @@ MILESTONES = {
 
 def get_config(model: str = 'resnet50') -> config_dict.ConfigDict:
   """Returns the four stages, from 10 classes to 1000."""
-  config = progressive.get_config(model)
+  config = start_from(f'progressive:{model}')
   config.stage_defaults.mixed_precision = False
   config.stage_defaults.gradient_clipping = 0.0
   config.stage_defaults.label_smoothing = 0.0

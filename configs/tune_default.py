@@ -1,25 +1,21 @@
 """Every field of a hyper-parameter search, with its unit and default.
 
-For --mode=tune. Other tune_*.py configs start from `tune_defaults()`.
+For --mode=tune. Other tune_*.py configs start from it and override:
+`start_from('tune_default')`.
 """
 
 from ml_collections import config_dict
 
-from configs import default
+from jaxprog import start_from
 
 
 def get_config() -> config_dict.ConfigDict:
   """Returns a search for nothing: all fields, all defaults."""
-  return tune_defaults()
-
-
-def tune_defaults() -> config_dict.ConfigDict:
-  """Returns the fields of a search."""
   config = config_dict.ConfigDict()
 
   # The ladder that every trial starts from; on the command line its fields are
   # --config.base.FIELD.
-  config.base = default.get_config()
+  config.base = start_from('default')
   # Fields of the ladder to search, each with one of
   #   'uniform': (low, high)         any number between them
   #   'log': (low, high)             the same, its logarithm uniform

@@ -5,13 +5,13 @@ An example that takes minutes on two cores: 20 trials of four epochs.
 
 from ml_collections import config_dict
 
-from configs import quickstart, tune_default
+from jaxprog import start_from
 
 
 def get_config() -> config_dict.ConfigDict:
   """Returns the search."""
-  config = tune_default.tune_defaults()
-  config.base = quickstart.get_config()
+  config = start_from('tune_default')
+  config.base = start_from('quickstart')
   config.base.stages = [
     {
       'name': 'ten',

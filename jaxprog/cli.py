@@ -1,9 +1,14 @@
 """Trains image classifiers up a ladder of datasets.
 
-    python main.py --config=configs/quickstart.py --workdir=runs/first
+  jaxprog --config=quickstart --workdir=runs/first
 
---config.FIELD=VALUE overrides one field: --config.stages[0].num_epochs=3.
-Without --config, the one that WORKDIR was trained with serves.
+--config=NAME[:ARG]   a config that is shipped: quickstart, progressive:resnet18
+--config=FILE[:ARG]   or one of your own; without any, the one that WORKDIR was
+                      trained with serves
+--config.FIELD=VALUE  overrides one field: --config.stages[0].num_epochs=3
+--workdir=DIR         a directory for everything a run writes
+--version, --help     -h too; with --mode=MODE: its flags and an example
+--mode=MODE           one of
 """
 
 import contextlib
@@ -13,123 +18,216 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from absl import flags
 from absl import logging as absl_logging
 
 import jaxprog
-from jaxprog import errors, paths
+from jaxprog import errors, fields, paths, version
 from jaxprog.reliability import signals
 
-_STAGES = ('only', 'skip')
-_SAVED = ('stage', 'weights')
-_PLACE = ('coordinator', 'process_count', 'process_id', 'connect_seconds')
-# The flags that each mode takes, besides --config and --workdir.
-MODES: dict[str, tuple[str, ...]] = {
-  'train': (*_STAGES, 'allow_config_change', 'dry_run', *_PLACE),
-  'check': (*_STAGES, 'allow_config_change'),
-  'prepare': (*_STAGES, 'input', 'sha256', 'download'),
-  'verify': (*_STAGES, 'checkpoints'),
-  'audit': _STAGES,
-  'eval': (*_SAVED, 'input', *_PLACE),
-  'predict': (*_SAVED, 'input'),
-  'report': (),
-  'export': _SAVED,
-  'lr_find': ('only', 'stage'),
-  'compare': (),
-  'tune': (),
-  'plan': (*_STAGES, 'topology'),
+
+class Mode(NamedTuple):
+  """What --mode names: a row here, and a module of its name in tools/."""
+
+  what: str
+  example: str
+  # Those it takes besides what all take, and what each is for.
+  flags: Mapping[str, str] = {}
+  needs_workdir: bool = True
+  # Takes the config, the workdir and `flags` by name, and returns the exit code
+  # if that is not 0; None: the function of `jaxprog` that has the mode's name.
+  call: Callable[..., Any] | None = None
+
+
+def _train(config: Any, workdir: str, *, dry_run: bool, **given: Any) -> None:
+  (jaxprog.dry_run if dry_run else jaxprog.train)(config, workdir, **given)
+
+
+def _prepare(config: Any, workdir: str | None, **given: Any) -> None:
+  del workdir  # Only its config may have been read.
+  jaxprog.prepare(config, **given)
+
+
+def _verify(
+  config: Any, workdir: str, *, checkpoints: bool, **given: Any
+) -> int:
+  if checkpoints:
+    return jaxprog.verify_checkpoints(workdir)
+  return jaxprog.verify(config, workdir, **given)
+
+
+def _evaluate(config: Any, workdir: str, *, input: str, **saved: Any) -> None:
+  scores = jaxprog.evaluate(config, workdir, dataset=input, **saved)
+  import jax
+
+  if jax.process_index() == 0:
+    print(f'{100 * scores["top1"]:.1f}')
+
+
+def _report(config: None, workdir: str) -> None:
+  """Workdirs are A,B; a name with a comma is one if it is there."""
+  whole = os.path.exists(paths.expand(workdir, f'--workdir={workdir}'))
+  names = [] if whole else [x for x in workdir.split(',') if x]
+  jaxprog.write_report(names or [workdir])
+
+
+def _lr_find(
+  config: Any, workdir: str, *, only: Sequence[str], stage: str
+) -> None:
+  names = {*only, stage} - {''}
+  if len(names) > 1:
+    raise errors.UserError(
+      '--mode=lr_find is for one stage.',
+      f'--only={",".join(only)}' + f' --stage={stage}' * bool(stage),
+      'Name one of them.',
+    )
+  found = jaxprog.lr_find(config, workdir, stage=next(iter(names), ''))
+  said = 'the loss never fell'
+  if found['suggestion'] is not None:
+    rate = f'{found["suggestion"]:.2g}'
+    said = f'the loss falls fastest at a learning rate of {rate}'
+  print(f'{found["stage"]}: {said}; see {workdir}/lr_find/{found["stage"]}.png')
+
+
+def _plan(config: Any, workdir: str | None, **given: Any) -> None:
+  if 'JAX_PLATFORMS' not in os.environ:
+    import jax
+
+    # Or JAX would look for the hardware that it is to compile for.
+    jax.config.update('jax_platforms', 'cpu')
+  jaxprog.plan(config, workdir, **given)
+
+
+_STAGES = {
+  'only': 'Just these stages, in this order: --only=four,seven.',
+  'skip': 'All stages but these.',
+}
+_SAVED = {
+  'stage': 'Whose weights; else those of the last stage done.',
+  'weights': 'best (if not said), final or ema.',
+}
+_CHANGE = {
+  'allow_config_change': 'Go on with a run that began with another config.'
+}
+_EVERYWHERE = ('config', 'workdir', 'mode', 'version', 'help', 'h')
+# Which of the processes of a run this is.
+_PLACE = {
+  'coordinator': 'HOST:PORT of process 0, where no cluster says it.',
+  'process_count': 'How many processes there are.',
+  'process_id': 'Which one this is, from 0.',
+  'connect_seconds': 'How long they wait for each other at the start (300).',
+}
+MODES: dict[str, Mode] = {
+  'train': Mode(
+    'Trains the stages, or goes on where it was stopped.',
+    '--config=quickstart --workdir=runs/first',
+    {
+      **_STAGES,
+      **_CHANGE,
+      'dry_run': 'Go through all stages in two steps each, and keep nothing.',
+      **_PLACE,
+    },
+    call=_train,
+  ),
+  'check': Mode(
+    'Says what would stop a run, and what each stage will cost.',
+    '--config=quickstart --workdir=runs/first',
+    {**_STAGES, **_CHANGE},
+    needs_workdir=False,
+  ),
+  'prepare': Mode(
+    'Prepares the datasets, so that training begins at once.',
+    '--config=progressive --config.data_dir=/data',
+    {
+      **_STAGES,
+      'input': 'An archive of raw images to unpack first.',
+      'sha256': "The archive's SHA-256.",
+      'download': 'Fetch Imagenette and Tiny ImageNet.',
+    },
+    needs_workdir=False,
+    call=_prepare,
+  ),
+  'verify': Mode(
+    'Reads every image of the datasets, or all checkpoints of a run.',
+    '--config=progressive',
+    {**_STAGES, 'checkpoints': 'Those of WORKDIR instead of datasets.'},
+    needs_workdir=False,
+    call=_verify,
+  ),
+  'audit': Mode(
+    'Looks for training images on which some stage is evaluated.',
+    '--config=progressive',
+    _STAGES,
+    needs_workdir=False,
+  ),
+  'eval': Mode(
+    'Scores saved weights on the evaluation images.',
+    '--workdir=runs/first --stage=ten',
+    {**_SAVED, 'input': 'Another dataset with the same classes.', **_PLACE},
+    call=_evaluate,
+  ),
+  'predict': Mode(
+    'Says what images show.',
+    '--workdir=runs/first --input=photos',
+    {**_SAVED, 'input': 'An image, or a folder of them.'},
+  ),
+  'report': Mode(
+    'Makes the reports of a run anew, or sets several side by side.',
+    '--workdir=runs/first,runs/second',
+    call=_report,
+  ),
+  'export': Mode(
+    'Writes saved weights for timm, and a program for serving.',
+    '--workdir=runs/first',
+    _SAVED,
+  ),
+  'lr_find': Mode(
+    'Tests which learning rate suits a stage.',
+    '--config=quickstart --workdir=runs/first --only=ten',
+    dict.fromkeys(('only', 'stage'), 'Which stage; else the first.'),
+    call=_lr_find,
+  ),
+  'compare': Mode(
+    'Trains many runs at equal cost, and says what they show.',
+    '--config=compare_strategies --workdir=runs/strategies',
+  ),
+  'tune': Mode(
+    'Searches hyper-parameters.',
+    '--config=tune_digits --workdir=runs/tune',
+  ),
+  'plan': Mode(
+    'Tells memory, hours and cost on hardware that is not here.',
+    '--config=progressive --topology=v5e:4x4',
+    {'topology': 'Such as v5e:4x4, v5p:2x2x2 or h100:8.', **_STAGES},
+    needs_workdir=False,
+    call=_plan,
+  ),
 }
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string('config', '', 'Config FILE[:ARG].', flag_values=FLAGS)
-flags.DEFINE_string(
-  'workdir', '', 'Directory for everything a run writes.', flag_values=FLAGS
-)
-flags.DEFINE_string('mode', 'train', ', '.join(MODES), flag_values=FLAGS)
-flags.DEFINE_list(
-  'only', [], 'Train just these stages, in this order.', flag_values=FLAGS
-)
-flags.DEFINE_list('skip', [], 'Leave out these stages.', flag_values=FLAGS)
-flags.DEFINE_string(
-  'stage',
-  '',
-  'eval, predict, export: which stage; else the last one done. lr_find: '
-  'which one; else the first.',
-  flag_values=FLAGS,
-)
-flags.DEFINE_string(
-  'weights',
-  'best',
-  'eval, predict, export: best, final or ema.',
-  flag_values=FLAGS,
-)
-flags.DEFINE_bool(
-  'allow_config_change',
-  False,
-  'train, check: go on with a run that began with another config.',
-  flag_values=FLAGS,
-)
-flags.DEFINE_bool(
-  'dry_run',
-  False,
-  'train: two steps, a short evaluation, a save and the hand-over of each '
-  'stage, beside WORKDIR; nothing of it is kept.',
-  flag_values=FLAGS,
-)
-flags.DEFINE_bool(
-  'checkpoints',
-  False,
-  'verify: the checkpoints of WORKDIR instead of datasets.',
-  flag_values=FLAGS,
-)
-flags.DEFINE_string(
-  'input',
-  '',
-  'prepare: an archive of raw images. predict: an image or a folder of them. '
-  'eval: another dataset with the same classes.',
-  flag_values=FLAGS,
-)
-flags.DEFINE_string(
-  'sha256', '', "prepare: the archive's SHA-256.", flag_values=FLAGS
-)
-flags.DEFINE_bool(
-  'download',
-  False,
-  'prepare: fetch Imagenette and Tiny ImageNet.',
-  flag_values=FLAGS,
-)
-flags.DEFINE_string(
-  'topology',
-  '',
-  'plan: the hardware, such as v5e:4x4, v5p:2x2x2 or h100:8.',
-  flag_values=FLAGS,
-)
-flags.DEFINE_string(
-  'coordinator',
-  None,
-  'train, eval: HOST:PORT of process 0, where no cluster says it.',
-  flag_values=FLAGS,
-)
-flags.DEFINE_integer(
-  'process_count', None, 'train, eval: how many.', flag_values=FLAGS
-)
-flags.DEFINE_integer(
-  'process_id',
-  None,
-  'train, eval: which one this is, from 0.',
-  flag_values=FLAGS,
-)
-flags.DEFINE_integer(
-  'connect_seconds',
-  300,
-  'train, eval: how long processes wait for each other at the start.',
-  lower_bound=1,
-  flag_values=FLAGS,
-)
-flags.DEFINE_bool('help', False, 'Show this.', flag_values=FLAGS)
+
+def create_flags() -> flags.FlagValues:
+  """Returns every flag, as nobody has given it."""
+  asked = flags.FlagValues()
+  for name in ('config', 'workdir', 'stage', 'input', 'sha256', 'topology'):
+    flags.DEFINE_string(name, '', '', asked)
+  for name, default in (('mode', 'train'), ('weights', 'best')):
+    flags.DEFINE_string(name, default, '', asked)
+  flags.DEFINE_string('coordinator', None, '', asked)
+  for name in ('only', 'skip'):
+    flags.DEFINE_list(name, [], '', asked)
+  for name in ('process_count', 'process_id'):
+    flags.DEFINE_integer(name, None, '', flag_values=asked)
+  flags.DEFINE_integer(
+    'connect_seconds', 300, '', lower_bound=1, flag_values=asked
+  )
+  for name in ('allow_config_change', 'checkpoints', 'download', 'dry_run'):
+    flags.DEFINE_bool(name, False, '', asked)
+  flags.DEFINE_bool('help', False, '', asked, short_name='h')
+  flags.DEFINE_bool('version', False, '', asked)
+  return asked
 
 
 def main(argv: Sequence[str]) -> int:
@@ -141,147 +239,99 @@ def main(argv: Sequence[str]) -> int:
   absl_logging.get_absl_logger().addFilter(
     lambda record: 'custom data configuration' not in str(record.msg)
   )
+  asked = create_flags()
   try:
-    overrides = parse_flags(argv)
-    check_flags()
-    with signals.StopRequest(owns_process=True), processes():
-      return run(overrides)
+    overrides = parse_flags(asked, argv)
+    if asked.version:
+      print(f'jaxprog {version.VERSION}')
+      return 0
+    check_flags(asked)
+    if asked.help:
+      print(describe(asked.mode if asked['mode'].present else ''))
+      return 0
+    with signals.StopRequest(owns_process=True), processes(asked):
+      return run(asked, overrides)
   except errors.UserError as e:
     print(e, file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     return 128 + signal.SIGINT
-  except jaxprog.Stopped as e:
+  except errors.Stopped as e:
     print(f'{e} The same command goes on from there.', file=sys.stderr)
     return e.exit_code
   except Exception as e:
     message = ' '.join(str(e).split())[:300]
     print(f'Failed: {type(e).__name__}: {message}', file=sys.stderr)
-    print(write_traceback(), file=sys.stderr)
+    print(write_traceback(asked['workdir'].value or ''), file=sys.stderr)
     return 1
 
 
-def run(overrides: dict[str, str]) -> int:
-  """Does what --mode names; returns the exit code."""
-  if FLAGS.help:
-    print(__doc__, FLAGS.main_module_help(), sep='\n')
-    return 0
-  if reads_no_config() and (FLAGS.config or overrides):
-    print(f'{describe_mode()} reads no config.', file=sys.stderr)
-  if FLAGS.mode == 'verify' and FLAGS.checkpoints:
-    return jaxprog.verify_checkpoints(require_workdir())
-  if FLAGS.mode == 'report':
-    jaxprog.write_report(list_workdirs(require_workdir()))
-    return 0
-  config = jaxprog.load_config(FLAGS.config or saved_config(), overrides)
-  check_kind(config)
-  return call(config)
-
-
-def check_kind(config: Any) -> None:
-  """Raises UserError unless the config is one of what --mode does."""
-  of_many = 'tune' if 'search' in config else 'compare'
-  mode = of_many if 'base' in config else 'train'
-  asked = FLAGS.mode if FLAGS.mode in ('compare', 'tune') else 'train'
-  if mode == asked:
-    return
-  if mode == 'train':
-    raise errors.UserError(
-      f'This config is of one run: --mode={asked} needs another kind.',
-      f'--mode={asked}',
-      'Start from configs/compare_default.py or configs/tune_default.py.',
-    )
-  raise errors.UserError(
-    'This config is not of one run.'
-    if asked == 'train'
-    else f'This config is none for --mode={asked}.',
-    f'--mode={FLAGS.mode}',
-    f'Use --mode={mode}, or the config that it starts from.',
-  )
-
-
-def call(config: Any) -> int:
-  """Makes the one call that --mode names with a config; returns the exit code.
+def run(asked: flags.FlagValues, overrides: Mapping[str, str]) -> int:
+  """Does what --mode names; returns the exit code.
 
   Its reports go to standard output.
   """
-  stages = {'only': FLAGS.only, 'skip': FLAGS.skip}
-  saved = {'stage': FLAGS.stage, 'weights': FLAGS.weights}
-  match FLAGS.mode:
-    case 'prepare':
-      archive = {'input': FLAGS.input, 'sha256': FLAGS.sha256}
-      jaxprog.prepare(config, **stages, **archive, download=FLAGS.download)
-    case 'verify':
-      return jaxprog.verify(config, FLAGS.workdir or None, **stages)
-    case 'audit':
-      return jaxprog.audit(config, FLAGS.workdir or None, **stages)
-    case 'check':
-      allow = {'allow_config_change': FLAGS.allow_config_change}
-      return jaxprog.check(config, FLAGS.workdir or None, **stages, **allow)
-    case 'train' if FLAGS.dry_run:
-      allow = {'allow_config_change': FLAGS.allow_config_change}
-      jaxprog.dry_run(config, require_workdir(), **stages, **allow)
-    case 'train':
-      allow = {'allow_config_change': FLAGS.allow_config_change}
-      jaxprog.train(config, require_workdir(), **stages, **allow)
-    case 'compare':
-      jaxprog.compare(config, require_workdir())
-    case 'tune':
-      jaxprog.tune(config, require_workdir())
-    case 'lr_find':
-      found = jaxprog.lr_find(config, require_workdir(), stage=one_stage())
-      print(describe_lr_find(found))
-    case 'eval':
-      scores = jaxprog.evaluate(
-        config, require_workdir(), **saved, dataset=FLAGS.input
-      )
-      import jax
-
-      if jax.process_index() == 0:
-        print(f'{100 * scores["top1"]:.1f}')
-    case 'predict':
-      jaxprog.predict(config, require_workdir(), FLAGS.input, **saved)
-    case 'plan':
-      if 'JAX_PLATFORMS' not in os.environ:
-        import jax
-
-        # Or JAX would look for the hardware that it is to compile for.
-        jax.config.update('jax_platforms', 'cpu')
-      topology = {'topology': FLAGS.topology}
-      jaxprog.plan(config, FLAGS.workdir or None, **topology, **stages)
-    case 'export':
-      jaxprog.export(config, require_workdir(), **saved)
-  return 0
+  mode, config = MODES[asked.mode], None
+  of_workdir = asked.mode == 'report' or asked.checkpoints
+  if not of_workdir:
+    config = jaxprog.load_config(asked.config or saved_config(asked), overrides)
+    check_kind(config, asked.mode)
+  elif asked.config or overrides:
+    print(f'{name_mode(asked)} reads no config.', file=sys.stderr)
+  workdir = asked.workdir or None
+  if not workdir and (mode.needs_workdir or of_workdir):
+    raise errors.UserError(
+      'There is no --workdir.',
+      f'--mode={asked.mode}',
+      'Name a directory for what the run writes: --workdir=runs/first.',
+    )
+  given = {x: asked[x].value for x in mode.flags if x not in _PLACE}
+  call = mode.call or getattr(jaxprog, asked.mode)
+  code = call(config, workdir, **given)
+  return code if isinstance(code, int) else 0
 
 
-def processes() -> contextlib.AbstractContextManager[None]:
+def check_kind(config: Any, mode: str) -> None:
+  """Raises UserError unless the config is one of what --mode does."""
+  of_many = 'tune' if 'search' in config else 'compare'
+  kind = of_many if 'base' in config else 'train'
+  asks_many = mode in ('compare', 'tune')
+  if kind == (mode if asks_many else 'train'):
+    return
+  if kind == 'train':
+    raise errors.UserError(
+      f'This config is of one run: --mode={mode} needs another kind.',
+      f'--mode={mode}',
+      'Start from compare_default or tune_default.',
+    )
+  raise errors.UserError(
+    f'This config is none for --mode={mode}.'
+    if asks_many
+    else 'This config is not of one run.',
+    f'--mode={mode}',
+    f'Use --mode={kind}, or the config that it starts from.',
+  )
+
+
+def processes(
+  asked: flags.FlagValues,
+) -> contextlib.AbstractContextManager[None]:
   """Returns what makes this one of the processes of a run, if it is."""
-  if FLAGS.help or 'process_id' not in MODES[FLAGS.mode]:
+  if 'process_id' not in MODES[asked.mode].flags:
     return contextlib.nullcontext()
   from jaxprog.reliability import cluster
 
-  place = FLAGS.coordinator, FLAGS.process_count, FLAGS.process_id
+  place = asked.coordinator, asked.process_count, asked.process_id
   names = ('mode', 'only', 'skip', 'stage', 'weights', 'input', 'dry_run')
-  values = [f'--{name}={FLAGS[name].value}' for name in names]
-  command = ' '.join([*values, f'--allow={FLAGS.allow_config_change}'])
+  values = [f'--{name}={asked[name].value}' for name in names]
+  command = ' '.join([*values, f'--allow={asked.allow_config_change}'])
   return cluster.processes(
-    cluster.Place(*place), command, FLAGS.connect_seconds
+    cluster.Place(*place), command, asked.connect_seconds
   )
 
 
-def describe_lr_find(found: Mapping[str, Any]) -> str:
-  """Returns what a range test came to, for a person."""
-  where = f'{FLAGS.workdir}/lr_find/{found["stage"]}.png'
-  if found['suggestion'] is None:
-    return f'{found["stage"]}: the loss never fell; see {where}'
-  return (
-    f'{found["stage"]}: the loss falls fastest at a learning rate of '
-    f'{found["suggestion"]:.2g}; see {where}'
-  )
-
-
-def parse_flags(argv: Sequence[str]) -> dict[str, str]:
-  """Fills FLAGS and returns the overrides: field of the config -> text."""
+def parse_flags(asked: flags.FlagValues, argv: Sequence[str]) -> dict[str, str]:
+  """Fills `asked` and returns the overrides: field of the config -> text."""
   prefix = '--config.'
   overrides, rest = {}, [argv[0]]
   for word in argv[1:]:
@@ -295,130 +345,118 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
     else:
       rest.append(word)
   try:
-    unused = FLAGS(rest)[1:]
+    unused = asked(rest)[1:]
   except flags.UnrecognizedFlagError as e:
-    suggestion = errors.did_you_mean(e.flagname, FLAGS)
-    raise errors.UserError(
-      f'Unknown flag --{e.flagname}.', '', suggestion
-    ) from None
+    raise _unknown(e.flagname, e.flagvalue, asked) from None
   except flags.Error as e:
     # 'flag --NAME=VALUE: why'
     found = re.fullmatch(r'flag (--(\w+)=.*?): (.*)', str(e), re.DOTALL)
     if not found:
       raise errors.UserError(f'A flag is wrong: {e}.') from None
     where, name, _ = found.groups()
-    kind = 'true or false' if FLAGS[name].boolean else 'a whole number'
-    least = getattr(FLAGS[name].parser, 'lower_bound', None)
+    kind = 'true or false' if asked[name].boolean else 'a whole number'
+    least = getattr(asked[name].parser, 'lower_bound', None)
     if least is not None:
       kind += f', at least {least}'
-    raise errors.UserError(
-      f'--{name} takes {kind}.', where, FLAGS[name].help
-    ) from None
+    more = f'--mode={asked["mode"].value} --help tells its flags.'
+    raise errors.UserError(f'--{name} takes {kind}.', where, more) from None
   if unused:
-    raise errors.UserError(
-      f'{unused[0]!r} belongs to no flag.', '', 'Flags are --NAME=VALUE.'
-    )
+    what, how = f'{unused[0]!r} belongs to no flag.', 'Flags are --NAME=VALUE.'
+    before = rest[rest.index(unused[0]) - 1].rpartition('=')[2]
+    for name, names in (('only', asked.only), ('skip', asked.skip)):
+      if names and before == ','.join(names):
+        commas = ','.join([before, *unused])
+        how = f'Names are separated by commas: --{name}={commas}.'
+    raise errors.UserError(what, '', how)
   return overrides
 
 
-def check_flags() -> None:
+def _unknown(name: str, word: str, asked: flags.FlagValues) -> errors.UserError:
+  """Returns the error for a flag that there is not; of a field, where it is."""
+  of_stage = name in fields.STAGE
+  if not of_stage and name not in fields.CONFIG:
+    suggestion = errors.did_you_mean(name, asked)
+    return errors.UserError(f'Unknown flag --{name}.', '', suggestion)
+  path = '--config.' + 'base.' * (asked['mode'].value in ('compare', 'tune'))
+  path += 'stages[0].' * of_stage
+  return errors.UserError(
+    f'{name} is a field of {"a stage" if of_stage else "the config"}.',
+    word,
+    f'Write {path}{word.lstrip("-")}' + '=VALUE' * ('=' not in word) + '.',
+  )
+
+
+def check_flags(asked: flags.FlagValues) -> None:
   """Raises UserError for a mode that is none, or that a flag is not for."""
-  if FLAGS.help:
-    return
-  if FLAGS.mode not in MODES:
+  if asked.mode not in MODES:
     raise errors.UserError(
-      f'Unknown mode {FLAGS.mode!r}.',
-      f'--mode={FLAGS.mode}',
-      errors.did_you_mean(FLAGS.mode, MODES),
+      f'Unknown mode {asked.mode!r}.',
+      f'--mode={asked.mode}',
+      errors.did_you_mean(asked.mode, MODES),
     )
-  taken = MODES[FLAGS.mode]
-  if FLAGS.mode == 'verify' and FLAGS.checkpoints:
-    taken = ('checkpoints',)  # All of the workdir.
-  for name in {*FLAGS} - {*taken, 'config', 'workdir', 'mode', 'help'}:
-    flag = FLAGS[name]
+  taken = {*MODES[asked.mode].flags}
+  if asked.checkpoints and 'checkpoints' in taken:
+    taken = {'checkpoints'}  # All of the workdir.
+  for name in {*asked} - {*taken, *_EVERYWHERE}:
+    flag = asked[name]
     given = flag.present and flag.value is not False
     # What is empty asks for nothing: scripts pass on what they were not given.
     if given and flag.value not in ('', [], None):
-      modes = [mode for mode in MODES if name in MODES[mode]]
+      modes = [mode for mode in MODES if name in MODES[mode].flags]
       raise errors.UserError(
-        f'{describe_mode()} takes no --{name}.',
+        f'{name_mode(asked)} takes no --{name}.',
         flag.serialize(),
         f'Leave it out; it is for --mode={", ".join(modes)}.',
       )
 
 
-def reads_no_config() -> bool:
-  """Returns whether what is asked for concerns the workdir alone."""
-  return FLAGS.mode == 'report' or FLAGS.checkpoints
-
-
-def describe_mode() -> str:
+def name_mode(asked: flags.FlagValues) -> str:
   """Returns the mode as it was asked for."""
-  of_checkpoints = FLAGS.mode == 'verify' and FLAGS.checkpoints
-  return f'--mode={FLAGS.mode}' + ' --checkpoints' * of_checkpoints
+  of_checkpoints = asked.mode == 'verify' and asked.checkpoints
+  return f'--mode={asked.mode}' + ' --checkpoints' * of_checkpoints
 
 
-def one_stage() -> str:
-  """Returns the stage that --only or --stage names, '' if none does."""
-  names = {*FLAGS.only, FLAGS.stage} - {''}
-  if len(names) > 1:
-    raise errors.UserError(
-      f'--mode={FLAGS.mode} is for one stage.',
-      f'--only={",".join(FLAGS.only)}'
-      + f' --stage={FLAGS.stage}' * bool(FLAGS.stage),
-      'Name one of them.',
-    )
-  return next(iter(names), '')
+def describe(mode: str) -> str:
+  """Returns what --help prints, of one mode or '': of all."""
+  if not mode:
+    rows = {f'  {name:9}': row.what for name, row in MODES.items()}
+    return f'{__doc__}' + '\n'.join(map(''.join, rows.items()))
+  lines = [f'--mode={mode}: {MODES[mode].what}']
+  lines += ['', f'  jaxprog --mode={mode} {MODES[mode].example}', '']
+  lines += [f'--{name:21}{text}' for name, text in MODES[mode].flags.items()]
+  return '\n'.join([*lines, '--help alone tells the flags of every mode.'])
 
 
-def list_workdirs(text: str) -> list[str]:
-  """Returns the workdirs in A,B; a name with a comma is one if it is there."""
-  if os.path.exists(paths.expand(text, f'--workdir={text}')):
-    return [text]
-  return [x for x in text.split(',') if x] or [text]
-
-
-def saved_config() -> str:
+def saved_config(asked: flags.FlagValues) -> str:
   """Returns the path of the config that the workdir was trained with."""
-  if not FLAGS.workdir:
+  if not asked.workdir:
     raise errors.UserError(
       'There is no --config.',
-      f'--mode={FLAGS.mode}',
-      'Begin with --config=configs/quickstart.py.',
+      f'--mode={asked.mode}',
+      'Begin with --config=quickstart.',
     )
   from jaxprog.reporting import rundir
 
-  workdir = paths.workdir(FLAGS.workdir)
+  workdir = paths.workdir(asked.workdir)
   rundir.check(workdir)
   path = workdir / 'config.json'
   if not path.is_file():
     raise errors.UserError(
       f'The run in {workdir} has no config.json.',
-      f'--mode={FLAGS.mode}',
+      f'--mode={asked.mode}',
       'Name the --config that it was trained with.',
     )
   return str(path)
 
 
-def require_workdir() -> str:
-  """Returns --workdir."""
-  if not FLAGS.workdir:
-    raise errors.UserError(
-      'There is no --workdir.',
-      f'--mode={FLAGS.mode}',
-      'Name a directory for what the run writes: --workdir=runs/first.',
-    )
-  return FLAGS.workdir
-
-
-def write_traceback() -> str:
+def write_traceback(workdir: str) -> str:
   """Returns the traceback, or where it is: in WORKDIR/error.log.
 
   No workdir is made for it.
   """
-  if FLAGS.workdir:
+  if workdir:
     with contextlib.suppress(OSError, errors.UserError):
-      path = paths.workdir(FLAGS.workdir) / 'error.log'
+      path = paths.workdir(workdir) / 'error.log'
       with open(path, 'a', errors='backslashreplace') as file:
         traceback.print_exc(file=file)
       return f'Traceback: {path}'
@@ -442,6 +480,8 @@ def use_huge_pages() -> None:
 def start() -> None:
   """Runs the command line as a process of its own."""
   use_huge_pages()
+  if not sys.flags.safe_path:  # A config imports what lies here, as for -m.
+    sys.path.insert(0, os.getcwd())
   code = main(sys.argv)
   if code:  # Nobody waits for threads of a run that has ended early.
     signals.leave(code)

@@ -16,11 +16,15 @@ import rich.table
 import rich.text
 from ml_collections import config_dict
 
-from configs import default
 from jaxprog import errors, fields, paths, stages
 
 # What may change between two starts of one run without changing its result.
 _FREE = {'stage_defaults', *fields.names(fields.CONFIG, 'free')}
+_HERE = pathlib.Path(__file__).parent
+# The configs that come with the package: installed within it, in a checkout
+# beside it.
+_INSTALLED = _HERE / 'configs'
+SHIPPED = _INSTALLED if _INSTALLED.is_dir() else _HERE.parent / 'configs'
 # Stands for the value of a field that one of two configs does not have.
 _ABSENT = object()
 
@@ -28,27 +32,15 @@ _ABSENT = object()
 def load_config(
   spec: str, overrides: Mapping[str, str] | None = None
 ) -> config_dict.ConfigDict:
-  """Returns the config that FILE[:ARG] makes, with every stage complete.
+  """Returns the config that `start_from` gives, with every stage complete.
 
-  A .py file is run and its `get_config` called, with ARG if there is one; a
-  .json file is only read. `overrides` maps a field's path, such as
-  'stages[0].num_epochs', to its new value as text. What a comparison compares
-  are the stages of its `base`.
+  `overrides` maps a field's path, such as 'stages[0].num_epochs', to its new
+  value as text. What a comparison compares are the stages of its `base`.
 
   Raises:
     UserError: if the file is missing or breaks, or an override names nothing.
   """
-  path, argument = _split_spec(spec)
-  if path.suffix == '.json':
-    if argument:
-      raise errors.UserError(
-        'A saved config takes no argument.',
-        f'--config={spec}',
-        f'Write --config={path}.',
-      )
-    config = config_dict.ConfigDict(_read_json(path))
-  else:
-    config = _run_config_file(path, argument)
+  config = start_from(spec)
   stages.check_shape(config.get('base', config))
   pending = dict(overrides or {})
   # Defaults first: stages that do not say otherwise take them over.
@@ -60,14 +52,63 @@ def load_config(
   return config
 
 
+def start_from(spec: str) -> config_dict.ConfigDict:
+  """Returns the config that NAME[:ARG] or FILE[:ARG] makes, to build on.
+
+  NAME is that of a shipped config. A .py file is run and its `get_config`
+  called, with ARG if there is one; a .json file is only read. Stages may be
+  incomplete: they will take what they leave out from `stage_defaults`.
+
+  Raises:
+    UserError: if the file is missing or breaks.
+  """
+  path, argument = _split_spec(spec)
+  if path.suffix != '.json':
+    return _run_config_file(path, argument, f'--config={spec}')
+  if argument:
+    raise errors.UserError(
+      'A saved config takes no argument.',
+      f'--config={spec}',
+      f'Write --config={path}.',
+    )
+  return config_dict.ConfigDict(_read_json(path))
+
+
+def defaults() -> config_dict.ConfigDict:
+  """Returns a config without stages: all fields, all defaults."""
+  config = fields.defaults(fields.CONFIG)
+  config.stage_defaults = fields.defaults(fields.STAGE)
+  config.stages = []
+  return config
+
+
 def _split_spec(spec: str) -> tuple[pathlib.Path, str]:
-  """Returns the file and the argument of FILE[:ARG]; both may hold colons."""
-  whole = paths.expand(spec, f'--config={spec}')
+  """Returns the file and the argument of SPEC[:ARG]; both may hold colons.
+
+  Where there is no file, NAME and configs/NAME.py are shipped ones.
+
+  Raises:
+    UserError: if there is neither.
+  """
+  where = f'--config={spec}'
+  whole = paths.expand(spec, where)
   if whole.is_file():
     return whole, ''
   found = re.fullmatch(r'(.*?\.(?:py|json))(?::(.*))?', spec, re.DOTALL)
-  path, argument = found.groups('') if found else spec.partition(':')[::2]
-  return paths.expand(path, f'--config={spec}'), argument
+  text, argument = found.groups('') if found else spec.partition(':')[::2]
+  path = paths.expand(text, where)
+  if path.is_file():
+    return path, argument
+  shipped = {x.stem: x for x in SHIPPED.glob('[!_]*.py')}
+  for name, file in shipped.items():
+    if text in (name, f'configs/{name}.py'):
+      return file, argument
+  siblings = [str(x) for x in path.parent.glob('*.py')] if found else []
+  raise errors.UserError(
+    f'There is no config file {text!r}.',
+    where,
+    errors.did_you_mean(text, siblings or shipped),
+  )
 
 
 def _complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
@@ -260,10 +301,6 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
       return _restore_ladder(values)
     base = _restore_ladder(values.pop('base'))
     return {**_with_tuples(values), 'base': base}
-  except FileNotFoundError:
-    raise errors.UserError(
-      f'There is no config file {str(path)!r}.', f'--config={path}'
-    ) from None
   except OSError as e:
     raise errors.UserError(
       f'{path} cannot be read: {e.strerror}', f'--config={path}'
@@ -276,7 +313,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _restore_ladder(values: dict[str, Any]) -> dict[str, Any]:
   """Returns a saved ladder; fields younger than the file have defaults."""
-  known = default.get_config().to_dict()
+  known = defaults().to_dict()
   stage_list = [_with_tuples(stage) for stage in values.pop('stages')]
   saved = _with_tuples(values)
   of_stages = {**known['stage_defaults'], **saved.pop('stage_defaults', {})}
@@ -291,16 +328,8 @@ def _with_tuples(value: Any) -> Any:
 
 
 def _run_config_file(
-  path: pathlib.Path, argument: str
+  path: pathlib.Path, argument: str, where: str
 ) -> config_dict.ConfigDict:
-  where = f'--config={path}'
-  if not path.is_file():
-    siblings = [str(p) for p in path.parent.glob('*.py')]
-    raise errors.UserError(
-      f'There is no config file {str(path)!r}.',
-      where,
-      errors.did_you_mean(str(path), siblings) if siblings else '',
-    )
   spec = importlib.util.spec_from_file_location('jaxprog_config', path)
   if spec is None or spec.loader is None:
     raise errors.UserError('A config is a .py or a .json file.', where)
@@ -319,9 +348,7 @@ def _run_config_file(
     ]
     raise errors.UserError(
       f'The config file fails: {type(e).__name__}: {message}',
-      where
-      + (f':{argument}' if argument else '')
-      + (f', line {lines[-1]}' if lines else ''),
+      where + (f', line {lines[-1]}' if lines else ''),
       'It must define get_config(), which may take one string.'
       if isinstance(e, AttributeError | TypeError)
       else '',

@@ -196,7 +196,7 @@ def check_shape(config: config_dict.ConfigDict) -> None:
       raise errors.UserError(
         f'The config has no {group}.',
         'config',
-        'Begin with configs.default.get_config().',
+        "Begin with jaxprog.start_from('default').",
       )
   if not isinstance(config.stages, list | tuple):
     raise errors.UserError('stages must be a list of dicts.', 'config.stages')

@@ -1,12 +1,12 @@
 """Comparisons of networks that a test can afford, on digits of 8 pixels."""
 
-from configs import compare_default
+from jaxprog import start_from
 from tests import tiny_config
 
 
 def get_config(data_dir='data'):
   """Returns two cells of one stage, with two seeds."""
-  config = compare_default.compare_defaults()
+  config = start_from('compare_default')
   config.base = tiny_config.get_config(data_dir)
   config.base.stages = [
     {'name': 'ten', 'num_epochs': 2, 'schedule': 'one_cycle'}

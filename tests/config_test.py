@@ -278,9 +278,9 @@ def test_the_path_of_a_config_may_hold_colons(tmp_path, spec, argument):
   path = tmp_path / spec.removesuffix(f':{argument}')
   path.parent.mkdir()
   code = (
-    'from configs import default\n'
+    'from jaxprog import start_from\n'
     "def get_config(data_dir='here'):\n"
-    '  config = default.get_config()\n'
+    "  config = start_from('default')\n"
     '  config.data_dir = data_dir\n'
     '  return config\n'
   )

@@ -7,8 +7,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from configs import quickstart
-from jaxprog import stages
+from jaxprog import stages, start_from
 from jaxprog.data.records import Split
 
 WNIDS = ('n01', 'n02', 'n03')
@@ -74,7 +73,7 @@ def write_tiny_imagenet(root: pathlib.Path) -> pathlib.Path:
 
 def stage(**fields) -> stages.Stage:
   """Returns a stage of digits at 16 px with `fields` changed."""
-  config = quickstart.get_config()
+  config = start_from('quickstart')
   config.stages = [{'name': 'a', 'num_epochs': 1, 'batch_size': 32, **fields}]
   return stages.create_stages(config)[0]
 

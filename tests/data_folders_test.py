@@ -17,10 +17,10 @@ from PIL import Image
 from jaxprog.data import folders, preprocess
 
 CONFIG = """
-from configs import default
+from jaxprog import start_from
 
 def get_config(dataset):
-  config = default.get_config()
+  config = start_from('default')
   config.stages = [{'name': 'a', 'dataset': dataset, 'num_epochs': 1}]
   return config
 """

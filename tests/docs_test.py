@@ -49,21 +49,15 @@ def adapt(command, data_dir, root):
   return arguments
 
 
-def run(arguments):
-  """Runs the command line in this process; returns the exit code."""
-  for name in cli.FLAGS:
-    cli.FLAGS[name].unparse()
-  return cli.main(arguments)
-
-
 @pytest.fixture(scope='module')
 def root(data_dir, tmp_path_factory):
   """A place with a finished run, a second one, photographs and scans."""
   root = tmp_path_factory.mktemp('docs')
   config = f'--config=tests/docs_config.py:{data_dir}'
-  assert run(['main.py', config, f'--workdir={root}/runs/first']) == 0
+  workdir = f'--workdir={root}/runs/first'
+  assert cli.main(['main.py', config, workdir]) == 0
   shutil.copytree(root / 'runs' / 'first', root / 'runs' / 'second')
-  assert run(['main.py', '--mode=export', f'--workdir={root}/runs/first']) == 0
+  assert cli.main(['main.py', '--mode=export', workdir]) == 0
   for path in ('photos/a.png', *(f'scans/val/{x}/a.png' for x in range(10))):
     (root / path).parent.mkdir(parents=True)
     Image.new('RGB', (32, 24), 'gray').save(root / path)
@@ -86,7 +80,7 @@ def test_the_command_works(page, command, data_dir, root, monkeypatch):
   if any(mark in command for mark in ELSEWHERE):
     pytest.skip(f'run elsewhere, or for hardware: {command}')
   monkeypatch.chdir(ROOT)
-  assert run(adapt(command, data_dir, root)) == 0
+  assert cli.main(adapt(command, data_dir, root)) == 0
 
 
 @pytest.mark.parametrize('page', PAGES)

@@ -6,9 +6,8 @@ import pytest
 import runs
 import tiny_config
 
-from configs import compare_default, default, tune_default
 from jaxprog import config as config_lib
-from jaxprog import errors, fields, stages
+from jaxprog import errors, fields, stages, start_from
 from jaxprog.comparison import cells
 from jaxprog.tools import tune
 
@@ -117,13 +116,13 @@ def test_names_of_classes_stay_text():
 
 
 def test_comparisons_and_searches_ask_the_same_declaration(tmp_path):
-  comparison = compare_default.compare_defaults()
+  comparison = start_from('compare_default')
   comparison.base = tiny_config.get_config()
   overrides = {'stages.ten.flip': 'no'}
   comparison.cells = ({'name': 'wrong', 'overrides': overrides},)
   with pytest.raises(errors.UserError, match='flip must be True or False'):
     cells.create_cells(comparison)
-  search = tune_default.tune_defaults()
+  search = start_from('tune_default')
   search.base = tiny_config.get_config()
   # What is drawn between them is no whole number.
   search.search = ({'field': 'stages[0].batch_size', 'uniform': (32, 64)},)
@@ -177,7 +176,7 @@ def test_unknown_fields_are_named_wherever_they_stand():
 
 
 def test_defaults_are_right_by_their_own_declaration():
-  config = default.get_config()
+  config = start_from('default')
   stages.check_config(config)
   for field, declared in fields.STAGE.items():
     assert declared.check(config.stage_defaults[field], '') == declared.default

@@ -10,9 +10,8 @@ import history_fixture
 import pytest
 from PIL import Image
 
-from configs import quickstart
 from jaxprog import config as config_lib
-from jaxprog import stages
+from jaxprog import stages, start_from
 from jaxprog.reporting import baselines, rundir
 from jaxprog.reporting import timeline as timeline_lib
 from jaxprog.reporting.page import curves, html, overview, sections
@@ -65,7 +64,7 @@ def read(history, **fields):
 
 
 def quickstart_config():
-  return config_lib.to_json(stages.complete(quickstart.get_config()))
+  return config_lib.to_json(stages.complete(start_from('quickstart')))
 
 
 def jpeg():

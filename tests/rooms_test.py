@@ -7,7 +7,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent / 'jaxprog'
 # From the ground up; rooms of one row know nothing of each other.
 ROWS = (
-  ('errors',),
+  ('errors', 'version'),
   ('files', 'formats', 'fields', 'named'),
   ('paths', 'stages'),
   ('epochs', 'config'),

@@ -52,8 +52,6 @@ def call_main(*arguments):
   A process of its own takes 2 s of a core to import JAX.
   """
   out, err = io.StringIO(), io.StringIO()
-  for name in cli.FLAGS:
-    cli.FLAGS[name].unparse()
   with (
     contextlib.chdir(ROOT),
     mock.patch.dict(os.environ, COLUMNS='80'),

@@ -1,10 +1,10 @@
 """A ladder of three short stages that a test can afford."""
 
-from configs import default
+from jaxprog import start_from
 
 
 def get_config(data_dir='data'):
-  config = default.get_config()
+  config = start_from('default')
   config.data_dir = str(data_dir)
   config.model = 'resnet10'
   config.num_filters = 4

@@ -3,8 +3,7 @@ import json
 import pytest
 from data_fixtures import encode, photo, write_class_folders, write_image
 
-from configs import default
-from jaxprog import errors
+from jaxprog import errors, start_from
 from jaxprog.tools import audit
 
 LEAK = 'n01440764/ILSVRC2012_val_00000001.JPEG'
@@ -13,7 +12,7 @@ LEAK = 'n01440764/ILSVRC2012_val_00000001.JPEG'
 @pytest.fixture
 def config(tmp_path):
   """Two small stages without leaks, of images of 64 px."""
-  config = default.get_config()
+  config = start_from('default')
   config.data_dir = str(tmp_path)
   for stage, first in (('nette', 0), ('other', 100)):
     for i in range(8):
@@ -128,7 +127,7 @@ def test_damaged_images_are_counted(config, tmp_path, capsys):
 
 
 def test_examples_are_of_every_kind_and_ten_at_most(tmp_path, capsys):
-  config = default.get_config()
+  config = start_from('default')
   config.data_dir = str(tmp_path)
   # The four evaluation images of each class are training images too.
   root = write_class_folders(tmp_path / 'imagenette2', val=4)

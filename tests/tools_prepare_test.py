@@ -19,10 +19,10 @@ from image_fixtures import write_pets
 from jaxprog.data import preparation
 
 CONFIG = """
-from configs import default
+from jaxprog import start_from
 
 def get_config(root):
-  config = default.get_config()
+  config = start_from('default')
   config.data_dir = f'{root}/data'
   config.model = 'resnet10'
   config.num_filters = 4

@@ -6,8 +6,7 @@ import sqlite3
 import pytest
 import runs
 
-from configs import tune_default
-from jaxprog import errors
+from jaxprog import errors, start_from
 from jaxprog.tools import tune
 from tests import tiny_config
 
@@ -15,7 +14,7 @@ RATE = {'field': 'stages[0].learning_rate', 'log': (1e-3, 1e-1)}
 
 
 def create_config(data_dir='data', **fields):
-  config = tune_default.tune_defaults()
+  config = start_from('tune_default')
   config.base = tiny_config.get_config(data_dir)
   config.base.stages = config.base.stages[:1]
   config.search = (

@@ -31,10 +31,10 @@ from jaxprog import named
 from jaxprog.data import preparation, preprocess
 
 CONFIG = """
-from configs import default
+from jaxprog import start_from
 
 def get_config(data_dir):
-  config = default.get_config()
+  config = start_from('default')
   config.data_dir = data_dir
   config.model = 'resnet10'
   config.num_filters = 4

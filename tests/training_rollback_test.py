@@ -15,7 +15,7 @@ import sys
 import jax.numpy as jnp
 from flax import linen as nn
 import jaxprog
-from configs import default
+from jaxprog import start_from
 
 class Fragile(nn.Module):
   num_classes: int
@@ -30,7 +30,7 @@ class Fragile(nn.Module):
     return nn.Dense(self.num_classes, name='head')(x) + poison[:, None]
 
 folder, limit = sys.argv[1:]
-config = default.get_config()
+config = start_from('default')
 config.data_dir = f'{folder}/data'
 config.max_skipped_steps = int(limit)
 config.stages = [{

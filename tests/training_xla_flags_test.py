@@ -5,8 +5,7 @@ import os
 import jax
 import pytest
 
-from configs import default
-from jaxprog import fields
+from jaxprog import fields, start_from
 from jaxprog.training import xla_flags
 
 VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
@@ -60,4 +59,4 @@ def test_xla_knows_every_flag_of_its_own(preset):
 
 def test_the_config_offers_every_preset():
   assert set(fields.CONFIG['xla_flags'].choices) == set(xla_flags.PRESETS)
-  assert default.get_config().xla_flags in xla_flags.PRESETS
+  assert start_from('default').xla_flags in xla_flags.PRESETS

@@ -1,11 +1,11 @@
 """A search that a test can afford."""
 
-from configs import tune_default
+from jaxprog import start_from
 from tests import tiny_config
 
 
 def get_config(data_dir='data'):
-  config = tune_default.tune_defaults()
+  config = start_from('tune_default')
   config.base = tiny_config.get_config(data_dir)
   config.base.checkpoint_every_steps = 3
   config.base.stages = config.base.stages[:1]

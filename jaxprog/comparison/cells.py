@@ -300,7 +300,7 @@ def _check_fields(config: config_dict.ConfigDict) -> None:
     raise errors.UserError(
       'This config is no comparison: it has no base.',
       '--mode=compare',
-      'Begin with --config=configs/compare_strategies.py.',
+      'Begin with --config=compare_strategies.',
     )
   for field in ('grid', 'cells', 'operators'):
     if not isinstance(config[field], list | tuple):

@@ -33,11 +33,12 @@ def audit(
   Raises:
     UserError: for mistakes in the config, or if no dataset is here.
   """
+  workdir = None if workdir is None else paths.workdir(workdir)
   chosen = stages.select(stages.create_stages(config), only, skip)
   if workdir:
     from jaxprog.training import preflight  # JAX, which prepare can do without.
 
-    preflight.check_workdir(pathlib.Path(workdir))
+    preflight.check_workdir(workdir)
   console = rich.console.Console(markup=False)
   datasets, absent = load_present(chosen, paths.data_dir(config))
   found = find_leaks(datasets, absent, console)
@@ -45,7 +46,7 @@ def audit(
   for line in _lines(found, absent):
     console.print(line, highlight=False, markup=False, soft_wrap=True)
   if workdir:
-    path = pathlib.Path(workdir) / 'audit.json'
+    path = workdir / 'audit.json'
     files.write_json(path, _summary(datasets, absent, found))
     console.print(str(path), highlight=False, markup=False, soft_wrap=True)
   excluded = sum(int(x.sum()) for x in found.excluded.values())

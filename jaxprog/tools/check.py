@@ -67,6 +67,7 @@ def check(
   each stage's learning rate, what it costs and what the scorecard compares.
   Saves WORKDIR/plan.json and learning_rates.png where there is a `workdir`.
   """
+  workdir = None if workdir is None else paths.workdir(workdir)
   console = rich.console.Console(markup=False)
   findings = preflight.inspect(
     config,

@@ -21,7 +21,7 @@ import rich.text
 from ml_collections import config_dict
 
 from jaxprog import config as config_lib
-from jaxprog import errors, files
+from jaxprog import errors, files, paths
 from jaxprog.comparison import (
   budgets,
   cells,
@@ -113,16 +113,20 @@ class Comparison:
 
 
 def compare(
-  config: config_dict.ConfigDict, workdir: str | pathlib.Path
+  config: config_dict.ConfigDict | str, workdir: str | pathlib.Path
 ) -> dict[str, Any]:
   """Returns what WORKDIR/comparison.json holds; see collect.write.
+
+  `config` is that of a comparison, or names it: NAME[:ARG] or FILE[:ARG].
 
   Raises:
     UserError: for a mistake in any cell, before anything is trained.
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
   workers.leave_if_starting()
-  workdir = pathlib.Path(workdir)
+  workdir = paths.workdir(workdir)
+  if isinstance(config, str):
+    config = config_lib.load_config(config)
   chosen = cells.create_cells(config)
   chosen += _create_controls(config, chosen)
   if jax.process_count() > 1:

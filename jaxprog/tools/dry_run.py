@@ -13,6 +13,7 @@ import numpy as np
 import rich.console
 from ml_collections import config_dict
 
+from jaxprog import paths
 from jaxprog.data.records import Split
 from jaxprog.reliability import checkpoints, lock, peers, signals
 from jaxprog.training import ladder
@@ -42,7 +43,7 @@ def dry_run(
   Raises:
     UserError: for what would end the run.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = paths.workdir(workdir)
   beside = workdir.absolute().with_name(f'.{workdir.name}.dry_run')
   folder = beside / 'run'
   seconds: dict[str, float] = {}

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import epochs, errors, files, stages
+from jaxprog import paths as paths_lib
 from jaxprog.data import preparation
 from jaxprog.data.records import Dataset, Split
 from jaxprog.monitoring import diagnostics
@@ -59,6 +60,7 @@ def evaluate(
     UserError: if there are no such weights or images, or the dataset has
       classes that the weights do not know.
   """
+  workdir = paths_lib.workdir(workdir)
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
   )
@@ -89,7 +91,7 @@ def evaluate(
     'interpolation': trained.stage.eval_interpolation,
     **_score(trained, known, data.classes, console),
   }
-  paths = _write(pathlib.Path(workdir), found, dataset)
+  paths = _write(workdir, found, dataset)
   scores.show(found, console)
   for path in paths:
     console.print(str(path), markup=False, soft_wrap=True)

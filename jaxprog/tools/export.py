@@ -20,9 +20,9 @@ import safetensors.numpy
 from flax import linen as nn
 from ml_collections import config_dict
 
-import jaxprog
 from jaxprog import config as config_lib
-from jaxprog import files
+from jaxprog import files, version
+from jaxprog import paths as paths_lib
 from jaxprog.models import conv, interchange, resnet
 from jaxprog.reliability import checkpoints
 from jaxprog.reporting import facts
@@ -67,10 +67,11 @@ def export(
     UserError: if there are no such weights.
     ParityError: if a file gives other logits; none is left behind.
   """
+  workdir = paths_lib.workdir(workdir)
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights
   )
-  workdir, name = pathlib.Path(workdir), trained.stage.name
+  name = trained.stage.name
   if done := checkpoints.read_done(workdir, name):
     trained = dataclasses.replace(trained, record=done['record'])
   return export_trained(trained, workdir / 'export')
@@ -209,7 +210,7 @@ def _describe_file(trained: trained_lib.Trained) -> dict[str, str]:
     'interpolation': stage.eval_interpolation,
     'mean': config.mean_rgb,
     'std': config.std_rgb,
-    'jaxprog': jaxprog.__version__,
+    'jaxprog': version.VERSION,
     'config_hash': config_lib.config_hash(trained.run_config),
     'stage': stage.name,
     'weights': trained.weights,
@@ -287,7 +288,7 @@ for each logit.
 None is chosen. What the licence of the images allows limits what the weights \
 may be used for: decide before you share them.
 
-Written by jaxprog {jaxprog.__version__}, config \
+Written by jaxprog {version.VERSION}, config \
 {config_lib.config_hash(trained.run_config)}.
 """
 

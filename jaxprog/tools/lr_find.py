@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from jaxprog import errors, files, stages
+from jaxprog import errors, files, paths, stages
 from jaxprog.reporting import plots
 from jaxprog.training import feed as feed_lib
 from jaxprog.training import preflight
@@ -40,7 +40,7 @@ def lr_find(
   Raises:
     UserError: for mistakes in the config or the data.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = paths.workdir(workdir)
   known = [x.name for x in stages.create_stages(config)]
   stage = stage or known[0]
   if stage not in known:

@@ -69,9 +69,10 @@ def plan(
     UserError: for a mistake in the config or the topology, for a dataset that
       neither is here nor has known counts, or if the compiler is missing.
   """
+  workdir = None if workdir is None else paths.workdir(workdir)
   asked = chips.parse_topology(topology)
   if workdir:
-    preflight.check_workdir(pathlib.Path(workdir))
+    preflight.check_workdir(workdir)
   console = rich.console.Console(markup=False)
   setup = create_setup(config, asked, only, skip)
   tasks = [setup_lib.create_task(setup, stage) for stage in setup.chosen]
@@ -93,7 +94,7 @@ def plan(
     'notes': elsewhere.notes(plans),
   }
   if workdir:
-    path = pathlib.Path(workdir) / FILE
+    path = workdir / FILE
     files.write_json(path, figures)
     console.print(f'\n{path}', highlight=False, soft_wrap=True)
   return figures

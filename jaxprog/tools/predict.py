@@ -83,6 +83,7 @@ def predict(
   Raises:
     UserError: if there are no such weights or no images.
   """
+  workdir = paths_lib.workdir(workdir)
   found = _find_images(input)
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
@@ -106,7 +107,7 @@ def predict(
       '--input',
       f'Images are {", ".join(preprocess.FORMATS)}.',
     )
-  paths = _write(pathlib.Path(workdir), trained, found.root, predictions)
+  paths = _write(workdir, trained, found.root, predictions)
   _show(found.root, predictions, paths)
   _show_notes(found, predictions, turned, console)
   return predictions

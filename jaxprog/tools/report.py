@@ -1,15 +1,19 @@
 """Makes the reports of runs anew; puts several runs side by side."""
 
+import os
 import pathlib
 from collections.abc import Sequence
 
 from jaxprog import errors, files
+from jaxprog import paths as paths_lib
 from jaxprog.comparison import page
 from jaxprog.reporting import outputs, rundir
 from jaxprog.reporting.page import side_by_side
 
 
-def write_report(workdirs: Sequence[str | pathlib.Path]) -> None:
+def write_report(
+  workdirs: str | pathlib.Path | Sequence[str | pathlib.Path],
+) -> None:
   """Writes training_report.txt, training_metrics.png and report.html of each.
 
   From training_history.json and what else a run has left, without its data or
@@ -19,7 +23,9 @@ def write_report(workdirs: Sequence[str | pathlib.Path]) -> None:
   Raises:
     UserError: if one has no run or no history; then nothing is written.
   """
-  folders = [pathlib.Path(x) for x in workdirs]
+  if isinstance(workdirs, str | os.PathLike):
+    workdirs = [workdirs]
+  folders = [paths_lib.workdir(x) for x in workdirs]
   for folder in folders:
     rundir.check(folder)
   comparisons = [x for x in folders if (x / 'comparison.json').exists()]

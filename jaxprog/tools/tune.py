@@ -19,7 +19,7 @@ import rich.table
 from ml_collections import config_dict
 
 from jaxprog import config as config_lib
-from jaxprog import errors, files, formats, stages
+from jaxprog import errors, files, formats, paths, stages
 from jaxprog.comparison import statistics
 from jaxprog.data import workers
 from jaxprog.monitoring import history as history_lib
@@ -33,16 +33,20 @@ _STUDY = 'jaxprog'
 
 
 def tune(
-  config: config_dict.ConfigDict, workdir: str | pathlib.Path
+  config: config_dict.ConfigDict | str, workdir: str | pathlib.Path
 ) -> dict[str, Any]:
   """Returns what was found: best (number, top1, parameters) and trials.
+
+  `config` is that of a search, or names it: NAME[:ARG] or FILE[:ARG].
 
   Raises:
     UserError: for a mistake in the search, before anything is trained.
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
   workers.leave_if_starting()
-  workdir = pathlib.Path(workdir)
+  workdir = paths.workdir(workdir)
+  if isinstance(config, str):
+    config = config_lib.load_config(config)
   check(config)
   preflight.launch(stages.complete(config.base), workdir, only=config.only)
   with signals.StopRequest(), lock.Lock(workdir):
@@ -80,7 +84,7 @@ def check(config: config_dict.ConfigDict) -> None:
       raise errors.UserError(
         f'{field} is {config.get(field)!r}; it is one of {", ".join(choices)}.',
         f'config.{field}',
-        'Start from configs/tune_default.py.',
+        'Start from tune_default.',
       )
   for field, least in (('num_trials', 1), ('timeout_minutes', 0)):
     if not config[field] >= least:

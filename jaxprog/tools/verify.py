@@ -35,6 +35,7 @@ def verify(
   Raises:
     UserError: for a mistake in the config.
   """
+  workdir = None if workdir is None else paths.workdir(workdir)
   chosen = stages.select(stages.create_stages(config), only, skip)
   num_threads = config.num_workers or os.cpu_count() or 1
   console, data_dir = rich.console.Console(markup=False), paths.data_dir(config)
@@ -53,7 +54,7 @@ def verify(
   found = _summarise(reports, num_threads)
   _print_summary(console, found)
   if workdir or data_dir.is_dir():
-    folder = pathlib.Path(workdir or data_dir / 'manifests')
+    folder = workdir or data_dir / 'manifests'
     _write(console, folder / 'verify.json', found)
   return 0 if found['ok'] else 1
 

@@ -9,7 +9,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from jaxprog import errors
+from jaxprog import errors, paths
 from jaxprog.reliability import checkpoints, integrity
 from jaxprog.reporting import rundir
 
@@ -24,8 +24,9 @@ def verify_checkpoints(workdir: str | pathlib.Path) -> int:
   Raises:
     UserError: if there are no checkpoints.
   """
+  workdir = paths.workdir(workdir)
   rundir.check(workdir)
-  findings = checkpoints.check_workdir(pathlib.Path(workdir))
+  findings = checkpoints.check_workdir(workdir)
   if not findings:
     raise errors.UserError(
       'There are no checkpoints.',

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 import jax
 from ml_collections import config_dict
 
-import jaxprog
 from jaxprog import config as config_lib
-from jaxprog import fields, files, stages
+from jaxprog import fields, files, stages, version
 from jaxprog.data import jpeg
 from jaxprog.data.records import Dataset
 from jaxprog.reliability import peers
@@ -40,7 +39,7 @@ def check_alike(
     }
   local = jax.local_devices()
   described |= {
-    'the code of jaxprog': f'{jaxprog.__version__} {_hash_code()}',
+    'the code of jaxprog': f'{version.VERSION} {_hash_code()}',
     'the version of jax': jax.__version__,
     'the version of jaxlib': importlib.metadata.version('jaxlib'),
     'the decoder': jpeg.version(),
@@ -83,7 +82,7 @@ def _describe_data(dataset: Dataset) -> dict[str, str]:
 
 
 def _hash_code() -> str:
-  root = pathlib.Path(jaxprog.__file__).parent
+  root = pathlib.Path(__file__).parents[1]
   return files.digest_parts(*map(files.digest, sorted(root.rglob('*.py'))))[:16]
 
 

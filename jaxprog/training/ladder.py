@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
-from jaxprog import errors
+from jaxprog import errors, paths
 from jaxprog.data import workers
 from jaxprog.monitoring import diagnostics, pictures
 from jaxprog.monitoring import history as history_lib
@@ -48,7 +48,7 @@ def train(
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
   workers.leave_if_starting()
-  workdir = pathlib.Path(workdir)
+  workdir = paths.workdir(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.StopRequest())
     stack.enter_context(peers.join(stop))

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from configs import default
 from jaxprog import config as config_lib
 from jaxprog import formats
 from jaxprog.reporting import facts
@@ -185,7 +184,7 @@ def config_difference(config: Mapping[str, Any] | None) -> Html:
   """
   if config is None:
     return tag('p', 'Unknown: there is no config.json.', class_='note')
-  defaults = config_lib.to_json(default.get_config())
+  defaults = config_lib.to_json(config_lib.defaults())
   stages, of_stages = config['stages'], defaults['stage_defaults']
   own = differing_rows([defaults, config], config.keys() - GROUPS)
   fields = set().union(*stages) - {'name', 'description'}
