@@ -7,7 +7,7 @@ import history_fixture
 from planning_elsewhere_test import PLAN
 
 from jaxprog.planning import elsewhere
-from jaxprog.reporting import facts, rundir
+from jaxprog.reporting import rundir
 from jaxprog.reporting.page import html, markup, planned
 
 TPUS = {'devices': {'kind': 'TPU v5 lite', 'count': 4}}
@@ -67,14 +67,3 @@ def test_without_a_plan_there_is_no_section():
   run = create_run()._replace(hardware_plan=None)
   assert section(run) == ''
   assert 'Planned elsewhere' not in html.page(run)
-
-
-def test_what_was_measured_stands_beside_what_was_planned():
-  stage = {
-    'seconds': 7200.0,
-    'epochs': [{'images_per_second': 3000.0}, {'images_per_second': 5000.0}],
-  }
-  found = facts.measured(PLAN.figures(), stage)
-  assert found['images_per_second'] == 1000.0
-  assert found['hours'] == 2.0
-  assert found['planned_images_per_second'] == PLAN.images_per_second

@@ -1,5 +1,6 @@
 """What a run has come to: its scores, its times, what to know of them."""
 
+import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -148,25 +149,6 @@ def median_speed(stage: Mapping[str, Any]) -> float | None:
   return statistics.median(speeds) if speeds else None
 
 
-def measured(
-  plan: Mapping[str, Any], stage: Mapping[str, Any]
-) -> dict[str, float]:
-  """Returns planned and measured images/s a chip and hours of a stage.
-
-  Args:
-    plan: of a stage, as `figures` gives it.
-    stage: its record in a run's history, trained on such chips.
-  """
-  rows = stage['epochs']
-  rate = sum(x['images_per_second'] for x in rows) / max(len(rows), 1)
-  return {
-    'planned_images_per_second': plan['images_per_second'],
-    'images_per_second': rate / plan['num_chips'],
-    'planned_hours': plan['hours'],
-    'hours': stage['seconds'] / 3600,
-  }
-
-
 def describe_speed(stage: Mapping[str, Any]) -> str:
   """Returns `median_speed` as people read it."""
   speed = {'images_per_second': median_speed(stage)}
@@ -225,32 +207,27 @@ def describe_status(stage: Mapping[str, Any]) -> str:
 def describe_run(run: rundir.RunFiles) -> dict[str, str]:
   """Returns names and texts: config, date, machine, versions, command."""
   found = {'config': run.history['config_hash'] or '-'}
-  environment = run.environment or {}
-  if environment:
+  if environment := run.environment:
     devices = environment.get('devices') or {}
     git = environment.get('git') or {}
-    dirty = ' with uncommitted changes' if git.get('dirty') else ''
+    versions = environment.get('versions', {})
+    said = {k: environment.get(k, '-') for k in ('host', 'platform')}
+    found |= {'date': environment.get('time', '-'), **said}
     count = f'{devices.get("count")} x {devices.get("kind")}'
     processes = devices.get('process_count', 1)
     spread = f', {processes} processes' if processes > 1 else ''
-    versions = environment.get('versions', {})
+    found['devices'] = count + spread if devices else '-'
+    dirty = ' with uncommitted changes' if git.get('dirty') else ''
+    found['commit'] = git.get('commit', '-') + dirty
+    found['python'] = environment.get('python', '-')
     shown = ('jax', 'flax', 'optax', 'orbax-checkpoint')
-    found |= {
-      'date': environment.get('time', '-'),
-      'host': environment.get('host', '-'),
-      'platform': environment.get('platform', '-'),
-      'devices': count + spread if devices else '-',
-      'commit': git.get('commit', '-') + dirty,
-      'python': environment.get('python', '-'),
-      'versions': ', '.join(
-        f'{k} {versions[k]}' for k in shown if k in versions
-      ),
-      'command': environment.get('command', '-'),
-    }
-  found['trained'] = formats.duration(total_seconds(run))
-  if run.environment is None:
+    found['versions'] = ', '.join(
+      f'{name} {versions[name]}' for name in shown if name in versions
+    )
+    found['command'] = environment.get('command', '-')
+  else:
     found['machine'] = 'unknown: there is no environment.json'
-  return found
+  return {**found, 'trained': formats.duration(total_seconds(run))}
 
 
 def notes(run: rundir.RunFiles) -> list[str]:
@@ -396,15 +373,11 @@ def _describe_size(stage: Mapping[str, Any], expected: Expectation) -> str:
 
 def _ranges(numbers: Sequence[int]) -> str:
   """Returns '3, 7-9' for [3, 7, 8, 9]."""
-  parts: list[list[int]] = []
-  for number in numbers:
-    if parts and number == parts[-1][-1] + 1:
-      parts[-1].append(number)
-    else:
-      parts.append([number])
-  return ', '.join(
-    f'{p[0]}-{p[-1]}' if len(p) > 1 else str(p[0]) for p in parts
-  )
+  count = itertools.count()
+  runs = [
+    list(x) for _, x in itertools.groupby(numbers, lambda n: n - next(count))
+  ]
+  return ', '.join(f'{x[0]}-{x[-1]}' if len(x) > 1 else str(x[0]) for x in runs)
 
 
 def shorten(text: str, width: int) -> str:

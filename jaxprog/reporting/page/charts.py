@@ -14,14 +14,26 @@ from typing import NamedTuple
 from jaxprog.reporting.page.markup import Html, tag
 from jaxprog.reporting.timeline import Point, Scale, Span
 
-Format = Callable[[float], str]
-
 # Width of the stretched image, in units of its own.
 _UNITS = 1000.0
 # Pixels around the plot that its outermost marks and letters need.
 _TOP, _BOTTOM = 10.0, 8.0
 # Labels closer than this part of the width would touch on a telephone.
 _LABEL_DISTANCE = 0.17
+
+
+class _Plane(NamedTuple):
+  """Where x and y lie: as a part of the width, in pixels from the top."""
+
+  x_end: float
+  y: Scale
+  height: float
+
+  def left(self, x: float) -> float:
+    return x / self.x_end
+
+  def top(self, y: float) -> float:
+    return self.height - _BOTTOM - self.y.at(y) * (self.height - _TOP - _BOTTOM)
 
 
 class Series(NamedTuple):
@@ -64,7 +76,7 @@ def line_chart(
   y: Scale,
   x_end: float,
   x_label: str,
-  format_y: Format,
+  format_y: Callable[[float], str],
   summary: str,
   height: float = 220,
   spans: Sequence[Span] = (),
@@ -90,18 +102,17 @@ def line_chart(
     hints: x and what the pointer shows nearest to it.
     y_ticks: instead of round numbers.
   """
-  at_y = _vertical(y, height)
+  plane = _Plane(x_end, y, height)
   y_ticks = y.ticks() if y_ticks is None else y_ticks
   shapes = [
     *(
-      _bar((span.begin / x_end, span.end / x_end), (0, height), 'band')
+      _bar((plane.left(span.begin), plane.left(span.end)), (0, height), 'band')
       for span in spans[1::2]
     ),
-    _stretched(height, [_path(s, y, x_end, height) for s in series]),
-    *_dots(series, y, x_end, height),
-    *(_mark_shape(mark, x_end, height) for mark in marks),
-    *_label_shapes(labels, x_end, at_y),
-    *_hint_strips(hints, x_end, height),
+    *_draw_lines(series, plane),
+    *(_mark_shape(mark, plane) for mark in marks),
+    *_label_shapes(labels, plane),
+    *_hint_strips(hints, plane),
   ]
   return tag(
     'figure',
@@ -110,8 +121,8 @@ def line_chart(
     _panel(
       shapes,
       height,
-      [(at_y(tick), format_y(tick)) for tick in y_ticks],
-      [(tick / x_end, f'{tick:g}') for tick in Scale(0, x_end).ticks(6)],
+      [(plane.top(tick), format_y(tick)) for tick in y_ticks],
+      [(plane.left(x), f'{x:g}') for x in Scale(0, x_end).ticks(6)],
       f'{title}. {summary}',
     ),
     tag('p', x_label, class_='axis-label'),
@@ -193,15 +204,6 @@ def stacked_bar(parts: Sequence[tuple[str, str, float]], summary: str) -> Html:
     if amount > 0
   ]
   return _image(bars, 20, summary, 'stack')
-
-
-def part_bar(part: float, said: str) -> Html:
-  """Returns a bar that fills a part of the width."""
-  shapes = [
-    _bar((0, 1), (0, 13), 'band'),
-    _bar((0, part), (0, 13), 'bar', said),
-  ]
-  return _image(shapes, 13, said)
 
 
 def histogram(
@@ -314,18 +316,14 @@ def heat_map(
 
 def sparkline(points: Sequence[Point]) -> Html:
   """Returns a line without axes, from the least to the largest value."""
-  values = Series('', '', points).values
-  if not values:
-    return Html()
-  low, high = min(values), max(values)
-  y, height = Scale(low, high if high > low else low + 1), 36.0
-  begin, end = points[0][0], points[-1][0]
+  begin = points[0][0] if points else 0.0
   line = Series('', 'val', [(x - begin, value) for x, value in points])
-  x_end = end - begin or 1.0
-  shapes = _stretched(height, [_path(line, y, x_end, height)])
-  return _image(
-    [shapes, *_dots([line], y, x_end, height)], height, style='spark'
-  )
+  if not line.values:
+    return Html()
+  low, high = min(line.values), max(line.values)
+  y = Scale(low, high if high > low else low + 1)
+  plane = _Plane(line.points[-1][0] or 1.0, y, 36.0)
+  return _image(_draw_lines([line], plane), plane.height, style='spark')
 
 
 def _image(
@@ -416,47 +414,34 @@ def _axis(names: Iterable[tuple[float, str]], margin: float = 0.02) -> Html:
   return _image(texts, 18)
 
 
-def _vertical(y: Scale, height: float) -> Callable[[float], float]:
-  """Returns the function from a value to its pixel, from the top."""
-
-  def at(value: float) -> float:
-    return height - _BOTTOM - y.at(value) * (height - _TOP - _BOTTOM)
-
-  return at
-
-
-def _stretched(height: float, paths: Sequence[Html]) -> Html:
-  return tag(
+def _draw_lines(lines: Sequence[Series], plane: _Plane) -> list[Html]:
+  """Returns lines, and a dot for each point that no line would show."""
+  paths, dots = [], []
+  for line in lines:
+    commands = []
+    shown = [
+      value is not None and (value > 0 or not plane.y.log)
+      for _, value in line.points
+    ]
+    for i, (x, value) in enumerate(line.points):
+      if value is None or not shown[i]:
+        continue
+      left, top = plane.left(x), plane.top(value)
+      goes_on = i > 0 and shown[i - 1]
+      commands.append(f'{"L" if goes_on else "M"}{left * _UNITS:.2f} {top:.2f}')
+      if not goes_on and not any(shown[i + 1 : i + 2]):
+        dots.append(_dot(left, top, 3, f'dot {line.style}'))
+    path = ' '.join(commands)
+    paths.append(tag('path', class_=f'line {line.style}', d=path))
+  stretched = tag(
     'svg',
     *paths,
-    viewBox=f'0 0 {_UNITS:g} {height:g}',
+    viewBox=f'0 0 {_UNITS:g} {plane.height:g}',
     preserveAspectRatio='none',
     width='100%',
-    height=_pixels(height),
+    height=_pixels(plane.height),
   )
-
-
-def _path(series: Series, y: Scale, x_end: float, height: float) -> Html:
-  at_y, commands, pen = _vertical(y, height), [], 'M'
-  for x, value in series.points:
-    if value is None or (y.log and value <= 0):
-      pen = 'M'
-      continue
-    commands.append(f'{pen}{x / x_end * _UNITS:.2f} {at_y(value):.2f}')
-    pen = 'L'
-  return tag('path', class_=f'line {series.style}', d=' '.join(commands))
-
-
-def _dots(
-  series: Sequence[Series], y: Scale, x_end: float, height: float
-) -> Iterator[Html]:
-  """Yields a dot for each point without neighbours, which no line shows."""
-  at_y = _vertical(y, height)
-  for s in series:
-    values = [None, *(value for _, value in s.points), None]
-    for i, (x, value) in enumerate(s.points):
-      if value is not None and values[i] is None and values[i + 2] is None:
-        yield _dot(x / x_end, at_y(value), 3, f'dot {s.style}')
+  return [stretched, *dots]
 
 
 def _span_names(spans: Sequence[Span], x_end: float) -> Html | None:
@@ -479,9 +464,9 @@ def _rule(y: float) -> Html:
   return tag('line', class_='grid', x1='0', x2='100%', y1=at, y2=at)
 
 
-def _mark_shape(mark: Mark, x_end: float, height: float) -> Html:
+def _mark_shape(mark: Mark, plane: _Plane) -> Html:
   """Returns a line across the plot and a sign at its foot."""
-  x = mark.x / x_end
+  x, height = plane.left(mark.x), plane.height
   return tag(
     'g',
     tag('title', mark.text),
@@ -491,18 +476,16 @@ def _mark_shape(mark: Mark, x_end: float, height: float) -> Html:
   )
 
 
-def _label_shapes(
-  labels: Sequence[Label], x_end: float, at_y: Callable[[float], float]
-) -> Iterator[Html]:
+def _label_shapes(labels: Sequence[Label], plane: _Plane) -> Iterator[Html]:
   taken: list[float] = []
   for label in reversed(labels):
-    x, y = label.x / x_end, at_y(label.y)
+    x, y = plane.left(label.x), plane.top(label.y)
     yield _dot(x, y, 4.5, f'best {label.style}', label.text)
     if any(abs(x - other) < _LABEL_DISTANCE for other in taken):
       continue
     taken.append(x)
     # Below, where the curve came up from, if there is room.
-    below = y + 19 < at_y(0)
+    below = y + 19 < plane.top(0)
     yield _text(
       label.text,
       _percent(x),
@@ -513,10 +496,10 @@ def _label_shapes(
 
 
 def _hint_strips(
-  hints: Sequence[tuple[float, str]], x_end: float, height: float
+  hints: Sequence[tuple[float, str]], plane: _Plane
 ) -> Iterator[Html]:
   """Yields invisible strips, each as wide as the way to its neighbours."""
-  at = [x / x_end for x, _ in hints]
+  at, height = [plane.left(x) for x, _ in hints], plane.height
   edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(at)), 1.0]
   for x, strip, (_, text) in zip(
     at, itertools.pairwise(edges), hints, strict=False

@@ -6,7 +6,7 @@ from typing import Any
 from jaxprog import formats
 from jaxprog.reporting import facts
 from jaxprog.reporting.page import charts, markup
-from jaxprog.reporting.page.markup import Html, join, tag
+from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.parts import Column, Part, Table, Words
 from jaxprog.reporting.rundir import RunFiles
 
@@ -60,11 +60,7 @@ def _stage(stage: Mapping[str, Any], unfolded: bool) -> Html:
     tag('summary', stage['name'], tag('small', said)),
     tag(
       'div',
-      tag(
-        'div',
-        _accuracies(found),
-        _matrix(found),
-      ),
+      tag('div', _accuracies(found), _matrix(found)),
       tag(
         'div',
         tag('h4', 'Calibration'),
@@ -88,7 +84,7 @@ def _accuracies(found: Mapping[str, Any]) -> Html:
     if count
   ]
   if not counted:
-    return tag('p', 'Not known.', class_='note')
+    return render('Not known.')
   if len(counted) <= MAX_LISTED:
     return _bar_list('Accuracy by class', counted)
   ordered = sorted(counted, key=lambda x: x[1])
@@ -101,18 +97,13 @@ def _accuracies(found: Mapping[str, Any]) -> Html:
 
 def _bar_list(title: str, rows: Sequence[tuple[str, float, int]]) -> Html:
   """Returns bars of (class, accuracy, images)."""
-  return charts.bar_rows(
-    title,
-    [],
-    [
-      (
-        name,
-        charts.part_bar(part, f'{round(part * n):,} of {n:,} right'),
-        formats.percent(part),
-      )
-      for name, part, n in rows
-    ],
-  )
+  found = []
+  for name, part, count in rows:
+    right = round(part * count)
+    parts = [('right', 'bar', right), ('wrong', 'band', count - right)]
+    bar = charts.stacked_bar(parts, f'{right:,} of {count:,} right')
+    found.append((name, bar, formats.percent(part)))
+  return charts.bar_rows(title, [], found)
 
 
 def _distribution(parts: Sequence[float]) -> Html:
@@ -132,19 +123,14 @@ def _calibration(found: Mapping[str, Any]) -> Html:
   bins = found.get('calibration')
   # The confidence of weights that are not finite is no number.
   if not bins or not all(formats.is_number(x) for bin in bins for x in bin):
-    return tag('p', 'Not known.', class_='note')
+    return render('Not known.')
   error = formats.percent(found.get('ece'))
   loss = formats.cell('nll', found)
   said = f'Expected calibration error {error}, mean log-loss {loss} nats'
-  return join(
-    charts.reliability(bins, said),
-    tag(
-      'p',
-      f'{said}. Bars below the dashed line: too sure. Fainter bars hold fewer '
-      'images.',
-      class_='note',
-    ),
+  meaning = (
+    'Bars below the dashed line: too sure. Fainter bars hold fewer images.'
   )
+  return join(charts.reliability(bins, said), render(f'{said}. {meaning}'))
 
 
 def _matrix(found: Mapping[str, Any]) -> Html | None:
@@ -159,16 +145,16 @@ def _matrix(found: Mapping[str, Any]) -> Html | None:
   return join(
     tag('h4', 'Confusion matrix'),
     markup.scroll(charts.heat_map(names, pairs), 'Confusion matrix'),
-    tag('p', 'Rows: the label. Columns: what it was taken for.', class_='note'),
+    render('Rows: the label. Columns: what it was taken for.'),
   )
 
 
 def _confusions(stage: Mapping[str, Any]) -> Html:
   mistakes = facts.confusions(stage, _MAX_CONFUSIONS)
   if not mistakes:
-    return tag('p', _describe_none(stage['diagnostics']), class_='note')
+    return render(_describe_none(stage['diagnostics']))
   caption = 'Images of the label, how many of them were so mistaken'
-  return markup.render(Table(_CONFUSIONS, mistakes, caption))
+  return render(Table(_CONFUSIONS, mistakes, caption))
 
 
 def _describe_none(found: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ _COLUMNS = (
       ('train top-1', 'train_top1'),
       ('val loss', 'val_loss'),
       ('val top-1', 'val_top1'),
+      ('average top-1', 'ema_top1'),
       ('val top-5', 'val_top5'),
       ('rate', 'learning_rate'),
       ('grad norm', 'grad_norm'),
@@ -56,18 +57,21 @@ def curves(run: RunFiles) -> Iterator[Html]:
     for name, field in (('px', 'image_size'), ('batch', 'batch_size'))
   }
   yield charts.strip_chart(sizes, spans[-1].end)
-  tables = [
-    markup.render(Table(_COLUMNS, x.stage['epochs'], x.stage['name']))
-    for x in spans
-  ]
+  tables = (_table(x.stage['name'], x.stage['epochs']) for x in spans)
   yield tag('details', tag('summary', 'Every epoch in figures'), *tables)
+
+
+def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> Html:
+  """Returns the rows of a stage, without columns that say nothing."""
+  said = [x for x in _COLUMNS if any(x.cell(row) != '-' for row in rows)]
+  return markup.render(Table(said, rows, name))
 
 
 def ladder_chart(run: RunFiles, spans: Sequence[timeline.Span]) -> Draw:
   """Returns charts.line_chart with the ladder's stages, resumes, incidents."""
   x_end = spans[-1].end
   hints = [
-    (span.begin + row['epoch'], _describe_row(span.stage, row))
+    (span.begin + row['epoch'], _describe(span.stage, row))
     for span in spans
     for row in span.stage['epochs']
   ]
@@ -79,6 +83,12 @@ def ladder_chart(run: RunFiles, spans: Sequence[timeline.Span]) -> Draw:
     marks=events(run, spans, x_end),
     hints=hints,
   )
+
+
+def _describe(stage: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+  """Returns the figures of an epoch, a line each."""
+  figures = (f'{x.title} {x.cell(row)}' for x in _COLUMNS if x.cell(row) != '-')
+  return '\n'.join((stage['name'], *figures))
 
 
 def create_line(
@@ -139,21 +149,6 @@ def _events(
       ]
     for step, text in found:
       yield 'incident', span.position(span.first_step() + step), text
-
-
-def _describe_row(stage: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-  """Returns the figures of an epoch, a line each."""
-
-  def cell(field: str) -> str:
-    return formats.cell(field, row)
-
-  average = f'\naverage: top-1 {cell("ema_top1")}' if 'ema_top1' in row else ''
-  return (
-    f'{stage["name"]}, epoch {row["epoch"]}, step {row["global_step"]:,}\n'
-    f'train: loss {cell("train_loss")}, top-1 {cell("train_top1")}\n'
-    f'val: loss {cell("val_loss")}, top-1 {cell("val_top1")}{average}\n'
-    f'rate {cell("learning_rate")}, {cell("images_per_second")} images/s'
-  )
 
 
 def _loss_chart(draw: Draw, spans: Sequence[timeline.Span]) -> Html:

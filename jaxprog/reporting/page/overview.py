@@ -96,27 +96,23 @@ def _headline(run: RunFiles) -> Html:
   status, _ = describe_status(run)
   over, total = _count_stages(run)
   epochs = sum(len(stage['epochs']) for stage in run.stages)
-  tiles = [
-    *[_headline_result(x) for x in run.stages if x['best']][-1:],
-    (formats.duration(facts.total_seconds(run)), 'trained and evaluated'),
-    (f'{over} of {total}', 'stages finished'),
-    (f'{epochs:,}', 'epochs'),
+  results = [
+    _tile(*_headline_result(x), 'tile first') for x in run.stages if x['best']
   ]
   return tag(
     'div',
-    *(
-      tag(
-        'div',
-        tag('b', figure),
-        tag('span', said),
-        class_='tile first' if len(tiles) > 3 and not i else 'tile',
-      )
-      for i, (figure, said) in enumerate(tiles)
-    ),
+    *results[-1:],
+    _tile(formats.duration(facts.total_seconds(run)), 'trained and evaluated'),
+    _tile(f'{over} of {total}', 'stages finished'),
+    _tile(f'{epochs:,}', 'epochs'),
     class_='tiles',
     aria_label=f'Result; {status}',
     role='group',
   )
+
+
+def _tile(figure: str, said: str, style: str = 'tile') -> Html:
+  return tag('div', tag('b', figure), tag('span', said), class_=style)
 
 
 def _headline_result(stage: Mapping[str, Any]) -> tuple[str, str]:

@@ -1,10 +1,10 @@
 """The section on what was planned for other hardware."""
 
+import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxprog import formats
-from jaxprog.reporting import facts
 from jaxprog.reporting.parts import Column, Part, Table
 from jaxprog.reporting.rundir import RunFiles
 
@@ -27,16 +27,16 @@ _PLANNED = (
   Column('hours', lambda x: formats.hours(x['hours'])),
   Column('cost', lambda x: formats.cost(x['cost'])),
 )
+# Of a stage's plan and its record.
 _MEASURED = (
-  Column('stage', lambda x: x['name'], left=True),
-  Column('images/s a chip', lambda x: f'{x["images_per_second"]:,.0f}'),
-  Column('planned', lambda x: f'{x["planned_images_per_second"]:,.0f}'),
+  Column('stage', lambda x: x[1]['name'], left=True),
+  Column('images/s a chip', lambda x: f'{_chip_rate(*x):,.0f}'),
+  Column('planned', lambda x: f'{x[0]["images_per_second"]:,.0f}'),
   Column(
-    'ratio',
-    lambda x: f'{x["images_per_second"] / x["planned_images_per_second"]:.2f}x',
+    'ratio', lambda x: f'{_chip_rate(*x) / x[0]["images_per_second"]:.2f}x'
   ),
-  Column('hours', lambda x: formats.hours(x['hours'])),
-  Column('planned', lambda x: formats.hours(x['planned_hours'])),
+  Column('hours', lambda x: formats.hours(x[1]['seconds'] / 3600)),
+  Column('planned', lambda x: formats.hours(x[0]['hours'])),
 )
 
 
@@ -60,9 +60,7 @@ def planned(run: RunFiles) -> Iterator[Part]:
   if count == plan['num_chips'] and _is_kind(kind, plan['device_kind']):
     trained = {stage['name']: stage for stage in run.stages if stage['epochs']}
     found = [
-      {'name': x['name'], **facts.measured(x, trained[x['name']])}
-      for x in plan['stages']
-      if x['name'] in trained
+      (x, trained[x['name']]) for x in plan['stages'] if x['name'] in trained
     ]
     yield Table(_MEASURED, found, 'Planned against measured')
   else:
@@ -72,6 +70,12 @@ def planned(run: RunFiles) -> Iterator[Part]:
     )
   if plan['notes']:
     yield plan['notes']
+
+
+def _chip_rate(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> float:
+  """Returns the mean of images/s a chip over the epochs of a stage."""
+  rates = [row['images_per_second'] for row in stage['epochs']]
+  return statistics.mean(rates) / plan['num_chips']
 
 
 def _largest(stage: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -56,8 +56,8 @@ nav a:hover { text-decoration: underline; }
 .tile { padding: .2rem 0; }
 .tile b { display: block; font-size: 1.55rem; line-height: 1.2; }
 .tile span { color: var(--soft); font-size: .87rem; }
-.tile.first b { font-size: 2.9rem; letter-spacing: -.03em; line-height: 1.05; }
-.tile.first { grid-column: span 2; }
+.first { grid-column: span 2; }
+.first b { font-size: 2.9rem; letter-spacing: -.03em; line-height: 1.05; }
 .card { background: var(--card); border-radius: 10px; padding: 1rem 1.1rem; }
 .card h3 { margin: 0; display: flex; flex-wrap: wrap; gap: 0 .5rem;
   align-items: baseline; justify-content: space-between;
@@ -186,7 +186,7 @@ footer { color: var(--soft); font-size: .83rem; margin: 4rem 0 2.5rem; }
 @media (max-width: 560px) {
   body { font-size: 15px; }
   h1 { font-size: 1.55rem; }
-  .tile.first b { font-size: 2.4rem; }
+  .first b { font-size: 2.4rem; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .rows { gap: .5rem .6rem; }
   .rows > span { max-width: 6.5rem; }
