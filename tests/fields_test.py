@@ -127,7 +127,7 @@ def test_comparisons_and_searches_ask_the_same_declaration(tmp_path):
   # What is drawn between them is no whole number.
   search.search = ({'field': 'stages[0].batch_size', 'uniform': (32, 64)},)
   with pytest.raises(errors.UserError, match='must be a whole number'):
-    tune.check(search)
+    tune.create_space(search)
   path = tmp_path / 'config.json'
   saved = config_lib.to_json(stages.complete(tiny_config.get_config()))
   saved['stages'][0]['batch_size'] = '64'

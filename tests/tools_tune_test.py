@@ -58,7 +58,7 @@ def create_config(data_dir='data', **fields):
       },
       'adamx',
     ),
-    ({'sampler': 'grid'}, 'one of random, tpe'),
+    ({'sampler': 'grid'}, "Unknown sampler 'grid'"),
     ({'num_trials': 0}, 'num_trials is 0; it must be at least 1'),
     ({'timeout_minutes': -1}, 'must be at least 0'),
     ({'only': ('four',)}, 'four'),

@@ -10,25 +10,31 @@ import io
 import json
 import math
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import optuna
 import rich.box
 import rich.console
 import rich.table
+import sqlalchemy
 from ml_collections import config_dict
+from optuna import distributions
+from optuna.trial import TrialState
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, formats, paths, stages
 from jaxprog.comparison import statistics
 from jaxprog.data import workers
+from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import lock, signals
 from jaxprog.training import ladder, loop, preflight
 
+Space = dict[str, distributions.BaseDistribution]
+
 _KINDS = ('choice', 'integer', 'log', 'uniform')
-_SAMPLERS = ('random', 'tpe')
-_PRUNERS = ('hyperband', 'median', 'none')
 _STUDY = 'jaxprog'
 
 
@@ -47,116 +53,105 @@ def tune(
   workdir = paths.workdir(workdir)
   if isinstance(config, str):
     config = config_lib.load_config(config)
-  check(config)
+  space = create_space(config)
   preflight.launch(stages.complete(config.base), workdir, only=config.only)
   with signals.StopRequest(), lock.Lock(workdir):
     study = _open_study(config, workdir)
     _check_same_search(config, study, workdir)
     _enqueue_unfinished(study)
-    left = config.num_trials - _count_finished(study)
-    if left > 0:
-      try:
-        study.optimize(
-          lambda trial: _run_trial(config, workdir, trial),
-          n_trials=left,
-          timeout=60 * config.timeout_minutes or None,
-        )
-      except _LeaveRunning as e:
-        raise e.stopped from None
+    deadline = time.monotonic() + (60 * config.timeout_minutes or math.inf)
+    states = TrialState.COMPLETE, TrialState.PRUNED
+    left = config.num_trials - len(study.get_trials(states=states))
+    while left > 0 and time.monotonic() < deadline:
+      _run_trial(config, workdir, study, space)
+      left -= 1
     found = _describe(study)
     _write(config, workdir, found)
   _show(config, workdir, found)
   return found
 
 
-class _LeaveRunning(BaseException):
-  """Passes Optuna, which takes any Exception for a trial that has failed."""
+def create_space(config: config_dict.ConfigDict) -> Space:
+  """Returns what each field that is searched is drawn from.
 
-  def __init__(self, stopped: errors.Stopped):
-    super().__init__(str(stopped))
-    self.stopped = stopped
-
-
-def check(config: config_dict.ConfigDict) -> None:
-  """Raises UserError for the first mistake in a search."""
-  for field, choices in (('sampler', _SAMPLERS), ('pruner', _PRUNERS)):
-    if config.get(field) not in choices:
-      raise errors.UserError(
-        f'{field} is {config.get(field)!r}; it is one of {", ".join(choices)}.',
-        f'config.{field}',
-        'Start from tune_default.',
-      )
-  for field, least in (('num_trials', 1), ('timeout_minutes', 0)):
-    if not config[field] >= least:
-      raise errors.UserError(
-        f'{field} is {config[field]}; it must be at least {least}.',
-        f'config.{field}',
-      )
+  Raises:
+    UserError: for the first mistake in a search.
+  """
+  if 'search' not in config:
+    raise errors.UserError(
+      'This config is no search: it has no search.',
+      '--mode=tune',
+      'Start from tune_default.',
+    )
+  for field in (
+    Field('sampler', str, None, choices=('random', 'tpe')),
+    Field('pruner', str, None, choices=('hyperband', 'median', 'none')),
+    Field('num_trials', int, None, within='[1, inf)'),
+    Field('timeout_minutes', float, None),
+  ):
+    field.check(config[field.name], 'config')
   if not config.search:
     raise errors.UserError(
       'There is nothing to search.',
       'config.search',
       "Write {'field': 'stages[-1].learning_rate', 'log': (1e-4, 1e-1)}.",
     )
-  for entry in config.search:
-    _check_entry(entry)
+  space = {x.get('field'): _create_distribution(x) for x in config.search}
   found = [
     path
-    for entry in config.search
+    for x in config.search
     for path in config_lib.locate(
-      config.base, entry['field'], f'config.search: {entry["field"]}'
+      config.base, x['field'], f'config.search: {x["field"]}'
     )
   ]
   for path in found:
     if found.count(path) > 1:
       raise errors.UserError(f'{path} is searched twice.', 'config.search')
-  firsts = {entry['field']: _extremes(entry)[0] for entry in config.search}
-  for entry in config.search:
-    for value in _extremes(entry):
-      ladder = _create_ladder(config, {**firsts, entry['field']: value})
+  firsts = {field: _extremes(drawn)[0] for field, drawn in space.items()}
+  for field, drawn in space.items():
+    for value in _extremes(drawn):
+      ladder = _create_ladder(config, {**firsts, field: value})
       stages.select(stages.create_stages(ladder), config.only)
+  return space
 
 
-def _check_entry(entry: Mapping[str, Any]) -> None:
+def _create_distribution(
+  entry: Mapping[str, Any],
+) -> distributions.BaseDistribution:
   where = f'config.search: {dict(entry)}'
-  kinds = [kind for kind in _KINDS if kind in entry]
-  if 'field' not in entry or len(kinds) != 1 or len(entry) != 2:
+  kind = next((kind for kind in _KINDS if kind in entry), '')
+  if set(entry) != {'field', kind}:
     raise errors.UserError(
       f"An entry has 'field' and one of {', '.join(_KINDS)}.", where
     )
-  low, high = _ends(entry)
-  if kinds[0] != 'choice' and not (
-    len(entry[kinds[0]]) == 2
-    and all(
-      isinstance(x, int if kinds[0] == 'integer' else int | float)
-      for x in (low, high)
-    )
-    and low < high
-    and math.isfinite(high)
-    and (low > 0 or kinds[0] != 'log')
+  values = entry[kind]
+  if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+    raise errors.UserError(f'{values!r} is no list of values.', where)
+  if kind == 'choice':
+    return distributions.CategoricalDistribution(values)
+  whole, log = kind == 'integer', kind == 'log'
+  if not (
+    len(values) == 2
+    and all(isinstance(x, int if whole else int | float) for x in values)
+    and values[0] < values[1] < math.inf
+    and (values[0] > 0 or not log)
   ):
     raise errors.UserError(
-      f'{kinds[0]} needs two {"whole " if kinds[0] == "integer" else ""}'
-      f'numbers, the lower one first'
-      f'{" and above 0" if kinds[0] == "log" else ""}.',
+      f'{kind} needs two {"whole " * whole}numbers, the lower one first'
+      f'{" and above 0" * log}.',
       where,
     )
+  low, high = values
+  if whole:
+    return distributions.IntDistribution(low, high)
+  return distributions.FloatDistribution(low, high, log=log)
 
 
-def _ends(entry: Mapping[str, Any]) -> tuple[Any, Any]:
-  values = next(entry[kind] for kind in _KINDS if kind in entry)
-  if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-    raise errors.UserError(
-      f'{values!r} is no list of values.', f'config.search: {dict(entry)}'
-    )
-  return values[0], values[-1]
-
-
-def _extremes(entry: Mapping[str, Any]) -> Sequence[Any]:
-  """Returns every choice, or both ends of a range as what is drawn from it."""
-  if 'choice' in entry:
-    return entry['choice']
-  return _ends(entry) if 'integer' in entry else [*map(float, _ends(entry))]
+def _extremes(drawn: Any) -> Sequence[Any]:
+  """Returns every choice, or both ends of a range."""
+  if isinstance(drawn, distributions.CategoricalDistribution):
+    return drawn.choices
+  return drawn.low, drawn.high
 
 
 def _create_ladder(
@@ -169,21 +164,32 @@ def _create_ladder(
   return stages.complete(trial)
 
 
-def _open_study(config: config_dict.ConfigDict, workdir: pathlib.Path) -> Any:
-  import optuna  # Half a second, for this mode alone.
-  import sqlalchemy
-
+def _open_study(
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> optuna.Study:
   # Written out by hand, ? and # in a name would end it.
   storage = sqlalchemy.engine.URL.create(
     'sqlite', database=str((workdir / 'tune.db').absolute())
   )
   optuna.logging.set_verbosity(optuna.logging.WARNING)
+  match config.pruner:
+    case 'median':
+      pruner: Any = optuna.pruners.MedianPruner(
+        n_startup_trials=config.pruner_startup_trials,
+        n_warmup_steps=config.pruner_warmup_epochs,
+      )
+    case 'hyperband':
+      pruner = optuna.pruners.HyperbandPruner(
+        min_resource=max(1, config.pruner_warmup_epochs)
+      )
+    case _:
+      pruner = optuna.pruners.NopPruner()
   study = optuna.create_study(
     study_name=_STUDY,
     storage=storage.render_as_string(),
     direction='maximize',
     load_if_exists=True,
-    pruner=_create_pruner(config),
+    pruner=pruner,
   )
   # From the same seed, every start would draw the first trials again.
   seed = config.sampler_seed + len(study.get_trials())
@@ -195,7 +201,7 @@ def _open_study(config: config_dict.ConfigDict, workdir: pathlib.Path) -> Any:
 
 
 def _check_same_search(
-  config: config_dict.ConfigDict, study: Any, workdir: pathlib.Path
+  config: config_dict.ConfigDict, study: optuna.Study, workdir: pathlib.Path
 ) -> None:
   """Raises UserError if what lies there is a search for something else."""
   searched = json.dumps([[dict(x) for x in config.search], list(config.only)])
@@ -210,61 +216,35 @@ def _check_same_search(
   study.set_user_attr('search', [base, searched])
 
 
-def _create_pruner(config: config_dict.ConfigDict) -> Any:
-  import optuna
-
-  match config.pruner:
-    case 'median':
-      return optuna.pruners.MedianPruner(
-        n_startup_trials=config.pruner_startup_trials,
-        n_warmup_steps=config.pruner_warmup_epochs,
-      )
-    case 'hyperband':
-      return optuna.pruners.HyperbandPruner(
-        min_resource=max(1, config.pruner_warmup_epochs)
-      )
-  return optuna.pruners.NopPruner()
-
-
-def _enqueue_unfinished(study: Any) -> None:
+def _enqueue_unfinished(study: optuna.Study) -> None:
   """Asks again for trials that came to no end, in the same directories."""
-  import optuna
-
-  failed = optuna.trial.TrialState.FAIL
   last = {t.user_attrs.get('directory', ''): t for t in study.get_trials()}
   for directory, trial in last.items():
-    if trial.state == optuna.trial.TrialState.RUNNING:
-      study.tell(trial.number, state=failed)
-    elif trial.state != failed:
+    if trial.state == TrialState.RUNNING:
+      study.tell(trial.number, state=TrialState.FAIL)
+    elif trial.state != TrialState.FAIL:
       continue
     if directory and trial.params:
       study.enqueue_trial(trial.params, user_attrs={'directory': directory})
 
 
-def _count_finished(study: Any) -> int:
-  import optuna
-
-  states = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
-  return len(study.get_trials(states=states))
-
-
 def _run_trial(
-  config: config_dict.ConfigDict, workdir: pathlib.Path, trial: Any
-) -> float:
-  """Returns the best top-1 of the last stage of a trial.
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  study: optuna.Study,
+  space: Space,
+) -> None:
+  """Tells the study the best top-1 of the last stage of its next trial.
 
   A trial whose loss stays not finite is worth 0: the search must learn from
-  it.
+  it. One that ends otherwise stays under way, for the next start.
   """
-  import optuna
-
+  trial = study.ask(space)
   directory = trial.user_attrs.get('directory', f'{trial.number:04d}')
   trial.set_user_attr('directory', directory)
-  values = {x['field']: _suggest(trial, x) for x in config.search}
-  config_of_trial = _create_ladder(config, values)
+  config_of_trial = _create_ladder(config, trial.params)
   chosen = stages.select(stages.create_stages(config_of_trial), config.only)
   last = chosen[-1].name
-
   reported = set()
 
   def report(row):
@@ -279,7 +259,7 @@ def _run_trial(
         raise optuna.TrialPruned
 
   console = rich.console.Console(markup=False)
-  shown = ', '.join(f'{k}={_short(v)}' for k, v in values.items())
+  shown = ', '.join(f'{k}={_short(v)}' for k, v in trial.params.items())
   console.print(f'trial {directory}: {shown}', highlight=False, soft_wrap=True)
   try:
     history = ladder.train(
@@ -288,31 +268,22 @@ def _run_trial(
       only=[stage.name for stage in chosen],
       on_epoch=on_epoch,
     )
-  except errors.Stopped as e:
-    raise _LeaveRunning(e) from None
+  except optuna.TrialPruned:
+    study.tell(trial, state=TrialState.PRUNED)
+    return
   except loop.SkippedTooOftenError as e:
     trial.set_user_attr('error', str(e)[:500])
-    return 0.0
+    study.tell(trial, 0.0)
+    return
   stage = history_lib.find_stage(history, last) or {}
   trial.set_user_attr('num_images', stage.get('num_eval_images', 0))
   for row in stage.get('epochs', ()):
     if row['epoch'] not in reported:  # It was trained by an earlier start.
       report(row)
-  return (stage.get('best') or {'top1': 0.0})['top1']
+  study.tell(trial, (stage.get('best') or {'top1': 0.0})['top1'])
 
 
-def _suggest(trial: Any, entry: Mapping[str, Any]) -> Any:
-  name = entry['field']
-  if 'choice' in entry:
-    return trial.suggest_categorical(name, list(entry['choice']))
-  if 'integer' in entry:
-    return trial.suggest_int(name, *entry['integer'])
-  if 'log' in entry:
-    return trial.suggest_float(name, *map(float, entry['log']), log=True)
-  return trial.suggest_float(name, *map(float, entry['uniform']))
-
-
-def _describe(study: Any) -> dict[str, Any]:
+def _describe(study: optuna.Study) -> dict[str, Any]:
   """Returns what JSON can hold of all trials that came to an end."""
   trials = [
     {
