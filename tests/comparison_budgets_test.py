@@ -12,9 +12,9 @@ KINDS = ('epochs', 'images', 'flops')
 
 def cost(name, num_epochs, per_epoch, images, flops):
   """Returns the cost of a stage whose steps are all alike."""
-  total = round(num_epochs * per_epoch)
-  segments = (budgets.Segment(0, images, flops),)
-  return budgets.StageCost(name, num_epochs, total, segments)
+  phases = (epochs.Phase(0, 0, per_epoch, images),)
+  steps = epochs.Steps(phases, round(num_epochs * per_epoch))
+  return budgets.StageCost(name, num_epochs, steps, {(0, False): flops})
 
 
 @pytest.fixture(scope='module')
@@ -29,16 +29,10 @@ def ladder(data_dir):
 
 
 def test_a_stage_costs_what_its_steps_do_whatever_they_are():
-  stage = budgets.StageCost(
-    'x',
-    3.0,
-    30,
-    (
-      budgets.Segment(0, 8, 1.0),
-      budgets.Segment(10, 8, 5.0),
-      budgets.Segment(20, 16, 7.0),
-    ),
-  )
+  phases = epochs.Phase(0, 0, 20, 8), epochs.Phase(1, 20, 10, 16)
+  steps = epochs.Steps(phases, 30, frozen=10)
+  flops = {(0, True): 1.0, (0, False): 5.0, (1, False): 7.0}
+  stage = budgets.StageCost('x', 3.0, steps, flops)
   assert stage.at(0) == (0, 0.0)
   assert stage.at(10) == (80, 10.0)
   assert stage.at(13) == (8 * 13, 10 * 1 + 3 * 5.0)
@@ -54,10 +48,10 @@ def test_flops_are_those_of_the_step_that_training_compiles(
   task = setup_lib.create_task(setup, setup.chosen[0])
   (program,) = task.train_steps
   traced = costs.trace_train_step(task, program)
-  assert found.total_steps == 2 * (NUM_IMAGES // 48)
-  assert found.total('images') == found.total_steps * 48
+  assert found.steps.total == 2 * (NUM_IMAGES // 48)
+  assert found.total('images') == found.steps.total * 48
   per_step = costs.count_flops(traced.jaxpr)
-  assert found.total('flops') == pytest.approx(found.total_steps * per_step)
+  assert found.total('flops') == pytest.approx(found.steps.total * per_step)
 
 
 def test_a_frozen_backbone_and_smaller_images_cost_less(meter, ladder):
@@ -65,11 +59,10 @@ def test_a_frozen_backbone_and_smaller_images_cost_less(meter, ladder):
   stage.freeze_epochs = 1.0
   stage.phases = ({'from_epoch': 1, 'image_size': 16},)
   (found,) = meter.measure(ladder, ())
-  frozen, large = found.segments
-  assert (frozen.first_step, large.first_step) == (0, 29)
-  assert frozen.images == large.images == 48
+  images, frozen = found.at(29)
+  assert images == 29 * 48
   # Without the backbone's gradients; four times the pixels.
-  assert large.flops > 4 * frozen.flops > 0
+  assert found.total('flops') - frozen > 4 * frozen > 0
 
 
 def test_lengths_that_cost_the_same_as_a_ladder_of_two_stages():
@@ -129,8 +122,8 @@ def test_what_a_hand_over_computes_is_counted(meter, ladder, fields, passes):
   assert alone.handover == (0, 0)
 
 
-def test_seconds_count_what_was_measured_before_the_last_stage():
-  assert budgets.equal_seconds(100.0, 20.0, 8.0, '') == pytest.approx(10.0)
+def test_what_is_left_of_measured_seconds_is_spent_on_the_last_stage():
+  assert budgets.fit_epochs(80.0, 8.0, 1.0, '') == pytest.approx(10.0)
 
 
 def test_stages_that_take_all_of_a_budget_are_a_mistake():
@@ -139,7 +132,7 @@ def test_stages_that_take_all_of_a_budget_are_a_mistake():
     budgets.equal_epochs(40.0, (first, last), 'flops', "cell 'x'")
   assert e.value.where == "cell 'x'"
   with pytest.raises(errors.UserError):
-    budgets.equal_seconds(10.0, 10.0, 1.0, '')
+    budgets.fit_epochs(0.0, 1.0, 1.0, '')
 
 
 def test_a_schedule_keeps_its_shape_when_a_stage_is_shortened(ladder):

@@ -121,9 +121,8 @@ def test_a_grid_is_found_only_where_every_pair_is_a_cell(grid_runs):
   assert grid.columns == ('one_cycle', 'cosine', 'step', 'polynomial')
   assert figures.find_grid(grid_runs[3:]) is None
   assert figures.find_grid(grid_runs[:6]) is None
-  assert figures.find_grid(grid_runs, ('optimizer', 'depth')) is None
-  swapped = figures.find_grid(grid_runs, ('schedule', 'optimizer'))
-  assert swapped.rows == grid.columns
+  labels = [{**r, 'labels': {'x': r['seed'], 'y': 1}} for r in grid_runs]
+  assert figures.find_grid(labels) is None
 
 
 def test_cells_without_a_grid_stand_in_the_order_of_their_means(arm_runs):
@@ -179,7 +178,7 @@ def test_a_ladder_has_a_panel_for_each_cost(arm_runs):
 
 
 def test_ladders_start_where_their_earlier_stages_end(arm_runs):
-  images = figures.draw_ladder(arm_runs).axes[0]
+  images = figures.draw_ladder(arm_runs, 0.3).axes[0]
   starts = {line.get_label(): line.get_xdata()[0] for line in images.lines}
   assert starts['ladder (n = 3)'] == 12000
   assert starts['last stage alone, equal FLOPs (n = 3)'] == 1000
@@ -193,17 +192,18 @@ def test_seeds_that_share_no_costs_are_drawn_one_by_one():
     for i, point in enumerate(curve):
       point['images'] = point['flops'] = 1000.0 * (i + 1)
     runs.append(create_run('ladder', seed, curve=curve))
-  figure = figures.draw_ladder(runs)
+  figure = figures.draw_ladder(runs, 0.3)
   images, _, seconds = figure.axes
-  assert len(images.get_lines()) == 2
-  assert len(seconds.get_lines()) == 3
+  # The last one is the target's.
+  assert len(images.get_lines()) == 3
+  assert len(seconds.get_lines()) == 4
   assert seconds.get_xlim()[1] > 900
   assert 'single seeds' in ' '.join(text for text, _ in texts_of(figure))
   check_texts(figure)
 
 
 def test_arms_look_different(arm_runs):
-  images = figures.draw_ladder(arm_runs).axes[0]
+  images = figures.draw_ladder(arm_runs, 0.3).axes[0]
   lines = [line for line in images.lines if 'n = ' in line.get_label()]
   assert len({line.get_color() for line in lines}) == len(lines) == 7
   dashes = {line.get_label()[:6]: line.get_linestyle() for line in lines}
@@ -243,18 +243,20 @@ def test_long_names_stay_on_the_canvas(grid_runs):
 
 def test_pictures_are_written(tmp_path, grid_runs, arm_runs):
   path = tmp_path / 'optimizer_scheduler_comparison.png'
-  figures.plot_comparison(grid_runs, path)
+  assert figures.plot(tmp_path, grid_runs, 0.3) == path
   heat = matplotlib.image.imread(path)
-  figures.plot_comparison(arm_runs, path, reference='ladder')
+  alone = [{**run, 'boundaries': []} for run in arm_runs]
+  assert figures.plot(tmp_path, alone, 0.3) == path
   assert matplotlib.image.imread(path).shape != heat.shape
-  figures.plot_ladder(arm_runs, tmp_path / 'ladder.png', target=0.3)
-  assert matplotlib.image.imread(tmp_path / 'ladder.png').shape[1] == 1820
+  path = figures.plot(tmp_path, arm_runs, 0.3)
+  assert path.name == 'ladder_comparison.png'
+  assert matplotlib.image.imread(path).shape[1] == 1820
 
 
 def terminal(runs, reference):
   console = rich.console.Console(width=80, file=io.StringIO())
   summaries = tables.summarize(runs, reference)
-  console.print(tables.comparison_table(summaries, reference))
+  console.print(tables.render(summaries, reference))
   return console.file.getvalue()
 
 
@@ -299,11 +301,6 @@ def test_a_summary_adjusts_p_values_for_the_number_of_cells():
   }
 
 
-def test_an_unknown_reference_is_an_error(grid_runs):
-  with pytest.raises(ValueError, match='No cell'):
-    tables.summarize(grid_runs, 'nothing')
-
-
 def test_a_cell_without_a_finished_run_stays_in_the_table():
   runs = [
     create_run('a', 0, 0.4),
@@ -315,11 +312,14 @@ def test_a_cell_without_a_finished_run_stays_in_the_table():
 
 
 def test_every_run_and_every_cell_is_a_row(tmp_path, grid_runs):
-  tables.write_csv(tmp_path / 'runs.csv', tables.run_rows(grid_runs))
   summaries = tables.summarize(grid_runs, 'sgd / one_cycle')
-  tables.write_csv(tmp_path / 'cells.csv', tables.cell_rows(summaries))
-  runs = list(csv.DictReader((tmp_path / 'runs.csv').open()))
-  cells = list(csv.DictReader((tmp_path / 'cells.csv').open()))
+  described = [
+    {'name': x.cell, 'control': False, 'flops_per_image': 1.0, 'tuning': None}
+    for x in summaries
+  ]
+  tables.write(tmp_path, grid_runs, described)
+  runs = list(csv.DictReader((tmp_path / 'comparison_runs.csv').open()))
+  cells = list(csv.DictReader((tmp_path / 'comparison_cells.csv').open()))
   assert (len(runs), len(cells)) == (60, 20)
   assert runs[-1]['status'] == 'diverged'
   assert runs[0]['override:optimizer'] == 'sgd'
@@ -334,9 +334,10 @@ def test_every_run_and_every_cell_is_a_row(tmp_path, grid_runs):
 
 
 def test_a_row_has_the_figures_in_percent(grid_runs):
-  _, cosine, *_ = tables.summarize(grid_runs, 'sgd / one_cycle')
+  summaries = tables.summarize(grid_runs, 'sgd / one_cycle')
+  accuracies, _ = tables.tabulate(summaries)
   row = 'sgd / cosine', '3', '58.02', '1.17', '[55.12, 60.91]'
-  assert tables.accuracy_row(cosine)[:5] == row
+  assert accuracies.rows[1][:5] == row
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import comparison_fixture as fixture
@@ -15,7 +16,7 @@ def create_result(runs):
     'finished': True,
     'reference': runs[0]['cell'],
     'verdicts': ['<b>The ladder pays</b>.', 'a against b: no difference.'],
-    'runs': [{**run, 'resumed': 0} for run in runs],
+    'runs': runs,
     'cells': [
       {'name': name, 'stages': ['x'], 'overrides': {'y': 1}, 'equal': ''}
       for name in cells
@@ -29,7 +30,7 @@ def workdir(tmp_path_factory):
   runs = fixture.create_arms()
   result = create_result(runs)
   (workdir / 'comparison.json').write_text(json.dumps(result))
-  figures.plot_ladder(runs, workdir / 'ladder_comparison.png', target=0.1)
+  figures.plot(workdir, runs, target=0.1)
   report.write_report([workdir])
   return workdir
 
@@ -37,8 +38,9 @@ def workdir(tmp_path_factory):
 def test_the_page_has_the_figures_of_the_table(workdir):
   result = json.loads((workdir / 'comparison.json').read_text())
   text = (workdir / 'report.html').read_text()
-  for summary in tables.summarize(result['runs'], result['reference']):
-    for cell in (*tables.accuracy_row(summary), *tables.cost_row(summary)):
+  summaries = tables.summarize(result['runs'], result['reference'])
+  for table in tables.tabulate(summaries):
+    for cell in (*table.titles, *itertools.chain(*table.rows)):
       assert cell == '-' or page.markup.join(cell) in text
   assert 'data:image/png;base64,' in text
 
@@ -63,11 +65,11 @@ WHOLE = create_result(fixture.create_arms(1))
     ([], 'no object'),
     ({}, 'version is none'),
     ({**WHOLE, 'version': 1}, 'version is 1, not 2'),
-    (without(WHOLE, 'reference'), 'lacks reference'),
-    ({**WHOLE, 'runs': None}, 'runs is no list'),
-    ({**WHOLE, 'runs': [{'cell': 'ladder'}]}, 'entry of runs'),
-    ({**WHOLE, 'cells': ['ladder']}, 'entry of cells'),
-    ({**WHOLE, 'reference': 'other'}, 'no run'),
+    (without(WHOLE, 'reference'), "lacks 'reference'"),
+    ({**WHOLE, 'runs': None}, 'not iterable'),
+    ({**WHOLE, 'runs': [{'cell': 'ladder'}]}, "lacks 'seed'"),
+    ({**WHOLE, 'cells': ['ladder']}, 'must be integers'),
+    ({**WHOLE, 'reference': 'other'}, "lacks 'other'"),
   ],
 )
 def test_a_damaged_or_foreign_comparison_is_said(tmp_path, damaged, why):

@@ -61,12 +61,6 @@ def test_one_value_has_no_interval():
   assert found.p_value is None
 
 
-@pytest.mark.parametrize('values', [[], [1, math.nan], [1, math.inf]])
-def test_no_value_and_no_number_are_errors(values):
-  with pytest.raises(ValueError, match='finite'):
-    estimate(values)
-
-
 @pytest.mark.parametrize('n', [3, 5, 10])
 def test_intervals_cover_the_mean_in_95_of_100_cases(n):
   trials = 2000
@@ -371,11 +365,6 @@ def test_runs_that_failed_or_diverged_have_no_score():
 def test_the_final_accuracy_is_not_the_best_one():
   found = statistics.final_scores([run('a', 0, 0.3, best_top1=0.9)])
   assert found[0].top1 == 0.3
-
-
-def test_interpolated_curves_end_where_they_end():
-  found = statistics.interpolate_curve([1, 3], [0.0, 1.0], [0, 1, 1.5, 3, 4])
-  np.testing.assert_allclose(found, [np.nan, 0, 0.25, 1, np.nan])
 
 
 def test_a_mean_curve_lies_on_the_costs_that_all_runs_have():

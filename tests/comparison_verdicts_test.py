@@ -16,7 +16,7 @@ def estimate(finals):
 
 def arm(name, level, spread=SPREAD, **fields):
   finals = [level + x for x in spread]
-  return verdicts.Arm(name, cell(name, finals, **fields))
+  return cell(name, finals, **fields)
 
 
 def at_target(name, costs, finals):
@@ -25,7 +25,7 @@ def at_target(name, costs, finals):
   for seed, (cost, final) in enumerate(zip(costs, finals, strict=True)):
     curve = comparison_fixture.create_curve([0.3, final], step=1000 * cost)
     runs.append(run(name, seed, final, curve=curve))
-  return verdicts.Arm(name, runs)
+  return runs
 
 
 def sentence(a, b, axis='flops'):
@@ -107,7 +107,7 @@ def test_unequal_numbers_of_runs_that_pair():
 
 def test_unequal_numbers_of_runs_that_do_not_pair():
   a = arm('a', 0.4)
-  b = verdicts.Arm('b', [run('b', 7, 0.4), run('b', 8, 0.41)])
+  b = [run('b', 7, 0.4), run('b', 8, 0.41)]
   assert verdicts.accuracy_sentence(a, b) == (
     'final accuracy -0.5 [-3.0, 2.0] points: too few runs to tell, n = 3 and '
     '2, unpaired'
@@ -135,9 +135,9 @@ def test_runs_without_any_spread_are_as_uncertain_as_their_images():
 
 def test_runs_that_are_not_in_the_mean_are_said():
   a = arm('the ladder', 0.4)
-  a.runs.append(run('a', 3, status='diverged'))
-  a.runs.append(run('a', 4, status='failed'))
-  b = verdicts.Arm('b', [*arm('b', 0.4).runs, run('b', 3, status='failed')])
+  a.append(run('a', 3, status='diverged'))
+  a.append(run('a', 4, status='failed'))
+  b = [*arm('b', 0.4), run('b', 3, status='failed')]
   assert verdicts.lost_runs(a, b) == [
     'of 5 runs of the ladder 1 diverged and 1 failed, not in the mean',
     'of 4 runs of b 1 failed, not in the mean',
@@ -184,7 +184,7 @@ def test_one_run_each_answers_nothing():
 
 def test_an_arm_whose_runs_diverge_does_not_win_by_those_that_are_left():
   a, b = arm('the ladder', 0.5), arm('the control', 0.4)
-  a.runs.append(run('a', 3, status='diverged'))
+  a.append(run('a', 3, status='diverged'))
   found = verdicts.answer(a, b)
   assert (found.word, found.reason) == (
     'not shown',
@@ -192,7 +192,7 @@ def test_an_arm_whose_runs_diverge_does_not_win_by_those_that_are_left():
   )
   # It may lose by them, though.
   assert verdicts.answer(b, a).word == 'not shown'
-  worse = verdicts.Arm('c', [*arm('c', 0.3).runs, a.runs[-1]])
+  worse = [*arm('c', 0.3), a[-1]]
   assert verdicts.answer(worse, b).word == 'does not pay'
 
 

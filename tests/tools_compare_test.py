@@ -273,12 +273,10 @@ def test_seconds_that_leave_no_room_fail_one_run_and_not_the_comparison(
   config.grid = ({'num_filters': (4, 8)},)
   config.budget = 'seconds'
   first, other = cells.create_cells(config)
-  comparison = tool.Comparison(
-    config, tmp_path, (first, other), tool.budgets.Meter(), None, 1
-  )
+  comparison = tool.Comparison(config, tmp_path, (first, other), None)
   reference = {'status': 'done', 'boundaries': [{'seconds': 1.0}]}
   # Handing over takes all there is; then a length of less than one step.
-  for timing in ({'handover': 2.0, 'ten': 1.0}, {'handover': 0.0, 'ten': 1e9}):
+  for timing in ((2.0, 1.0), (0.0, 1e9)):
     planned, outcome = tool._run_cell(comparison, other, 0, reference, timing)
     assert (outcome['status'], outcome['shared']) == ('failed', [])
     assert "cell 'num_filters_8'" in outcome['error']
@@ -327,10 +325,8 @@ def test_mistakes_in_any_cell_stop_it_before_anything_is_written(
 
 def plan(config, workdir, cell, seed=0):
   found = {c.name: c for c in cells.create_cells(config)}[cell]
-  comparison = tool.Comparison(
-    config, workdir, (found,), tool.budgets.Meter(), None, 1
-  )
-  return tool._plan_run(comparison, found, seed)
+  comparison = tool.Comparison(config, workdir, (found,), None)
+  return comparison.plan_run(found, seed)
 
 
 def test_an_operator_that_computes_pays_for_it(data_dir, tmp_path):
@@ -339,14 +335,12 @@ def test_an_operator_that_computes_pays_for_it(data_dir, tmp_path):
   config.operators = ({'name': 'dash', 'fields': {'transfer': 'dash'}},)
   config.controls = False
   chosen = cells.create_cells(config)
-  comparison = tool.Comparison(
-    config, tmp_path, chosen, tool.budgets.Meter(), None, 1
-  )
+  comparison = tool.Comparison(config, tmp_path, chosen, None)
   costs = {}
   for kind in ('flops', 'own'):
     config.budget = kind
     plain, dash = (
-      tool._plan_run(comparison, cell, 0) for cell in cells.create_cells(config)
+      comparison.plan_run(cell, 0) for cell in cells.create_cells(config)
     )
     costs[kind] = [
       sum(cost.total('flops') for cost in run.costs) for run in (plain, dash)
@@ -361,7 +355,7 @@ def test_an_operator_that_computes_pays_for_it(data_dir, tmp_path):
   def stage(cost, first_step):
     row = {
       'epoch': cost.num_epochs,
-      'global_step': first_step + cost.total_steps,
+      'global_step': first_step + cost.steps.total,
       'seconds': 1.0,
       'val_top1': 0.5,
     }
@@ -370,7 +364,7 @@ def test_an_operator_that_computes_pays_for_it(data_dir, tmp_path):
 
   history = {
     'version': 1,
-    'stages': [stage(three, 0), stage(ten, three.total_steps)],
+    'stages': [stage(three, 0), stage(ten, three.steps.total)],
   }
   files.write_json(dash.workdir / 'training_history.json', history)
   outcome = {'status': 'done', 'error': '', 'shared': []}

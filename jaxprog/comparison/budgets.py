@@ -1,9 +1,10 @@
 """What training costs, and how long a cell trains so that all cost the same.
 
 Costs are optimizer steps told in images, FLOPs and epochs: known before
-anything runs. Seconds are measured; see `equal_seconds`.
+anything runs. Seconds are measured.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,17 +22,9 @@ from jaxprog.training import setup as setup_lib
 # Fields of a stage that are counted in its epochs.
 _IN_EPOCHS = [x.name for x in fields.STAGE.values() if x.unit == 'epochs']
 
-# FLOPs of one step, by the index of its phase and whether only the head trains.
+# FLOPs of one step, forward, backward and update, by the index of its phase and
+# whether only the head trains.
 StepFlops = Mapping[tuple[int, bool], float]
-
-
-class Segment(NamedTuple):
-  """Steps that cost the same, from `first_step` of a stage on."""
-
-  first_step: int
-  images: int
-  # Forward, backward and update.
-  flops: float
 
 
 class HandOver(NamedTuple):
@@ -46,23 +39,23 @@ class StageCost(NamedTuple):
 
   name: str
   num_epochs: float
-  total_steps: int
-  segments: tuple[Segment, ...]
+  steps: epochs_lib.Steps
+  step_flops: StepFlops
   handover: HandOver = HandOver()
 
   def at(self, step: int) -> tuple[int, float]:
     """Returns the images and FLOPs of the first `step` steps."""
     images, flops = 0, 0.0
-    ends = [s.first_step for s in self.segments[1:]] + [self.total_steps]
-    for segment, end in zip(self.segments, ends, strict=True):
-      count = max(0, min(step, end) - segment.first_step)
-      images += count * segment.images
-      flops += count * segment.flops
+    bounds = [*_starts(self.steps), self.steps.total]
+    for start, end in itertools.pairwise(bounds):
+      count = max(0, min(step, end) - start)
+      images += count * self.steps.phase(start).batch_size
+      flops += count * self.step_flops[_kind(self.steps, start)]
     return images, flops
 
   def steps_total(self, kind: str) -> float:
     """Returns the 'epochs', 'images' or 'flops' of all steps."""
-    images, flops = self.at(self.total_steps)
+    images, flops = self.at(self.steps.total)
     return {'epochs': self.num_epochs, 'images': images, 'flops': flops}[kind]
 
   def total(self, kind: str) -> float:
@@ -102,10 +95,17 @@ class Meter:
     costs = []
     for index, stage in enumerate(chosen):
       found = self._found[_key(ladder, stage)]
-      cost = count_cost(stage, found.num_train_images, found.step_flops)
-      if index or stage.init_from:
-        cost = cost._replace(handover=found.handover)
-      costs.append(cost)
+      steps = epochs_lib.count_steps(stage, found.num_train_images)
+      handed = index or stage.init_from
+      costs.append(
+        StageCost(
+          stage.name,
+          stage.num_epochs,
+          steps,
+          found.step_flops,
+          found.handover if handed else HandOver(),
+        )
+      )
     return tuple(costs)
 
   def _has(self, key: str, stage: stages_lib.Stage) -> bool:
@@ -117,46 +117,41 @@ class Meter:
     return all(kind in found.step_flops for kind in kinds)
 
 
-def count_cost(
-  stage: stages_lib.Stage, num_train_images: int, step_flops: StepFlops
-) -> StageCost:
-  """Returns the cost of `stage` as long as it is now."""
-  steps = epochs_lib.count_steps(stage, num_train_images)
-  segments = []
-  for first in _starts(steps):
-    flops = step_flops[_kind(steps, first)]
-    segments.append(Segment(first, steps.phase(first).batch_size, flops))
-  return StageCost(stage.name, stage.num_epochs, steps.total, tuple(segments))
-
-
 def equal_epochs(
   budget: float, stage_costs: Sequence[StageCost], kind: str, where: str
 ) -> float:
   """Returns the epochs of the last stage for a whole ladder to cost `budget`.
 
-  Args:
-    budget: in the unit of `kind`: 'epochs', 'images' or 'flops'.
-    stage_costs: of the ladder, the last stage as long as it says itself.
-    kind: what shall be equal.
-    where: for the error.
+  Of 'epochs', 'images' or 'flops', as `kind` says; in `stage_costs` the last
+  stage is as long as it says itself.
 
   Raises:
-    UserError: if the stages before the last one take all of it.
+    UserError: naming `where`, if the stages before take all of it.
   """
   per_length = stage_costs[-1].steps_total(kind)
   fixed = sum(cost.total(kind) for cost in stage_costs) - per_length
-  return _fit(budget - fixed, per_length, stage_costs[-1].num_epochs, where)
+  own = stage_costs[-1].num_epochs
+  return fit_epochs(budget - fixed, per_length, own, where)
 
 
-def equal_seconds(
-  budget: float, before: float, seconds_per_epoch: float, where: str
+def fit_epochs(
+  left: float, cost: float, num_epochs: float, where: str
 ) -> float:
-  """Returns the epochs of the last stage for a ladder to last `budget` seconds.
+  """Returns the epochs that cost what is `left`, if `num_epochs` cost `cost`.
 
-  All three were measured on this machine, evaluation included: `before` is
-  what the earlier stages and the hand-overs take.
+  Raises:
+    UserError: naming `where`, if nothing is left.
   """
-  return _fit(budget - before, seconds_per_epoch, 1.0, where)
+  if left <= 0:
+    raise errors.UserError(
+      'What comes before the last stage takes all of the budget.',
+      where,
+      'Shorten it, or lengthen the last stage of config.base.',
+    )
+  factor = left / cost
+  if math.isclose(factor, 1.0, rel_tol=1e-9):
+    return num_epochs
+  return round(factor * num_epochs, 6)
 
 
 def set_length(
@@ -178,33 +173,14 @@ def set_length(
     stage[field] = tuple(factor * x for x in value) if many else factor * value
   stage.num_epochs = num_epochs
   stage.warmup_steps = round(stage.warmup_steps * factor)
-  stage.phases = _move_phases(stage.phases, factor)
-  return ladder
-
-
-def _move_phases(
-  phases: Sequence[Mapping[str, Any]], factor: float
-) -> tuple[dict[str, Any], ...]:
-  """Returns phases that begin at the nearest epochs, one after the other."""
   moved: list[dict[str, Any]] = []
-  for phase in phases:
+  for phase in stage.phases:
+    # At the nearest epochs, one after the other.
     least = moved[-1]['from_epoch'] + 1 if moved else 1
     first = max(least, round(factor * phase['from_epoch']))
     moved.append({**phase, 'from_epoch': first})
-  return tuple(moved)
-
-
-def _fit(left: float, cost: float, num_epochs: float, where: str) -> float:
-  if left <= 0:
-    raise errors.UserError(
-      'What comes before the last stage takes all of the budget.',
-      where,
-      'Shorten it, or lengthen the last stage of config.base.',
-    )
-  factor = left / cost
-  if math.isclose(factor, 1.0, rel_tol=1e-9):
-    return num_epochs
-  return round(factor * num_epochs, 6)
+  stage.phases = tuple(moved)
+  return ladder
 
 
 def _key(ladder: config_dict.ConfigDict, stage: stages_lib.Stage) -> str:

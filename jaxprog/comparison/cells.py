@@ -4,17 +4,18 @@ A cell is the base ladder with some fields changed. Nothing is imported that
 takes time, so that a typo costs a second.
 """
 
+import contextlib
 import dataclasses
 import itertools
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, stages
+from jaxprog.fields import Field
 
 Budget = Literal['epochs', 'images', 'flops', 'seconds']
 BUDGETS: tuple[Budget, ...] = ('epochs', 'images', 'flops', 'seconds')
@@ -22,6 +23,8 @@ BUDGETS: tuple[Budget, ...] = ('epochs', 'images', 'flops', 'seconds')
 OWN = 'own'
 # The cell of a comparison that has controls or operators alone.
 LADDER = 'ladder'
+# The control as long as it says itself, whose learning rate serves the others.
+CONTROL = 'last_alone'
 # Fields of the last stage that follow from something else.
 _DERIVED = {
   'num_epochs': 'It follows from the budget: change base.stages[-1] instead.',
@@ -52,15 +55,16 @@ class Cell:
 
 
 def create_cells(config: config_dict.ConfigDict) -> tuple[Cell, ...]:
-  """Returns the cells of a comparison, the reference first.
+  """Returns the cells of a comparison, the reference first, controls last.
 
-  The ladder of every cell has been validated. Controls are not among them.
+  The ladder of every cell has been validated.
 
   Raises:
     UserError: for the first mistake.
   """
   _check_fields(config)
-  _check_base(config)
+  with _placing(lambda where: where.replace('config', 'config.base', 1)):
+    stages.create_stages(config.base)
   found = [*_grid_cells(config), *map(_explicit_cell, config.cells)]
   if not found and (config.operators or config.controls):
     found = [Cell(LADDER, {})]
@@ -75,10 +79,15 @@ def create_cells(config: config_dict.ConfigDict) -> tuple[Cell, ...]:
   if config.budget != OWN:
     equal = config.budget
   found = [dataclasses.replace(cell, equal=equal) for cell in found]
+  found = _reference_first(config, found)
+  if config.controls:
+    found += _create_controls(config, found[0])
   _check_names(found)
   for cell in found:
-    check_cell(config, cell)
-  return _reference_first(config, found)
+    ladder = create_ladder(config, cell, config.base.seed)
+    with in_cell(cell):
+      trained_stages(ladder, cell)
+  return tuple(found)
 
 
 def create_ladder(
@@ -97,14 +106,18 @@ def create_ladder(
   return ladder
 
 
-def check_cell(config: config_dict.ConfigDict, cell: Cell) -> None:
-  """Raises UserError for what is wrong in a cell's ladder, naming the cell."""
-  ladder = create_ladder(config, cell, config.base.seed)
+@contextlib.contextmanager
+def _placing(where: Callable[[str], str]) -> Iterator[None]:
+  """Says by `where` in which part of a comparison a mistake's place is."""
   try:
-    trained_stages(ladder, cell)
+    yield
   except errors.UserError as e:
-    where = f'cell {cell.name!r}: {e.where}'
-    raise errors.UserError(e.what, where, e.suggestion) from None
+    raise errors.UserError(e.what, where(e.where), e.suggestion) from None
+
+
+def in_cell(cell: Cell) -> contextlib.AbstractContextManager[None]:
+  """Names the cell in which a mistake is."""
+  return _placing(lambda where: f'cell {cell.name!r}: {where}')
 
 
 def trained_stages(
@@ -194,64 +207,90 @@ def _safe(text: str) -> str:
 
 
 def _explicit_cell(entry: Any) -> Cell:
-  where = 'config.cells'
-  _check_entry(entry, ('name', 'overrides'), ('stages',), where)
-  _check_name(entry['name'], where)
-  return Cell(
-    entry['name'], dict(entry['overrides']), tuple(entry.get('stages', ()))
-  )
+  name, overrides = _read_entry(entry, 'overrides', 'config.cells', ('stages',))
+  return Cell(name, overrides, tuple(entry.get('stages', ())))
 
 
 def _operator_cell(config: config_dict.ConfigDict, entry: Any) -> Cell:
   where = 'config.operators'
-  _check_entry(entry, ('name', 'fields'), (), where)
-  _check_name(entry['name'], where)
+  name, changed = _read_entry(entry, 'fields', where)
   if len(config.base.stages) < 2:
     raise errors.UserError(
       'A ladder of one stage hands nothing over.',
       where,
       'Leave operators empty, or give config.base a stage before.',
     )
-  fields = entry['fields'].items()
-  return Cell(entry['name'], {f'stages[-1].{k}': v for k, v in fields})
+  return Cell(name, {f'stages[-1].{k}': v for k, v in changed.items()})
 
 
-def _check_entry(
-  entry: Any, needed: Sequence[str], more: Sequence[str], where: str
-) -> None:
-  if isinstance(entry, Mapping):
-    unknown = [k for k in entry if k not in (*needed, *more)]
-    if unknown:
+def _read_entry(
+  entry: Any, field: str, where: str, more: Sequence[str] = ()
+) -> tuple[str, dict[str, Any]]:
+  """Returns the name of a cell, and what its `field` says that it changes."""
+  known = ('name', field, *more)
+  entries = entry if isinstance(entry, Mapping) else {}
+  for key in entries:
+    if key not in known:
       raise errors.UserError(
-        f'Unknown field {unknown[0]!r} of a cell.',
+        f'Unknown field {key!r} of a cell.',
         where,
-        errors.did_you_mean(str(unknown[0]), (*needed, *more)),
+        errors.did_you_mean(str(key), known),
       )
-    name, changed = (entry.get(k) for k in needed)
-    if isinstance(name, str) and isinstance(changed, Mapping):
-      return
-  raise errors.UserError(
-    f'A cell is not {entry!r}.',
-    where,
-    f"Write {{'{needed[0]}': 'wide', '{needed[1]}': {{FIELD: VALUE}}}}.",
-  )
-
-
-def _check_name(name: str, where: str) -> None:
+  name, changed = entries.get('name'), entries.get(field)
+  if not isinstance(name, str) or not isinstance(changed, Mapping):
+    raise errors.UserError(
+      f'A cell is not {entry!r}.',
+      where,
+      f"Write {{'name': 'wide', '{field}': {{FIELD: VALUE}}}}.",
+    )
   if name != _safe(name):
     raise errors.UserError(
       f'The name of a cell is a directory, not {name!r}.',
       where,
       f'Name it {_safe(name)!r}.',
     )
+  return name, dict(changed)
+
+
+def _create_controls(
+  config: config_dict.ConfigDict, reference: Cell
+) -> list[Cell]:
+  """Returns the reference's last stage alone: what a ladder has to beat.
+
+  At its own length, and at the cost of the reference's whole ladder in FLOPs,
+  in images and in seconds.
+  """
+  if len(config.base.stages) < 2:
+    raise errors.UserError(
+      'The last stage of a ladder of one is the ladder.',
+      'config.controls',
+      'Set controls to False, or give config.base a stage before.',
+    )
+  alone = Cell(
+    CONTROL,
+    # A head on a backbone of fresh weights is not worth training.
+    {**reference.overrides, 'stages[-1].freeze_epochs': 0.0},
+    only=(stages.create_stages(config.base)[-1].name,),
+    control=True,
+  )
+  kinds: tuple[Budget, ...] = ('flops', 'images', 'seconds')
+  return [
+    alone,
+    *(
+      dataclasses.replace(alone, name=f'{CONTROL}_equal_{kind}', equal=kind)
+      for kind in kinds
+    ),
+  ]
 
 
 def _check_names(found: Sequence[Cell]) -> None:
   names = [cell.name for cell in found]
-  for i, name in enumerate(names):
-    if name in names[:i]:
+  for i, cell in enumerate(found):
+    if cell.name in names[:i]:
       raise errors.UserError(
-        f'Two cells are named {name!r}.',
+        f'{cell.name!r} is the name of a control.'
+        if cell.control
+        else f'Two cells are named {cell.name!r}.',
         'config.grid, config.cells and config.operators',
         'A name is a directory of the comparison: choose another.',
       )
@@ -282,7 +321,7 @@ def _check_field(field: str, num_stages: int, where: str) -> None:
 
 def _reference_first(
   config: config_dict.ConfigDict, found: Sequence[Cell]
-) -> tuple[Cell, ...]:
+) -> list[Cell]:
   names = [cell.name for cell in found]
   reference = config.reference or names[0]
   if reference not in names:
@@ -291,7 +330,7 @@ def _reference_first(
       'config.reference',
       errors.did_you_mean(reference, names),
     )
-  return tuple(sorted(found, key=lambda cell: cell.name != reference))
+  return sorted(found, key=lambda cell: cell.name != reference)
 
 
 def _check_fields(config: config_dict.ConfigDict) -> None:
@@ -302,57 +341,28 @@ def _check_fields(config: config_dict.ConfigDict) -> None:
       '--mode=compare',
       'Begin with --config=compare_strategies.',
     )
-  for field in ('grid', 'cells', 'operators'):
-    if not isinstance(config[field], list | tuple):
+  for name in ('grid', 'cells', 'operators'):
+    if not isinstance(config[name], list | tuple):
       raise errors.UserError(
-        f'{field} must be a tuple of dicts, not {config[field]!r}.',
-        f'config.{field}',
+        f'{name} must be a tuple of dicts, not {config[name]!r}.',
+        f'config.{name}',
       )
-  if config.budget not in (*BUDGETS, OWN):
-    raise errors.UserError(
-      f'Unknown budget {config.budget!r}.',
-      'config.budget',
-      errors.did_you_mean(str(config.budget), (*BUDGETS, OWN)),
-    )
-  if not isinstance(config.controls, bool):
-    raise errors.UserError(
-      f'controls must be True or False, not {config.controls!r}.',
-      'config.controls',
-    )
-  _check_numbers(config)
-
-
-def _check_base(config: config_dict.ConfigDict) -> None:
-  try:
-    stages.create_stages(config.base)
-  except errors.UserError as e:
-    where = e.where.replace('config', 'config.base', 1)
-    raise errors.UserError(e.what, where, e.suggestion) from None
-
-
-def _check_numbers(config: config_dict.ConfigDict) -> None:
   tuning = config.tuning
-  for field, value, low, high, whole in (
-    ('seeds', config.seeds, 1, math.inf, True),
-    ('timed_epochs', config.timed_epochs, 1, math.inf, True),
-    ('target_top1', config.target_top1, 0, 1, False),
-    ('tuning.seeds', tuning.seeds, 1, math.inf, True),
-    ('tuning.first_seed', tuning.first_seed, config.seeds, math.inf, True),
-    ('tuning.keep', tuning.keep, 1e-9, 1, False),
-    *(('tuning.rungs', x, 1e-9, 1, False) for x in tuning.rungs),
-    *(('tuning.factors', x, 1e-9, 1e9, False) for x in tuning.factors),
+  for field in (
+    Field('budget', str, None, choices=(*BUDGETS, OWN)),
+    Field('controls', bool, None),
+    Field('seeds', int, None, within='[1, inf)'),
+    Field('timed_epochs', int, None, within='[1, inf)'),
+    Field('target_top1', float, None, within='[0, 1]'),
+    Field('tuning.seeds', int, None, within='[1, inf)'),
+    # Trials have other seeds than what is compared.
+    Field('tuning.first_seed', int, None, within=f'[{config.seeds}, inf)'),
+    Field('tuning.keep', float, None, within='(0, 1]'),
+    Field('tuning.rungs', tuple[float, ...], None, within='(0, 1]'),
+    Field('tuning.factors', tuple[float, ...], None, within='(0, 1e9]'),
   ):
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-      kind = 'a whole number' if whole else 'a number'
-      raise errors.UserError(
-        f'{field} must be {kind}, not {value!r}.', f'config.{field}'
-      )
-    if not low <= value <= high:
-      raise errors.UserError(
-        f'{field} is {value:g}; it must be {_bounds(low, high)}.',
-        f'config.{field}',
-      )
+    own = field.name.removeprefix('tuning.')
+    field.check((config if own == field.name else tuning)[own], 'config')
   rungs = tuple(tuning.rungs)
   if tuning.factors and (not rungs or list(rungs) != sorted(set(rungs))):
     raise errors.UserError(
@@ -360,9 +370,3 @@ def _check_numbers(config: config_dict.ConfigDict) -> None:
     )
   if len(set(tuning.factors)) != len(tuning.factors):
     raise errors.UserError('A factor is there twice.', 'config.tuning.factors')
-
-
-def _bounds(low: float, high: float) -> str:
-  if low < 1e-6:
-    return f'above 0 and at most {high:g}'
-  return f'at least {low:g}' + (f', at most {high:g}' * (high < math.inf))

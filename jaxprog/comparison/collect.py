@@ -1,24 +1,16 @@
-"""From run directories to records, and to what is written of a comparison.
+"""From run directories to records, and to what these say.
 
 A run's record has all that statistics, tables and figures read; see
-`read_record`. WORKDIR/comparison.json holds every record; see `write`.
+`read_record`.
 """
 
 import itertools
-import pathlib
 import statistics as mean_lib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from jaxprog import files, formats
-from jaxprog.comparison import (
-  figures,
-  page,
-  runs,
-  statistics,
-  tables,
-  verdicts,
-)
+from jaxprog import formats
+from jaxprog.comparison import runs, statistics, verdicts
 from jaxprog.comparison.budgets import StageCost
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
@@ -32,30 +24,16 @@ def read_record(
   outcome: Mapping[str, Any],
   handovers: Mapping[str, float],
 ) -> Record:
-  """Returns what came of one run.
+  """Returns what came of one run, an entry of `runs` in docs/compare.md.
 
-      {'cell', 'seed', 'overrides', 'labels', 'control', 'status', 'error',
-       'learning_rate', 'num_epochs', 'final_top1', 'best_top1',
-       'num_images', 'outcomes', 'curve', 'boundaries', 'shared', 'resumed',
-       'workdir'}
+  `curve` and `boundaries` count the whole ladder, also what was trained once
+  for several cells. Accuracies are those of the images that choose the best
+  weights, parts of one, None where there are none. `learning_rate` and
+  `num_epochs` are the last stage's.
 
-  `curve` has a row for each evaluation of the last stage, {'epochs', 'images',
-  'flops', 'seconds', 'top1'}, `boundaries` one for the end of each stage, with
-  'stage' and 'handover_images', '..._flops' and '..._seconds', those before it.
-  Both count the whole ladder, also what was trained once for several cells.
-  Images and FLOPs are those of training steps and of what hand-overs compute on
-  training images; seconds are training, evaluation and hand-overs, of an epoch
-  that was resumed in its middle only those since. Accuracies are those
-  of the images that choose the best weights, parts of one, None where there
-  are none; `num_images` is their number, `outcomes` says which of them were
-  right in the end, as `outcomes.to_json` does, None where that is not
-  known. `learning_rate` and `num_epochs` are the last stage's.
-
-  Args:
-    planned: the run.
-    outcome: how it ended.
-    handovers: seconds of the hand-over to a stage where it was not measured,
-      because the stage before came from another run.
+  `outcome` says how it ended: 'status', 'error' and 'shared'. `handovers` are
+  seconds of the hand-over to a stage where it was not measured, because the
+  stage before came from another run.
   """
   history = runs.read_history(planned)
   curve, boundaries = _read_costs(planned, history, handovers)
@@ -114,7 +92,7 @@ def _read_costs(
       spent = {k: v for k, v in curve[-1].items() if k != 'top1'}
     before = {f'handover_{kind}': value for kind, value in handover.items()}
     boundaries.append({'stage': cost.name, **before, **spent})
-    first_step += cost.total_steps
+    first_step += cost.steps.total
   return curve, boundaries
 
 
@@ -175,107 +153,27 @@ def find_verdicts(
   reference, *others = (cell for cell in cells if cell.name in by_cell)
   sentences, answers = [], dict[Axis, verdicts.Answer]()
   for cell in others:
-    a = verdicts.Arm(cell.name, by_cell[cell.name])
-    b = verdicts.Arm(reference.name, by_cell[reference.name])
+    a, b = cell, reference
     if cell.control:  # Of the ladder is spoken, against what it has to beat.
       a, b = b, a
+    arms = by_cell[a.name], by_cell[b.name]
     axis = cell.equal or ('images' if budget == 'own' else budget)
-    text = verdicts.compare_sentence(a, b, target, axis)
+    text = verdicts.compare_sentence(*arms, target, axis)
     sentences.append(f'{a.name} against {b.name}: {text}.')
     if cell.control and cell.equal:
-      answers[axis] = verdicts.answer(a, b)
+      answers[axis] = verdicts.answer(*arms)
   if answers:
     sentences.insert(0, verdicts.overall(reference.name, answers))
   return sentences
 
 
-def write(
-  workdir: pathlib.Path,
-  records: Sequence[Record],
-  cells: Sequence[Mapping[str, Any]],
-  **fields: Any,
-) -> dict[str, Any]:
-  """Writes comparison.json and the two CSV files; returns what JSON holds.
-
-      {'version', 'reference', 'budget', 'target_top1', 'finished', 'verdicts',
-       'cells': [{'name', 'overrides', 'labels', 'stages', 'control', 'equal',
-         'learning_rate', 'flops_per_image', 'tuning': None or {'factor',
-         'at_border', 'trials': [{'rung', 'factor', 'score'}, ...], 'runs':
-         [{'seed', 'learning_rate', 'num_epochs', 'status', 'workdir'}, ...],
-         'cost': {'images', 'flops', 'seconds'}}}, ...],
-       'runs': [record, ...], 'config', 'environment'}
-
-  Args:
-    workdir: of the comparison.
-    records: of the runs that are over.
-    cells: as above; the first one is the reference.
-    **fields: the rest, as it is.
-  """
-  result = {'version': page.VERSION, **fields, 'cells': cells, 'runs': records}
-  files.write_json(workdir / 'comparison.json', result)
-  tables.write_csv(workdir / 'comparison_runs.csv', _run_rows(records))
-  reference = cells[0]['name']
-  if any(record['cell'] == reference for record in records):
-    summaries = tables.summarize(records, reference)
-    rows = _cell_rows(tables.cell_rows(summaries), cells)
-    tables.write_csv(workdir / 'comparison_cells.csv', rows)
-  return result
-
-
-def plot(
-  workdir: pathlib.Path, records: Sequence[Record], target: float
-) -> pathlib.Path:
-  """Draws the comparison; returns the picture's path.
-
-  Where a ladder hands something over or has controls, accuracy over cost; else
-  cells in a grid, or in their order.
-  """
-  if any(x['control'] or len(x['boundaries']) > 1 for x in records):
-    path = workdir / 'ladder_comparison.png'
-    figures.plot_ladder(records, path, target=target)
-    return path
-  path = workdir / 'optimizer_scheduler_comparison.png'
-  labelled = [
-    {**x, 'overrides': x['labels'] or x['overrides']} for x in records
-  ]
-  figures.plot_comparison(labelled, path, reference=records[0]['cell'])
-  return path
-
-
-def _run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-  rows = tables.run_rows(records)
-  for row, record in zip(rows, records, strict=True):
-    row |= {k: record[k] for k in ('control', 'resumed', 'error')}
-  return rows
-
-
-def _cell_rows(
-  rows: Sequence[dict[str, Any]], cells: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-  """Returns `rows` with what was decided before the runs."""
-  by_name = {cell['name']: cell for cell in cells}
-  for row in rows:
-    cell = by_name[row['cell']]
-    tuning = cell['tuning'] or {}
-    row |= {
-      'control': cell['control'],
-      'flops_per_image': cell['flops_per_image'],
-      'tuned_factor': tuning.get('factor'),
-      'tuned_at_border': tuning.get('at_border'),
-    }
-  return list(rows)
-
-
-def sum_costs(
-  planned: Sequence[Planned], outcomes: Sequence[Mapping[str, Any]]
-) -> dict[str, float]:
+def sum_costs(records: Sequence[Record]) -> dict[str, float]:
   """Returns what runs took: images, FLOPs, seconds; shared stages once."""
   total = dict.fromkeys(('images', 'flops', 'seconds'), 0.0)
-  for run, outcome in zip(planned, outcomes, strict=True):
-    record = read_record(run, outcome, {})
+  for record in records:
     ends = [dict.fromkeys(total, 0.0), *record['boundaries']]
     for before, end in itertools.pairwise(ends):
-      if end['stage'] not in outcome['shared']:
+      if end['stage'] not in record['shared']:
         for kind in total:
           total[kind] += end[kind] - before[kind]
   return total

@@ -1,16 +1,16 @@
 """Pictures of a comparison: grids, ordered cells, curves over their cost."""
 
 import io
-import os
+import pathlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import matplotlib
 import matplotlib.axes
 import matplotlib.backends.backend_agg
 import matplotlib.colors
 import matplotlib.figure
-import matplotlib.text
 import matplotlib.ticker
 import numpy as np
 
@@ -22,13 +22,13 @@ Axes = matplotlib.axes.Axes
 Figure = matplotlib.figure.Figure
 
 # Okabe and Ito's colours without the yellow, too faint for lines on white.
-COLORS = (
+_COLORS = (
   *('#0072b2', '#d55e00', '#009e73', '#cc79a7'),
   *('#000000', '#56b4e9', '#e69f00'),
 )
 # The next seven lines have the same colours and another dash.
-DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)))
-INK, SOFT, GRID = '#333333', '#6b6b6b', '#e6e6e6'
+_DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)))
+_INK, _SOFT = '#333333', '#6b6b6b'
 # Even in lightness and without red against green.
 MAP = 'cividis'
 
@@ -36,11 +36,36 @@ _TITLES: Mapping[Axis, str] = {
   'images': 'training images',
   'flops': 'training FLOPs',
   'seconds': 'seconds',
-  'epochs': 'epochs',
 }
-_LADDER_AXES: tuple[Axis, ...] = ('images', 'flops', 'seconds')
-_DPI = 130
-_TITLE_SIZE, _SIZE, _SMALL = 13, 9.5, 8.5
+_SMALL = 8.5
+# Of the frame there is what guides the eye.
+_STYLE: dict[Any, Any] = {
+  'figure.dpi': 130,
+  'figure.titlesize': 13,
+  'figure.titleweight': 'bold',
+  'font.size': 9.5,
+  'text.color': _INK,
+  'axes.labelcolor': _INK,
+  'axes.titlesize': 10.5,
+  'axes.titlelocation': 'left',
+  'axes.axisbelow': True,
+  'axes.edgecolor': '#bbbbbb',
+  'axes.spines.left': False,
+  'axes.spines.right': False,
+  'axes.spines.top': False,
+  'axes.grid': True,
+  'grid.color': '#e6e6e6',
+  'xtick.color': _INK,
+  'xtick.major.size': 0,
+  'ytick.color': _INK,
+  'ytick.major.size': 0,
+  'legend.frameon': False,
+  'legend.handlelength': 2.6,
+}
+# A decorator; each figure is made within it.
+_styled: Any = matplotlib.rc_context(_STYLE)
+# How many of the best cells of a grid have a curve.
+_NUM_BEST = 4
 # Points of a longer curve would run into one another.
 _MAX_MARKERS = 12
 # Letters that fit the width of a cell.
@@ -52,243 +77,166 @@ _SAME_BOUNDARY = 0.02
 
 
 class Grid(NamedTuple):
-  """A comparison of two fields of the config: keys, and values as text."""
+  """A comparison of two fields of the config.
+
+  Their names, their values as text, and the runs of each pair of them.
+  """
 
   row_key: str
   column_key: str
   rows: tuple[str, ...]
   columns: tuple[str, ...]
+  runs: Mapping[tuple[str, str], Sequence[Record]]
 
 
-def plot_comparison(
-  runs: Sequence[Record],
-  path: str | os.PathLike[str],
-  *,
-  keys: tuple[str, str] | None = None,
-  reference: str = '',
-  axis: Axis = 'images',
-  best: int = 4,
-) -> None:
-  """Writes the picture of cells that were compared at one budget.
+def plot(
+  workdir: pathlib.Path, runs: Sequence[Record], target: float
+) -> pathlib.Path:
+  """Draws a comparison; returns the picture's path.
 
-  Args:
-    runs: of all cells.
-    path: replaced atomically.
-    keys: overrides along the rows and columns of a heat map; None: the two that
-      vary, if no other does and each pair of their values is a cell. Else the
-      cells stand in the order of their means, with a dot for each seed.
-    reference: a cell whose mean is marked; ''; none is.
-    axis: the cost that the curves of the best cells are drawn over.
-    best: how many curves there are.
+  Where a ladder hands something over or has controls, accuracy over cost. Else
+  a heat map of the two fields that vary, if no other does and each pair of
+  their values is a cell; or cells in the order of their means, beside that of
+  the first one.
   """
-  grid = find_grid(runs, keys)
-  if grid is None:
-    _save(draw_forest(runs, reference), path)
+  if any(x['control'] or len(x['boundaries']) > 1 for x in runs):
+    path, figure = workdir / 'ladder_comparison.png', draw_ladder(runs, target)
   else:
-    _save(draw_grid(runs, grid, axis=axis, best=best), path)
-
-
-def plot_ladder(
-  runs: Sequence[Record],
-  path: str | os.PathLike[str],
-  *,
-  target: float | None = None,
-) -> None:
-  """Writes accuracy over images, FLOPs and seconds, for each arm.
-
-  Args:
-    runs: of all arms; costs include the stages before the one evaluated.
-    path: replaced atomically.
-    target: top-1 in [0, 1], drawn as a line.
-  """
-  _save(draw_ladder(runs, target), path)
-
-
-def find_grid(
-  runs: Sequence[Record], keys: tuple[str, str] | None = None
-) -> Grid | None:
-  """Returns the grid that the overrides of `runs` span, or None."""
-  overrides = [run['overrides'] for run in runs]
-  names = dict.fromkeys(key for fields in overrides for key in fields)
-  values = {
-    name: tuple(dict.fromkeys(_text(f.get(name)) for f in overrides))
-    for name in names
-  }
-  if keys is None:
-    varying = [name for name in names if len(values[name]) > 1]
-    if len(varying) != 2:
-      return None
-    keys = (varying[0], varying[1])
-  if not all(key in values for key in keys):
-    return None
-  grid = Grid(*keys, values[keys[0]], values[keys[1]])
-  cells = {_place(grid, run) for run in runs}
-  complete = len(cells) == len(grid.rows) * len(grid.columns)
-  return grid if complete else None
-
-
-def draw_grid(
-  runs: Sequence[Record], grid: Grid, *, axis: Axis = 'images', best: int = 4
-) -> Figure:
-  """Returns a heat map of mean top-1, beside curves of the `best` cells."""
-  width = max(4.2, 1.15 * len(grid.columns) + 1.6)
-  height = max(4.2, 0.82 * len(grid.rows) + 1.5)
-  figure = _figure(width + 5.6, height)
-  heat, curves = figure.subplots(1, 2, width_ratios=(width, 5.2))
-  by_place: dict[tuple[str, str], list[Record]] = {}
-  for run in runs:
-    by_place.setdefault(_place(grid, run), []).append(run)
-  _draw_heat(heat, grid, by_place)
-  ranked = _ranked(statistics.by_cell(runs))
-  chosen = dict([(c, r) for c, r in ranked if statistics.done(r)][:best])
-  _draw_curves(curves, chosen, axis, _styles(chosen))
-  _bare(curves)
-  _limit_accuracy(curves)
-  curves.set_ylabel('top-1 (%)', color=INK, fontsize=_SIZE)
-  title = 'Mean and 95% interval of the best cells'
-  curves.set_title(title, loc='left', fontsize=_SIZE + 1, color=INK)
-  if chosen:
-    columns = 2 if max(map(len, chosen)) <= _HALF_WIDTH else 1
-    curves.legend(
-      loc='upper center', bbox_to_anchor=(0.5, -0.14), **_legend_style(columns)
-    )
-  _title(figure, f'{grid.row_key} and {grid.column_key}, compared')
-  return figure
-
-
-def draw_forest(runs: Sequence[Record], reference: str = '') -> Figure:
-  """Returns the cells in the order of their means: dots and 95% intervals."""
-  ranked = _ranked(statistics.by_cell(runs))
-  figure = _figure(9.5, 0.42 * len(ranked) + 1.9)
-  axes = figure.add_subplot()
-  _bare(axes)
-  axes.grid(visible=False, axis='y')
-  for i, (_, cell_runs) in enumerate(ranked):
-    _draw_row(axes, i, cell_runs)
-  mean = _mean(dict(ranked).get(reference, ()))
-  if mean is not None:
-    axes.axvline(100 * mean, color=SOFT, linewidth=1, linestyle=':')
-  positions = range(len(ranked))
-  axes.set_yticks(positions, [_shorten(cell) for cell, _ in ranked])
-  axes.set_ylim(len(ranked) - 0.5, -0.5)
-  axes.set_xlabel('final top-1 (%)', color=INK, fontsize=_SIZE)
-  numbers = axes.secondary_yaxis('right')
-  numbers.set_yticks(positions, [_row_text(r) for _, r in ranked])
-  numbers.tick_params(length=0, labelsize=_SIZE, colors=INK)
-  numbers.spines['right'].set_visible(False)
-  _title(figure, 'Cells by mean: each seed, mean and 95% interval')
-  return figure
-
-
-def draw_ladder(runs: Sequence[Record], target: float | None = None) -> Figure:
-  """Returns three panels: accuracy over images, over FLOPs, over seconds."""
-  cells = statistics.by_cell(runs)
-  arms = dict(_ranked(cells))
-  figure = _figure(14, 4.9 + 0.24 * -(-len(arms) // 3))
-  alone = [arm for arm in arms if not _has_earlier_stages(arms[arm])]
-  # By first appearance: an arm has one colour, whatever its rank.
-  styles = _styles(cells, dashed=alone if len(alone) < len(arms) else ())
-  panels = figure.subplots(1, 3, sharey=True)
-  for axes, axis in zip(panels, _LADDER_AXES, strict=True):
-    _draw_curves(axes, arms, axis, styles)
-    _bare(axes)
-    axes.set_xlim(left=0)
-    _limit_accuracy(axes, target)
-    if target is not None:
-      axes.axhline(100 * target, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    _mark_boundaries(figure, axes, arms, axis)
-  panels[0].set_ylabel('top-1 (%)', color=INK, fontsize=_SIZE)
-  if target is not None:
-    panels[-1].annotate(
-      f'target\n{100 * target:.1f}%',
-      (1.01, 100 * target),
-      xycoords=('axes fraction', 'data'),
-      va='center',
-      color=INK,
-      fontsize=_SMALL,
-    )
-  handles, labels = panels[0].get_legend_handles_labels()
-  if handles:
-    figure.legend(
-      handles, labels, loc='outside lower center', **_legend_style(3)
-    )
-  _title(
-    figure, 'Accuracy over cost, all stages counted: mean and 95% interval'
-  )
-  return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-  figure = Figure(figsize=(width, height), dpi=_DPI, layout='constrained')
-  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-  return figure
-
-
-def _title(figure: Figure, text: str) -> None:
-  figure.suptitle(
-    text, x=0.01, ha='left', fontsize=_TITLE_SIZE, color=INK, weight='bold'
-  )
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    path = workdir / 'optimizer_scheduler_comparison.png'
+    grid = find_grid(runs)
+    if grid is None:
+      figure = draw_forest(runs, runs[0]['cell'])
+    else:
+      figure = draw_grid(runs, grid)
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', metadata={'Software': None})
   files.write_bytes(path, buffer.getvalue())
+  return path
 
 
-def _bare(axes: Axes) -> None:
-  """Leaves of the frame what guides the eye."""
-  axes.grid(color=GRID, linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.tick_params(colors=INK, length=0, labelsize=_SIZE)
-  for side in ('top', 'right', 'left'):
-    axes.spines[side].set_visible(False)
-  axes.spines['bottom'].set_color('#bbbbbb')
+def find_grid(runs: Sequence[Record]) -> Grid | None:
+  """Returns the grid that the labels or overrides of `runs` span, or None."""
+  changed = [run['labels'] or run['overrides'] for run in runs]
+  varying = [
+    name
+    for name in dict.fromkeys(name for fields in changed for name in fields)
+    if len({_text(fields.get(name)) for fields in changed}) > 1
+  ]
+  if len(varying) != 2:
+    return None
+  row_key, column_key = varying
+  found: dict[tuple[str, str], list[Record]] = {}
+  for run, fields in zip(runs, changed, strict=True):
+    place = _text(fields.get(row_key)), _text(fields.get(column_key))
+    found.setdefault(place, []).append(run)
+  rows, columns = (tuple(dict.fromkeys(x)) for x in zip(*found, strict=True))
+  if len(found) < len(rows) * len(columns):
+    return None
+  return Grid(row_key, column_key, rows, columns, found)
 
 
-def _legend_style(columns: int) -> dict[str, Any]:
-  return {
-    'ncols': columns,
-    'frameon': False,
-    'fontsize': _SIZE,
-    'labelcolor': INK,
-    'handlelength': 2.6,
-  }
+@_styled
+def draw_grid(runs: Sequence[Record], grid: Grid) -> Figure:
+  """Returns a heat map of mean top-1, beside curves of the best cells."""
+  width = max(4.2, 1.15 * len(grid.columns) + 1.6)
+  height = max(4.2, 0.82 * len(grid.rows) + 1.5)
+  title = f'{grid.row_key} and {grid.column_key}, compared'
+  figure = _figure(width + 5.6, height, title)
+  heat, curves = figure.subplots(1, 2, width_ratios=(width, 5.2))
+  _draw_heat(heat, grid)
+  ranked = _ranked(statistics.by_cell(runs)).items()
+  chosen = dict([(c, r) for c, r in ranked if statistics.done(r)][:_NUM_BEST])
+  _draw_curves(curves, chosen, 'images', _styles(chosen))
+  _limit_accuracy(curves)
+  curves.set_ylabel('top-1 (%)')
+  curves.set_title('Mean and 95% interval of the best cells')
+  if chosen:
+    columns = 2 if max(map(len, chosen)) <= _HALF_WIDTH else 1
+    curves.legend(
+      loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=columns
+    )
+  return figure
 
 
-def _draw_heat(
-  axes: Axes, grid: Grid, runs: Mapping[tuple[str, str], Sequence[Record]]
-) -> None:
-  means = np.full((len(grid.rows), len(grid.columns)), np.nan)
-  for (row, column), cell_runs in runs.items():
-    mean = _mean(cell_runs)
-    place = grid.rows.index(row), grid.columns.index(column)
-    means[place] = np.nan if mean is None else 100 * mean
+@_styled
+def draw_forest(runs: Sequence[Record], reference: str = '') -> Figure:
+  """Returns the cells in the order of their means: dots and 95% intervals."""
+  ranked = _ranked(statistics.by_cell(runs))
+  title = 'Cells by mean: each seed, mean and 95% interval'
+  figure = _figure(9.5, 0.42 * len(ranked) + 1.9, title)
+  axes = figure.add_subplot()
+  axes.grid(visible=False, axis='y')
+  for i, cell_runs in enumerate(ranked.values()):
+    _draw_row(axes, i, cell_runs)
+  if reference in ranked and statistics.done(ranked[reference]):
+    mean = _mean(ranked[reference])
+    axes.axvline(mean, color=_SOFT, linewidth=1, linestyle=':')
+  positions = range(len(ranked))
+  axes.set_yticks(positions, map(_shorten, ranked))
+  axes.set_ylim(len(ranked) - 0.5, -0.5)
+  axes.set_xlabel('final top-1 (%)')
+  numbers = axes.secondary_yaxis('right')
+  numbers.set_yticks(positions, map(_row_text, ranked.values()))
+  numbers.spines['right'].set_visible(False)
+  return figure
+
+
+@_styled
+def draw_ladder(runs: Sequence[Record], target: float) -> Figure:
+  """Returns three panels: accuracy over images, over FLOPs, over seconds."""
+  cells = statistics.by_cell(runs)
+  arms = _ranked(cells)
+  title = 'Accuracy over cost, all stages counted: mean and 95% interval'
+  figure = _figure(14, 4.9 + 0.24 * -(-len(arms) // 3), title)
+  alone = [x for x in arms if not any(map(statistics.earlier_stages, arms[x]))]
+  # By first appearance: an arm has one colour, whatever its rank.
+  styles = _styles(cells, dashed=alone if len(alone) < len(arms) else ())
+  panels = figure.subplots(1, 3, sharey=True)
+  for axes, axis in zip(panels, _TITLES, strict=True):
+    _draw_curves(axes, arms, axis, styles)
+    axes.set_xlim(left=0)
+    _limit_accuracy(axes, target)
+    axes.axhline(100 * target, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    _mark_boundaries(axes, arms, axis)
+  panels[0].set_ylabel('top-1 (%)')
+  panels[-1].annotate(
+    f'target\n{100 * target:.1f}%',
+    (1.01, 100 * target),
+    xycoords=('axes fraction', 'data'),
+    va='center',
+    fontsize=_SMALL,
+  )
+  handles, labels = panels[0].get_legend_handles_labels()
+  if handles:
+    figure.legend(handles, labels, loc='outside lower center', ncols=3)
+  return figure
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+  figure = Figure(figsize=(width, height), layout='constrained')
+  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  figure.suptitle(title, x=0.01, ha='left')
+  return figure
+
+
+def _draw_heat(axes: Axes, grid: Grid) -> None:
+  means = np.array(
+    [[_mean(grid.runs[row, x]) for x in grid.columns] for row in grid.rows]
+  )
   colors = matplotlib.colormaps[MAP].with_extremes(bad='#eeeeee')
   image = axes.imshow(means, cmap=colors, aspect='auto')
-  for (row, column), cell_runs in runs.items():
-    i, j = grid.rows.index(row), grid.columns.index(column)
-    back = (
-      image.cmap(image.norm(means[i, j])) if means[i, j] == means[i, j] else 'w'
-    )
-    axes.text(
-      j,
-      i,
-      _cell_text(cell_runs),
-      ha='center',
-      va='center',
-      fontsize=_SIZE,
-      color=_on(back),
-    )
+  for (i, j), mean in np.ndenumerate(means):
+    text = _cell_text(grid.runs[grid.rows[i], grid.columns[j]])
+    color = _on('w' if np.isnan(mean) else colors(image.norm(mean)))
+    axes.text(j, i, text, ha='center', va='center', color=color)
   names = [textwrap.fill(_shorten(x), _CELL_WIDTH) for x in grid.columns]
   axes.set_xticks(range(len(grid.columns)), names)
   axes.set_yticks(range(len(grid.rows)), map(_shorten, grid.rows))
-  axes.tick_params(length=0, labelsize=_SIZE, colors=INK)
-  axes.set_xlabel(grid.column_key, color=INK, fontsize=_SIZE)
-  axes.set_ylabel(grid.row_key, color=INK, fontsize=_SIZE)
+  axes.set_xlabel(grid.column_key)
+  axes.set_ylabel(grid.row_key)
+  axes.grid(visible=False)
   axes.spines[:].set_visible(False)
-  title = 'Final top-1 (%): mean, ± std, runs'
-  axes.set_title(title, loc='left', fontsize=_SIZE + 1, color=INK)
+  axes.set_title('Final top-1 (%): mean, ± std, runs')
 
 
 def _draw_curves(
@@ -315,13 +263,13 @@ def _draw_curves(
     if curve.low is not None and curve.high is not None:
       axes.fill_between(
         curve.grid,
-        100 * curve.low.clip(0, 1),
-        100 * curve.high.clip(0, 1),
+        100 * curve.low,
+        100 * curve.high,
         color=style['color'],
         alpha=0.13,
         linewidth=0,
       )
-  axes.set_xlabel(_TITLES[axis], color=INK, fontsize=_SIZE)
+  axes.set_xlabel(_TITLES[axis])
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
   if axis == 'images':
     axes.xaxis.set_major_formatter(lambda x, _: tables.format_count(x))
@@ -341,55 +289,44 @@ def _draw_single(
       (0.98, 0.03),
       xycoords='axes fraction',
       ha='right',
-      color=SOFT,
+      color=_SOFT,
       fontsize=_SMALL,
     )
 
 
-def _limit_accuracy(axes: Axes, target: float | None = None) -> None:
+def _limit_accuracy(axes: Axes, target: float = 0.0) -> None:
   """Lets the means fill the panel; intervals of two runs may be all of it."""
   lines = [np.asarray(line.get_ydata(), float) for line in axes.get_lines()]
   if not lines:
     return
   values = np.concatenate(lines)
-  low, high = values.min(), max(values.max(), 100 * (target or 0))
+  low, high = values.min(), max(values.max(), 100 * target)
   room = 0.2 * max(high - low, 1.0)
   axes.set_ylim(max(low - room, -1), min(high + room, 101))
 
 
 def _mark_boundaries(
-  figure: Figure, axes: Axes, arms: Mapping[str, Sequence[Record]], axis: Axis
+  axes: Axes, arms: Mapping[str, Sequence[Record]], axis: Axis
 ) -> None:
   """Draws a line where earlier stages end, with their names above the panel.
 
-  A name that would touch the one before it stands a line higher.
+  A line each: names that end close together do not touch.
   """
   right = axes.get_xlim()[1]
-  renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-  ends: list[float] = []
-  for x, name in _boundaries(arms, axis, _SAME_BOUNDARY * right):
-    axes.axvline(x, color=SOFT, linewidth=1, linestyle=(0, (1, 2)))
-    text = axes.annotate(
+  for i, (x, name) in enumerate(
+    _boundaries(arms, axis, _SAME_BOUNDARY * right)
+  ):
+    axes.axvline(x, color=_SOFT, linewidth=1, linestyle=(0, (1, 2)))
+    axes.annotate(
       f'{_shorten(name, 20)} ends',
       (x, 1.0),
       xycoords=('data', 'axes fraction'),
-      xytext=(0, 3),
+      xytext=(0, 3 + 11 * i),
       textcoords='offset points',
-      ha='left',
-      va='bottom',
-      color=SOFT,
+      ha='left' if x < right / 2 else 'right',
+      color=_SOFT,
       fontsize=_SMALL,
     )
-    # The layout is settled later, and leaves the panels about this wide.
-    width = text.get_window_extent(renderer).width / (4.2 * _DPI) * right
-    if x + width > right:
-      text.set_horizontalalignment('right')
-    begin = x - width if x + width > right else x
-    level = next(
-      (i for i, end in enumerate(ends) if begin > end + 0.02 * right), len(ends)
-    )
-    ends[level:] = [begin + width, *ends[level + 1 :]]
-    text.set_position((0, 3 + 11 * level))
 
 
 def _boundaries(
@@ -402,10 +339,8 @@ def _boundaries(
       for boundary in statistics.earlier_stages(run):
         found.setdefault((arm, boundary['stage']), []).append(boundary[axis])
   merged: list[tuple[float, str]] = []
-  places = sorted((float(np.mean(v)), k[1]) for k, v in found.items())
-  for x, stage in places:
-    same = [y for y, name in merged if name == stage and x - y < distance]
-    if not same:
+  for x, stage in sorted((float(np.mean(v)), k[1]) for k, v in found.items()):
+    if not any(name == stage and x - y < distance for y, name in merged):
       merged.append((x, stage))
   return merged
 
@@ -422,30 +357,29 @@ def _draw_row(axes: Axes, i: int, runs: Sequence[Record]) -> None:
     linestyle='',
     marker='o',
     markersize=4.5,
-    color=COLORS[0],
+    color=_COLORS[0],
     alpha=0.55,
     markeredgewidth=0,
   )
   if e.low is not None and e.high is not None:
-    axes.plot([100 * e.low, 100 * e.high], [i, i], color=INK, linewidth=1.6)
-  axes.plot([100 * e.mean], [i], marker='D', markersize=5.5, color=COLORS[1])
+    axes.plot([100 * e.low, 100 * e.high], [i, i], color=_INK, linewidth=1.6)
+  axes.plot([100 * e.mean], [i], marker='D', markersize=5.5, color=_COLORS[1])
 
 
 def _row_text(runs: Sequence[Record]) -> str:
-  scores = list(statistics.final_scores(runs).values())
-  lost = _lost(runs)
-  if not scores:
-    return lost or 'no run yet'
-  e = statistics.estimate(scores)
-  text = f'{100 * e.mean:.1f}'
-  if e.low is not None and e.high is not None:
-    text += f' [{100 * e.low:.1f}, {100 * e.high:.1f}]'
-  return ', '.join(filter(None, [f'{text}  n = {e.n}', lost]))
+  e = _estimate(runs)
+  parts = statistics.count_lost(runs)
+  if e is not None:
+    text = f'{100 * e.mean:.1f}'
+    if e.low is not None and e.high is not None:
+      text += f' [{100 * e.low:.1f}, {100 * e.high:.1f}]'
+    parts.insert(0, f'{text}  n = {e.n}')
+  return ', '.join(parts) or 'no run yet'
 
 
 def _cell_text(runs: Sequence[Record]) -> str:
   e = _estimate(runs)
-  lost = _lost(runs)
+  lost = ', '.join(statistics.count_lost(runs))
   if e is None:
     return lost or 'no run yet'
   spread = '' if e.std is None else f'\n± {100 * e.std:.1f}'
@@ -453,59 +387,39 @@ def _cell_text(runs: Sequence[Record]) -> str:
   return f'{text}\n{lost}' if lost else text
 
 
-def _lost(runs: Sequence[Record]) -> str:
-  counts = [
-    (sum(run['status'] == status for run in runs), status)
-    for status in tables.STATUSES[1:]
-  ]
-  return ', '.join(f'{n} {status}' for n, status in counts if n)
-
-
 def _estimate(runs: Sequence[Record]) -> Estimate | None:
   scores = statistics.final_scores(runs).values()
   return statistics.estimate(scores) if scores else None
 
 
-def _mean(runs: Sequence[Record]) -> float | None:
+def _mean(runs: Sequence[Record]) -> float:
+  """Returns the mean top-1 in percent, NaN where no run is done."""
   e = _estimate(runs)
-  return None if e is None else e.mean
+  return np.nan if e is None else 100 * e.mean
 
 
 def _ranked(
   cells: Mapping[str, Sequence[Record]],
-) -> list[tuple[str, Sequence[Record]]]:
+) -> dict[str, Sequence[Record]]:
   """Returns the cells by falling mean, those without one at the end."""
-
-  def place(item: tuple[str, Sequence[Record]]) -> float:
-    mean = _mean(item[1])
-    return np.inf if mean is None else -mean
-
-  return sorted(cells.items(), key=place)
-
-
-def _has_earlier_stages(runs: Sequence[Record]) -> bool:
-  return any(statistics.earlier_stages(run) for run in runs)
+  order = np.argsort([-_mean(runs) for runs in cells.values()], stable=True)
+  items = list(cells.items())
+  return dict(items[i] for i in order)
 
 
 def _styles(
-  cells: Mapping[str, Any], dashed: Sequence[str] = ()
+  cells: Collection[str], dashed: Collection[str] = ()
 ) -> dict[str, dict[str, Any]]:
   """Returns colour and dash of each cell; those in `dashed` are not solid."""
   return {
     cell: {
-      'color': COLORS[i % len(COLORS)],
-      'linestyle': DASHES[(i // len(COLORS) + (cell in dashed)) % len(DASHES)],
+      'color': _COLORS[i % len(_COLORS)],
+      'linestyle': _DASHES[
+        (i // len(_COLORS) + (cell in dashed)) % len(_DASHES)
+      ],
     }
     for i, cell in enumerate(cells)
   }
-
-
-def _place(grid: Grid, run: Record) -> tuple[str, str]:
-  overrides = run['overrides']
-  return (
-    _text(overrides.get(grid.row_key)),
-    _text(overrides.get(grid.column_key)),
-  )
 
 
 def _text(value: Any) -> str:

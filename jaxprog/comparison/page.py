@@ -11,25 +11,9 @@ from jaxprog.comparison import tables
 from jaxprog.reporting.page import html, markup
 from jaxprog.reporting.page.markup import Html, join, tag
 
-# Of what comparison.json holds; see collect.write.
+# Of what comparison.json holds; see docs/compare.md.
 VERSION = 2
-# What is read here of the whole, of a cell, of a run and of a point of a curve.
-_LISTS = ('verdicts', 'cells', 'runs')
-_CELL_FIELDS = {'name', 'stages', 'overrides', 'equal'}
-_RUN_FIELDS = {
-  'cell',
-  'seed',
-  'status',
-  'learning_rate',
-  'final_top1',
-  'num_images',
-  'outcomes',
-  'curve',
-  'resumed',
-}
-
-PICTURES = ('ladder_comparison.png', 'optimizer_scheduler_comparison.png')
-_STYLE = 'max-width: 100%; height: auto; background: #fff'
+_PICTURES = ('ladder_comparison.png', 'optimizer_scheduler_comparison.png')
 
 
 def write_page(workdir: pathlib.Path) -> pathlib.Path:
@@ -42,42 +26,35 @@ def write_page(workdir: pathlib.Path) -> pathlib.Path:
   try:
     result = json.loads(source.read_text(encoding='utf-8'))
     _check(result)
-  except ValueError as e:
+    text = _create_page(result, workdir)
+  except (KeyError, TypeError, ValueError) as e:
+    why = f'it lacks {e}' if isinstance(e, KeyError) else e
     raise errors.UserError(
-      f'The comparison is damaged: {e}.',
+      f'The comparison is damaged: {why}.',
       str(source),
       'Repeat --mode=compare: it writes the file anew from the runs.',
-    ) from None
+    ) from e
   path = workdir / 'report.html'
-  files.write_bytes(path, create_page(result, workdir).encode())
+  files.write_bytes(path, text.encode())
   return path
 
 
 def _check(result: Any) -> None:
-  """Raises ValueError if `result` is not what collect.write has written."""
+  """Raises ValueError if `result` is of another version, or another file."""
   if not isinstance(result, dict):
     raise ValueError('it holds no object')
   if result.get('version') != VERSION:
     found = result.get('version', 'none')
     raise ValueError(f'its version is {found}, not {VERSION}')
-  if missing := {'finished', 'reference'} - result.keys():
-    raise ValueError(f'it lacks {", ".join(sorted(missing))}')
-  for name in _LISTS:
-    if not isinstance(result.get(name), list):
-      raise ValueError(f'{name} is no list')
-  for name, wanted in (('cells', _CELL_FIELDS), ('runs', _RUN_FIELDS)):
-    for entry in result[name]:
-      if not isinstance(entry, dict) or wanted - entry.keys():
-        raise ValueError(f'an entry of {name} is not whole')
-  if result['reference'] not in [run['cell'] for run in result['runs']]:
-    raise ValueError('its reference has no run')
 
 
-def create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
+def _create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
   """Returns the page of what comparison.json holds."""
   name = workdir.resolve().name
   status = 'finished' if result['finished'] else 'under way'
   summaries = tables.summarize(result['runs'], result['reference'])
+  accuracies, costs = tables.tabulate(summaries)
+  notes = tables.notes(summaries, result['reference'])
   return html.document(
     f'{name}: comparison',
     tag(
@@ -89,11 +66,15 @@ def create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
     ),
     [
       ('verdicts', 'Verdicts', _verdicts(result)),
-      ('accuracy', 'Accuracy', _accuracy(summaries, result['reference'])),
+      (
+        'accuracy',
+        'Accuracy',
+        join(_table(accuracies), *(tag('p', x, class_='note') for x in notes)),
+      ),
       ('picture', 'Picture', _pictures(workdir)),
-      ('costs', 'Costs', _costs(summaries)),
-      ('cells', 'Cells', _cells(result)),
-      ('runs', 'Runs', _runs(result)),
+      ('costs', 'Costs', _table(costs)),
+      ('cells', 'Cells', _table(_cells(result))),
+      ('runs', 'Runs', _table(_runs(result))),
     ],
     'Made from comparison.json; --mode=report makes it again. Each run has a '
     'report of its own below cells/.',
@@ -108,26 +89,13 @@ def _verdicts(result: Mapping[str, Any]) -> Html:
   )
 
 
-def _accuracy(summaries: list[tables.CellSummary], reference: str) -> Html:
-  rows = [tables.accuracy_row(summary) for summary in summaries]
-  notes = tables.notes(summaries, reference)
-  return join(
-    markup.table(
-      tables.ACCURACY_TITLES, rows, caption='Final top-1 over seeds, %'
-    ),
-    *(tag('p', note, class_='note') for note in notes),
-  )
-
-
-def _costs(summaries: list[tables.CellSummary]) -> Html:
-  rows = [tables.cost_row(summary) for summary in summaries]
-  last = len(tables.COST_TITLES) - 1
+def _table(table: tables.Table) -> Html:
   return markup.table(
-    tables.COST_TITLES, rows, caption='Means over runs', left=(0, last)
+    table.titles, table.rows, caption=table.caption, left=table.left
   )
 
 
-def _cells(result: Mapping[str, Any]) -> Html:
+def _cells(result: Mapping[str, Any]) -> tables.Table:
   rows = [
     (
       cell['name'],
@@ -138,39 +106,40 @@ def _cells(result: Mapping[str, Any]) -> Html:
     for cell in result['cells']
   ]
   titles = 'cell', 'stages', 'changed', 'equal'
-  return markup.table(
-    titles, rows, caption='What was trained', left=(0, 1, 2, 3)
-  )
+  return tables.Table('What was trained', titles, rows, left=(0, 1, 2, 3))
 
 
-def _runs(result: Mapping[str, Any]) -> Html:
+def _runs(result: Mapping[str, Any]) -> tables.Table:
   rows = [
     (
       run['cell'],
-      run['seed'],
+      str(run['seed']),
       '-' if run['final_top1'] is None else f'{100 * run["final_top1"]:.2f}%',
       f'{run["learning_rate"]:.3g}',
       run['status'],
-      run['resumed'],
+      str(run['resumed']),
     )
     for run in result['runs']
   ]
   titles = 'cell', 'seed', 'final top-1', 'rate', 'status', 'resumed'
-  return markup.table(titles, rows, caption='Every run', left=(0, 4))
+  return tables.Table('Every run', titles, rows, left=(0, 4))
 
 
 def _pictures(workdir: pathlib.Path) -> Html:
-  found = [workdir / name for name in PICTURES if (workdir / name).exists()]
+  found = [
+    base64.b64encode(path.read_bytes()).decode()
+    for path in (workdir / name for name in _PICTURES)
+    if path.exists()
+  ]
   if not found:
     return tag('p', 'It is drawn when all runs are over.', class_='note')
-  return join(*(tag('figure', _embed(path)) for path in found))
-
-
-def _embed(path: pathlib.Path) -> Html:
-  encoded = base64.b64encode(path.read_bytes()).decode()
-  return tag(
-    'img',
-    src=f'data:image/png;base64,{encoded}',
-    alt='Accuracy of the cells; the tables have the figures',
-    style=_STYLE,
-  )
+  images = [
+    tag(
+      'img',
+      src=f'data:image/png;base64,{encoded}',
+      alt='Accuracy of the cells; the tables have the figures',
+      style='max-width: 100%; height: auto; background: #fff',
+    )
+    for encoded in found
+  ]
+  return join(*(tag('figure', image) for image in images))

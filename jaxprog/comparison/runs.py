@@ -31,7 +31,7 @@ Outcome = dict[str, Any]
 
 VERSION = 1
 # What a finished stage has saved for those after it.
-_SHARED = ('best', 'final', 'ema', 'done.json')
+_SHARED = {'best', 'final', 'ema', 'done.json'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +83,15 @@ def read_outcome(planned: Planned) -> Outcome | None:
 
 
 def run(planned: Planned, earlier: Sequence[Planned]) -> Outcome:
-  """Trains what is left of a run; returns how it ended.
+  """Trains what is left of a run that is not over; returns how it ended.
 
-  Args:
-    planned: the run.
-    earlier: runs that are over, whose stages may serve this one too.
+  Stages of `earlier` runs, which are over, may serve this one too.
 
   Raises:
     UserError: for a mistake that the user can mend.
     Stopped: after a signal, once all is saved.
     SaveError: if the disk is full, as it would be for the next run.
   """
-  outcome = read_outcome(planned)
-  if outcome is not None:
-    return outcome
   shared = share_stages(planned, earlier)
   status, error = 'done', ''
   try:
@@ -107,20 +102,16 @@ def run(planned: Planned, earlier: Sequence[Planned]) -> Outcome:
     skipped = isinstance(e, loop.SkippedTooOftenError)
     status = 'diverged' if skipped else 'failed'
     error = f'{type(e).__name__}: {" ".join(str(e).split())}'
-    write_traceback(planned.workdir)
-  return write_outcome(planned, shared, status, error)
-
-
-def write_outcome(
-  planned: Planned, shared: Sequence[str], status: str, error: str = ''
-) -> Outcome:
-  """Returns how a run ended, which its directory says from now on."""
+    # Where the disk is full, the run has failed all the same.
+    path = planned.workdir / 'error.log'
+    with contextlib.suppress(OSError), open(path, 'a') as file:
+      traceback.print_exc(file=file)
   outcome = {
     'version': VERSION,
     'status': status,
     'error': error,
     'config_hash': _hash(planned),
-    'shared': list(shared),
+    'shared': shared,
   }
   files.write_json(planned.workdir / 'outcome.json', outcome)
   return outcome
@@ -212,12 +203,14 @@ def _link(
   """
   temporary = target.parent.with_name(f'.linking-{target.name}')
   shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
-  for path in (source / name for name in _SHARED):
-    if path.is_dir():
-      shutil.copytree(path, temporary / path.name, copy_function=_link_file)
-    elif path.exists():
-      _link_file(path, temporary / path.name)
+  shutil.copytree(
+    source,
+    temporary,
+    ignore=lambda folder, names: (
+      set(names) - _SHARED if folder == os.fspath(source) else set()
+    ),
+    copy_function=_link_file,
+  )
   files.write_bytes(marker, b'')
   target.parent.mkdir(exist_ok=True)
   os.replace(temporary, target)
@@ -234,9 +227,3 @@ def _link_file(
 
 def _hash(planned: Planned) -> str:
   return f'{config_lib.config_hash(planned.config)} {",".join(planned.names)}'
-
-
-def write_traceback(workdir: pathlib.Path) -> None:
-  """Adds the exception that is being handled to the run's error.log."""
-  with contextlib.suppress(OSError), open(workdir / 'error.log', 'a') as file:
-    traceback.print_exc(file=file)

@@ -12,12 +12,12 @@ image by image; else it is that of as many independent ones. docs/compare.md
 shows how often equal cells are then told apart.
 """
 
+import collections
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from scipy import special
 
 from jaxprog.monitoring import outcomes as outcomes_lib
@@ -27,7 +27,8 @@ CONFIDENCE = 0.95
 # Fewer runs on a side are called neither better nor worse, sooner nor later.
 MIN_RUNS = 3
 
-# A run's record, and the costs that its curve is told over.
+T = TypeVar('T')
+# What is kept of a run, and the costs that its curve is told over.
 Record = Mapping[str, Any]
 Axis = Literal['images', 'flops', 'seconds', 'epochs']
 
@@ -164,30 +165,29 @@ def standard_error(spread: Any, freedom: Any, noise: Noise) -> tuple[Any, Any]:
 def estimate(scores: Iterable[Score]) -> Estimate:
   """Returns the mean top-1 of a cell, the standard deviation and the interval.
 
-  Raises:
-    ValueError: if there is no score, or one is not finite.
+  Of one score or more.
   """
   scores = list(scores)
-  x = _finite(score.top1 for score in scores)
-  noise = _noise_of(scores)
-  return _test(_spread(x), float(x.mean()), noise, _ACCURACIES)[0]
+  x = _top1s(scores)
+  return _test(_spread(x), x.mean(), _noise_of(scores), _ACCURACIES)[0]
 
 
 class _Spread(NamedTuple):
   """How far apart runs lie: the deviation of one, the variance of the mean."""
 
-  std: float
-  variance: float
+  std: Any
+  variance: Any
   freedom: float
   n: int
 
 
 def _spread(x: np.ndarray) -> _Spread | None:
-  """Returns that of some numbers, None of one."""
-  if x.size == 1:
+  """Returns that of numbers or arrays, one a run; None of one run."""
+  n = len(x)
+  if n == 1:
     return None
-  variance = float(x.var(ddof=1))
-  return _Spread(math.sqrt(variance), variance / x.size, x.size - 1, x.size)
+  variance = x.var(0, ddof=1)
+  return _Spread(np.sqrt(variance), variance / n, n - 1, n)
 
 
 def _spread_of(x: np.ndarray, y: np.ndarray, *, paired: bool) -> _Spread | None:
@@ -203,20 +203,25 @@ def _spread_of(x: np.ndarray, y: np.ndarray, *, paired: bool) -> _Spread | None:
   return _Spread(math.hypot(a.std, b.std), variance, freedom, min(a.n, b.n))
 
 
+def _interval(
+  spread: _Spread, mean: Any, noise: Noise, limits: tuple[float, float]
+) -> tuple[Any, Any, Any]:
+  """Returns the ends of a mean's interval, in `limits`, and its p-value."""
+  error, freedom = standard_error(spread.variance, spread.freedom, noise)
+  half = special.stdtrit(freedom, 0.5 + CONFIDENCE / 2) * error
+  low, high = np.clip((mean - half, mean + half), *limits)
+  return low, high, 2 * special.stdtr(freedom, -abs(mean) / error)
+
+
 def _test(
-  spread: _Spread | None,
-  mean: float,
-  noise: Noise,
-  limits: tuple[float, float],
+  spread: _Spread | None, mean: Any, noise: Noise, limits: tuple[float, float]
 ) -> tuple[Estimate, float | None]:
   """Returns a mean with its interval, within `limits`, and its p-value."""
+  mean = float(mean)
   if spread is None:
     return Estimate(mean, None, None, None, 1), None
-  error, freedom = standard_error(spread.variance, spread.freedom, noise)
-  half = float(special.stdtrit(freedom, 0.5 + CONFIDENCE / 2) * error)
-  low, high = max(mean - half, limits[0]), min(mean + half, limits[1])
-  p_value = float(2 * special.stdtr(freedom, -abs(mean) / error))
-  found = Estimate(mean, spread.std, low, high, spread.n)
+  low, high, p_value = map(float, _interval(spread, mean, noise, limits))
+  found = Estimate(mean, float(spread.std), low, high, spread.n)
   return found, p_value if spread.n >= MIN_RUNS else None
 
 
@@ -233,12 +238,14 @@ def _noise_of(*arms: Sequence[Score], paired: bool = False) -> Noise:
       return image_noise(signed[0] + signed[1])
     return image_noise(*signed)
   each = [
-    binomial_noise(
-      float(np.mean([x.top1 for x in arm])), min(x.num_images for x in arm)
-    )
+    binomial_noise(_top1s(arm).mean(), min(x.num_images for x in arm))
     for arm in arms
   ]
   return Noise(sum(x.own for x in each), 0.0, math.inf)
+
+
+def _top1s(scores: Iterable[Score]) -> np.ndarray:
+  return np.array([score.top1 for score in scores])
 
 
 def is_difference(e: Estimate, null: float = 0.0) -> bool:
@@ -266,10 +273,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
   Where all hypotheses hold, at most 5% of families have one below 0.05. None,
   from cells with too few runs, is no test: it stays and does not count.
   """
-  tested = [(p, i) for i, p in enumerate(p_values) if p is not None]
+  tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
   adjusted: list[float | None] = [None] * len(p_values)
   highest = 0.0
-  for rank, (p, i) in enumerate(sorted(tested)):
+  for rank, (p, i) in enumerate(tested):
     highest = max(highest, min(1.0, (len(tested) - rank) * p))
     adjusted[i] = highest
   return adjusted
@@ -288,26 +295,23 @@ def expected_maximum(count: int) -> float:
 
 def compare(a: Scores, b: Scores) -> Difference:
   """Returns a - b: over the seeds that both have, or by Welch if under two."""
-  seeds = _common_seeds(a, b)
-  x = [a[seed] for seed in seeds or a]
-  y = [b[seed] for seed in seeds or b]
-  first, second = (_finite(score.top1 for score in arm) for arm in (x, y))
-  noise = _noise_of(x, y, paired=bool(seeds))
-  found, p_value = _test(
-    _spread_of(first, second, paired=bool(seeds)),
-    float(first.mean() - second.mean()),
-    noise,
-    _DIFFERENCES,
-  )
-  return Difference(found, p_value, bool(seeds), (len(a), len(b)))
+  x, y, paired = _pair(a, b)
+  noise = _noise_of(x, y, paired=paired)
+  first, second = _top1s(x), _top1s(y)
+  mean = first.mean() - second.mean()
+  spread = _spread_of(first, second, paired=paired)
+  found, p_value = _test(spread, mean, noise, _DIFFERENCES)
+  return Difference(found, p_value, paired, (len(a), len(b)))
 
 
-def _common_seeds(a: Mapping[int, Any], b: Mapping[int, Any]) -> list[int]:
-  """Returns the seeds that pair, [] where they are too few for it."""
+def _pair(
+  a: Mapping[int, T], b: Mapping[int, T]
+) -> tuple[list[T], list[T], bool]:
+  """Returns what is compared, by seed, and whether seeds are enough to pair."""
   common = sorted(a.keys() & b.keys())
-  if len(common) >= 2 or (common and 1 in (len(a), len(b))):
-    return common
-  return []
+  paired = len(common) >= 2 or (len(common) == 1 and 1 in (len(a), len(b)))
+  x, y = ([arm[seed] for seed in (common if paired else arm)] for arm in (a, b))
+  return x, y, paired
 
 
 def by_cell(runs: Iterable[Record]) -> dict[str, list[Record]]:
@@ -321,6 +325,12 @@ def by_cell(runs: Iterable[Record]) -> dict[str, list[Record]]:
 def done(runs: Iterable[Record]) -> list[Record]:
   """Returns the runs that reached their end."""
   return [run for run in runs if run['status'] == 'done']
+
+
+def count_lost(runs: Iterable[Record]) -> list[str]:
+  """Returns '2 diverged' and '1 failed' of the runs that are in no mean."""
+  counts = collections.Counter(run['status'] for run in runs)
+  return [f'{counts[x]} {x}' for x in ('diverged', 'failed') if counts[x]]
 
 
 def final_scores(runs: Iterable[Record]) -> dict[int, Score]:
@@ -386,7 +396,10 @@ def costs_to_target(
   evaluation is not taken for one that was passed at it. None: the run ended
   below the target.
   """
-  return {run['seed']: _reach(run, target, axis) for run in done(runs)}
+  return {
+    run['seed']: first_reach(*_whole_curve(run, axis), target)
+    for run in done(runs)
+  }
 
 
 def compare_time_to_target(
@@ -405,16 +418,18 @@ def compare_time_to_target(
   costs = [{seed: cost for seed, cost in arm.items() if cost} for arm in found]
   if any(not x or len(x) < len(y) for x, y in zip(costs, found, strict=True)):
     return None
-  seeds = _common_seeds(*costs)
-  x, y = (np.log([arm[seed] for seed in seeds or arm]) for arm in costs)
-  estimated, p_value = _test(
-    _spread_of(x, y, paired=bool(seeds)),
-    float(x.mean() - y.mean()),
-    Noise(sum(_target_noise(r, target, axis) for r in (a, b)), 0.0, math.inf),
+  first, second, paired = _pair(*costs)
+  x, y = np.log(first), np.log(second)
+  own = sum(_target_noise(runs, target, axis) for runs in (a, b))
+  e, p_value = _test(
+    _spread_of(x, y, paired=paired),
+    x.mean() - y.mean(),
+    Noise(own, 0.0, math.inf),
     (-math.inf, math.inf),
   )
-  counts = len(costs[0]), len(costs[1])
-  return Difference(_raised(estimated), p_value, bool(seeds), counts)
+  low, high = (None if x is None else math.exp(x) for x in (e.low, e.high))
+  ratio = Estimate(math.exp(e.mean), e.std, low, high, e.n)
+  return Difference(ratio, p_value, paired, (len(costs[0]), len(costs[1])))
 
 
 def _target_noise(runs: Iterable[Record], target: float, axis: Axis) -> float:
@@ -436,14 +451,6 @@ def _slope(run: Record, target: float, axis: Axis) -> float:
   return float(rise * (first_reach(costs, values, target) or costs[i]))
 
 
-def interpolate_curve(
-  costs: npt.ArrayLike, values: npt.ArrayLike, grid: npt.ArrayLike
-) -> np.ndarray:
-  """Returns the curve at `grid`, straight between its points, NaN outside."""
-  x, y = np.asarray(costs, float), np.asarray(values, float)
-  return np.interp(np.asarray(grid, float), x, y, left=np.nan, right=np.nan)
-
-
 def mean_curve(runs: Iterable[Record], axis: Axis) -> MeanCurve | None:
   """Returns the mean top-1 of the runs that are done, over costs along `axis`.
 
@@ -455,14 +462,12 @@ def mean_curve(runs: Iterable[Record], axis: Axis) -> MeanCurve | None:
   grid = _common_grid([x for x, _ in curves])
   if not grid.size:
     return None
-  values = np.array([interpolate_curve(x, y, grid) for x, y in curves])
-  mean, n = values.mean(0), len(values)
-  if n == 1:
+  values = np.array([np.interp(grid, x, y) for x, y in curves])
+  mean, spread = values.mean(0), _spread(values)
+  if spread is None:
     return MeanCurve(grid, mean, None, None)
   noise = binomial_noise(mean, min(run['num_images'] for run in done(runs)))
-  error, freedom = standard_error(values.var(0, ddof=1) / n, n - 1, noise)
-  half = special.stdtrit(freedom, 0.5 + CONFIDENCE / 2) * error
-  low, high = (mean - half).clip(0, 1), (mean + half).clip(0, 1)
+  low, high, _ = _interval(spread, mean, noise, _ACCURACIES)
   return MeanCurve(grid, mean, low, high)
 
 
@@ -482,10 +487,6 @@ def _common_grid(costs: Sequence[np.ndarray]) -> np.ndarray:
   return grid
 
 
-def _reach(run: Record, target: float, axis: Axis) -> float | None:
-  return first_reach(*_whole_curve(run, axis), target)
-
-
 def _whole_curve(run: Record, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
   """Returns a run's points, and before them where its first step began."""
   costs, values = points(run, axis)
@@ -494,16 +495,3 @@ def _whole_curve(run: Record, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
   if run['boundaries']:
     start += run['boundaries'][-1].get(f'handover_{axis}', 0.0)
   return np.append(start, costs), np.append(0.0, values)
-
-
-def _raised(e: Estimate) -> Estimate:
-  low = None if e.low is None else math.exp(e.low)
-  high = None if e.high is None else math.exp(e.high)
-  return Estimate(math.exp(e.mean), e.std, low, high, e.n)
-
-
-def _finite(values: Iterable[float]) -> np.ndarray:
-  x = np.array(list(values), float)
-  if not x.size or not np.isfinite(x).all():
-    raise ValueError(f'Need one finite value or more, not {x.tolist()}.')
-  return x

@@ -2,7 +2,7 @@
 
 import csv
 import io
-import os
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,26 +16,7 @@ from jaxprog.comparison import statistics, verdicts
 from jaxprog.comparison.statistics import Axis, Difference, Estimate, Record
 
 AXES: tuple[Axis, ...] = ('epochs', 'images', 'flops', 'seconds')
-STATUSES = ('done', 'diverged', 'failed')
-
-ACCURACY_TITLES = (
-  'cell',
-  'n',
-  'top-1',
-  'std',
-  '95% interval',
-  'difference',
-  'p',
-)
-COST_TITLES = (
-  'cell',
-  'best rate',
-  'epochs',
-  'images',
-  'FLOPs',
-  'seconds',
-  'runs',
-)
+_STATUSES = ('done', 'diverged', 'failed')
 
 _NONE = '-'
 _CAPTION = (
@@ -52,129 +33,199 @@ class CellSummary(NamedTuple):
 
   `top1` is None where no run is done; `difference` and `p_value`, the latter
   adjusted for the number of cells, are None for the reference itself as well.
-  `by_image`: whether it is known which images each run has right. `costs` are
-  means of the runs that are done, `counts` runs by status.
   """
 
   cell: str
-  counts: Mapping[str, int]
+  runs: Sequence[Record]
   top1: Estimate | None
   difference: Difference | None
   p_value: float | None
-  by_image: bool
-  learning_rates: tuple[float, ...]
-  costs: Mapping[Axis, float]
+
+  @property
+  def counts(self) -> dict[str, int]:
+    """How many runs there are, by status."""
+    statuses = [run['status'] for run in self.runs]
+    return {status: statuses.count(status) for status in _STATUSES}
+
+  @property
+  def learning_rates(self) -> list[float]:
+    """The rates of all runs, each once."""
+    return sorted({run['learning_rate'] for run in self.runs} - {None})
+
+  @property
+  def costs(self) -> dict[Axis, float]:
+    """Means of the runs that are done; none where there are none."""
+    done = statistics.done(self.runs)
+    ends = [run['curve'][-1] for run in done if run['curve']]
+    if not ends:
+      return {}
+    return {axis: sum(end[axis] for end in ends) / len(ends) for axis in AXES}
+
+
+class Table(NamedTuple):
+  """A table as people read it; the columns that are not `left` are numbers."""
+
+  caption: str
+  titles: tuple[str, ...]
+  rows: Sequence[tuple[str, ...]]
+  left: tuple[int, ...]
 
 
 def summarize(runs: Iterable[Record], reference: str) -> list[CellSummary]:
   """Returns a summary of each cell, in the order of their first runs.
 
-  Args:
-    runs: of all cells, in any state.
-    reference: the cell that the others are compared with.
-
-  Raises:
-    ValueError: if `reference` is none of the cells.
+  `reference` is the cell that the others are compared with; it has a run.
   """
   cells = statistics.by_cell(runs)
-  if reference not in cells:
-    raise ValueError(f'No cell {reference!r} among {list(cells)}.')
-  summaries = [
-    _summarize(cell, cells[cell], () if cell == reference else cells[reference])
+  scores = {cell: statistics.final_scores(cells[cell]) for cell in cells}
+  differences = {
+    cell: statistics.compare(scores[cell], scores[reference])
+    for cell in cells
+    if cell != reference and scores[cell] and scores[reference]
+  }
+  p_values = statistics.holm([x.p_value for x in differences.values()])
+  adjusted = dict(zip(differences, p_values, strict=True))
+  return [
+    CellSummary(
+      cell,
+      cells[cell],
+      statistics.estimate(scores[cell].values()) if scores[cell] else None,
+      differences.get(cell),
+      adjusted.get(cell),
+    )
     for cell in cells
   ]
-  adjusted = statistics.holm([s.p_value for s in summaries])
-  return [
-    summary._replace(p_value=p)
-    for summary, p in zip(summaries, adjusted, strict=True)
-  ]
 
 
-def comparison_table(
+def tabulate(summaries: Sequence[CellSummary]) -> tuple[Table, Table]:
+  """Returns the accuracies and the costs of all cells."""
+  accuracies = Table(
+    'Final top-1 over seeds, %',
+    ('cell', 'n', 'top-1', 'std', '95% interval', 'difference', 'p'),
+    [_accuracy_row(summary) for summary in summaries],
+    left=(0,),
+  )
+  costs = Table(
+    'Means over runs',
+    ('cell', 'best rate', 'epochs', 'images', 'FLOPs', 'seconds', 'runs'),
+    [_cost_row(summary) for summary in summaries],
+    left=(0, 6),
+  )
+  return accuracies, costs
+
+
+def render(
   summaries: Sequence[CellSummary], reference: str
 ) -> rich.console.Group:
-  """Returns two tables and notes on them, for 80 columns."""
-  accuracies, costs = _table(ACCURACY_TITLES), _table(COST_TITLES)
-  for summary in summaries:
-    accuracies.add_row(*map(rich.text.Text, accuracy_row(summary)))
-    costs.add_row(*map(rich.text.Text, cost_row(summary)))
-  texts = notes(summaries, reference)
-  return rich.console.Group(
-    accuracies, costs, *(rich.text.Text(text) for text in texts)
+  """Returns both tables and notes on them, for 80 columns."""
+  texts = map(rich.text.Text, notes(summaries, reference))
+  return rich.console.Group(*map(_render, tabulate(summaries)), *texts)
+
+
+def _render(table: Table) -> rich.table.Table:
+  rendered = rich.table.Table(
+    box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
   )
+  for i, title in enumerate(table.titles):
+    # Only texts may have to be broken.
+    rendered.add_column(
+      title,
+      justify='left' if i in table.left else 'right',
+      no_wrap=i not in table.left,
+      overflow='fold',
+    )
+  for row in table.rows:
+    rendered.add_row(*map(rich.text.Text, row))
+  return rendered
 
 
 def notes(summaries: Sequence[CellSummary], reference: str) -> list[str]:
   """Returns what a reader of the table has to know, a sentence or two each."""
   texts = [_CAPTION.format(reference=reference)]
-  compared = [s for s in summaries if s.difference is not None]
-  if any(s.difference and not s.difference.paired for s in compared):
+  runs = [run for summary in summaries for run in summary.runs]
+  compared = [s.difference for s in summaries if s.difference]
+  if not all(difference.paired for difference in compared):
     texts.append(
       'Where fewer than two seeds are in common, runs are not paired (Welch).'
     )
-  if compared and not all(s.by_image for s in summaries if s.top1):
+  if compared and None in [run['outcomes'] for run in statistics.done(runs)]:
     texts.append(
       'Which images each run has right is not known of all: the images of two '
       'cells are taken for independent ones, which makes intervals wide.'
     )
   texts.append(verdicts.multiplicity_note(len(compared)))
-  tops = [s.top1 for s in summaries if s.top1 is not None]
-  texts.append(verdicts.selection_note(tops))
-  lost = {
-    status: sum(s.counts[status] for s in summaries) for status in STATUSES[1:]
-  }
-  if any(lost.values()):
-    said = ' and '.join(f'{n} {status}' for status, n in lost.items() if n)
-    total = sum(sum(s.counts.values()) for s in summaries)
-    texts.append(f'Of {total} runs {said}: counted here, in no mean.')
+  texts.append(verdicts.selection_note([s.top1 for s in summaries if s.top1]))
+  if lost := statistics.count_lost(runs):
+    texts.append(
+      f'Of {len(runs)} runs {" and ".join(lost)}: counted here, in no mean.'
+    )
   return [text for text in texts if text]
 
 
-def run_rows(runs: Iterable[Record]) -> list[dict[str, Any]]:
+def _run_rows(runs: Iterable[Record]) -> list[dict[str, Any]]:
   """Returns a row for each run; costs are those at its last evaluation."""
   rows: list[dict[str, Any]] = []
   for run in runs:
-    last = run['curve'][-1] if run['curve'] else {}
+    end = run['curve'][-1] if run['curve'] else {}
     rows.append(
       {
         **{k: run[k] for k in ('cell', 'seed', 'status', 'learning_rate')},
         **{k: run[k] for k in ('final_top1', 'best_top1')},
-        **{axis: last.get(axis) for axis in AXES},
+        **{axis: end.get(axis) for axis in AXES},
         **{f'override:{k}': v for k, v in run['overrides'].items()},
+        **{k: run[k] for k in ('control', 'resumed', 'error')},
       }
     )
   return rows
 
 
-def cell_rows(summaries: Iterable[CellSummary]) -> list[dict[str, Any]]:
+def _cell_rows(
+  summaries: Iterable[CellSummary], cells: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
   """Returns a row for each cell; accuracies are parts of one, not percent."""
-  return [
-    {
+  by_name = {cell['name']: cell for cell in cells}
+  rows: list[dict[str, Any]] = []
+  for s in summaries:
+    cell, difference, costs = by_name[s.cell], s.difference, s.costs
+    tuning = cell['tuning'] or {}
+    row: dict[str, Any] = {
       'cell': s.cell,
-      **{status: s.counts[status] for status in STATUSES},
+      **s.counts,
       **_estimate_fields('top1', s.top1),
-      **_estimate_fields(
-        'difference', s.difference.estimate if s.difference else None
-      ),
-      'paired': s.difference.paired if s.difference else None,
+      **_estimate_fields('difference', difference and difference.estimate),
+      'paired': difference and difference.paired,
       'p_holm': s.p_value,
       'learning_rate': ' '.join(f'{rate:g}' for rate in s.learning_rates),
-      **{axis: s.costs.get(axis) for axis in AXES},
+      **{axis: costs.get(axis) for axis in AXES},
+      'control': cell['control'],
+      'flops_per_image': cell['flops_per_image'],
+      'tuned_factor': tuning.get('factor'),
+      'tuned_at_border': tuning.get('at_border'),
     }
-    for s in summaries
-  ]
+    rows.append(row)
+  return rows
 
 
-def write_csv(
-  path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]
+def write(
+  workdir: pathlib.Path,
+  records: Sequence[Record],
+  cells: Sequence[Mapping[str, Any]],
 ) -> None:
-  """Writes `rows` with a header, atomically; None becomes an empty field."""
-  fields = dict.fromkeys(field for row in rows for field in row)
-  buffer = io.StringIO(newline='')
-  writer = csv.DictWriter(buffer, list(fields), lineterminator='\n')
-  writer.writeheader()
-  writer.writerows(rows)
-  files.write_bytes(path, buffer.getvalue().encode())
+  """Writes comparison_runs.csv and comparison_cells.csv.
+
+  `cells` is what comparison.json says of them, the reference first.
+  """
+  summaries = summarize(records, cells[0]['name'])
+  for name, rows in (
+    ('comparison_runs.csv', _run_rows(records)),
+    ('comparison_cells.csv', _cell_rows(summaries, cells)),
+  ):
+    fields = dict.fromkeys(field for row in rows for field in row)
+    buffer = io.StringIO(newline='')
+    writer = csv.DictWriter(buffer, list(fields), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_bytes(workdir / name, buffer.getvalue().encode())
 
 
 def format_count(value: float) -> str:
@@ -186,53 +237,7 @@ def format_count(value: float) -> str:
   return f'{value:.3g}'
 
 
-def _summarize(
-  cell: str, runs: Sequence[Record], reference: Sequence[Record]
-) -> CellSummary:
-  scores = statistics.final_scores(runs)
-  against = statistics.final_scores(reference)
-  comparison = (
-    statistics.compare(scores, against) if scores and against else None
-  )
-  rates = {run['learning_rate'] for run in runs} - {None}
-  return CellSummary(
-    cell,
-    {s: sum(run['status'] == s for run in runs) for s in STATUSES},
-    statistics.estimate(scores.values()) if scores else None,
-    comparison,
-    comparison.p_value if comparison else None,
-    all(score.outcomes is not None for score in scores.values()),
-    tuple(sorted(rates)),
-    _mean_costs(runs),
-  )
-
-
-def _mean_costs(runs: Sequence[Record]) -> dict[Axis, float]:
-  ends = [run['curve'][-1] for run in statistics.done(runs) if run['curve']]
-  if not ends:
-    return {}
-  return {axis: sum(end[axis] for end in ends) / len(ends) for axis in AXES}
-
-
-def _table(titles: Sequence[str]) -> rich.table.Table:
-  table = rich.table.Table(
-    box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-  )
-  table.add_column(titles[0], overflow='fold')
-  for title in titles[1:]:
-    # Only the first and the last may have to be broken.
-    last = title == 'runs'
-    table.add_column(
-      title,
-      justify='left' if last else 'right',
-      no_wrap=not last,
-      overflow='fold',
-    )
-  return table
-
-
-def accuracy_row(s: CellSummary) -> tuple[str, ...]:
-  """Returns what stands below ACCURACY_TITLES."""
+def _accuracy_row(s: CellSummary) -> tuple[str, ...]:
   n = str(s.counts['done'])
   if s.top1 is None:
     return (s.cell, n, *[_NONE] * 5)
@@ -251,14 +256,12 @@ def accuracy_row(s: CellSummary) -> tuple[str, ...]:
   )
 
 
-def cost_row(s: CellSummary) -> tuple[str, ...]:
-  """Returns what stands below COST_TITLES."""
+def _cost_row(s: CellSummary) -> tuple[str, ...]:
   rates = [f'{rate:.3g}' for rate in s.learning_rates]
   formats = {'flops': '{:.2e}'.format, 'epochs': '{:.3g}'.format}
   costs = [
-    formats.get(axis, format_count)(s.costs[axis]) if s.costs else _NONE
-    for axis in AXES
-  ]
+    formats.get(axis, format_count)(value) for axis, value in s.costs.items()
+  ] or [_NONE] * len(AXES)
   runs = [f'{n} {status}' for status, n in s.counts.items() if n]
   # Seeds of a cell share a rate, unless someone chose otherwise.
   rate = f'{rates[0]}..{rates[-1]}' if len(rates) > 1 else ''.join(rates)

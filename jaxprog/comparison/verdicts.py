@@ -14,16 +14,12 @@ COSTS: Mapping[Axis, str] = {
 }
 PAYS, DOES_NOT_PAY, NOT_SHOWN = 'pays', 'does not pay', 'not shown'
 
-# Digits after the point are added up to this number where an interval that
-# excludes the null would be printed as one that touches it.
+# So many digits after the point at most; see `_format`.
 _MAX_DIGITS = 4
 
 
-class Arm(NamedTuple):
-  """One side of a comparison: its name within a sentence, and its runs."""
-
-  name: str
-  runs: Sequence[Record]
+# One side of a comparison: the runs of a cell, whose name it has in a sentence.
+Arm = Sequence[Record]
 
 
 class Answer(NamedTuple):
@@ -41,13 +37,9 @@ class Answer(NamedTuple):
 def compare_sentence(a: Arm, b: Arm, target: float, axis: Axis) -> str:
   """Returns all that is to be said of `a` against `b`, without a full stop.
 
-  Args:
-    a: of which is spoken.
-    b: against which it was run.
-    target: top-1 in [0, 1] that both should reach.
-    axis: the cost of reaching it.
+  `axis` is the cost of reaching `target`, a top-1 in [0, 1].
   """
-  missing = [arm for arm in (a, b) if not statistics.done(arm.runs)]
+  missing = [arm for arm in (a, b) if not statistics.done(arm)]
   if missing:
     return f'{no_run_sentence(missing)}: nothing can be compared'
   parts = [
@@ -61,31 +53,34 @@ def compare_sentence(a: Arm, b: Arm, target: float, axis: Axis) -> str:
 def target_sentence(a: Arm, b: Arm, target: float, axis: Axis) -> str:
   """Returns what `a` paid to reach `target`, as a multiple of what `b` paid."""
   goal = f'{100 * target:.1f}% top-1'
-  x = statistics.costs_to_target(a.runs, target, axis)
-  y = statistics.costs_to_target(b.runs, target, axis)
-  found = statistics.compare_time_to_target(a.runs, b.runs, target, axis)
+  x = statistics.costs_to_target(a, target, axis)
+  y = statistics.costs_to_target(b, target, axis)
+  found = statistics.compare_time_to_target(a, b, target, axis)
   if found is None:
     return f'{goal} was reached by {_reached(a, x)} and {_reached(b, y)}'
   e = found.estimate
   cost = f'after {format_ratio(e)} of the {COSTS[axis]}'
   if e.low is None:
-    return f'{a.name} reached {goal} {cost}'
+    return f'{_name(a)} reached {goal} {cost}'
   if not statistics.is_difference(e, 1.0):
-    return f'{a.name} reached {goal} {cost}: {_not_shown(e)}'
+    return f'{_name(a)} reached {goal} {cost}: {_not_shown(e)}'
   return (
-    f'{a.name} reached {goal} {"sooner" if e.mean < 1 else "later"}, {cost}'
+    f'{_name(a)} reached {goal} {"sooner" if e.mean < 1 else "later"}, {cost}'
   )
 
 
 def accuracy_sentence(a: Arm, b: Arm) -> str:
   """Returns how the final top-1 of `a` differs from that of `b`."""
   found = statistics.compare(
-    statistics.final_scores(a.runs), statistics.final_scores(b.runs)
+    statistics.final_scores(a), statistics.final_scores(b)
   )
   text = f'final accuracy {format_points(found.estimate)} points'
+  counts = count_sentence(found)
   if found.estimate.low is None:
-    return f'{text}; {count_sentence(found)}: nothing can be said of the spread'
-  return f'{text}: {_better(found.estimate)}, {count_sentence(found)}'
+    return f'{text}; {counts}: nothing can be said of the spread'
+  if not statistics.is_difference(found.estimate):
+    return f'{text}: {_not_shown(found.estimate)}, {counts}'
+  return f'{text}: {"better" if found.estimate.mean > 0 else "worse"}, {counts}'
 
 
 def count_sentence(found: Difference) -> str:
@@ -103,24 +98,16 @@ def count_sentence(found: Difference) -> str:
 
 def lost_runs(*arms: Arm) -> list[str]:
   """Returns a clause for each arm that has runs outside of its mean."""
-  clauses = []
-  for arm in arms:
-    counts = [
-      f'{sum(run["status"] == status for run in arm.runs)} {status}'
-      for status in ('diverged', 'failed')
-      if any(run['status'] == status for run in arm.runs)
-    ]
-    if counts:
-      total = f'{len(arm.runs)} run{"s"[: len(arm.runs) > 1]}'
-      clauses.append(
-        f'of {total} of {arm.name} {" and ".join(counts)}, not in the mean'
-      )
-  return clauses
+  return [
+    f'of {_runs_of(arm, len(arm))} {" and ".join(counts)}, not in the mean'
+    for arm in arms
+    if (counts := statistics.count_lost(arm))
+  ]
 
 
 def no_run_sentence(arms: Sequence[Arm]) -> str:
   """Returns that no run of `arms` came to its end."""
-  return f'no run of {" or ".join(arm.name for arm in arms)} finished'
+  return f'no run of {" or ".join(map(_name, arms))} finished'
 
 
 def answer(a: Arm, b: Arm) -> Answer:
@@ -131,7 +118,7 @@ def answer(a: Arm, b: Arm) -> Answer:
   better mean does not count where runs of its own arm diverged, since those
   are not in it.
   """
-  x, y = statistics.final_scores(a.runs), statistics.final_scores(b.runs)
+  x, y = statistics.final_scores(a), statistics.final_scores(b)
   if not x or not y:
     return Answer(NOT_SHOWN, None, no_run_sentence([b if x else a]))
   found = statistics.compare(x, y)
@@ -139,16 +126,14 @@ def answer(a: Arm, b: Arm) -> Answer:
     return Answer(NOT_SHOWN, found)
   better, worse = (a, b) if found.estimate.mean > 0 else (b, a)
   if _diverged(better) > _diverged(worse):
-    return Answer(NOT_SHOWN, found, f'runs of {better.name} diverged')
+    return Answer(NOT_SHOWN, found, f'runs of {_name(better)} diverged')
   return Answer(PAYS if better is a else DOES_NOT_PAY, found)
 
 
 def overall(name: str, answers: Mapping[Axis, Answer]) -> str:
-  """Returns the first line of a page: what each control of a cost answered.
+  """Returns the first line of a page: what each control answered.
 
-  Args:
-    name: of the arm, such as 'the ladder'.
-    answers: by the cost that its control had in common with it.
+  By the cost that it has in common with the arm, whose name is `name`.
   """
   clauses = []
   for word in (PAYS, DOES_NOT_PAY, NOT_SHOWN):
@@ -179,9 +164,8 @@ def multiplicity_note(count: int) -> str:
 def selection_note(cells: Sequence[Estimate]) -> str:
   """Returns how much of the best cell's lead is owed to having been chosen.
 
-  Args:
-    cells: final top-1 of each that has a run; those with one run count among
-      what was chosen from, and say nothing of the spread.
+  Cells with one run count among what was chosen from, and say nothing of the
+  spread.
   """
   if len(cells) < 2:
     return ''
@@ -203,21 +187,39 @@ def selection_note(cells: Sequence[Estimate]) -> str:
 
 def format_points(e: Estimate) -> str:
   """Returns a difference of accuracies in points: '+0.2 [-0.6, 1.0]'."""
-  scaled = _scaled(e, 100)
-  digits = _digits(scaled, 0.0, 1)
-  return f'{_round(scaled.mean, digits):+.{digits}f}{_interval(scaled, digits)}'
+  return _format(e, '+', '', null=0.0, digits=1, scale=100)
 
 
 def format_ratio(e: Estimate) -> str:
   """Returns a ratio of costs: '0.81x [0.74, 0.90]'."""
-  digits = _digits(e, 1.0, 2)
-  return f'{e.mean:.{digits}f}x{_interval(e, digits)}'
+  return _format(e, '', 'x', null=1.0, digits=2)
 
 
-def _better(e: Estimate) -> str:
-  if not statistics.is_difference(e):
-    return _not_shown(e)
-  return 'better' if e.mean > 0 else 'worse'
+def _format(
+  e: Estimate,
+  sign: str,
+  unit: str,
+  *,
+  null: float,
+  digits: int,
+  scale: float = 1.0,
+) -> str:
+  """Returns a mean and its interval.
+
+  With more digits where an interval that excludes `null` would be printed as
+  one that touches it; without a sign where rounding leaves nothing.
+  """
+
+  def rounded(value: float | None) -> float:
+    return round(scale * (value or 0.0), digits) + 0.0
+
+  if statistics.is_difference(e, null):
+    while digits < _MAX_DIGITS and null in (rounded(e.low), rounded(e.high)):
+      digits += 1
+  text = f'{rounded(e.mean):{sign}.{digits}f}{unit}'
+  if e.low is None:
+    return text
+  return f'{text} [{rounded(e.low):.{digits}f}, {rounded(e.high):.{digits}f}]'
 
 
 def _not_shown(e: Estimate) -> str:
@@ -228,8 +230,15 @@ def _not_shown(e: Estimate) -> str:
 def _reached(arm: Arm, costs: Mapping[int, float | None]) -> str:
   """Returns how many runs of an arm reached a target: '3 of 5 runs of NAME'."""
   reached = sum(cost is not None for cost in costs.values())
-  runs = f'run{"s"[: len(costs) > 1]} of {arm.name}'
-  return f'{reached or "none"} of {len(costs)} {runs}'
+  return f'{reached or "none"} of {_runs_of(arm, len(costs))}'
+
+
+def _runs_of(arm: Arm, count: int) -> str:
+  return f'{count} run{"s"[: count > 1]} of {_name(arm)}'
+
+
+def _name(arm: Arm) -> str:
+  return arm[0]['cell']
 
 
 def _ground(found: Answer) -> str:
@@ -246,35 +255,4 @@ def _enumerate(parts: Sequence[str]) -> str:
 
 
 def _diverged(arm: Arm) -> int:
-  return sum(run['status'] == 'diverged' for run in arm.runs)
-
-
-def _scaled(e: Estimate, scale: float) -> Estimate:
-  std, low, high = (
-    None if x is None else scale * x for x in (e.std, e.low, e.high)
-  )
-  return Estimate(scale * e.mean, std, low, high, e.n)
-
-
-def _digits(e: Estimate, null: float, digits: int) -> int:
-  """Returns how many digits keep a shown difference visible."""
-  if not statistics.is_difference(e, null):
-    return digits
-  while digits < _MAX_DIGITS and null in (
-    _round(e.low or 0.0, digits),
-    _round(e.high or 0.0, digits),
-  ):
-    digits += 1
-  return digits
-
-
-def _round(value: float, digits: int) -> float:
-  """Returns `value` rounded, without a sign where that leaves nothing."""
-  return round(value, digits) + 0.0
-
-
-def _interval(e: Estimate, digits: int) -> str:
-  if e.low is None or e.high is None:
-    return ''
-  low, high = (_round(x, digits) for x in (e.low, e.high))
-  return f' [{low:.{digits}f}, {high:.{digits}f}]'
+  return sum(run['status'] == 'diverged' for run in arm)

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from jaxprog.comparison import (
   budgets,
   cells,
   collect,
-  controls,
+  figures,
   halving,
   page,
   runs,
@@ -34,24 +34,30 @@ from jaxprog.comparison import (
 )
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
+from jaxprog.comparison.statistics import Record
 from jaxprog.data import workers
 from jaxprog.monitoring import environment
 from jaxprog.reliability import lock, signals
 from jaxprog.training import preflight
 
+# What is kept of a trial's record.
+_OF_TRIALS = ('seed', 'learning_rate', 'num_epochs', 'status', 'workdir')
+
 
 @dataclasses.dataclass
 class Comparison:
-  """A comparison on its way."""
+  """A comparison on its way.
+
+  What plans a run raises UserError, naming the cell, for a mistake in the
+  config or the data.
+  """
 
   config: config_dict.ConfigDict
   workdir: pathlib.Path
   # The reference first, then other cells, then controls.
   cells: tuple[Cell, ...]
-  meter: budgets.Meter
   console: rich.console.Console
-  # How many runs there will be, if no trial is lost.
-  num_runs: int
+  meter: budgets.Meter = dataclasses.field(default_factory=budgets.Meter)
   # Runs that are over, in order: what they trained may serve others.
   over: list[Planned] = dataclasses.field(default_factory=list)
   # Cells whose later stages were compiled before their first run.
@@ -64,29 +70,96 @@ class Comparison:
     """The cell that others are compared with."""
     return self.cells[0]
 
-  def plan(
+  @property
+  def num_runs(self) -> int:
+    """How many runs there will be, if no trial is lost."""
+    tuning = self.config.tuning
+    trials = sum(
+      halving.count_trials(len(tuning.factors), len(tuning.rungs), tuning.keep)
+    )
+    tuned = sum(map(_is_tuned, self.cells))
+    timed = sum(map(_is_timed, self.cells[1:]))
+    compared = len(self.cells) * self.config.seeds
+    return compared + tuned * trials * tuning.seeds + timed
+
+  def plan_run(
+    self, cell: Cell, seed: int, num_epochs: float | None = None
+  ) -> Planned:
+    """Returns a run that is compared, at its tuned learning rate.
+
+    `num_epochs` are those of the last stage; None: what the budget gives, and
+    the cell's own where that is told in seconds.
+    """
+    factor = self.tuning.get(_tuned_as(cell), {}).get('factor', 1.0)
+    folder = f'cells/{cell.name}/seed-{seed}'
+    return self._plan(cell, seed, folder, factor, num_epochs=num_epochs)
+
+  def plan_trial(
+    self, cell: Cell, seed: int, rung: int, factor: float
+  ) -> Planned:
+    """Returns a run of a part of the last stage, at a multiple of its rate."""
+    folder = f'tuning/{cell.name}/rung-{rung}/rate-x{factor:g}/seed-{seed}'
+    part = self.config.tuning.rungs[rung]
+    return self._plan(cell, seed, folder, factor, part=part)
+
+  def _plan(
     self,
     cell: Cell,
     seed: int,
-    workdir: pathlib.Path,
-    change: Callable[[config_dict.ConfigDict, str], config_dict.ConfigDict],
+    folder: str,
+    factor: float,
+    *,
+    num_epochs: float | None = None,
+    part: float | None = None,
   ) -> Planned:
-    """Returns a run of `cell`; `change` is told the name of its last stage.
-
-    Raises:
-      UserError: naming the cell, for a mistake in the config or the data.
-    """
     ladder = cells.create_ladder(self.config, cell, seed)
-    try:
-      name = cells.trained_stages(ladder, cell)[-1].name
-      ladder = change(ladder, name)
-      costs = self.meter.measure(ladder, cell.only)
-    except errors.UserError as e:
-      where = f'cell {cell.name!r}: {e.where}'
-      raise errors.UserError(e.what, where, e.suggestion) from None
-    return Planned(cell, seed, ladder, costs, workdir)
+    with cells.in_cell(cell):
+      *_, last = cells.trained_stages(ladder, cell)
+      if num_epochs is None:
+        num_epochs = self._count_epochs(cell, ladder, last.num_epochs)
+      ladder = budgets.set_length(ladder, last.name, num_epochs)
+      if part is not None:
+        length = round(part * num_epochs, 6)
+        ladder = budgets.set_length(ladder, last.name, length)
+      if factor != 1:
+        stage = next(s for s in ladder.stages if s.name == last.name)
+        stage.learning_rate *= factor
+      return self._measure(cell, seed, ladder, folder)
 
-  def run(self, planned: Planned, what: str) -> runs.Outcome:
+  def plan_timing(self, cell: Cell) -> Planned:
+    """Returns a run of a few epochs of each stage."""
+    seed = self.config.base.seed
+    ladder = cells.create_ladder(self.config, cell, seed)
+    with cells.in_cell(cell):
+      for stage in cells.trained_stages(ladder, cell):
+        count = float(self.config.timed_epochs)
+        ladder = budgets.set_length(ladder, stage.name, count)
+      return self._measure(cell, seed, ladder, f'timing/{cell.name}')
+
+  def _measure(
+    self, cell: Cell, seed: int, ladder: config_dict.ConfigDict, folder: str
+  ) -> Planned:
+    costs = self.meter.measure(ladder, cell.only)
+    return Planned(cell, seed, ladder, costs, self.workdir / folder)
+
+  def _count_epochs(
+    self, cell: Cell, ladder: config_dict.ConfigDict, own: float
+  ) -> float:
+    """Returns the epochs of a cell's last stage that the budget leaves."""
+    kind = cell.equal
+    if kind in ('', 'seconds') or cell == self.reference:
+      return own
+    seed = self.config.base.seed
+    reference = cells.create_ladder(self.config, self.reference, seed)
+    costs = self.meter.measure(reference, self.reference.only)
+    return budgets.equal_epochs(
+      sum(cost.total(kind) for cost in costs),
+      self.meter.measure(ladder, cell.only),
+      kind,
+      f'budget {kind!r}',
+    )
+
+  def run(self, planned: Planned, what: str) -> Record:
     """Brings a run to its end, with a line before and after it."""
     number = f'run {len(self.over) + 1} of {self.num_runs}'
     before = runs.read_outcome(planned)
@@ -95,11 +168,12 @@ class Comparison:
       self._compile(planned)
     outcome = before or runs.run(planned, self.over)
     self.over.append(planned)
-    score = collect.read_record(planned, outcome, {})['final_top1']
+    record = collect.read_record(planned, outcome, {})
+    score = record['final_top1']
     result = outcome['status'] if score is None else f'top-1 {score:.1%}'
     again = ', done before' if before else ''
     self.say(f'{number}: {what}: {result}{again}')
-    return outcome
+    return record
 
   def _compile(self, planned: Planned) -> None:
     key = f'{planned.cell.name} {planned.last.num_epochs}'
@@ -115,7 +189,7 @@ class Comparison:
 def compare(
   config: config_dict.ConfigDict | str, workdir: str | pathlib.Path
 ) -> dict[str, Any]:
-  """Returns what WORKDIR/comparison.json holds; see collect.write.
+  """Returns what WORKDIR/comparison.json holds; see docs/compare.md.
 
   `config` is that of a comparison, or names it: NAME[:ARG] or FILE[:ARG].
 
@@ -128,60 +202,27 @@ def compare(
   if isinstance(config, str):
     config = config_lib.load_config(config)
   chosen = cells.create_cells(config)
-  chosen += _create_controls(config, chosen)
   if jax.process_count() > 1:
     raise errors.UserError('A comparison runs in one process.')
   preflight.claim_workdir(workdir)
   with contextlib.ExitStack() as stack:
     stack.enter_context(signals.StopRequest())
-    comparison = Comparison(
-      config=config,
-      workdir=workdir,
-      cells=chosen,
-      meter=budgets.Meter(),
-      console=rich.console.Console(markup=False),
-      num_runs=_count_runs(config, chosen),
-    )
+    console = rich.console.Console(markup=False)
+    comparison = Comparison(config, workdir, chosen, console)
     comparison.say(f'comparison: {len(chosen)} cells, the costs of their steps')
     planned = _plan_all(comparison)
-    comparison.console.print(_plan_table(planned))
+    console.print(_plan_table(planned))
     stack.enter_context(lock.Lock(workdir))
     files.write_json(workdir / 'config.json', config_lib.to_json(config))
     _tune(comparison)
-    done = _run_all(comparison, _time_cells(comparison))
-    result = _write(comparison, done)
+    result = _run_all(comparison, _time_cells(comparison))
     _conclude(comparison, result)
   return result
 
 
-def _create_controls(
-  config: config_dict.ConfigDict, chosen: Sequence[Cell]
-) -> tuple[Cell, ...]:
-  found = controls.create_controls(config, chosen[0])
-  for cell in found:
-    if cell.name in [x.name for x in chosen]:
-      raise errors.UserError(
-        f'{cell.name!r} is the name of a control.',
-        'config.grid, config.cells and config.operators',
-        'Choose another name for the cell.',
-      )
-    cells.check_cell(config, cell)
-  return found
-
-
-def _count_runs(config: config_dict.ConfigDict, chosen: Sequence[Cell]) -> int:
-  tuning = config.tuning
-  trials = sum(
-    halving.count_trials(len(tuning.factors), len(tuning.rungs), tuning.keep)
-  )
-  tuned = sum(_is_tuned(cell) for cell in chosen)
-  timed = sum(_is_timed(cell) for cell in chosen[1:])
-  return len(chosen) * config.seeds + tuned * trials * tuning.seeds + timed
-
-
 def _is_tuned(cell: Cell) -> bool:
   """Returns whether a cell has trials; controls share those of one."""
-  return not cell.control or cell.name == controls.OWN_LENGTH
+  return not cell.control or cell.name == cells.CONTROL
 
 
 def _is_timed(cell: Cell) -> bool:
@@ -189,9 +230,9 @@ def _is_timed(cell: Cell) -> bool:
   return cell.equal == 'seconds' and not cell.control
 
 
-# What a run of a cell needs to know of how long its stages last: seconds of an
-# epoch by stage, and of all hand-overs as 'handover'.
-Timing = Mapping[str, float]
+# Seconds of all that comes before the last stage of a cell, hand-overs to it
+# included, and of each of its epochs.
+Timing = tuple[float, float]
 
 
 def _plan_all(comparison: Comparison) -> list[Planned]:
@@ -201,90 +242,17 @@ def _plan_all(comparison: Comparison) -> list[Planned]:
   """
   config, planned = comparison.config, []
   for cell in comparison.cells:
-    planned.append(_plan_run(comparison, cell, config.base.seed))
+    planned.append(comparison.plan_run(cell, config.base.seed))
     if config.tuning.factors and _is_tuned(cell):
       for rung in range(len(config.tuning.rungs)):
-        _plan_trial(comparison, cell, rung, 1.0, config.base.seed)
+        comparison.plan_trial(cell, config.base.seed, rung, 1.0)
     if _is_timed(cell):
-      _plan_timing(comparison, cell)
+      comparison.plan_timing(cell)
   return planned
 
 
-def _plan_run(
-  comparison: Comparison,
-  cell: Cell,
-  seed: int,
-  num_epochs: float | None = None,
-) -> Planned:
-  """Returns a run that is compared, at its tuned learning rate.
-
-  `num_epochs` are those of the last stage; None: what the budget gives, and
-  the cell's own where that is told in seconds.
-  """
-  factor = comparison.tuning.get(_tuned_as(cell), {}).get('factor', 1.0)
-  workdir = comparison.workdir / 'cells' / cell.name / f'seed-{seed}'
-
-  def change(ladder, name):
-    if num_epochs is not None:
-      ladder = budgets.set_length(ladder, name, num_epochs)
-    else:
-      ladder = _equalize(comparison, cell, ladder, name)
-    return _multiply_rate(ladder, name, factor)
-
-  return comparison.plan(cell, seed, workdir, change)
-
-
 def _tuned_as(cell: Cell) -> str:
-  return controls.OWN_LENGTH if cell.control else cell.name
-
-
-def _equalize(
-  comparison: Comparison,
-  cell: Cell,
-  ladder: config_dict.ConfigDict,
-  name: str,
-) -> config_dict.ConfigDict:
-  """Returns `ladder` with the last stage `name` as long as the budget says."""
-  reference, kind = comparison.reference, cell.equal
-  if kind in ('', 'seconds') or cell == reference:
-    return ladder
-  seed = comparison.config.base.seed
-  own = cells.create_ladder(comparison.config, reference, seed)
-  costs = comparison.meter.measure(own, reference.only)
-  num_epochs = budgets.equal_epochs(
-    sum(cost.total(kind) for cost in costs),
-    comparison.meter.measure(ladder, cell.only),
-    kind,
-    f'budget {kind!r}',
-  )
-  return budgets.set_length(ladder, name, num_epochs)
-
-
-def _multiply_rate(
-  ladder: config_dict.ConfigDict, name: str, factor: float
-) -> config_dict.ConfigDict:
-  if factor != 1:
-    stage = next(s for s in ladder.stages if s.name == name)
-    stage.learning_rate *= factor
-  return ladder
-
-
-def _plan_trial(
-  comparison: Comparison, cell: Cell, rung: int, factor: float, seed: int
-) -> Planned:
-  """Returns a run of a part of the last stage, at a multiple of its rate."""
-  tuning = comparison.config.tuning
-  directory = comparison.workdir / 'tuning' / cell.name
-  directory = directory / f'rung-{rung}' / f'rate-x{factor:g}' / f'seed-{seed}'
-
-  def change(ladder, name):
-    ladder = _equalize(comparison, cell, ladder, name)
-    stage = next(s for s in ladder.stages if s.name == name)
-    part = round(tuning.rungs[rung] * stage.num_epochs, 6)
-    ladder = budgets.set_length(ladder, name, part)
-    return _multiply_rate(ladder, name, factor)
-
-  return comparison.plan(cell, seed, directory, change)
+  return cells.CONTROL if cell.control else cell.name
 
 
 def _tune(comparison: Comparison) -> None:
@@ -293,161 +261,125 @@ def _tune(comparison: Comparison) -> None:
   if not tuning.factors:
     return
   for cell in filter(_is_tuned, comparison.cells):
-    trials: list[tuple[Planned, runs.Outcome]] = []
+    trials: list[Record] = []
 
     def score(rung: int, factor: float, cell=cell, trials=trials) -> float:
       scores = []
       for seed in cells.tuning_seeds(comparison.config):
-        planned = _plan_trial(comparison, cell, rung, factor, seed)
+        planned = comparison.plan_trial(cell, seed, rung, factor)
         what = f'trial of {cell.name}, rate x {factor:g}, seed {seed}'
-        outcome = comparison.run(planned, what)
+        trials.append(comparison.run(planned, what))
         runs.forget_checkpoints(planned)
-        trials.append((planned, outcome))
-        top1 = collect.read_record(planned, outcome, {})['final_top1']
+        top1 = trials[-1]['final_top1']
         scores.append(-math.inf if top1 is None else top1)
       return sum(scores) / len(scores)
 
     choice = halving.halve(
       tuning.factors, len(tuning.rungs), tuning.keep, score
     )
-    found = _describe_choice(choice, trials)
-    comparison.tuning[cell.name] = found
+    comparison.tuning[cell.name] = {
+      'factor': choice.factor,
+      'at_border': choice.at_border,
+      'trials': [trial._asdict() for trial in choice.trials],
+      'runs': [{k: trial[k] for k in _OF_TRIALS} for trial in trials],
+      'cost': collect.sum_costs(trials),
+    }
     border = ', at the border of the range' if choice.at_border else ''
     comparison.say(f'{cell.name}: rate x {choice.factor:g}{border}')
 
 
-def _describe_choice(
-  choice: halving.Choice, trials: Sequence[tuple[Planned, runs.Outcome]]
-) -> dict[str, Any]:
-  return {
-    'factor': choice.factor,
-    'at_border': choice.at_border,
-    'trials': [trial._asdict() for trial in choice.trials],
-    'runs': [
-      {
-        'seed': planned.seed,
-        'learning_rate': planned.last.peak_learning_rate,
-        'num_epochs': planned.last.num_epochs,
-        'status': outcome['status'],
-        'workdir': str(planned.workdir),
-      }
-      for planned, outcome in trials
-    ],
-    'cost': collect.sum_costs(*zip(*trials, strict=True)),
-  }
+def _time_cells(comparison: Comparison) -> dict[str, Timing]:
+  """Returns how long cells last whose budget is told in seconds.
 
-
-def _plan_timing(comparison: Comparison, cell: Cell) -> Planned:
-  """Returns a run of a few epochs of each stage."""
-  count = float(comparison.config.timed_epochs)
-
-  def change(ladder, name):
-    for stage in cells.trained_stages(ladder, cell):
-      ladder = budgets.set_length(ladder, stage.name, count)
-    return ladder
-
-  seed = comparison.config.base.seed
-  workdir = comparison.workdir / 'timing' / cell.name
-  return comparison.plan(cell, seed, workdir, change)
-
-
-def _time_cells(comparison: Comparison) -> dict[str, Timing | None]:
-  """Returns how long epochs of cells last whose budget is told in seconds.
-
-  None: the few epochs that were to be timed did not reach their end.
+  Those are left out whose few timed epochs did not reach their end.
   """
-  timings: dict[str, Timing | None] = {}
+  timings = {}
   for cell in filter(_is_timed, comparison.cells[1:]):
-    planned = _plan_timing(comparison, cell)
-    outcome = comparison.run(planned, f'{cell.name}, timed')
-    timings[cell.name] = None
-    if outcome['status'] == 'done':
-      timings[cell.name] = _read_timing(planned)
+    planned = comparison.plan_timing(cell)
+    record = comparison.run(planned, f'{cell.name}, timed')
+    if record['status'] == 'done':
+      timings[cell.name] = _read_timing(comparison, planned)
   return timings
 
 
-def _read_timing(planned: Planned) -> Timing:
-  history = runs.read_history(planned)
-  timing = {'handover': 0.0}
-  for stage in history['stages']:
-    row = stage['epochs'][-1]
-    timing[stage['name']] = row['seconds'] + row['eval_seconds']
-    timing['handover'] += stage.get('handover_seconds', 0.0)
-  return timing
+def _read_timing(comparison: Comparison, planned: Planned) -> Timing:
+  ladder = cells.create_ladder(comparison.config, planned.cell, planned.seed)
+  lengths = {stage.name: stage.num_epochs for stage in ladder.stages}
+  trained = runs.read_history(planned)['stages']
+  before = sum(stage.get('handover_seconds', 0.0) for stage in trained)
+  *earlier, last = (
+    (stage['name'], row['seconds'] + row['eval_seconds'])
+    for stage in trained
+    for row in stage['epochs'][-1:]
+  )
+  before += sum(lengths[name] * seconds for name, seconds in earlier)
+  return before, last[1]
 
 
 def _run_all(
-  comparison: Comparison, timings: Mapping[str, Timing | None]
-) -> list[tuple[Planned, runs.Outcome]]:
-  """Trains every cell with each seed; all cells come before the next seed."""
-  seeds = cells.seeds(comparison.config)
-  order = [(seed, cell) for seed in seeds for cell in comparison.cells]
-  done: list[tuple[Planned, runs.Outcome]] = []
-  reference: Mapping[str, Any] = {}
-  for seed, cell in order:
-    planned, outcome = _run_cell(
-      comparison, cell, seed, reference, timings.get(cell.name)
-    )
-    done.append((planned, outcome))
-    if cell == comparison.reference:
-      reference = collect.read_record(planned, outcome, {})
-    _write(comparison, done)
-  return done
+  comparison: Comparison, timings: Mapping[str, Timing]
+) -> dict[str, Any]:
+  """Trains every cell with each seed; all cells come before the next seed.
+
+  Returns what comparison.json holds.
+  """
+  done: list[tuple[Planned, Record]] = []
+  result: dict[str, Any] = {}
+  for seed in cells.seeds(comparison.config):
+    reference: Record = {}
+    for cell in comparison.cells:
+      timing = timings.get(cell.name)
+      done.append(_run_cell(comparison, cell, seed, reference, timing))
+      reference = reference or done[-1][1]
+      result = _write(comparison, done)
+  return result
 
 
 def _run_cell(
   comparison: Comparison,
   cell: Cell,
   seed: int,
-  reference: Mapping[str, Any],
+  reference: Record,
   timing: Timing | None,
-) -> tuple[Planned, runs.Outcome]:
+) -> tuple[Planned, Record]:
   """Returns a run that is over, and how it ended.
 
-  `reference` is the record of the reference's run with this seed.
+  `reference` is the reference's run with this seed.
   """
-  planned = _plan_run(comparison, cell, seed)
+  planned = comparison.plan_run(cell, seed)
   if cell.equal == 'seconds' and cell != comparison.reference:
-    reason = _find_untimed(cell, reference, timing)
-    if reason:
-      return planned, {'status': 'failed', 'error': reason, 'shared': []}
     try:
-      num_epochs = _epochs_of_seconds(cell, planned, reference, timing or {})
-      planned = _plan_run(comparison, cell, seed, num_epochs)
+      num_epochs = _epochs_of_seconds(cell, reference, timing)
+      planned = comparison.plan_run(cell, seed, num_epochs)
     except errors.UserError as e:  # Seconds are measured: not known before.
-      reason = f'{e.what} {e.where}'
+      reason = f'{e.what} {e.where}'.strip()
       return planned, {'status': 'failed', 'error': reason, 'shared': []}
   return planned, comparison.run(planned, f'{cell.name}, seed {seed}')
 
 
-def _find_untimed(
-  cell: Cell, reference: Mapping[str, Any], timing: Timing | None
-) -> str:
-  """Returns why no length is known that takes equal seconds, or ''."""
-  if reference['status'] != 'done':
-    return 'The reference did not finish: its seconds are not known.'
-  if timing is None and not cell.control:
-    return 'The epochs that were to be timed did not finish.'
-  return ''
-
-
 def _epochs_of_seconds(
-  cell: Cell, planned: Planned, reference: Mapping[str, Any], timing: Timing
+  cell: Cell, reference: Record, timing: Timing | None
 ) -> float:
-  """Returns the epochs of the last stage that take the reference's seconds."""
-  where = f'cell {cell.name!r}: budget seconds'
-  budget = reference['boundaries'][-1]['seconds']
-  if cell.control:
-    return budgets.equal_seconds(
-      budget, 0.0, _last_seconds_per_epoch(reference), where
+  """Returns the epochs of the last stage that take the reference's seconds.
+
+  Raises:
+    UserError: if they are not known, or leave no room.
+  """
+  if reference['status'] != 'done':
+    raise errors.UserError(
+      'The reference did not finish: its seconds are not known.'
     )
-  *before, last = planned.costs
-  spent = sum(cost.num_epochs * timing[cost.name] for cost in before)
-  spent += timing['handover']
-  return budgets.equal_seconds(budget, spent, timing[last.name], where)
+  *_, end = reference['boundaries']
+  if cell.control:
+    timing = 0.0, _last_seconds_per_epoch(reference)
+  if timing is None:
+    raise errors.UserError('The epochs that were to be timed did not finish.')
+  where = f'cell {cell.name!r}: budget seconds'
+  before, per_epoch = timing
+  return budgets.fit_epochs(end['seconds'] - before, per_epoch, 1.0, where)
 
 
-def _last_seconds_per_epoch(record: Mapping[str, Any]) -> float:
+def _last_seconds_per_epoch(record: Record) -> float:
   """Returns seconds of an epoch of the last stage, evaluation included."""
   *_, before, end = record['boundaries']
   seconds = end['seconds'] - before['seconds'] - end['handover_seconds']
@@ -455,37 +387,38 @@ def _last_seconds_per_epoch(record: Mapping[str, Any]) -> float:
 
 
 def _write(
-  comparison: Comparison, done: Sequence[tuple[Planned, runs.Outcome]]
+  comparison: Comparison, done: Sequence[tuple[Planned, Record]]
 ) -> dict[str, Any]:
   """Writes what is known so far; returns what comparison.json holds."""
   config, every = comparison.config, [planned for planned, _ in done]
   handovers = collect.measure_handovers(every)
   records = [collect.read_record(*run, handovers) for run in done]
-  by_cell = {planned.cell.name: planned for planned in every}
   target = collect.choose_target(records, config.target_top1)
-  return collect.write(
-    comparison.workdir,
-    records,
-    [
-      _describe_cell(comparison, by_cell[cell.name])
-      for cell in comparison.cells
-      if cell.name in by_cell
-    ],
-    reference=comparison.reference.name,
-    budget=config.budget,
-    target_top1=target,
-    finished=len(done) == len(comparison.cells) * config.seeds,
-    verdicts=collect.find_verdicts(
+  # By the last run of each.
+  by_cell = {planned.cell.name: planned for planned in every}
+  described = [_describe_cell(comparison, x) for x in by_cell.values()]
+  result: dict[str, Any] = {
+    'version': page.VERSION,
+    'reference': comparison.reference.name,
+    'budget': config.budget,
+    'target_top1': target,
+    'finished': len(done) == len(comparison.cells) * config.seeds,
+    'verdicts': collect.find_verdicts(
       records, comparison.cells, target, config.budget
     ),
-    config=config_lib.to_json(config),
-    environment=environment.environment(),
-  )
+    'config': config_lib.to_json(config),
+    'environment': environment.environment(),
+    'cells': described,
+    'runs': records,
+  }
+  files.write_json(comparison.workdir / 'comparison.json', result)
+  tables.write(comparison.workdir, records, described)
+  return result
 
 
 def _describe_cell(comparison: Comparison, planned: Planned) -> dict[str, Any]:
   cell, last = planned.cell, planned.costs[-1]
-  images, flops = last.at(last.total_steps)
+  images, flops = last.at(last.steps.total)
   return {
     'name': cell.name,
     'overrides': dict(cell.overrides),
@@ -502,10 +435,10 @@ def _describe_cell(comparison: Comparison, planned: Planned) -> dict[str, Any]:
 def _conclude(comparison: Comparison, result: Mapping[str, Any]) -> None:
   """Draws, prints and writes what a person reads."""
   records, workdir = result['runs'], comparison.workdir
-  picture = collect.plot(workdir, records, result['target_top1'])
+  picture = figures.plot(workdir, records, result['target_top1'])
   summaries = tables.summarize(records, result['reference'])
   parts = [
-    tables.comparison_table(summaries, result['reference']),
+    tables.render(summaries, result['reference']),
     *map(rich.text.Text, ['', *result['verdicts'], *_remarks(result)]),
   ]
   text = io.StringIO()
@@ -560,19 +493,17 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
 def _seconds_remarks(described: Sequence[Mapping[str, Any]]) -> list[str]:
   """Returns where the seconds of an epoch came from, a sentence a kind."""
   timed = {bool(x['control']) for x in described if x['equal'] == 'seconds'}
-  begin = 'Equal seconds are a measurement on this machine'
-  lines = []
-  if True in timed:
-    lines.append(
-      f'{begin}: the control has as long as the epochs of the reference with '
-      'the same seed took, evaluation included.'
-    )
-  if False in timed:
-    lines.append(
-      f'{begin}: a few epochs of each other cell were timed beforehand, '
-      'evaluation included, and set against the reference with the same seed.'
-    )
-  return lines
+  texts = {
+    True: 'the control has as long as the epochs of the reference with the '
+    'same seed took, evaluation included.',
+    False: 'a few epochs of each other cell were timed beforehand, evaluation '
+    'included, and set against the reference with the same seed.',
+  }
+  return [
+    f'Equal seconds are a measurement on this machine: {text}'
+    for control, text in texts.items()
+    if control in timed
+  ]
 
 
 def _plan_table(planned: Sequence[Planned]) -> rich.table.Table:
