@@ -47,14 +47,10 @@ def evaluate(
   All of it is shown on stderr and written to
   WORKDIR/eval/STAGE-WEIGHTS[-DATASET].csv and .json.
 
-  Args:
-    config: where the data is and how to evaluate; the rest is the run's own.
-    workdir: of the run.
-    stage: whose weights; '': the last one that `workdir` has finished.
-    weights: best, final or ema.
-    dataset: another one than the stage's own. It may lack classes, and their
-      order is of no matter: labels go by name.
-    model: what `train` was given in place of the config's network.
+  `config` says where the data is and how to evaluate; the rest is the run's
+  own. A `dataset` other than the stage's may lack classes, and their order is
+  of no matter: labels go by name. `stage`, `weights` and `model` are those of
+  `trained.load_trained`.
 
   Raises:
     UserError: if there are no such weights or images, or the dataset has

@@ -72,13 +72,9 @@ def predict(
   The first rows are printed, all are written to WORKDIR/predictions/NAME.csv,
   and the first images are drawn in NAME.png; NAME is that of `input`.
 
-  Args:
-    config: the run's own.
-    workdir: of the run. The data that it was trained on is not needed.
-    input: an image, or a folder of them and of folders.
-    stage: whose weights; '': the last one that `workdir` has finished.
-    weights: best, final or ema.
-    model: what `train` was given in place of the config's network.
+  `input` is an image, or a folder of them and of folders; the data that the
+  run was trained on is not needed. `stage`, `weights` and `model` are those of
+  `trained.load_trained`.
 
   Raises:
     UserError: if there are no such weights or no images.
@@ -190,19 +186,12 @@ def classify(
     in_shardings=(shardings.replicated, shardings.batch),
     out_shardings=shardings.replicated,
   )
-  ahead = None
   for part, read in _read_ahead(trained, paths, count):
     batch = np.zeros((count, *[trained.stage.eval_size] * 2, 3), np.uint8)
     for row, image in enumerate(read):
       if image.pixels is not None:
         batch[row] = image.pixels
-    # Batch n is dispatched before what came of batch n - 1 is read.
-    pending = part, read, step(variables, batch)
-    if ahead is not None:
-      yield from _describe(trained, *ahead)
-    ahead = pending
-  if ahead is not None:
-    yield from _describe(trained, *ahead)
+    yield from _describe(trained, part, read, step(variables, batch))
 
 
 def _create_predict_step(trained: trained_lib.Trained) -> Any:

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+# What color_jitter changes. Draws depend on their order.
+COLORS = ('brightness', 'contrast', 'saturation', 'hue')
 # Weights of red, green and blue in a grey level: torchvision's.
-GREY = (0.2989, 0.587, 0.114)
+_GREY = (0.2989, 0.587, 0.114)
 # Smallest ratio of an erased rectangle's sides; its inverse is the largest.
-ERASING_ASPECT = 0.3
+_ERASING_ASPECT = 0.3
 # Rectangles to draw until one fits: torchvision's number.
-ERASING_TRIES = 10
+_ERASING_TRIES = 10
 
 # Streams of random numbers that must never meet.
 _FLIP, _COLORS, _ERASING, _NOISE = 0, 1, 2, 3
@@ -72,13 +74,7 @@ def mirror(images: jax.Array, mirrored: jax.Array) -> jax.Array:
 
 
 def color_jitter(
-  keys: jax.Array,
-  images: jax.Array,
-  *,
-  brightness: float = 0.0,
-  contrast: float = 0.0,
-  saturation: float = 0.0,
-  hue: float = 0.0,
+  keys: jax.Array, images: jax.Array, **strengths: float
 ) -> jax.Array:
   """Returns images (N, H, W, 3) of other colours, f32 in [0, 255].
 
@@ -89,21 +85,14 @@ def color_jitter(
   Args:
     keys: of each example.
     images: in [0, 255], of any type.
-    brightness: x of the factor of all channels.
-    contrast: x of the factor of the distance to the image's mean grey.
-    saturation: x of the factor of the distance to the pixel's grey.
-    hue: in turns of the colour wheel, at most 1/2.
+    **strengths: of COLORS, x of the factor of all channels, of the distance to
+      the image's mean grey and of that to the pixel's grey; the hue in turns
+      of the colour wheel, at most 1/2.
   """
-  strengths = {
-    'brightness': brightness,
-    'contrast': contrast,
-    'saturation': saturation,
-    'hue': hue,
-  }
-  strengths = {kind: x for kind, x in strengths.items() if x}
-  if not strengths:
+  kinds = {kind: x for kind, x in strengths.items() if x}
+  if not kinds:
     return images.astype(jnp.float32)
-  return adjust_colors(images, tuple(strengths), *draw_colors(keys, strengths))
+  return adjust_colors(images, tuple(kinds), *draw_colors(keys, kinds))
 
 
 def draw_colors(
@@ -131,7 +120,7 @@ def adjust_colors(
 
   Args:
     images: in [0, 255].
-    kinds: K of 'brightness', 'contrast', 'saturation' and 'hue'.
+    kinds: K of COLORS.
     amounts: f32 (N, K), of each kind: the factor, or turns of the hue.
     order: int32 (N, K): which of `kinds` comes first, second and so on.
   """
@@ -157,24 +146,24 @@ def _adjust_once(rgb, kinds, now, amount):
 
   other = jnp.zeros(())
   if 'contrast' in kinds or 'saturation' in kinds:
-    grey = sum(w * x for w, x in zip(GREY, rgb, strict=True))
+    grey = sum(w * x for w, x in zip(_GREY, rgb, strict=True))
     if 'saturation' in kinds:
       other = jnp.where(turn('saturation'), grey, other)
     if 'contrast' in kinds:
       mean = grey.mean(axis=(1, 2), keepdims=True)
       other = jnp.where(turn('contrast'), mean, other)
   if kinds == ('hue',):
-    return turn_hue(rgb, amount)
+    return _turn_hue(rgb, amount)
   blended = [jnp.clip(amount * x + (1 - amount) * other, 0, 255) for x in rgb]
   if 'hue' not in kinds:
     return blended
-  turned = turn_hue(rgb, amount)
+  turned = _turn_hue(rgb, amount)
   return [
     jnp.where(turn('hue'), x, y) for x, y in zip(turned, blended, strict=True)
   ]
 
 
-def turn_hue(rgb: Sequence[jax.Array], turns: jax.Array) -> list[jax.Array]:
+def _turn_hue(rgb: Sequence[jax.Array], turns: jax.Array) -> list[jax.Array]:
   """Returns red, green and blue after so many turns of the colour wheel.
 
   Value and chroma stay. From HSV without cases: a channel is
@@ -225,10 +214,10 @@ def random_erasing(
 
 def _erased(key, height, width, probability, min_area, max_area):
   """Returns the mask of a random rectangle or of nothing, (height, width)."""
-  drawn = jax.random.uniform(key, (3 + 2 * ERASING_TRIES,))
-  (chance, y, x), area, aspect = jnp.split(drawn, (3, 3 + ERASING_TRIES))
+  drawn = jax.random.uniform(key, (3 + 2 * _ERASING_TRIES,))
+  (chance, y, x), area, aspect = jnp.split(drawn, (3, 3 + _ERASING_TRIES))
   area = height * width * (min_area + (max_area - min_area) * area)
-  aspect = ERASING_ASPECT ** (2 * aspect - 1)
+  aspect = _ERASING_ASPECT ** (2 * aspect - 1)
   heights = jnp.round(jnp.sqrt(area * aspect))
   widths = jnp.round(jnp.sqrt(area / aspect))
   fits = (heights < height) & (widths < width)

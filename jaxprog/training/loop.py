@@ -304,7 +304,7 @@ def _train_epoch(
   first, end = int(state.step), task.steps.epoch_ends[epoch]
   batch_size = task.steps.phase(first).batch_size
   _note_handover(course, first)
-  began, restarts, pending = time.monotonic(), feed.restarts, None
+  restarts, pending = feed.reader.restarts, None
   feed.begin_epoch()
   course.step_times.pause()
   for step in range(first, end):
@@ -317,35 +317,23 @@ def _train_epoch(
     train_step = task.train_steps[task.program(step)]
     state, metrics = train_step(state, batch, task.step_rng)
     profile.end_step(step, metrics)
-    _note_bad_images(course, feed.bad)
+    _note_bad_images(course, feed.reader.bad)
     if pending is not None:
-      timing = _timing(began, (step - first) * batch_size, feed)
+      timing = feed.timing((step - first) * batch_size)
       _report_step(course, *pending, timing)
     pending = step, metrics
     _answer_requests(course, state, step + 1, step + 1 == end)
   jax.block_until_ready(state)
-  timing = _timing(began, (end - first) * batch_size, feed)
+  timing = feed.timing((end - first) * batch_size)
   if pending is not None:
     _report_step(course, *pending, timing)
-  if feed.restarts > restarts:
+  if feed.reader.restarts > restarts:
     _note(course, end, 'worker_restart', 'dead data workers were replaced')
   limit = feed.describe_limit(timing['seconds'], timing['images_per_second'])
   if limit and 'input_limit' not in course.record:
     course.record['input_limit'] = limit
     course.run.progress.message(f'{task.stage.name}: {limit}')
   return state, timing
-
-
-def _timing(
-  began: float, num_images: int, feed: feed_lib.Feed
-) -> dict[str, float]:
-  """Returns the seconds since `began` and what they were spent on."""
-  seconds = time.monotonic() - began
-  return {
-    'seconds': seconds,
-    'images_per_second': num_images / seconds,
-    'input_wait': feed.waited / seconds,
-  }
 
 
 def _note_handover(course: Course, step: int) -> None:

@@ -136,15 +136,9 @@ def augment_batch(
       rng, epoch, index, alternating=stage.alternating_flip
     )
     images = augment.mirror(images, mirrored)
-  if stage.brightness or stage.contrast or stage.saturation or stage.hue:
-    images = augment.color_jitter(
-      keys,
-      images,
-      brightness=stage.brightness,
-      contrast=stage.contrast,
-      saturation=stage.saturation,
-      hue=stage.hue,
-    )
+  colors = {kind: getattr(stage, kind) for kind in augment.COLORS}
+  if any(colors.values()):
+    images = augment.color_jitter(keys, images, **colors)
   images = augment.normalise(images, *pixels)
   if stage.erasing_probability:
     images = augment.random_erasing(

@@ -119,7 +119,8 @@ def load_trained(
 ) -> Trained:
   """Returns saved weights of `stage`, else of the last one that is done.
 
-  `model` is what `train` was given in place of the config's own network.
+  `weights` are the best, the final or the averaged ones (ema); `model` is what
+  `train` was given in place of the config's own network.
 
   Raises:
     UserError: if there is no run, or none of these weights, or another config
