@@ -23,10 +23,10 @@ class Writer:
     """Writes below `logdir`; None (where another process writes): nothing."""
     self.logdir = logdir
     self._pool = futures.ThreadPoolExecutor(1, 'tensorboard')
-    self._written: list[futures.Future[None]] = []
-    self._writer: futures.Future[Any] | None = None
+    # The last call's; each waits for the one before, and fails as that has.
+    self._written: futures.Future[Any] | None = None
     if logdir is not None:
-      self._writer = self._pool.submit(_create_writer, logdir)
+      self._written = self._pool.submit(_create_writer, logdir)
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes `scalars` by their tags."""
@@ -51,25 +51,25 @@ class Writer:
   def close(self) -> None:
     """Waits until all is written."""
     try:
-      for future in self._written:
-        future.result()
-      if self._writer is not None:
-        self._pool.submit(self._writer.result().close).result()
+      if self._written is not None:
+        self._written.result().close()
     finally:
       self._pool.shutdown()
 
   def _submit(self, write: Callable[[Any], None]) -> None:
-    if self._writer is None:
+    before = self._written
+    if before is None:
       return
-    while self._written and self._written[0].done():
-      self._written.pop(0).result()
-    writer = self._writer
+    if before.done():
+      before.result()
 
-    def write_and_flush() -> None:
-      write(writer.result())
-      writer.result().flush()
+    def write_and_flush() -> Any:
+      writer = before.result()
+      write(writer)
+      writer.flush()
+      return writer
 
-    self._written.append(self._pool.submit(write_and_flush))
+    self._written = self._pool.submit(write_and_flush)
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:

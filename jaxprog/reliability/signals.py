@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Protocol
+from typing import Any
 
 from jaxprog import errors
 
@@ -28,18 +28,6 @@ _SHOW_CURSOR = b'\x1b[?25h'
 _active: 'StopRequest | None' = None
 # Told why, before this process leaves on a signal.
 _on_leaving: Callable[[str, int], None] | None = None
-
-
-class Agreement(Protocol):
-  """Lets several processes do something at the same moment of the run."""
-
-  def ask(self, wish: str) -> None:
-    """Asks for `wish`; returns at once."""
-    ...
-
-  def reached(self) -> list[str]:
-    """Returns the wishes that are due at this call."""
-    ...
 
 
 class StopRequest:
@@ -60,15 +48,16 @@ class StopRequest:
   Attributes:
     signum: the signal to stop for, None if there is none. In a run of several
       processes it is None until all stop, within `deferred`.
+    agreed: whether all processes stop, because `poll` has said so to each.
   """
 
   def __init__(self, *, owns_process: bool = False) -> None:
     self.signum: int | None = None
+    self.agreed = False
     # What came to this process, before the others know of it.
     self._received: int | None = None
-    self._agreement: Agreement | None = None
+    self._peers: Any = None
     self._owns_process = owns_process
-    self._agreed = False
     self._deferred = 0
     self._since = 0.0
     self._previous: dict[int, object] = {}
@@ -92,14 +81,12 @@ class StopRequest:
       self._deferred -= 1
     self._raise_if_asked()
 
-  def share(self, agreement: Agreement | None) -> None:
-    """Lets several processes stop at the same call of `poll`."""
-    self._agreement = agreement
+  def share(self, peers: Any) -> None:
+    """Lets several processes stop at the same call of `poll`.
 
-  @property
-  def agreed(self) -> bool:
-    """Whether all processes stop, because `poll` has said so to each."""
-    return self._agreed
+    Of these `peers.Peers` it needs `ask`, and `reached` for what is due.
+    """
+    self._peers = peers
 
   def poll(self, save: bool = False) -> bool:
     """Returns whether to save now, and sets `signum` if it is time to stop.
@@ -108,15 +95,15 @@ class StopRequest:
     processes, the first one's clock decides, or they would save different
     steps.
     """
-    if self._agreement is None:
+    if self._peers is None:
       return save
     if save:
-      self._agreement.ask('save')
-    due = self._agreement.reached()
+      self._peers.ask('save')
+    due = self._peers.reached()
     for wish in due:
       word, _, signum = wish.partition(' ')
       if word == 'stop':
-        self.signum, self._agreed = int(signum), True
+        self.signum, self.agreed = int(signum), True
     return 'save' in due
 
   def __enter__(self) -> 'StopRequest':
@@ -127,8 +114,6 @@ class StopRequest:
     if _active is not None:
       _active._install()  # jax.distributed puts its own handler there.
       return _active
-    self.signum, self._received, self._deferred = None, None, 0
-    self._agreed = False
     self._previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
     self._start_listener()
     _active = self
@@ -165,7 +150,7 @@ class StopRequest:
     now = time.monotonic()
     if self._received is None:
       self._received, self._since = signum, now
-      if self._agreement is None or not self._deferred:
+      if self._peers is None or not self._deferred:
         self.signum = signum
       if not self._deferred:
         raise errors.Stopped(signum)
@@ -208,8 +193,8 @@ class StopRequest:
       if data[0] in _SIGNALS:
         if not first:
           first, came, left = data[0], now, now
-          if self._agreement is not None and self._deferred:
-            self._agreement.ask(f'stop {first}')
+          if self._peers is not None and self._deferred:
+            self._peers.ask(f'stop {first}')
         elif now - came >= _ONE_REQUEST:
           self._answer_second(data[0])
       if not first or self._deferred:
