@@ -304,7 +304,7 @@ from jaxprog.optim import eight_bit
 from jaxprog.training import devices
 from optim_eight_bit_test import bits, problem
 assert jax.device_count() == 8
-copied = devices.create_shardings(devices.create_mesh()).replicated
+copied = devices.create_shardings().replicated
 for tx in (eight_bit.scale_by_adam_8bit(), eight_bit.trace_8bit(0.9, True)):
   results = []
   for place in (jax.devices()[0], copied):

@@ -52,7 +52,7 @@ def test_no_cache_leaves_jax_as_it_was():
 
 
 def test_batches_are_divided_and_states_are_copied():
-  shardings = devices.create_shardings(devices.create_mesh())
+  shardings = devices.create_shardings()
   n = jax.device_count()
   batch = jax.device_put(jnp.zeros((4 * n, 2)), shardings.batch)
   assert batch.addressable_shards[0].data.shape == (4, 2)

@@ -94,9 +94,9 @@ def count_handover(task: setup_lib.Task) -> tuple[int, float]:
   Those of its passes over them; what changes weights one by one is left out, as
   an optimizer's update is.
   """
-  passes = handover.trace_passes(task)
-  flops = sum(count_flops(trace.jaxpr) for trace in passes.traces)
-  return passes.num_images, passes.repeats * flops
+  num_images, repeats, traces = handover.trace_passes(task)
+  flops = sum(count_flops(trace.jaxpr) for trace in traces)
+  return num_images, repeats * flops
 
 
 def read_memory(compiled: jax.stages.Compiled) -> Memory | None:

@@ -186,7 +186,7 @@ def create_task(
     datasets={stage.name: dataset},
     steps={stage.name: epochs.count_steps(stage, num_images)},
     model_fn=trained.model_fn,
-    shardings=devices.create_shardings(devices.create_mesh()),
+    shardings=devices.create_shardings(),
   )
   return setup_lib.create_task(setup, stage)
 

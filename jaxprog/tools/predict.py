@@ -177,7 +177,7 @@ def classify(
 
   A few batches are in memory at a time, however many files there are.
   """
-  shardings = devices.create_shardings(devices.create_mesh())
+  shardings = devices.create_shardings()
   variables = jax.device_put(trained.variables, shardings.replicated)
   count = 1 if len(paths) == 1 else BATCH_SIZE
   count = -(-count // jax.device_count()) * jax.device_count()

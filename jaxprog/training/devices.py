@@ -72,15 +72,14 @@ def create_cache(directory: pathlib.Path) -> None:
     )
 
 
-def create_mesh() -> Mesh:
-  """Returns all devices of all processes along one axis, `data`."""
-  return jax.make_mesh(
+def create_shardings(mesh: Mesh | None = None) -> Shardings:
+  """Returns how states and batches lie on `mesh`, a line of devices.
+
+  By default they are all those of all processes.
+  """
+  mesh = mesh or jax.make_mesh(
     (jax.device_count(),), ('data',), axis_types=(AxisType.Auto,)
   )
-
-
-def create_shardings(mesh: Mesh) -> Shardings:
-  """Returns how states and batches lie on `mesh`."""
   return Shardings(
     NamedSharding(mesh, PartitionSpec()),
     NamedSharding(mesh, PartitionSpec('data')),

@@ -238,10 +238,9 @@ def _name_examples(
   _, indices = batches.indices(step)
   records = task.dataset.train.records
   named = [f'{i} ({records.describe(int(i))})' for i in indices]
-  more = f', and {len(named) - _NAMED_EXAMPLES} more'
-  return ', '.join(named[:_NAMED_EXAMPLES]) + (
-    more if len(named) > _NAMED_EXAMPLES else ''
-  )
+  rest = len(named) - _NAMED_EXAMPLES
+  more = [f'and {rest} more'] if rest > 0 else []
+  return ', '.join(named[:_NAMED_EXAMPLES] + more)
 
 
 class Evaluation(NamedTuple):

@@ -9,7 +9,7 @@ schedule follows, and all else is kept.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -72,27 +72,33 @@ class _Place(NamedTuple):
   epoch: int
 
 
-def check(tasks: Iterable[setup_lib.Task], workdir: pathlib.Path) -> None:
-  """Raises UserError for a stage under way that cannot go on as its task is.
+def check(
+  task: setup_lib.Task,
+  workdir: pathlib.Path,
+  before: config_dict.ConfigDict | None,
+) -> bool:
+  """Returns whether a stage has begun; `before` is the run's config so far.
 
   Nothing is changed: the workdir still tells what it was trained with.
+
+  Raises:
+    UserError: if it cannot go on as its task is.
   """
-  before = read_config(workdir)
-  for task in tasks:
-    name = task.stage.name
-    if checkpoints.is_done(workdir, name):
-      continue
-    if found := checkpoints.read_latest(workdir, name):
-      number, saved, meta = found
-      config, record = _config_of(task, meta, before), meta['record']
-      first = record.get('first_step', 0)
-      step = number + first - record.get('step_offset', first)
-      place = _find_place(task, config, record, step)
-      for what, where, suggestion in _mistakes(task, config, meta, place):
-        raise errors.UserError(what, f'stage {name!r}{where}', suggestion)
-      directory = checkpoints.stage_directory(workdir, name)
-      checkpoints.check_matches(saved, task.state_shapes, directory, _RENEWABLE)
-      _find_step(task, place)
+  name = task.stage.name
+  found = checkpoints.read_latest(workdir, name)
+  if found is None:
+    return False
+  number, saved, meta = found
+  config, record = _config_of(task, meta, before), meta['record']
+  first = record.get('first_step', 0)
+  step = number + first - record.get('step_offset', first)
+  place = _find_place(task, config, record, step)
+  for what, where, suggestion in _mistakes(task, config, meta, place):
+    raise errors.UserError(what, f'stage {name!r}{where}', suggestion)
+  directory = checkpoints.stage_directory(workdir, name)
+  checkpoints.check_matches(saved, task.state_shapes, directory, _RENEWABLE)
+  _find_step(task, place)
+  return True
 
 
 def _mistakes(
@@ -149,7 +155,9 @@ def restore(
   config, record = _config_of(task, meta, before), meta['record']
   place = _find_place(task, config, record, int(state.step))
   if 'first_step' not in record and place.epoch:
-    record['first_step'] = _guess_first_step(place, record)
+    # Once it was not recorded.
+    end = place.steps.epoch_ends[place.epoch - 1]
+    record['first_step'] = record['epochs'][-1]['global_step'] - end
   fields = _differences(task, config)
   now = _find_step(task, place) if fields else place.step
   unfrozen = place.step <= place.steps.frozen and now > task.steps.frozen
@@ -269,9 +277,3 @@ def _count_epochs(place: _Place) -> float:
   epoch, steps = place.steps.epoch(place.step), place.steps
   done = place.step - steps.epoch_start(epoch)
   return epoch + done / steps.phase(place.step).per_epoch
-
-
-def _guess_first_step(place: _Place, record: dict[str, Any]) -> int:
-  """Returns the global step before a stage, which once was not recorded."""
-  row = record['epochs'][-1]
-  return row['global_step'] - place.steps.epoch_ends[place.epoch - 1]

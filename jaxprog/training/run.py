@@ -12,7 +12,7 @@ import rich.console
 from ml_collections import config_dict
 
 from jaxprog import config as config_lib
-from jaxprog import errors, files, stages
+from jaxprog import files, stages
 from jaxprog.monitoring import environment, tensorboard
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents as incidents_lib
@@ -21,7 +21,7 @@ from jaxprog.reliability import checkpoints, lock, peers, signals, watchdog
 from jaxprog.reporting import outputs
 from jaxprog.training import preflight, resume
 from jaxprog.training import setup as setup_lib
-from jaxprog.training.transfer import handover
+from jaxprog.training.transfer import handover, pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +162,17 @@ def create_tasks(
   tasks = tuple(
     shorten(setup_lib.create_task(setup, stage)) for stage in setup.chosen
   )
-  handover.check(setup, tasks, workdir)
-  resume.check(tasks, workdir)
+  config, before = resume.read_config(workdir), None
+  for task in tasks:
+    stage = task.stage
+    if not checkpoints.is_done(workdir, stage.name):
+      handover.check(setup, task, before, workdir)
+      is_begun = resume.check(task, workdir, config)
+      # A stage that has begun has its weights in its own checkpoints.
+      if stage.init_from and not is_begun:
+        variables = task.state_shapes.variables
+        pretrained.load(stage, variables, task.dataset.classes)
+    before = stage
   return tasks
 
 
@@ -208,18 +217,11 @@ def _as_trained(
 
 def _write_inputs(plain: dict[str, Any], workdir: pathlib.Path) -> None:
   """Writes what runs and on what, before anything is compiled."""
-  try:
-    for pattern in ('.*.tmp', 'checkpoints/*/.*.tmp'):  # Of killed writes.
-      for path in workdir.glob(pattern):
-        path.unlink(missing_ok=True)
-    files.write_json(workdir / 'config.json', plain)
-    files.write_json(workdir / 'environment.json', environment.environment())
-  except OSError as e:
-    raise errors.UserError(
-      f'Cannot write to the workdir: {e.strerror}.',
-      f'--workdir={workdir}',
-      'Name a directory that you may write to.',
-    ) from None
+  for pattern in ('.*.tmp', 'checkpoints/*/.*.tmp'):  # Of killed writes.
+    for path in workdir.glob(pattern):
+      path.unlink(missing_ok=True)
+  files.write_json(workdir / 'config.json', plain)
+  files.write_json(workdir / 'environment.json', environment.environment())
 
 
 def _create_executor(

@@ -162,7 +162,7 @@ def create_setup(
     for stage in chosen
   }
   alike.check_alike(config, datasets)
-  shardings = devices.create_shardings(devices.create_mesh())
+  shardings = devices.create_shardings()
   return Setup(
     config=config,
     stages=all_stages,

@@ -78,22 +78,15 @@ def hand_over(
   }
 
 
-class Passes(NamedTuple):
-  """What a hand-over computes on training images: how many, and its traces.
-
-  Each trace is of one part of a batch, and runs `repeats` times.
-  """
-
-  num_images: int
-  repeats: int
-  traces: tuple[jax.stages.Traced, ...]
-
-
-def trace_passes(task: setup_lib.Task) -> Passes:
+def trace_passes(
+  task: setup_lib.Task,
+) -> tuple[int, int, list[jax.stages.Traced]]:
   """Returns the passes over training images that a hand-over to `task` takes.
 
-  An operator may ask for gradients, fresh statistics for a forward pass: that
-  it is begun with two starts is seen by the compiler, which runs it once.
+  That is how many images they see, and traces of one part of a batch with how
+  often each runs. An operator may ask for gradients, fresh statistics for a
+  forward pass: that it is begun with two starts is seen by the compiler, which
+  runs it once.
   """
   stage, functions = task.stage, list[Callable[..., Any]]()
   if operators.OPERATORS[stage.transfer].needs_gradient:
@@ -106,11 +99,8 @@ def trace_passes(task: setup_lib.Task) -> Passes:
     first.batch_size // parts, first.image_size, training=True
   )
   variables = task.state_shapes.variables
-  return Passes(
-    num_images=len(functions) * batches * first.batch_size,
-    repeats=batches * parts,
-    traces=tuple(jax.jit(f).trace(variables, shapes) for f in functions),
-  )
+  traces = [jax.jit(f).trace(variables, shapes) for f in functions]
+  return len(functions) * batches * first.batch_size, batches * parts, traces
 
 
 def needs_backbone(stage: stages.Stage) -> bool:
@@ -174,18 +164,18 @@ def _find_sources(
 
 
 def check(
-  setup: setup_lib.Setup, tasks: Sequence[setup_lib.Task], workdir: pathlib.Path
+  setup: setup_lib.Setup,
+  task: setup_lib.Task,
+  before: stages.Stage | None,
+  workdir: pathlib.Path,
 ) -> None:
-  """Raises UserError for what stages yet to begin could not start from."""
-  before = None
-  for task in tasks:
-    if not checkpoints.is_done(workdir, task.stage.name):
-      for wrong, what, suggestion in _mistakes(setup, task, before, workdir):
-        if wrong:
-          where = f'stage {task.stage.name!r}'
-          raise errors.UserError(what, where, suggestion)
-    before = task.stage
-  pretrained.check(tasks, workdir)
+  """Raises UserError for what a stage could not start from.
+
+  `before` is the stage before it in this call, None where it is the first.
+  """
+  for wrong, what, suggestion in _mistakes(setup, task, before, workdir):
+    if wrong:
+      raise errors.UserError(what, f'stage {task.stage.name!r}', suggestion)
 
 
 def _mistakes(

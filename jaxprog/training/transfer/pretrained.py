@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,6 @@ import safetensors
 
 from jaxprog import errors, files, paths, stages
 from jaxprog.models import interchange
-from jaxprog.reliability import checkpoints, integrity
-from jaxprog.training import setup as setup_lib
 
 Variables = dict[str, Any]
 
@@ -77,21 +75,6 @@ def load(
   return _Pretrained(
     interchange.from_state_dict(tensors, like), known, files.digest(path)[:16]
   )
-
-
-def check(tasks: Iterable[setup_lib.Task], workdir: pathlib.Path) -> None:
-  """Raises UserError for a file that a stage yet to begin cannot start from.
-
-  A stage that has begun has its weights in its own checkpoints.
-  """
-  for task in tasks:
-    stage = task.stage
-    latest = checkpoints.stage_directory(workdir, stage.name) / 'latest'
-    begun = integrity.list_steps(latest) or checkpoints.is_done(
-      workdir, stage.name
-    )
-    if stage.init_from and not begun:
-      load(stage, task.state_shapes.variables, task.dataset.classes)
 
 
 @contextlib.contextmanager
