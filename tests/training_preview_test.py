@@ -62,10 +62,10 @@ def test_the_picture_is_what_the_first_step_feeds_the_network(data_dir, mixed):
   with contextlib.closing(feed.Feed(task, task.seed, 0)) as batches:
     batch = batches.next()
   before = {name: np.array(x) for name, x in batch.items()}
-  (grid,) = preview.draw_augmented(task, batch, 0).values()
+  (grid,) = preview.draw_augmented(task, batch).values()
   scale = pictures.TILE // 8
   step_y = pictures.TILE + pictures.GAP + pictures.LINE * (2 if mixed else 1)
-  for i, image in enumerate(see(task, batch)[: preview.MAX_IMAGES]):
+  for i, image in enumerate(see(task, batch)[: preview._MAX_IMAGES]):
     y = pictures.GAP + i // 8 * step_y
     x = pictures.GAP + i % 8 * (pictures.TILE + pictures.GAP)
     tile = grid[y : y + pictures.TILE, x : x + pictures.TILE][::scale, ::scale]
@@ -77,7 +77,7 @@ def test_the_picture_is_what_the_first_step_feeds_the_network(data_dir, mixed):
 
 def test_mixed_images_are_named_by_both_classes():
   names = ['cat', 'dog', 'eel']
-  assert preview.name_target(np.array([0, 1, 0]), names) == ['dog']
-  mixed = preview.name_target(np.array([0.25, 0, 0.75]), names)
+  assert preview._name_target(np.array([0, 1, 0]), names) == ['dog']
+  mixed = preview._name_target(np.array([0.25, 0, 0.75]), names)
   assert mixed == ['75% eel', '25% cat']
-  assert preview.name_target(np.array([0, 0, 0]), names) == []
+  assert preview._name_target(np.array([0, 0, 0]), names) == []

@@ -19,7 +19,7 @@ from jaxprog.reliability import checkpoints, lock, peers, signals
 from jaxprog.training import ladder
 from jaxprog.training import setup as setup_lib
 
-NUM_STEPS = 2
+_NUM_STEPS = 2
 # Batches of an evaluation: the last one is padded.
 _EVAL_BATCHES = 1.5
 
@@ -35,7 +35,7 @@ def dry_run(
 ) -> dict[str, float]:
   """Returns the seconds that each stage took which was tried, and says them.
 
-  Each chosen stage trains NUM_STEPS steps of its own, evaluates some images,
+  Each chosen stage trains _NUM_STEPS steps of its own, evaluates some images,
   saves, and hands its weights over, in a folder beside `workdir` that is then
   removed; nothing is written to `workdir`. Stages that are done there are not
   tried again. Data is prepared as for the run itself.
@@ -107,7 +107,7 @@ def _shorten(task: setup_lib.Task) -> setup_lib.Task:
   """Returns `task` with few steps, of its whole schedule, and few images."""
   count = int(_EVAL_BATCHES * task.stage.batch_size)
   dataset = task.dataset
-  total = min(NUM_STEPS, task.steps.total)
+  total = min(_NUM_STEPS, task.steps.total)
   return dataclasses.replace(
     task,
     steps=dataclasses.replace(task.steps, total=total),
@@ -132,7 +132,7 @@ def _say(
   source, (row, *_) = record['transfer']['from'], record['epochs']
   start = f'weights of {source}' if source else 'fresh weights'
   console.print(
-    f'{record["name"]}: {start}, {NUM_STEPS} steps {row["seconds"]:.1f} s, '
+    f'{record["name"]}: {start}, {_NUM_STEPS} steps {row["seconds"]:.1f} s, '
     f'evaluation of {record["num_eval_images"]:,} images '
     f'{row["eval_seconds"]:.1f} s, saved; {seconds:.1f} s with all before it',
     highlight=False,

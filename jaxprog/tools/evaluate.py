@@ -25,7 +25,7 @@ from jaxprog.training import alike, devices, loop
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import trained as trained_lib
 
-CSV_FIELDS = ('class', 'name', 'images', 'right', 'top1')
+_CSV_FIELDS = ('class', 'name', 'images', 'right', 'top1')
 
 
 def evaluate(
@@ -263,7 +263,7 @@ def _write(
   paths = [path.with_name(path.name + x) for x in ('.csv', '.json')]
   if jax.process_index() == 0:
     out = io.StringIO()
-    rows = csv.DictWriter(out, CSV_FIELDS, lineterminator='\n')
+    rows = csv.DictWriter(out, _CSV_FIELDS, lineterminator='\n')
     rows.writeheader()
     rows.writerows(found['per_class'])
     files.write_bytes(paths[0], out.getvalue().encode())

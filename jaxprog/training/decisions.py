@@ -4,6 +4,7 @@ Both are functions of the rows of the history alone, which the checkpoint
 holds: a run that was resumed decides like one that was not.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,12 +24,10 @@ def rate_scale(stage: Stage, rows: Rows) -> float:
   """
   if stage.schedule != 'plateau':
     return 1.0
-  scale, best, num_bad, cooldown = 1.0, None, 0, 0
-  for value in _gains(rows, stage.plateau_metric):
-    if _is_better(value, best, stage.plateau_min_delta):
-      best, num_bad = value, 0
-    else:
-      num_bad += 1
+  scale, num_bad, cooldown = 1.0, 0, 0
+  gains = _list_gains(rows, stage.plateau_metric, stage.plateau_min_delta)
+  for gained in gains:
+    num_bad = 0 if gained else num_bad + 1
     if cooldown > 0:
       cooldown, num_bad = cooldown - 1, 0
     if num_bad > stage.plateau_patience:
@@ -39,33 +38,31 @@ def rate_scale(stage: Stage, rows: Rows) -> float:
 
 def reason_to_stop(stage: Stage, rows: Rows) -> str:
   """Returns why the stage should end before its time, '' if it should not."""
-  scores = _gains(rows, 'val_top1')
-  last = scores[-1] if scores else None
-  if stage.target_top1 and last is not None and last >= stage.target_top1:
+  last = rows[-1]['val_top1'] if rows else None
+  if (
+    stage.target_top1 and formats.is_number(last) and last >= stage.target_top1
+  ):
     return f'val_top1 reached the target of {stage.target_top1:.1%}'
   if not stage.early_stopping_patience:
     return ''
-  best, num_bad = None, 0
-  for value in scores:
-    if _is_better(value, best, stage.early_stopping_min_delta):
-      best, num_bad = value, 0
-    else:
-      num_bad += 1
+  num_bad = 0
+  for gained in _list_gains(rows, 'val_top1', stage.early_stopping_min_delta):
+    num_bad = 0 if gained else num_bad + 1
   if num_bad < stage.early_stopping_patience:
     return ''
   return f'val_top1 did not improve for {num_bad} evaluations'
 
 
-def _gains(rows: Rows, metric: str) -> list[float | None]:
-  """Returns the metric so that more is better; None where it is not finite."""
-  sign = -1.0 if metric == 'val_loss' else 1.0
-  values = [row[metric] for row in rows]
-  return [sign * x if formats.is_number(x) else None for x in values]
+def _list_gains(rows: Rows, metric: str, min_delta: float) -> list[bool]:
+  """Returns of each row whether it is better than the best one before.
 
-
-def _is_better(
-  value: float | None, best: float | None, min_delta: float
-) -> bool:
-  if value is None:
-    return False
-  return best is None or value > best + min_delta
+  By more than `min_delta`; what is not finite never is.
+  """
+  best, gains = -math.inf, []
+  for row in rows:
+    value = -math.inf
+    if formats.is_number(row[metric]):
+      value = -row[metric] if metric == 'val_loss' else row[metric]
+    gains.append(value > best + min_delta)
+    best = value if gains[-1] else best
+  return gains

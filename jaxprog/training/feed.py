@@ -10,7 +10,7 @@ from jaxprog.training import setup, steps
 
 # Waiting longer for input than this part of an epoch, and longer than this in
 # seconds, is said, with its remedy.
-MUCH_WAITING, NOTED_SECONDS = 0.05, 1.0
+_MUCH_WAITING, _NOTED_SECONDS = 0.05, 1.0
 
 
 class Feed:
@@ -50,22 +50,18 @@ class Feed:
       'input_wait': self._waited / seconds,
     }
 
-  def describe_limit(self, seconds: float, images_per_second: float) -> str:
-    """Returns what would lift the limit that input is, '' if it is none.
-
-    Args:
-      seconds: that the epoch has taken.
-      images_per_second: of all processes, over that time.
-    """
+  def describe_limit(self, timing: dict[str, float]) -> str:
+    """Returns what would lift the limit that input is, '' if it is none."""
+    seconds = timing['seconds']
     waited = self._waited - (self._waited_first or 0.0)
-    if waited <= max(MUCH_WAITING * seconds, NOTED_SECONDS):
+    if waited <= max(_MUCH_WAITING * seconds, _NOTED_SECONDS):
       return ''
     task, reader = self._task, self.reader
     cost = (reader.busy - self._busy) / (reader.images - self._images)
-    wanted = images_per_second * seconds / (seconds - self._waited)
+    wanted = timing['images_per_second'] * seconds / (seconds - self._waited)
     cores = math.ceil(wanted * cost / jax.process_count())
     text = (
-      f'limited by its input: {self._waited / seconds:.0%} of the time waits '
+      f'limited by its input: {timing["input_wait"]:.0%} of the time waits '
       f'for images. One takes {1e3 * cost:.2g} ms of a core and the devices '
       f'would take {wanted:,.0f} a second: '
     )

@@ -309,7 +309,7 @@ def _train_epoch(
   for step in range(first, end):
     batch = feed.next()
     if step == 0:
-      draw = functools.partial(preview.draw_augmented, task, batch, 0)
+      draw = functools.partial(preview.draw_augmented, task, batch)
       course.run.writer.write_images(course.first_step + 1, draw)
     # Step n is dispatched before the metrics of step n - 1 are read.
     profile.begin_step(step)
@@ -328,7 +328,7 @@ def _train_epoch(
     _report_step(course, *pending, timing)
   if feed.reader.restarts > restarts:
     _note(course, end, 'worker_restart', 'dead data workers were replaced')
-  limit = feed.describe_limit(timing['seconds'], timing['images_per_second'])
+  limit = feed.describe_limit(timing)
   if limit and 'input_limit' not in course.record:
     course.record['input_limit'] = limit
     course.run.progress.message(f'{task.stage.name}: {limit}')

@@ -11,30 +11,28 @@ from jaxprog import stages
 from jaxprog.monitoring import pictures
 from jaxprog.training import augment, setup, steps
 
-MAX_IMAGES = 32
+_MAX_IMAGES = 32
 
 
 def draw_augmented(
-  task: setup.Task, batch: steps.Batch, step: int
+  task: setup.Task, batch: steps.Batch
 ) -> dict[str, np.ndarray]:
   """Returns images/STAGE/augmented: the first images of a batch, with names.
 
-  They are augmented and mixed as `step` does it, on one device, without
-  touching what trains. A mixed image is named by both classes and their
-  shares.
+  They are augmented and mixed as a stage's first step does it, on one device,
+  without touching what trains. A mixed image is named by both classes and
+  their shares.
   """
-  stage = task.steps.part(task.stage, step)
-  rows = _first_rows(batch, MAX_IMAGES)
+  rows = _first_rows(batch, _MAX_IMAGES)
   images, targets = _see(
     np.asarray(jax.random.key_data(task.step_rng)),
-    np.int32(step),
     rows,
-    stage=stage,
+    stage=task.steps.part(task.stage, 0),
     pixels=(tuple(task.config.mean_rgb), tuple(task.config.std_rgb)),
     num_classes=task.dataset.num_classes,
   )
   names = list(map(pictures.short_name, task.dataset.class_names))
-  captions = [name_target(target, names) for target in np.asarray(targets)[1:]]
+  captions = [_name_target(target, names) for target in np.asarray(targets)[1:]]
   grid = pictures.draw_grid(list(np.asarray(images)[1:]), captions)
   return {f'images/{task.stage.name}/augmented': grid}
 
@@ -42,7 +40,6 @@ def draw_augmented(
 @functools.partial(jax.jit, static_argnames=('stage', 'pixels', 'num_classes'))
 def _see(
   key_data: jax.Array,
-  step: jax.Array,
   batch: steps.Batch,
   *,
   stage: stages.Stage,
@@ -52,7 +49,7 @@ def _see(
   """Returns uint8 images and the targets that they are trained with."""
   rng = jax.random.wrap_key_data(key_data)
   images, targets = augment.mix(
-    jax.random.fold_in(rng, step),
+    jax.random.fold_in(rng, 0),
     steps.augment_batch(rng, batch, stage, pixels),
     jax.nn.one_hot(batch['label'], num_classes),
     batch['mask'].astype(jnp.float32),
@@ -82,7 +79,7 @@ def _first_rows(batch: steps.Batch, count: int) -> dict[str, np.ndarray]:
   return {name: rows(x) for name, x in batch.items()}
 
 
-def name_target(target: np.ndarray, names: Sequence[str]) -> list[str]:
+def _name_target(target: np.ndarray, names: Sequence[str]) -> list[str]:
   """Returns lines: the class, or both of a mixed image with their shares."""
   order = np.argsort(-target, kind='stable')[:2]
   parts = [i for i in order if target[i] > 0]

@@ -6,7 +6,7 @@ import os
 # Each platform ignores what is for the others.
 PRESETS: dict[str, dict[str, dict[str, str]]] = {
   # XLA's own choices.
-  'none': {'tpu': {}, 'gpu': {}},
+  'none': {},
   # Gradients are summed while the rest of the backward pass computes. TPU: as
   # MaxText sets them for data parallelism. GPU: as JAX's "GPU performance tips"
   # advise, with sums of up to 128 MiB in one exchange: all of a ResNet-50's.
@@ -23,10 +23,7 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
   },
   # The same bits in every run, for the price of slower kernels on GPUs; TPUs
   # and CPUs give them anyway.
-  'deterministic': {
-    'tpu': {},
-    'gpu': {'xla_gpu_deterministic_ops': 'true'},
-  },
+  'deterministic': {'gpu': {'xla_gpu_deterministic_ops': 'true'}},
 }
 _VARIABLES = {'tpu': 'LIBTPU_INIT_ARGS', 'gpu': 'XLA_FLAGS'}
 

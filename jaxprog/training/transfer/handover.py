@@ -234,7 +234,9 @@ def _choose_head(
   new = fresh['params']['head']
   match task.stage.transfer_head:
     case 'zero':
-      new = operators.zero_head(new)
+      # Every class is as likely at first. The backbone has no gradient until
+      # the head has taken its first step.
+      new = jax.tree.map(jnp.zeros_like, new)
     case 'by_class':
       new, rows = operators.carry_head_rows(new, task.dataset.classes, heads)
     case _:

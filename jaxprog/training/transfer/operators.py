@@ -118,14 +118,9 @@ def reset_blocks(
   """Returns `variables` with the last `count` blocks of `fresh`, and names.
 
   Parameters and statistics alike. Blocks are the modules block{I}_{J}, in the
-  order of the network.
-
-  Raises:
-    ValueError: if there are fewer blocks.
+  order of the network; `handover.check` has counted them.
   """
   blocks = list_blocks(variables['params'])
-  if not 0 <= count <= len(blocks):
-    raise ValueError(f'Cannot reset {count} of {len(blocks)} blocks.')
   names = tuple(blocks[len(blocks) - count :])
   return {
     collection: {
@@ -185,14 +180,6 @@ def carry_head_rows(
     bias[ours] = np.asarray(head.params['bias'])[theirs] * scale
     given[head.stage] = [classes[i] for i in ours]
   return {'kernel': kernel, 'bias': bias}, given
-
-
-def zero_head(fresh: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a head of zeros: every class is equally likely at first.
-
-  The backbone has no gradient until the head has taken its first step.
-  """
-  return jax.tree.map(jnp.zeros_like, dict(fresh))
 
 
 def average_statistics(statistics: Sequence[Any]) -> Any:
