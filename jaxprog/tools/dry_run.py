@@ -35,7 +35,7 @@ def dry_run(
 ) -> dict[str, float]:
   """Returns the seconds that each stage took which was tried, and says them.
 
-  Each chosen stage trains _NUM_STEPS steps of its own, evaluates some images,
+  Each chosen stage trains a step or two of its own, evaluates some images,
   saves, and hands its weights over, in a folder beside `workdir` that is then
   removed; nothing is written to `workdir`. Stages that are done there are not
   tried again. Data is prepared as for the run itself.

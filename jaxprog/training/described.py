@@ -67,13 +67,17 @@ def join_rates(
 
 def fields(task: setup_lib.Task) -> dict[str, Any]:
   """Returns the fields of a stage's record that are known beforehand."""
-  stage = task.stage
+  stage, dataset = task.stage, task.dataset
   stem = getattr(task.model, 'stem', None)
+  holdout = None
+  if dataset.holdout is not None:  # What was set aside, and by which rule.
+    rule, images = dataset.holdout_rule, len(dataset.holdout)
+    holdout = {'rule': rule, 'part': stage.holdout, 'images': images}
   return {
     'name': stage.name,
     'description': stage.description,
     'dataset': stage.dataset,
-    'num_classes': len(task.dataset.classes),
+    'num_classes': len(dataset.classes),
     'image_size': stage.image_size,
     'batch_size': stage.batch_size,
     'optimizer': stage.optimizer,
@@ -81,30 +85,18 @@ def fields(task: setup_lib.Task) -> dict[str, Any]:
     'learning_rate': stage.peak_learning_rate,
     'num_epochs': stage.num_epochs,
     'steps_per_epoch': task.steps.phases[0].per_epoch,
-    'num_train_images': len(task.dataset.train),
-    'num_eval_images': len(task.dataset.selection),
+    'num_train_images': len(dataset.train),
+    'num_eval_images': len(dataset.selection),
     'eval_split': stage.eval_split,
-    'holdout': _describe_holdout(task),
+    'holdout': holdout,
     'eval_image_size': stage.eval_size,
-    'data_version': task.dataset.version,
+    'data_version': dataset.version,
     'decoder': jpeg.version(),
-    'excluded_images': dict(task.dataset.excluded),
+    'excluded_images': dict(dataset.excluded),
     'phases': [[x.from_epoch, dict(x.changes)] for x in stage.phases],
     'num_params': state_lib.count_params(task.state_shapes.params),
     'dtype': task.dtype.name,
     'stem': stem._asdict() if stem is not None else None,
-  }
-
-
-def _describe_holdout(task: setup_lib.Task) -> dict[str, Any] | None:
-  """Returns what was set aside for selection, and by which rule."""
-  dataset = task.dataset
-  if dataset.holdout is None:
-    return None
-  return {
-    'rule': dataset.holdout_rule,
-    'part': task.stage.holdout,
-    'images': len(dataset.holdout),
   }
 
 
