@@ -33,6 +33,7 @@ folder, limit = sys.argv[1:]
 config = start_from('default')
 config.data_dir = f'{folder}/data'
 config.max_skipped_steps = int(limit)
+config.tensorboard = False
 config.stages = [{
   'name': 'only', 'dataset': f'folder:{folder}/raw', 'image_size': 8,
   'num_epochs': 3, 'batch_size': 11, 'schedule': 'constant',
