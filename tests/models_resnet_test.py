@@ -309,10 +309,9 @@ def _pytorch_resnet50():
   return timm.create_model('resnet50')
 
 
-@pytest.mark.parametrize(
-  ('image_size', 'blur_pool'), [(224, False), (128, True)]
-)
-def test_resnet50_equals_pytorch(image_size, blur_pool):
+# At 224 px too, which models_interchange_test compares, the stem is this one.
+@pytest.mark.parametrize('blur_pool', [False, True])
+def test_resnet50_equals_pytorch(blur_pool):
   torch = pytest.importorskip('torch', reason=parity.REASON)
   torch.manual_seed(0)
   peer = _pytorch_resnet50().eval()
@@ -323,13 +322,13 @@ def test_resnet50_equals_pytorch(image_size, blur_pool):
       torch.nn.init.normal_(module.running_mean, std=0.1)
       torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
   model = resnet.create_model(
-    'resnet50', num_classes=1000, image_size=image_size, blur_pool=blur_pool
+    'resnet50', num_classes=1000, image_size=128, blur_pool=blur_pool
   )
   state_dict = {k: v.numpy() for k, v in peer.state_dict().items()}
   variables = interchange.from_state_dict(state_dict, init(model, 32))
   if blur_pool:
     _blur_pytorch(torch, peer)
-  images = torch.randn(2, 3, image_size, image_size)
+  images = torch.randn(2, 3, 128, 128)
   with torch.no_grad():
     expected = peer(images).numpy()
   found = jax.jit(lambda v, x: model.apply(v, x, train=False))(
