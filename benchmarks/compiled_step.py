@@ -23,8 +23,7 @@ from flax import linen as nn
 
 import jaxprog
 from jaxprog.models import conv, norm, resnet
-from jaxprog.planning import chips, costs
-from jaxprog.tools import plan
+from jaxprog.planning import chips, costs, elsewhere
 from jaxprog.training import devices
 from jaxprog.training import setup as setup_lib
 
@@ -58,7 +57,7 @@ def lower_ours(args, topology, batch_norm, remat):
   *_, stage = config.stages
   stage['image_size'] = args.image_size
   stage['batch_size'] = args.batch_size * topology.num_chips
-  setup = plan.create_setup(config, topology, (stage['name'],), ())
+  setup = elsewhere.create_setup(config, topology, (stage['name'],), ())
   task = setup_lib.create_task(setup, *setup.chosen)
   (program,) = task.train_steps
   return costs.trace_train_step(task, program).lower()

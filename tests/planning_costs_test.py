@@ -130,7 +130,7 @@ def test_a_frozen_backbone_takes_a_third_of_the_flops(data_dir):
     for x in (frozen, later)
   ]
   assert 0.3 < flops[0] / flops[1] < 0.4
-  counts = costs.count_steps(task)
+  counts = costs.steps_by_program(task)
   assert counts[frozen] == task.steps.frozen
   assert sum(counts.values()) == task.steps.total
 
@@ -143,7 +143,7 @@ def test_steps_are_counted_by_the_program_that_takes_them(data_dir):
     program = task.program(step)
     expected[program] = expected.get(program, 0) + 1
   assert len(expected) == 2
-  assert costs.count_steps(task) == expected
+  assert costs.steps_by_program(task) == expected
 
 
 def test_memory_is_that_of_the_step_which_training_compiles(task):

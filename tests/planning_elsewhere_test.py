@@ -1,12 +1,18 @@
-"""Times, limits and costs of a plan against hand calculations."""
+"""Times, limits and costs of chips elsewhere against hand calculations."""
 
 import dataclasses
 import io
 
 import pytest
 import rich.console
+from conftest import ROOT
+from ml_collections import config_dict
+from planning_outlook_test import look_ahead
 
-from jaxprog.planning import elsewhere
+from jaxprog import config as config_lib
+from jaxprog import stages
+from jaxprog.planning import chips, elsewhere, outlook
+from jaxprog.reporting.page import planned
 
 STEP = elsewhere.Step(
   batch_size=1024,
@@ -23,83 +29,101 @@ STEP = elsewhere.Step(
   network_seconds=0.002,
   compile_seconds=180.0,
 )
-PLAN = elsewhere.StagePlan(
-  name='imagenet',
-  dataset='imagenet2012',
-  dtype='bfloat16',
-  storage='jpeg:256',
-  num_train_images=1_024_000,
-  num_eval_images=3000,
-  num_epochs=1,
-  num_evaluations=2,
-  num_chips=4,
-  chip_bytes=16e9,
-  utilization=0.5,
-  images_per_core=1000,
-  cores_per_chip=28,
-  chip_hour_price=1.2,
-  steps=(STEP,),
-)
+CHIP_RATE = 1024 / 0.202 / 4
+
+
+def fill_in(*steps, memory=16e9, images_per_core=1000):
+  """Returns the outlook of two evaluations of 3000 images on four v5e."""
+  stage, *_ = stages.create_stages(
+    config_lib.load_config(f'{ROOT}/configs/progressive.py')
+  )
+  steps = steps or (STEP,)
+  found = look_ahead(
+    dataclasses.replace(stage, storage='jpeg:256'),
+    num_eval_images=3000,
+    num_evaluations=2,
+    total_steps=sum(step.steps for step in steps),
+  )
+  asked = chips.parse_topology('v5e:2x2')
+  asked = asked._replace(chip=asked.chip._replace(memory_bytes=memory))
+  config = config_dict.ConfigDict(
+    {
+      'plan_utilization': 0.5,
+      'images_per_core': images_per_core,
+      'chip_hour_price': 1.2,
+    }
+  )
+  elsewhere.fill_in(found, steps, asked, config)
+  return found
 
 
 def test_a_step_takes_the_slower_of_compute_and_memory_and_the_network():
   assert STEP.seconds(0.5) == pytest.approx(0.1 / 0.5 + 0.002)
-  assert PLAN.chip_rate == pytest.approx(1024 / 0.202 / 4)
+  assert fill_in().step_seconds == pytest.approx(0.202)
+  assert fill_in().chips['images_per_second'] == pytest.approx(CHIP_RATE)
 
 
 def test_hours_count_evaluations_at_a_third_of_the_work():
+  figures = fill_in().figures()
   images = 1000 * 1024 + 2 * 3000 / 3
-  assert PLAN.hours == pytest.approx(images * 0.202 / 1024 / 3600)
-  assert PLAN.cost == pytest.approx(PLAN.hours * 4 * 1.2)
+  assert figures['hours'] == pytest.approx(images * 0.202 / 1024 / 3600)
+  assert figures['seconds'] == pytest.approx(3600 * figures['hours'])
+  assert figures['cost'] == pytest.approx(figures['hours'] * 4 * 1.2)
 
 
 def test_means_are_of_an_image():
-  assert PLAN.flops_per_image == pytest.approx(24e9)
-  assert PLAN.traffic_per_image == pytest.approx(80e9 * 4 / 1024)
+  figures = fill_in().figures()
+  assert figures['flops_per_image'] == pytest.approx(24e9)
+  assert figures['traffic_per_image'] == pytest.approx(80e9 * 4 / 1024)
 
 
 def test_steps_of_several_kinds_count_as_often_as_they_are_taken():
   small = dataclasses.replace(STEP, steps=3000, flops=1024 * 12e9)
-  both = dataclasses.replace(PLAN, steps=(STEP, small))
+  both = fill_in(STEP, small)
   assert both.flops_per_image == pytest.approx((24e9 + 3 * 12e9) / 4)
 
 
 def test_the_largest_batch_fills_what_does_not_grow_with_it():
   # 2 GB stay; 8 GB are of 256 images a chip; there is room for 14 GB.
-  assert PLAN.largest_batch == 4 * 448
-  full = dataclasses.replace(PLAN, chip_bytes=1e9)
+  assert fill_in().chips['largest_batch'] == 4 * 448
+  full = fill_in(memory=1e9)
   assert not full.fits
-  assert full.largest_batch == 0
+  assert full.chips['largest_batch'] == 0
 
 
 def test_what_bounds_a_stage_is_what_takes_longest():
-  assert PLAN.bound_by == 'memory'
+  assert fill_in().chips['bound_by'] == 'memory'
   faster = dataclasses.replace(STEP, memory_seconds=0.01)
-  assert dataclasses.replace(PLAN, steps=(faster,)).bound_by == 'compute'
+  assert fill_in(faster).chips['bound_by'] == 'compute'
   far = dataclasses.replace(STEP, network_seconds=1.0)
-  assert dataclasses.replace(PLAN, steps=(far,)).bound_by == 'network'
+  assert fill_in(far).chips['bound_by'] == 'network'
 
 
 def test_too_few_cores_bound_the_rate_and_say_what_would_lift_it():
-  starved = dataclasses.replace(PLAN, images_per_core=10)
-  assert starved.bound_by == 'input'
-  assert starved.images_per_second == 280
-  assert starved.cores_needed == pytest.approx(PLAN.chip_rate / 10)
-  (note,) = elsewhere.notes([starved])
+  starved = fill_in(images_per_core=10)
+  assert starved.chips['bound_by'] == 'input'
+  assert starved.chips['images_per_second'] == 280
+  assert starved.chips['cores_needed'] == pytest.approx(CHIP_RATE / 10)
+  assert starved.seconds == pytest.approx(
+    (1000 * 1024 + 2 * 3000 / 3) / 280 / 4
+  )
+  (note,) = outlook.notes([starved])
   assert 'raw:256' in note
 
 
 def test_a_step_that_does_not_fit_says_what_would_help():
-  (note,) = elsewhere.notes([dataclasses.replace(PLAN, chip_bytes=8e9)])
-  assert '10.0 GB of 8.0 GB' in note
+  (note,) = outlook.notes([fill_in(memory=8e9)])
+  assert 'needs 10.0 GB, there are 8.0 GB' in note
   assert "remat='blocks'" in note
 
 
 def test_the_tables_name_memory_flops_and_whether_it_fits():
   file = io.StringIO()
   console = rich.console.Console(file=file, width=80)
-  for table in elsewhere.tables([PLAN]):
-    console.print(table)
+  for columns in (planned.NEEDS, planned.TAKES):
+    row = [x.cell(fill_in().figures()) for x in columns]
+    titles = [x.title for x in columns]
+    console.print(outlook.create_table(titles, [row]))
   text = file.getvalue()
   for word in ('HBM', 'fits', 'FLOPs', '10.0 GB', '24 G', '312 MB', '~1,792'):
     assert word in text, word

@@ -18,6 +18,7 @@ from jaxprog import files, stages
 from jaxprog.data import leaks, preparation
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents
+from jaxprog.planning import inspection, timing
 from jaxprog.tools import check as check_lib
 
 CONFIG = 'tests/tiny_config.py'
@@ -369,8 +370,8 @@ def test_what_goes_wrong_in_one_stage_is_a_note_of_it(
       raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
     return measure(task, *_)
 
-  measure = check_lib._measure
-  monkeypatch.setattr(check_lib, '_measure', refuse)
+  measure = timing._measure
+  monkeypatch.setattr(timing, '_measure', refuse)
   assert check_lib.check(config, only=['three', 'ten']) == 0
   out = capsys.readouterr().out
   assert 'three: not measured: RuntimeError: RESOURCE_EXHAUSTED' in out
@@ -395,7 +396,7 @@ def test_shortcuts_of_the_plan_are_said_until_the_data_is_ready(
   # What a run does first.
   leaks.find_overlap({'ten': dataset})
   preparation.store(dataset, stages.Storage('raw', 8))
-  cheap = check_lib._cheap(config, ['ten'], [])
+  cheap = check_lib._cheap(inspection.inspect(config, only=['ten']))
   assert cheap.stages[1].storage == 'raw:8'
   assert cheap.exclude_leaks
   assert check_lib.check(config, only=['ten']) == 0

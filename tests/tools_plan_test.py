@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import jaxprog
 from jaxprog import errors
-from jaxprog.planning import chips, costs
+from jaxprog.planning import chips, costs, elsewhere
 from jaxprog.tools import plan
 from jaxprog.training import setup as setup_lib
 
@@ -80,7 +80,7 @@ def test_memory_is_that_of_the_step_that_training_compiles(planned, data_dir):
   folder, _, _ = planned
   config = load(data_dir, folder / 'cache')
   topology = chips.parse_topology('v5e:2x2')
-  setup = plan.create_setup(config, topology, ('three',), ())
+  setup = elsewhere.create_setup(config, topology, ('three',), ())
   task = setup_lib.create_task(setup, setup.chosen[0])
   (program,) = task.train_steps
   step = task.train_steps[program]
@@ -100,7 +100,7 @@ def test_memory_is_that_of_the_step_that_training_compiles(planned, data_dir):
 def test_the_step_is_bfloat16_with_losses_in_float32(data_dir, tmp_path):
   config = load(data_dir, tmp_path)
   topology = chips.parse_topology('v5e:1x1')
-  setup = plan.create_setup(config, topology, ('three',), ())
+  setup = elsewhere.create_setup(config, topology, ('three',), ())
   task = setup_lib.create_task(setup, setup.chosen[0])
   assert task.dtype == 'bfloat16'  # 'auto', for the target and not for here.
   (program,) = task.train_steps
@@ -132,7 +132,7 @@ def test_a_dataset_that_is_not_here_counts_as_published(tmp_path):
   config = jaxprog.load_config(f'{ROOT}/configs/progressive.py')
   config.data_dir = str(tmp_path)
   stages = setup_lib.stages_lib.create_stages(config)
-  counts = [plan._count_dataset(config, stage) for stage in stages]
+  counts = [elsewhere._count_dataset(config, stage) for stage in stages]
   assert [len(x.train) for x in counts] == [9469, 100_000, 34_745, 1_281_167]
   assert [len(x.eval) for x in counts] == [3925, 10_000, 3923, 50_000]
   assert [x.num_classes for x in counts] == [10, 200, 1000, 1000]
@@ -143,7 +143,7 @@ def test_a_holdout_is_taken_from_the_published_count(tmp_path):
   config.data_dir = str(tmp_path)
   config.stages[3]['eval_split'] = 'holdout:2%'
   stage = setup_lib.stages_lib.create_stages(config)[3]
-  found = plan._count_dataset(config, stage)
+  found = elsewhere._count_dataset(config, stage)
   assert len(found.train) + len(found.holdout) == 1_281_167
   assert len(found.selection) == round(0.02 * 1_281_167)
 
@@ -174,7 +174,7 @@ def test_raw_images_cost_by_their_pixels(tmp_path):
   config.stages[3]['storage'] = 'raw:256'
   config.stages[1]['storage'] = 'raw'
   stages = setup_lib.stages_lib.create_stages(config)
-  at = {x.name: plan._images_per_core(x) for x in stages}
+  at = {x.name: elsewhere._images_per_core(x) for x in stages}
   assert at['imagenet'] == 4317
   assert at['imagenette'] == 540
   assert at['tiny_imagenet'] == 18_500  # The least that any image takes.

@@ -4,6 +4,7 @@ Nothing runs here and nothing asks for the devices of this machine: a step that
 was compiled for other hardware answers as well.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -77,7 +78,7 @@ def trace_eval_step(task: setup_lib.Task, batch_size: int) -> jax.stages.Traced:
   return task.eval_step.trace(task.state_shapes.variables, batch, sums)
 
 
-def count_steps(task: setup_lib.Task) -> dict[setup_lib.Program, int]:
+def steps_by_program(task: setup_lib.Task) -> dict[setup_lib.Program, int]:
   """Returns how many steps of a stage each of its programs takes."""
   steps = task.steps
   starts = {0, steps.frozen, *(phase.first_step for phase in steps.phases)}
@@ -331,12 +332,9 @@ def summarise_layers(
     return output
 
   images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), 'float32')
+  apply = functools.partial(model.apply, train=False)
   with nn.intercept_methods(note):
-    jax.eval_shape(
-      lambda variables, x: model.apply(variables, x, train=False),
-      variables,
-      images,
-    )
+    jax.eval_shape(apply, variables, images)
   groups: dict[str, list[str]] = {}
   for name in outputs:
     groups.setdefault(name.split('_')[0], []).append(name)

@@ -1,14 +1,39 @@
-"""What a ladder will take on hardware that nobody has yet."""
+"""What a ladder will take on hardware that nobody has yet.
 
+Each stage's own training step is compiled for the chips asked for; what the
+compiler says of it and what the chips' makers say of them give memory, time
+and cost. Nothing runs. What was compiled once is answered from a cache.
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, NamedTuple, cast
 
-import rich.table
-import rich.text
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import config_dict
 
-from jaxprog import formats
-from jaxprog.planning import here as plan_lib
+from jaxprog import epochs, files, named, paths
+from jaxprog import stages as stages_lib
+from jaxprog.data import preparation, records
+from jaxprog.planning import chips, costs, outlook
+from jaxprog.training import devices, xla_flags
+from jaxprog.training import setup as setup_lib
+
+# Images a second that one core makes ready at 224 px, by the kind of storage:
+# medians of benchmarks/input.py on an AMD EPYC (docs/data.md). Raw images
+# cost by their pixels, and the least time that any image takes.
+_IMAGES_PER_CORE = {'original': 540.0, 'jpeg': 1407.0, 'raw': 4317.0}
+_MOST_IMAGES_PER_CORE = 18_500.0
+_MEASURED_SIZE = 224
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,217 +70,364 @@ class Step:
     return own + self.network_seconds
 
 
+def fill_in(
+  found: outlook.Outlook,
+  steps: Sequence[Step],
+  topology: chips.Topology,
+  config: config_dict.ConfigDict,
+) -> None:
+  """Lets compiled steps say what a stage needs and takes on `topology`."""
+  stage, num_chips = found.stage, topology.num_chips
+  num_images = sum(x.steps * x.batch_size for x in steps)
+  utilization = config.plan_utilization
+
+  def mean(value: Callable[[Step], float]) -> float:
+    """Returns the mean over all images, each as often as it is seen."""
+    return sum(x.steps * value(x) for x in steps) / num_images
+
+  # Images a second of one chip, were its input always there; and of its input.
+  chip_rate = 1 / mean(lambda x: x.seconds(utilization)) / num_chips
+  images_per_core = config.images_per_core or _images_per_core(stage)
+  input_rate = images_per_core * topology.cores_per_chip
+  rate = min(chip_rate, input_rate)
+  parts = {
+    'compute': mean(lambda x: x.compute_seconds),
+    'memory': mean(lambda x: x.memory_seconds),
+    'network': mean(lambda x: x.network_seconds),
+  }
+  bound_by = max(parts, key=lambda name: parts[name])
+  largest = max(steps, key=lambda x: x.memory_bytes)
+  a_step = num_images / found.total_steps / num_chips
+  found.flops_per_image = mean(lambda x: x.flops)
+  found.memory_bytes, found.memory_compiled = largest.memory_bytes, True
+  found.device_bytes = topology.chip.memory_bytes
+  found.compile_seconds = sum(x.compile_seconds for x in steps)
+  found.step_seconds = a_step / chip_rate
+  found.input_seconds = a_step / input_rate
+  found.fed_step_seconds = a_step / rate
+  # An evaluated image is a third of the work.
+  found.evaluation_seconds = found.num_eval_images / 3 / rate / num_chips
+  if input_rate < chip_rate:
+    bound_by = 'input'
+    found.notes.append(
+      f'waits for its input: a chip could take {chip_rate:,.0f} images/s and '
+      f'its {topology.cores_per_chip:g} cores make {input_rate:,.0f}, stored '
+      f"as {stage.storage}. Set storage to 'raw:256' or 'jpeg:256', or "
+      'image_size lower.'
+    )
+  hours = (found.seconds or 0.0) / 3600
+  price = config.chip_hour_price
+  found.chips = {
+    'storage': stage.storage,
+    'num_chips': num_chips,
+    'chip_bytes': topology.chip.memory_bytes,
+    'utilization': utilization,
+    'images_per_core': images_per_core,
+    'cores_per_chip': topology.cores_per_chip,
+    'chip_hour_price': price,
+    'steps': [dataclasses.asdict(x) for x in steps],
+    'largest_batch': _largest_batch(largest, topology),
+    'num_steps': found.total_steps,
+    'num_images': num_images,
+    'traffic_per_image': mean(lambda x: x.traffic_bytes) * num_chips,
+    'images_per_second': rate,
+    'bound_by': bound_by,
+    'cores_needed': chip_rate / images_per_core,
+    'hours': hours,
+    'cost': hours * num_chips * price if price else None,
+  }
+
+
+def _largest_batch(step: Step, topology: chips.Topology) -> int:
+  """Returns about the largest global batch that fits: even on each chip.
+
+  What grows with the batch is taken to grow in proportion to it.
+  """
+  fixed = step.memory_bytes - step.activation_bytes
+  a_chip = step.batch_size / topology.num_chips
+  room = (topology.chip.memory_bytes - fixed) * a_chip
+  most = int(room / max(step.activation_bytes, 1))
+  return max(most // 2 * 2, 0) * topology.num_chips
+
+
+class Compiled(NamedTuple):
+  """What the compiler says of one step; bytes are those of one device."""
+
+  traffic_bytes: float
+  memory: costs.Memory
+  collectives: tuple[costs.Collective, ...]
+  seconds: float
+
+
+@contextlib.contextmanager
+def _without_jaxs_cache() -> Iterator[None]:
+  """Keeps JAX from storing programs that only other hardware can load."""
+  kept = jax.config.values['jax_enable_compilation_cache']
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # It asks the config once.
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_compilation_cache', kept)
+    compilation_cache.reset_cache()
+
+
+def create_setup(
+  config: config_dict.ConfigDict,
+  topology: chips.Topology,
+  only: Sequence[str],
+  skip: Sequence[str],
+) -> setup_lib.Setup:
+  """Returns the chosen stages as they will train on `topology`.
+
+  Raises:
+    UserError: as `plan`.
+  """
+  all_stages = stages_lib.create_stages(config)
+  chosen = stages_lib.select(all_stages, only, skip)
+  stages_lib.check_devices(chosen, topology.num_chips)
+  stages_lib.check_batch_norm(config, topology.num_chips)
+  datasets = {stage.name: _count_dataset(config, stage) for stage in chosen}
+  mesh = chips.create_mesh(topology)
+  return setup_lib.Setup(
+    config=config,
+    stages=all_stages,
+    chosen=chosen,
+    datasets=datasets,
+    steps={
+      stage.name: epochs.count_steps(stage, len(datasets[stage.name].train))
+      for stage in chosen
+    },
+    model_fn=setup_lib.create_model_fn(config, mesh.devices.size),
+    shardings=devices.create_shardings(mesh),
+  )
+
+
 @dataclasses.dataclass(frozen=True)
-class StagePlan:
-  """A stage on `num_chips` chips; bytes are those of one of them."""
+class _Count:
+  """Images that are not here."""
 
-  name: str
-  dataset: str
-  dtype: str
-  storage: str
-  num_train_images: int
-  num_eval_images: int
-  num_epochs: float
-  num_evaluations: int
-  num_chips: int
-  chip_bytes: float
-  utilization: float
-  # Images a second that one core makes ready, and the cores of each chip.
-  images_per_core: float
-  cores_per_chip: float
-  # 0: unknown.
-  chip_hour_price: float
-  steps: tuple[Step, ...]
-  notes: tuple[str, ...] = ()
+  number: int
 
-  @property
-  def largest(self) -> Step:
-    """The step that needs most memory."""
-    return max(self.steps, key=lambda x: x.memory_bytes)
-
-  @property
-  def fits(self) -> bool:
-    """Whether every step has room in the chip's memory."""
-    return self.largest.memory_bytes <= self.chip_bytes
-
-  @property
-  def largest_batch(self) -> int:
-    """About the largest global batch that fits: what fits per chip, even.
-
-    What grows with the batch is taken to grow in proportion to it.
-    """
-    step = self.largest
-    fixed = step.memory_bytes - step.activation_bytes
-    a_chip = step.batch_size / self.num_chips
-    room = (self.chip_bytes - fixed) * a_chip / max(step.activation_bytes, 1)
-    return max(int(room) // 2 * 2, 0) * self.num_chips
-
-  @property
-  def num_steps(self) -> int:
-    """Of the whole stage."""
-    return sum(step.steps for step in self.steps)
-
-  @property
-  def num_images(self) -> int:
-    """That the stage trains on, each as often as it is seen."""
-    return sum(step.steps * step.batch_size for step in self.steps)
-
-  @property
-  def flops_per_image(self) -> float:
-    """Mean over the stage, gradients included."""
-    return sum(x.steps * x.flops for x in self.steps) / self.num_images
-
-  @property
-  def traffic_per_image(self) -> float:
-    """Bytes of memory read and written for an image, mean over the stage."""
-    a_chip = sum(x.steps * x.traffic_bytes for x in self.steps)
-    return a_chip * self.num_chips / self.num_images
-
-  @property
-  def device_seconds(self) -> float:
-    """All steps, were the input always there."""
-    return sum(x.steps * x.seconds(self.utilization) for x in self.steps)
-
-  @property
-  def chip_rate(self) -> float:
-    """Images a second of one chip, were the input always there."""
-    return self.num_images / self.device_seconds / self.num_chips
-
-  @property
-  def input_rate(self) -> float:
-    """Images a second that the hosts' cores make ready for one chip."""
-    return self.images_per_core * self.cores_per_chip
-
-  @property
-  def cores_needed(self) -> float:
-    """Cores for each chip, so that it does not wait."""
-    return self.chip_rate / self.images_per_core
-
-  @property
-  def images_per_second(self) -> float:
-    """Of one chip, input and all."""
-    return min(self.chip_rate, self.input_rate)
-
-  @property
-  def bound_by(self) -> str:
-    """What takes most of a step: compute, memory, network or input."""
-    if self.input_rate < self.chip_rate:
-      return 'input'
-    parts = {
-      name: sum(x.steps * getattr(x, f'{name}_seconds') for x in self.steps)
-      for name in ('compute', 'memory', 'network')
-    }
-    return max(parts, key=lambda name: parts[name])
-
-  @property
-  def hours(self) -> float:
-    """Training and evaluations; an evaluated image is a third of the work."""
-    evaluated = self.num_evaluations * self.num_eval_images / 3
-    rate = self.images_per_second * self.num_chips
-    return (self.num_images + evaluated) / rate / 3600
-
-  @property
-  def cost(self) -> float | None:
-    """Of all chips for the stage, None without a price."""
-    if not self.chip_hour_price:
-      return None
-    return self.hours * self.num_chips * self.chip_hour_price
-
-  def figures(self) -> dict[str, Any]:
-    """Returns all of it as plain values."""
-    derived = (
-      'fits',
-      'largest_batch',
-      'num_steps',
-      'num_images',
-      'flops_per_image',
-      'traffic_per_image',
-      'images_per_second',
-      'bound_by',
-      'cores_needed',
-      'hours',
-      'cost',
-    )
-    return {
-      **dataclasses.asdict(self),
-      **{name: getattr(self, name) for name in derived},
-    }
+  def __len__(self) -> int:
+    return self.number
 
 
-def tables(plans: Sequence[StagePlan]) -> Iterator[rich.table.Table]:
-  """Yields what a step needs of a chip, then what the stages take."""
-  needs = plan_lib.create_table(
-    'stage', 'px', 'batch', 'a chip', 'HBM', 'fits', 'largest', 'sums', 'of'
-  )
-  for plan in plans:
-    step = plan.largest
-    needs.add_row(
-      plan.name,
-      f'{step.image_size}',
-      f'{step.batch_size:,}',
-      f'{step.batch_size / plan.num_chips:g}',
-      formats.size(step.memory_bytes),
-      rich.text.Text('yes' if plan.fits else 'NO', '' if plan.fits else 'red'),
-      f'~{plan.largest_batch:,}',
-      f'{step.collectives or "-"}',
-      formats.size(step.collective_bytes or None) or '-',
-    )
-  yield needs
-  takes = plan_lib.create_table(
-    'stage',
-    'FLOPs',
-    'traffic',
-    'bound by',
-    'images/s',
-    'cores',
-    'hours',
-    'cost',
-  )
-  for plan in plans:
-    takes.add_row(
-      plan.name,
-      formats.flops(plan.flops_per_image),
-      formats.size(plan.traffic_per_image),
-      plan.bound_by,
-      f'{plan.images_per_second:,.0f}',
-      f'{plan.cores_needed:.1f}',
-      formats.hours(plan.hours),
-      formats.cost(plan.cost),
-    )
-  takes.add_row(
-    'ladder',
-    *[''] * 5,
-    formats.hours(sum(plan.hours for plan in plans)),
-    formats.cost(total_cost(plans)),
-    style='bold',
-  )
-  yield takes
-
-
-def total_cost(plans: Sequence[StagePlan]) -> float | None:
-  """Returns what all stages cost, None without a price."""
-  costs = [plan.cost for plan in plans]
-  return None if None in costs else sum(filter(None, costs))
-
-
-def notes(plans: Sequence[StagePlan]) -> list[str]:
-  """Returns a sentence on each thing that stands in the way."""
-  found = []
-  for plan in plans:
-    step = plan.largest
-    if not plan.fits:
-      found.append(
-        f'{plan.name}: does not fit: a step needs '
-        f'{formats.size(step.memory_bytes)} of '
-        f"{formats.size(plan.chip_bytes)}. Set remat='blocks', or a "
-        'smaller micro_batch_size or batch_size.'
+def _count_dataset(
+  config: config_dict.ConfigDict, stage: stages_lib.Stage
+) -> records.Dataset:
+  """Returns the stage's dataset, or what is published of it."""
+  data_dir = paths.data_dir(config)
+  known = named.find(stage.dataset).published
+  if known is None or preparation.find_prepared(stage.dataset, data_dir):
+    found = setup_lib.load_datasets(config, [stage])[stage.name]
+    if stage.holdout:
+      found = records.take_holdout(
+        found, stage.holdout, f'stage {stage.name!r}'
       )
-    if plan.bound_by == 'input':
-      found.append(
-        f'{plan.name}: waits for its input: a chip could take '
-        f'{plan.chip_rate:,.0f} images/s and its {plan.cores_per_chip:g} cores '
-        f'make {plan.input_rate:,.0f}, stored as {plan.storage}. Set storage '
-        "to 'raw:256' or 'jpeg:256', or image_size lower."
+    return found
+  classes = stage.classes or tuple(map(str, range(known.classes)))
+  part = len(classes) / known.classes
+  held = round(known.train * part * stage.holdout)
+  train, evaluated = round(known.train * part) - held, round(known.eval * part)
+
+  def split(number: int) -> records.Split:
+    return cast(records.Split, _Count(number))
+
+  return records.Dataset(
+    name=stage.dataset,
+    classes=classes,
+    class_names=classes,
+    train=split(train),
+    eval=split(evaluated),
+    holdout=split(held) if held else None,
+  )
+
+
+_Key = tuple[str, setup_lib.Program]
+
+
+def look_ahead(
+  setup: setup_lib.Setup, topology: chips.Topology, say: Callable[[str], None]
+) -> list[outlook.Outlook]:
+  """Returns what each chosen stage needs and takes on `topology`.
+
+  `say` is told what is compiled.
+  """
+  tasks = [setup_lib.create_task(setup, stage) for stage in setup.chosen]
+  with _without_jaxs_cache():
+    compiled = _compile_all(tasks, topology, say)
+  return [_describe(task, topology, compiled) for task in tasks]
+
+
+def _compile_all(
+  tasks: Sequence[setup_lib.Task],
+  topology: chips.Topology,
+  say: Callable[[str], None],
+) -> dict[_Key, tuple[float, Compiled]]:
+  """Returns the FLOPs and the compiled figures of each stage's programs.
+
+  Those not in the cache are compiled side by side, one for each core: a
+  compiler uses one.
+  """
+  directory = _cache_directory(tasks[0].config)
+  found: dict[_Key, tuple[float, Compiled]] = {}
+  with futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    waiting = {}
+    for task in tasks:
+      for program in task.train_steps:
+        trace = costs.trace_train_step(task, program)
+        flops = costs.count_flops(trace.jaxpr)
+        lowered = trace.lower()
+        options = _compiler_options(task, topology)
+        digest = _digest(lowered, topology, options)
+        path = directory and directory / f'{digest}.json'
+        key = task.stage.name, program
+        if path and (saved := _read(path)):
+          found[key] = flops, saved
+          continue
+        compiling = pool.submit(_compile, lowered, options, path)
+        waiting[compiling] = key, flops
+    if waiting:
+      say(
+        f'Compiling {len(waiting)} training steps for {topology.name}: some '
+        'minutes each for a large network; kept for the next time.'
       )
-    found += [f'{plan.name}: {note}' for note in plan.notes]
+    for compiling in futures.as_completed(waiting):
+      key, flops = waiting[compiling]
+      found[key] = flops, compiling.result()
+      say(f'{key[0]}: compiled in {found[key][1].seconds:.0f} s')
   return found
+
+
+def _compiler_options(
+  task: setup_lib.Task, topology: chips.Topology
+) -> dict[str, bool | int]:
+  preset = task.config.xla_flags
+  if topology.chip.platform == 'tpu':
+    return xla_flags.compiler_options(preset, 'tpu')
+  # Kernels are chosen by rule: trying them out would take the GPU.
+  untried: dict[str, bool | int] = {'xla_gpu_autotune_level': 0}
+  return {**xla_flags.compiler_options(preset, 'gpu'), **untried}
+
+
+def _compile(
+  lowered: Any, options: dict[str, bool | int], path: pathlib.Path | None
+) -> Compiled:
+  begin = time.perf_counter()
+  program = lowered.compile(compiler_options=options)
+  memory = costs.read_memory(program)
+  if memory is None:
+    raise RuntimeError('the compiler says nothing of the memory it needs')
+  compiled = Compiled(
+    traffic_bytes=costs.read_traffic(program),
+    memory=memory,
+    collectives=tuple(costs.read_collectives(program.as_text())),
+    seconds=time.perf_counter() - begin,
+  )
+  if path:
+    files.write_json(path, compiled._asdict())
+  return compiled
+
+
+def _cache_directory(config: config_dict.ConfigDict) -> pathlib.Path | None:
+  directory = paths.cache_dir(config)
+  if directory is None:
+    return None
+  devices.create_cache(directory / 'plans')
+  return directory / 'plans'
+
+
+def _digest(
+  lowered: Any, topology: chips.Topology, options: Mapping[str, Any]
+) -> str:
+  """Returns what stands for a program, its target and who compiles it."""
+  flags = os.environ.get('XLA_FLAGS', ''), str(sorted(options.items()))
+  parts = [topology.name, *flags, lowered.as_text()]
+  for package in ('jax', 'jaxlib', 'libtpu', 'jax-cuda13-pjrt'):
+    try:
+      parts.append(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+      parts.append('')
+  return hashlib.sha256('\0'.join(parts).encode()).hexdigest()
+
+
+def _read(path: pathlib.Path) -> Compiled | None:
+  """Returns what was compiled before, None if it was not, or is damaged."""
+  try:
+    saved = json.loads(path.read_bytes())
+    return Compiled(
+      traffic_bytes=saved['traffic_bytes'],
+      memory=costs.Memory(*saved['memory']),
+      collectives=tuple(costs.Collective(*x) for x in saved['collectives']),
+      seconds=saved['seconds'],
+    )
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+
+
+def _describe(
+  task: setup_lib.Task,
+  topology: chips.Topology,
+  compiled: Mapping[_Key, tuple[float, Compiled]],
+) -> outlook.Outlook:
+  stage, dataset = task.stage, task.dataset
+  steps = [
+    _count_step(task, topology, program, count, *compiled[stage.name, program])
+    for program, count in costs.steps_by_program(task).items()
+    if count
+  ]
+  found = outlook.look_ahead(task)
+  fill_in(found, steps, topology, task.config)
+  found.chips = {'dtype': task.dtype.name, **found.chips}
+  if stage.micro_batch_size:
+    found.notes.append(
+      'traffic and sums are those of one micro-batch times their number'
+    )
+  if not isinstance(dataset.train, records.Split):
+    found.notes.append(
+      f'{stage.dataset} is not here: {len(dataset.train):,} training and '
+      f'{len(dataset.eval):,} evaluation images, as published'
+    )
+  return found
+
+
+def _count_step(
+  task: setup_lib.Task,
+  topology: chips.Topology,
+  program: setup_lib.Program,
+  steps: int,
+  flops: float,
+  compiled: Compiled,
+) -> Step:
+  """Returns what a program costs; its loop over micro-batches counts whole."""
+  chip, micro = topology.chip, task.stage.micro_batch_size
+  times = program.batch_size // micro if micro else 1
+  traffic = times * compiled.traffic_bytes
+  sums = times * len(compiled.collectives)
+  summed = times * sum(x.num_bytes for x in compiled.collectives)
+  rate = chip.f32_flops if task.dtype == 'float32' else chip.bf16_flops
+  return Step(
+    batch_size=program.batch_size,
+    image_size=program.image_size,
+    steps=steps,
+    flops=flops,
+    traffic_bytes=traffic,
+    memory_bytes=compiled.memory.total,
+    activation_bytes=compiled.memory.temporaries,
+    collectives=sums,
+    collective_bytes=summed,
+    compute_seconds=flops / topology.num_chips / rate,
+    memory_seconds=traffic / chip.memory_rate,
+    network_seconds=topology.reduce_seconds(summed, sums),
+    compile_seconds=compiled.seconds,
+  )
+
+
+def _images_per_core(stage: stages_lib.Stage) -> float:
+  """Returns how many images a second one core makes ready for training."""
+  kind = stage.stored.kind
+  rate = _IMAGES_PER_CORE[kind]
+  if kind == 'raw':
+    rate *= (_MEASURED_SIZE / stage.image_size) ** 2
+  return min(rate, _MOST_IMAGES_PER_CORE)

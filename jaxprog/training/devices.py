@@ -1,5 +1,6 @@
 """Where a run computes: platform, precision, mesh and shardings."""
 
+import contextlib
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxprog import errors
+from jaxprog import errors, formats
 
 
 class Shardings(NamedTuple):
@@ -31,6 +32,23 @@ def check_platform(wanted: str) -> None:
       'config.platform',
       "Install jax[tpu] or jax[cuda13], or set platform to 'any'.",
     )
+
+
+def describe() -> str:
+  """Returns number, kind, platform and, where it is known, memory."""
+  first = jax.local_devices()[0]
+  text = f'{jax.device_count()} x {first.device_kind}'
+  if first.device_kind.lower() != first.platform:
+    text += f' ({first.platform})'
+  memory = memory_bytes(first)
+  return text + (f', {formats.size(memory)} each' if memory else '')
+
+
+def memory_bytes(device: jax.Device) -> int | None:
+  """Returns the memory that a device has, None where its backend is silent."""
+  with contextlib.suppress(RuntimeError, NotImplementedError):
+    return (device.memory_stats() or {}).get('bytes_limit') or None
+  return None
 
 
 def keep_compiled(directory: pathlib.Path | None) -> None:

@@ -188,10 +188,8 @@ def _show_changes(
   config: config_dict.ConfigDict, workdir: pathlib.Path
 ) -> None:
   """Shows how the config differs from the one that the run began with."""
-  if saved := preflight.saved_configs(config, workdir):
-    table = config_lib.difference_table(*saved)
-    if table.row_count:
-      rich.console.Console(markup=False).print(table)
+  if table := preflight.difference_table(config, workdir):
+    rich.console.Console(markup=False).print(table)
 
 
 def _as_trained(

@@ -1,4 +1,4 @@
-"""What a plan's tables say, as people read them."""
+"""What is told of stages beforehand, as people read it."""
 
 import dataclasses
 
@@ -8,11 +8,11 @@ from conftest import ROOT
 
 from jaxprog import config as config_lib
 from jaxprog import fields, stages
-from jaxprog.planning import here as plan_lib
+from jaxprog.planning import outlook
 
 
-def create_plan(stage, **changes):
-  plan = plan_lib.StagePlan(
+def look_ahead(stage, **changes):
+  found = outlook.Outlook(
     stage=stage,
     num_classes=10,
     num_train_images=9_469,
@@ -32,7 +32,7 @@ def create_plan(stage, **changes):
     fed_step_seconds=0.6,
     evaluation_seconds=10.0,
   )
-  return dataclasses.replace(plan, notes=[], **changes)
+  return dataclasses.replace(found, notes=[], **changes)
 
 
 @pytest.fixture(scope='module')
@@ -49,13 +49,21 @@ def render(*tables, width=80):
   return capture.get()
 
 
+def tables(outlooks, width):
+  return list(outlook.stage_tables([x.figures() for x in outlooks], width))
+
+
+def total_seconds(outlooks):
+  return outlook.total([x.figures() for x in outlooks], 'seconds')
+
+
 def rows(text):
   return {line[:12].strip(): line[12:].split() for line in text.split('\n')}
 
 
 def test_four_stages_stand_side_by_side_in_80_columns(ladder):
-  plans = [create_plan(stage) for stage in ladder]
-  (table,) = plan_lib.plan_tables(plans, 80)
+  plans = [look_ahead(stage) for stage in ladder]
+  (table,) = tables(plans, 80)
   text = render(table)
   assert text.isascii()
   assert max(map(len, text.split('\n'))) <= 80
@@ -68,23 +76,23 @@ def test_four_stages_stand_side_by_side_in_80_columns(ladder):
   assert found['memory'] == ['11.3', 'GB'] * 4
   assert found['fits'] == ['yes'] * 4
   assert 'phases' not in found  # There are none.
-  assert len(list(plan_lib.plan_tables(plans, 40))) == 4
+  assert len(tables(plans, 40)) == 4
 
 
 def test_a_stage_takes_its_fed_steps_and_its_evaluations(ladder):
-  plan = create_plan(ladder[0])
+  plan = look_ahead(ladder[0])
   assert plan.seconds == 1000 * 0.6 + 21 * 10
-  plans = [plan, create_plan(ladder[1])]
-  assert plan_lib.total_seconds(plans) == 2 * plan.seconds
+  plans = [plan, look_ahead(ladder[1])]
+  assert total_seconds(plans) == 2 * plan.seconds
   plans[1].step_seconds = plans[1].fed_step_seconds = None
-  assert plan_lib.total_seconds(plans) is None
-  (table,) = plan_lib.plan_tables(plans, 80)
+  assert total_seconds(plans) is None
+  (table,) = tables(plans, 80)
   assert rows(render(table))['stage takes'] == ['13:30', '-']
 
 
 def test_what_only_was_estimated_is_marked(ladder):
-  plan = create_plan(ladder[0], step_measured=False, memory_compiled=False)
-  (table,) = plan_lib.plan_tables([plan], 80)
+  plan = look_ahead(ladder[0], step_measured=False, memory_compiled=False)
+  (table,) = tables([plan], 80)
   found = rows(render(table))
   assert found['memory'] == ['~11.3', 'GB']
   assert found['fits'] == ['probably']
@@ -93,26 +101,29 @@ def test_what_only_was_estimated_is_marked(ladder):
 
 
 def test_a_stage_that_does_not_fit_is_said_with_its_remedy(ladder):
-  small = create_plan(ladder[1])
-  large = create_plan(ladder[0], memory_bytes=16_500_000_000)
+  small = look_ahead(ladder[1])
+  large = look_ahead(ladder[0], memory_bytes=16_500_000_000)
   assert (small.fits, large.fits) == (True, False)
-  assert create_plan(ladder[0], device_bytes=None).fits is None
-  (note,) = plan_lib.notes([large, small])
+  assert look_ahead(ladder[0], device_bytes=None).fits is None
+  (note,) = outlook.notes([large, small])
   assert note.startswith('imagenette: does not fit: a step needs 16.5 GB, ')
-  assert 'there are 16.0 GB. Set micro_batch_size' in note
-  (table,) = plan_lib.plan_tables([large, small], 80)
+  assert "there are 16.0 GB. Set remat='blocks' or micro_batch_size" in note
+  (table,) = tables([large, small], 80)
   assert rows(render(table))['fits'] == ['NO', 'yes']
 
 
 def test_the_scorecard_compares_what_the_mission_speaks_of(ladder):
-  exact = create_plan(ladder[0])
-  fewer = create_plan(ladder[1], num_train_images=5_000)
-  other = create_plan(dataclasses.replace(ladder[0], dataset='digits'))
-  found = [plan_lib.is_comparable(x) for x in (exact, fewer, other)]
+  exact = look_ahead(ladder[0])
+  fewer = look_ahead(ladder[1], num_train_images=5_000)
+  other = look_ahead(dataclasses.replace(ladder[0], dataset='digits'))
+  found = [x.figures()['comparable'] for x in (exact, fewer, other)]
   assert found == [True, False, None]
   longer = dataclasses.replace(ladder[0], num_epochs=21)
-  assert plan_lib.is_comparable(create_plan(longer)) is False
-  text = render(plan_lib.expectation_table([exact, fewer, other]), width=200)
+  assert look_ahead(longer).figures()['comparable'] is False
+  text = render(
+    outlook.expectation_table(x.figures() for x in (exact, fewer, other)),
+    width=200,
+  )
   lines = [' '.join(line.split()) for line in text.split('\n')]
   assert 'imagenette 85%-95% 30 14 yes' in lines
   assert (
@@ -132,14 +143,14 @@ def test_augmentation_is_said_in_words(ladder):
     mixup_alpha=0.2,
     phases=(fields.PhaseStart(10, (('image_size', 160),)),),
   )
-  assert plan_lib.describe_augmentation(stage) == (
+  assert look_ahead(stage).figures()['augmentation'] == (
     'crop 35%-100%, mirror, hue 0.1, RandAugment 2 x 9, erase 25%, mixup 0.2, '
     'labels smoothed 0.1'
   )
-  (table,) = plan_lib.plan_tables([create_plan(stage)], 80)
+  (table,) = tables([look_ahead(stage)], 80)
   assert 'from epoch 11: image_size' in ' '.join(render(table).split())
   plain = dataclasses.replace(ladder[0], flip=False, label_smoothing=0.0)
-  assert plan_lib.describe_augmentation(plain) == 'crop 8%-100%'
+  assert look_ahead(plain).figures()['augmentation'] == 'crop 8%-100%'
 
 
 def test_a_network_is_a_row_a_group_and_their_sum(ladder):
@@ -148,7 +159,7 @@ def test_a_network_is_a_row_a_group_and_their_sum(ladder):
     {'name': 'block1', 'modules': 3, 'parameters': 300, 'output': (4, 4, 8)},
   ]
   layers[0]['flops'], layers[1]['flops'] = 1e6, 3e6
-  text = render(plan_lib.model_table(layers))
+  text = render(outlook.model_table(layers))
   lines = [' '.join(line.split()) for line in text.split('\n')]
   assert 'stem 8 x 8 x 4 100 25.0% 1 M 25.0%' in lines
   assert 'block1 x 3 4 x 4 x 8 300 75.0% 3 M 75.0%' in lines
@@ -156,7 +167,7 @@ def test_a_network_is_a_row_a_group_and_their_sum(ladder):
 
 
 def test_figures_are_plain_values(ladder):
-  figures = create_plan(ladder[0]).figures()
+  figures = look_ahead(ladder[0]).figures()
   assert figures['name'] == 'imagenette'
   assert figures['memory_bytes'] == 11_300_000_000
   assert figures['fits'] is True
