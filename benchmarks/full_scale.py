@@ -128,7 +128,7 @@ def reshard(folder: pathlib.Path) -> None:
 
   dataset = preparation.open_prepared('imagenet2012', folder)
   assert dataset is not None
-  old = dataset.train.records.directory
+  old = dataset.train.directory
   new = folder / 'many' / old.relative_to(folder)
   shutil.rmtree(new, ignore_errors=True)
   new.mkdir(parents=True)
@@ -142,7 +142,7 @@ def reshard(folder: pathlib.Path) -> None:
         str(new / name), 'group_size:1'
       )
       for position in part:
-        writer.write(records.records.source[position])
+        writer.write(records.source[position])
       writer.close()
     (row,) = (x for x in info['splits'] if x['name'] == split)
     row['shardLengths'] = [str(len(part)) for part in parts]
@@ -193,8 +193,7 @@ def look(folder: pathlib.Path) -> dict[str, float]:
   seconds: dict[str, float] = {}
   with clock(seconds, 'signatures'):
     tables = [
-      signatures.read_signatures(x.records)
-      for x in (dataset.train, dataset.eval)
+      signatures.read_signatures(x) for x in (dataset.train, dataset.eval)
     ]
   with clock(seconds, 'looks'):
     leaks.match_looks(*tables)

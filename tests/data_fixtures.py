@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from jaxprog import stages, start_from
-from jaxprog.data.records import Split
+from jaxprog.data.records import Records
 
 WNIDS = ('n01', 'n02', 'n03')
 
@@ -78,5 +78,5 @@ def stage(**fields) -> stages.Stage:
   return stages.create_stages(config)[0]
 
 
-def read_all(split: Split) -> list[dict]:
-  return [split.records[i] for i in range(len(split))]
+def read_all(split: Records) -> list[dict]:
+  return [split[i] for i in range(len(split))]

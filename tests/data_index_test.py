@@ -32,9 +32,9 @@ def test_prepare_notes_what_it_writes(data_dir, monkeypatch):
   monkeypatch.setattr(index, '_read_all', None)
   dataset = preparation.load_dataset('digits', data_dir)
   for split in (dataset.train, dataset.eval):
-    labels, names = read(split.records)
+    labels, names = read(split)
     np.testing.assert_array_equal(split.labels, labels)
-    assert split.records.names() == names
+    assert split.names() == names
 
 
 def test_of_others_all_records_are_read_once(data_dir, monkeypatch):
@@ -45,9 +45,9 @@ def test_of_others_all_records_are_read_once(data_dir, monkeypatch):
     'digits', data_dir, progress=lambda *x: seen.append(x)
   )
   assert seen == [(500, 1437), (1000, 1437), (1437, 1437), (360, 360)]
-  labels, names = read(dataset.train.records)
+  labels, names = read(dataset.train)
   np.testing.assert_array_equal(dataset.train.labels, labels)
-  assert dataset.train.records.names() == names
+  assert dataset.train.names() == names
   again = preparation.load_dataset(
     'digits', data_dir, progress=lambda *x: seen.append(x)
   )

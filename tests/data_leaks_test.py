@@ -52,7 +52,7 @@ def load(tmp_path, **folders):
 
 
 def files_excluded(found, datasets, stage):
-  names = datasets[stage].train.records.names()
+  names = datasets[stage].train.names()
   return {names[i] for i in np.flatnonzero(found.excluded[stage])}
 
 
@@ -123,7 +123,7 @@ def test_equal_names_count_where_names_are_imagenets(tmp_path):
   assert found.contaminates['mini'] == {'nette': 1}
   (leak,) = [x for x in found.leaks if x.train_stage == 'mini']
   assert leak.eval_file == name
-  assert datasets['mini'].train.records.names()[leak.train_index] == name
+  assert datasets['mini'].train.names()[leak.train_index] == name
 
 
 def test_an_evaluation_image_of_any_stage_is_held_out_of_every_stage(tmp_path):
@@ -207,7 +207,7 @@ def test_stages_that_share_a_dataset_hash_it_once(tmp_path, monkeypatch):
   assert sorted(calls) == ['train', 'validation']
   # The fixture's evaluation images are the first two of each class.
   for stage, dataset in zip('abc', some, strict=True):
-    names = dataset.train.records.names()
+    names = dataset.train.names()
     assert len(names) == len(found.excluded[stage])
     assert files_excluded(found, {stage: dataset}, stage) == {
       x for x in names if x.endswith(('_0.JPEG', '_1.JPEG'))

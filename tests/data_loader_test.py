@@ -144,7 +144,7 @@ def test_labels_belong_to_their_images(dataset):
   for image, label, i in zip(
     batch['image'], batch['label'], indices, strict=True
   ):
-    record = dataset.train.records[int(i)]
+    record = dataset.train[int(i)]
     np.testing.assert_array_equal(image, preprocess.decode(record['image']))
     assert label == record['label']
 
@@ -165,7 +165,7 @@ def test_evaluation_has_every_example_once(dataset, batch_size, num_shards):
       images += list(batch['image'][batch['mask']])
       labels += list(batch['label'][batch['mask']])
   expected = [
-    preprocess.decode(dataset.eval.records[i]['image'])
+    preprocess.decode(dataset.eval[i]['image'])
     for i in range(len(dataset.eval))
   ]
   np.testing.assert_array_equal(images, expected)
@@ -496,7 +496,7 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path):
   del raw
   preparation.prepare('imagenette', tmp_path)
   split = preparation.load_dataset('imagenette', tmp_path).train
-  (file,) = split.records.directory.glob('*train.array_record*')
+  (file,) = split.directory.glob('*train.array_record*')
   file.write_bytes(bytes(len(file.read_bytes())))
   a_stage = stage(batch_size=8)
   steps = epochs.count_steps(a_stage, len(split))

@@ -29,7 +29,7 @@ def store(dataset, text, **options):
 
 def test_raw_images_are_the_decoded_ones(tmp_path):
   dataset = split(tmp_path)
-  before, after = dataset.train.records, store(dataset, 'raw').train.records
+  before, after = dataset.train, store(dataset, 'raw').train
   names = before.names()
   for i, name in enumerate(names):
     if name == 'bad.JPEG':
@@ -44,14 +44,14 @@ def test_raw_images_are_the_decoded_ones(tmp_path):
 
 def test_raw_images_are_made_small(tmp_path):
   dataset = split(tmp_path)
-  records = store(dataset, 'raw:30').train.records
+  records = store(dataset, 'raw:30').train
   names = records.names()
   sizes = {names[i]: records.image(i)[:2] for i in range(len(names) - 1)}
   i = names.index('big.JPEG')
   assert sizes['big.JPEG'] == (45, 30)
   # Images that are small already stay as they are.
   assert sizes['n02_train_0.JPEG'] == (20, 20)
-  original = Image.open(io.BytesIO(dataset.train.records.image(i)))
+  original = Image.open(io.BytesIO(dataset.train.image(i)))
   expected = original.resize((45, 30), Image.Resampling.BICUBIC)
   np.testing.assert_array_equal(
     preprocess.decode(records.image(i)), np.asarray(expected)
@@ -60,16 +60,16 @@ def test_raw_images_are_made_small(tmp_path):
 
 def test_encoded_images_are_small_jpegs(tmp_path):
   dataset = split(tmp_path)
-  records = store(dataset, 'jpeg:30').train.records
+  records = store(dataset, 'jpeg:30').train
   names = records.names()
   image = Image.open(io.BytesIO(records.image(names.index('grey.png'))))
   assert (image.format, image.mode, image.size) == ('JPEG', 'RGB', (45, 30))
   # A small JPEG would only lose by being encoded again.
   i = names.index('n02_train_0.JPEG')
-  assert records.image(i) == dataset.train.records.image(i)
+  assert records.image(i) == dataset.train.image(i)
   # Quality 95 takes more bytes than 90.
   i = names.index('big.JPEG')
-  better = store(dataset, 'jpeg:30:95').train.records
+  better = store(dataset, 'jpeg:30:95').train
   assert len(better.image(i)) > len(records.image(i))
 
 
@@ -89,18 +89,18 @@ def test_a_pack_is_written_once_and_pickles(tmp_path):
   again = store(dataset, 'raw', progress=lambda *x: seen.append(x))
   assert len(seen) == count
   copy = pickle.loads(pickle.dumps(again))
-  for records in (again.train.records, copy.train.records):
+  for records in (again.train, copy.train):
     for i in (0, 3):
       np.testing.assert_array_equal(
         preprocess.decode(records.image(i)),
-        preprocess.decode(first.train.records.image(i)),
+        preprocess.decode(first.train.image(i)),
       )
 
 
 def test_a_choice_of_classes_reads_its_own_images(tmp_path):
   split(tmp_path)
   dataset = preparation.load_dataset('imagenette', tmp_path, classes=('n03',))
-  records = store(dataset, 'raw').train.records
+  records = store(dataset, 'raw').train
   assert len(records) == 4
   for i in range(4):
     np.testing.assert_array_equal(
@@ -124,9 +124,9 @@ def test_an_interrupted_pack_is_written_again(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     store(dataset, 'raw', progress=fail)
-  records = store(dataset, 'raw').train.records
+  records = store(dataset, 'raw').train
   assert records.image(0)[:2] == (20, 20)
-  folder = dataset.train.records.directory.parent / 'packed'
+  folder = dataset.train.directory.parent / 'packed'
   assert [x.name for x in folder.glob('*raw*')] == ['1.0.0+raw']
 
 
@@ -149,7 +149,7 @@ def test_a_pack_of_a_version_that_decoded_otherwise_is_not_used(tmp_path):
   del info['decoding']
   path.write_text(json.dumps(info))
   (path.parent / 'images.bin').write_bytes(b'')
-  records = store(dataset, 'raw').train.records
+  records = store(dataset, 'raw').train
   assert 'decoding' in json.loads(path.read_text())
   assert (path.parent / 'images.bin').stat().st_size > 0
   assert records.image(0)[:2] != (0, 0)
@@ -163,7 +163,7 @@ def test_a_pack_of_other_data_is_not_used(tmp_path):
   )
   preparation.prepare('imagenette', tmp_path)
   dataset = preparation.load_dataset('imagenette', tmp_path)
-  records = store(dataset, 'raw').train.records
+  records = store(dataset, 'raw').train
   i = records.names().index('new.JPEG')
   assert records.image(i)[:2] == (50, 40)
   # The same number of images, one of them edited.
@@ -171,14 +171,14 @@ def test_a_pack_of_other_data_is_not_used(tmp_path):
   path.write_bytes(encode(photo(30, 40, 9), 'JPEG'))
   preparation.prepare('imagenette', tmp_path)
   dataset = preparation.load_dataset('imagenette', tmp_path)
-  records = store(dataset, 'raw').train.records
+  records = store(dataset, 'raw').train
   assert records.image(records.names().index('new.JPEG'))[:2] == (30, 40)
 
 
 def test_a_flipped_bit_in_a_pack_is_noticed(tmp_path):
   dataset = split(tmp_path)
   store(dataset, 'raw')
-  (path,) = preparation.list_packs(dataset.train.records.directory)
+  (path,) = preparation.list_packs(dataset.train.directory)
   assert packs.is_intact(path)
   content = bytearray((path / 'images.bin').read_bytes())
   content[1000] ^= 1

@@ -53,7 +53,7 @@ def test_each_operation_has_the_pixels_of_torchvision(autoaugment, name, kind):
     for strength in strengths or (0.0,):
       for x in (strength, -strength) if signed else (strength,):
         expected = autoaugment._apply_op(image, name, x, nearest, None)
-        got = policies.apply(name, image, x)
+        got = policies.OPERATIONS[name](image, x)
         assert got.mode == 'RGB'
         np.testing.assert_array_equal(got, expected, f'{name} {x}')
   np.testing.assert_array_equal(image, pixels)
@@ -93,7 +93,7 @@ def test_operations_written_down():
   image = Image.fromarray(pixels)
 
   def apply(name, strength):
-    return np.asarray(policies.apply(name, image, strength))
+    return np.asarray(policies.OPERATIONS[name](image, strength))
 
   np.testing.assert_array_equal(apply('Identity', 0), pixels)
   moved = apply('TranslateX', 5.9)
@@ -149,7 +149,7 @@ def test_layers_are_applied_one_after_another():
     for _ in range(3):
       space = policies.rand_augment_space(32, 32)
       name, strength = policies.choose(space, again, 12)
-      expected = policies.apply(name, expected, strength)
+      expected = policies.OPERATIONS[name](expected, strength)
     got = policies.rand_augment(image, rng, 3, 12)
     np.testing.assert_array_equal(got, expected)
     # Both have drawn as many numbers.
@@ -163,11 +163,11 @@ def chi_squared(counts):
 
 def test_operations_signs_and_strengths_are_uniform(monkeypatch):
   drawn = []
-  monkeypatch.setattr(
-    policies,
-    'apply',
-    lambda name, image, strength: drawn.append((name, strength)) or image,
-  )
+  operations = {
+    name: lambda image, x, name=name: drawn.append((name, x)) or image
+    for name in NAMES
+  }
+  monkeypatch.setattr(policies, 'OPERATIONS', operations)
   image = np.zeros((32, 32, 3), np.uint8)
   rng = np.random.default_rng(0)
   for _ in range(14_000):

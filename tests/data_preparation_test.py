@@ -231,7 +231,7 @@ def test_names_of_files_may_hold_line_breaks(raw):
   names = {'a\rb.JPEG', 'c\nd.JPEG', 'e\r\nf.JPEG'}
   for i, name in enumerate(names):
     write_image(raw / 'train' / 'n01' / name, 200 + i)
-  records = preparation.load_dataset('imagenette', raw.parent).train.records
+  records = preparation.load_dataset('imagenette', raw.parent).train
   first = records.names()
   assert names < set(first)
   (file,) = (raw.parent / 'prepared').rglob('names-train.txt')
@@ -456,7 +456,7 @@ def test_an_unwritable_data_dir_is_said(tmp_path):
 def test_tensorflow_is_not_imported(tmp_path):
   code = (
     'import sys; from jaxprog.data import preparation\n'
-    'd = preparation.load_dataset("digits", sys.argv[1]); d.train.records[0]\n'
+    'd = preparation.load_dataset("digits", sys.argv[1]); d.train[0]\n'
     'assert "tensorflow" not in sys.modules'
   )
   subprocess.run(

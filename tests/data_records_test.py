@@ -87,14 +87,14 @@ def test_many_classes_are_chosen_in_linear_time(data_dir):
 def test_a_holdout_follows_the_names(raw):
   dataset = preparation.load_dataset('imagenette', raw.parent)
   held = records.take_holdout(dataset, 0.4, "stage 'a'")
-  names = held.holdout.records.names()
+  names = held.holdout.names()
   assert len(held.train) + len(held.holdout) == len(dataset.train)
-  assert not set(names) & set(held.train.records.names())
+  assert not set(names) & set(held.train.names())
   assert held.selection is held.holdout
   some = preparation.load_dataset(
     'imagenette', raw.parent, classes=('n02', 'n03')
   )
-  again = records.take_holdout(some, 0.4, "stage 'b'").holdout.records.names()
+  again = records.take_holdout(some, 0.4, "stage 'b'").holdout.names()
   assert set(again) == {x for x in names if not x.startswith('n01')}
   with pytest.raises(errors.UserError, match='takes 0 of the 15'):
     records.take_holdout(dataset, 1e-9, "stage 'a'")
@@ -118,8 +118,7 @@ def numbered(tmp_path_factory):
 
 
 def taken(split):
-  records = split.records
-  return {records.describe(i) for i in range(len(records))}
+  return {split.describe(i) for i in range(len(split))}
 
 
 @pytest.mark.parametrize('percent', [1, 2, 5, 10, 50])

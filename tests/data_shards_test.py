@@ -35,9 +35,7 @@ if __name__ == '__main__':
 def many_files(tmp_path_factory):
   """A data_dir whose digits lie in 2 x NUM_FILES files."""
   path = tmp_path_factory.mktemp('many')
-  builder = builders.Images(
-    'digits', builders.list_digits(), data_dir=path / 'prepared'
-  )
+  builder = builders.Images('digits', builders.list_digits(), path)
   tfds.disable_progress_bar()
   builder.download_and_prepare(
     download_config=tfds.download.DownloadConfig(num_shards=NUM_FILES)
@@ -112,14 +110,14 @@ def test_readers_of_a_split_share_its_files(many_files):
   datasets = [preparation.load_dataset('digits', many_files) for _ in range(3)]
   for dataset in datasets:
     for i in range(len(dataset.train)):
-      dataset.train.records.original(i)
+      dataset.train.original(i)
   assert count() == NUM_FILES
   del dataset, datasets
   assert count() == 0
 
 
 def test_threads_read_each_its_own(many_files):
-  records = preparation.load_dataset('digits', many_files).train.records
+  records = preparation.load_dataset('digits', many_files).train
   names = records.names()
   positions = np.random.default_rng(0).integers(0, len(records), 2000).tolist()
   with futures.ThreadPoolExecutor(8) as pool:
@@ -139,8 +137,8 @@ def test_prepared_anew_is_read_anew(tmp_path):
   write_image(raw / 'train' / 'n02' / 'new.JPEG', 7)
   preparation.prepare('imagenette', tmp_path)
   after = preparation.load_dataset('imagenette', tmp_path)
-  assert len(before.train.records.source) == 15
-  assert 'new.JPEG' in after.train.records.names()
+  assert len(before.train.source) == 15
+  assert 'new.JPEG' in after.train.names()
 
 
 @pytest.mark.parametrize(

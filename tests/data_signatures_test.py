@@ -15,7 +15,7 @@ from jaxprog.data import preparation, signatures
 def records(tmp_path):
   write_class_folders(tmp_path / 'imagenette2')
   dataset = preparation.load_dataset('imagenette', tmp_path)
-  return dataset.train.records
+  return dataset.train
 
 
 def count_calls(monkeypatch):
@@ -102,7 +102,7 @@ def test_a_damaged_image_is_no_end(tmp_path):
   file = root / 'train' / 'n02' / 'n02_train_1.JPEG'
   write_image(file, 7, size=64)
   file.write_bytes(file.read_bytes()[:400])
-  records = preparation.load_dataset('imagenette', tmp_path).train.records
+  records = preparation.load_dataset('imagenette', tmp_path).train
   table = signatures.read_signatures(records)
   (bad,) = np.flatnonzero(~table['readable'])
   assert records.names()[bad] == file.name
@@ -110,10 +110,11 @@ def test_a_damaged_image_is_no_end(tmp_path):
   assert not table['thumbnails'][bad].any()
 
 
-def test_signatures_are_in_order_whatever_the_threads(records):
+def test_signatures_are_in_order_whatever_the_threads(records, monkeypatch):
+  monkeypatch.setattr(os, 'cpu_count', lambda: 3)
   seen = []
   table = signatures.read_signatures(
-    records, num_workers=3, progress=lambda *x: seen.append(x)
+    records, progress=lambda *x: seen.append(x)
   )
   expected = [signatures.sign(records.original(i)) for i in range(len(records))]
   np.testing.assert_array_equal(table, np.array(expected))
@@ -160,14 +161,14 @@ def test_no_pickle_is_loaded(records):
 
 def test_a_changed_dataset_has_new_signatures(tmp_path):
   root = write_class_folders(tmp_path / 'imagenette2')
-  first = preparation.load_dataset('imagenette', tmp_path).train.records
+  first = preparation.load_dataset('imagenette', tmp_path).train
   before = np.array(signatures.read_signatures(first))
   (old,) = first.directory.glob('signatures-train-*.npy')
   kept = old.read_bytes()
   # As many images as before, in a dataset prepared anew.
   write_image(root / 'train' / 'n02' / 'n02_train_1.JPEG', 77, size=50)
   preparation.prepare('imagenette', tmp_path)
-  records = preparation.load_dataset('imagenette', tmp_path).train.records
+  records = preparation.load_dataset('imagenette', tmp_path).train
   old.write_bytes(kept)
   after = signatures.read_signatures(records)
   assert (before['digest'] != after['digest']).any(axis=1).sum() == 1
@@ -179,13 +180,14 @@ def test_what_a_kill_leaves_is_not_computed_again(records, monkeypatch):
   (file,) = records.directory.glob('signatures-train-*.npy')
   file.unlink()
   monkeypatch.setattr(signatures, '_PART', 4)
+  monkeypatch.setattr(os, 'cpu_count', lambda: 1)
 
   def stop(done, total):
     if done == 8:
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    signatures.read_signatures(records, num_workers=1, progress=stop)
+    signatures.read_signatures(records, progress=stop)
   assert not file.exists()
   kept = {int(x.stem): x for x in records.directory.glob('incomplete.*/*.npz')}
   assert len(kept) >= 2

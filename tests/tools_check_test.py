@@ -392,7 +392,7 @@ def test_shortcuts_of_the_plan_are_said_until_the_data_is_ready(
   out = capsys.readouterr().out
   assert 'ten: input timed on originals; training reads raw:8' in out
   assert 'ten: leaks were not looked for yet' in out
-  assert not preparation.list_packs(dataset.train.records.directory)
+  assert not preparation.list_packs(dataset.train.directory)
   # What a run does first.
   leaks.find_overlap({'ten': dataset})
   preparation.store(dataset, stages.Storage('raw', 8))

@@ -52,7 +52,7 @@ def write_folder(root, split, classes, broken=''):
       for part in ('train', 'val'):
         path = pathlib.Path(root, part, str(label), f'{i}.png')
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(split.records.original(i))
+        path.write_bytes(split.original(i))
   if broken:
     pathlib.Path(root, broken).write_bytes(b'\x89PNG\r\n\x1a\n nothing more')
   return f'folder:{root}'
@@ -145,7 +145,7 @@ def test_labels_go_by_name_whatever_the_order(digits):
     (digits.train, turned.train),
   ):
     np.testing.assert_array_equal(after.labels, 9 - before.labels)
-    assert after.records[7]['wnid'] == before.records[7]['wnid']
+    assert after[7]['wnid'] == before[7]['wnid']
 
 
 def test_unknown_classes_are_named(config, workdir, digits, tmp_path):

@@ -171,7 +171,7 @@ def test_classes_are_those_of_the_evaluation_image_by_image(
 ):
   split = preparation.load_dataset('digits', data_dir).eval
   for i in range(len(split)):
-    (tmp_path / f'{i:03}.png').write_bytes(split.records.original(i))
+    (tmp_path / f'{i:03}.png').write_bytes(split.original(i))
   weights = trained.load_trained(config, workdir)
   data = evaluate.load_dataset(weights, '')
   task = evaluate.create_task(weights, data)

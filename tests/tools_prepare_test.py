@@ -182,9 +182,7 @@ def prepare_twice(root):
   raw = stages.Storage('raw')
   overtake(lambda show: preparation.store(dataset, raw, progress=show))
   assert len(overtaken) == 2
-  stored = preparation.store(
-    preparation.load_dataset(name, data), raw
-  ).train.records
+  stored = preparation.store(preparation.load_dataset(name, data), raw).train
   assert stored.image(14)[:2] == (20, 20)
   archive = root / 'pets.tar'
   subprocess.run(['tar', '-cf', archive, 'pets'], cwd=root, check=True)

@@ -19,13 +19,11 @@ import urllib.request
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from jaxprog import errors, files
-
-# Called with what is done and all there is: bytes, or members of an archive.
-Progress = Callable[[int, int], None]
+from jaxprog.data import parts
 
 BLOCK = 1 << 20
 # No file is larger, and no place in one further.
@@ -42,7 +40,6 @@ _HEADERS = (
 # What the readers of damaged archives raise.
 _READ_ERRORS = (
   EOFError,
-  NotImplementedError,
   OSError,
   OverflowError,
   RuntimeError,
@@ -87,7 +84,7 @@ class _TarInfo(tarfile.TarInfo):
 
 
 def sha256_file(
-  path: str | os.PathLike[str], progress: Progress | None = None
+  path: str | os.PathLike[str], progress: parts.Progress | None = None
 ) -> str:
   """Returns the SHA-256 of a file as 64 hexadecimal digits.
 
@@ -115,7 +112,7 @@ def download(
   url: str,
   path: str | os.PathLike[str],
   sha256: str,
-  progress: Progress | None = None,
+  progress: parts.Progress | None = None,
 ) -> None:
   """Fetches `url` to `path`, which is there only with the right SHA-256.
 
@@ -151,7 +148,7 @@ def extract(
   *,
   sha256: str,
   expected: Collection[str] = (),
-  progress: Progress | None = None,
+  progress: parts.Progress | None = None,
 ) -> tuple[pathlib.Path, ...]:
   """Returns what a .tar, .tar.gz or .zip holds at its top, now in `folder`.
 
@@ -169,10 +166,8 @@ def extract(
   with _reading(archive):
     members = [x for x in _list_members(archive) if _is_wanted(x.name)]
   tops = _check_members(archive, members, expected)
-  existed = folder.is_dir()
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder) as is_locked:
+    with files.folder(folder), _lock(folder) as is_locked:
       _check_target(archive, folder, tops, sum(x.size for x in members))
       if is_locked:  # What a killed process left is nobody's now.
         for leftover in folder.glob('.unpacking.*'):
@@ -182,10 +177,6 @@ def extract(
     raise errors.UserError(
       f'Cannot unpack: {e.strerror or e}.', f'{archive} to {folder}'
     ) from e
-  finally:
-    if not existed:
-      with contextlib.suppress(OSError):
-        folder.rmdir()  # Only if it is empty.
 
 
 def _compare(path: str | os.PathLike[str], expected: str, found: str) -> None:
@@ -197,7 +188,9 @@ def _compare(path: str | os.PathLike[str], expected: str, found: str) -> None:
     )
 
 
-def _fetch(url: str, part: pathlib.Path, progress: Progress | None) -> None:
+def _fetch(
+  url: str, part: pathlib.Path, progress: parts.Progress | None
+) -> None:
   with urllib.request.urlopen(url, timeout=30) as response:
     total, done = int(response.headers.get('Content-Length') or 0), 0
     with open(part, 'wb') as file:
@@ -256,11 +249,11 @@ def _is_zip(archive: pathlib.Path) -> bool:
 
 def _is_wanted(name: str) -> bool:
   """Returns whether a member is more than '.' and what macOS adds."""
-  parts = pathlib.PurePosixPath(name).parts
-  if not parts:
+  names = pathlib.PurePosixPath(name).parts
+  if not names:
     return name.rstrip('/') != '.'
-  added = parts[-1] == '.DS_Store' or parts[-1].startswith('._')
-  return not added and '__MACOSX' not in parts
+  added = names[-1] == '.DS_Store' or names[-1].startswith('._')
+  return not added and '__MACOSX' not in names
 
 
 def _tar_refusal(member: tarfile.TarInfo) -> str:
@@ -357,7 +350,7 @@ def _unpack(
   folder: pathlib.Path,
   tops: Collection[str],
   count: int,
-  progress: Progress | None,
+  progress: parts.Progress | None,
 ) -> tuple[pathlib.Path, ...]:
   # Below `folder`, because only within one file system a rename is atomic.
   temporary = folder / f'.unpacking.{uuid.uuid4().hex}'
@@ -376,7 +369,7 @@ def _unpack_members(
   archive: pathlib.Path,
   folder: pathlib.Path,
   count: int,
-  progress: Progress | None,
+  progress: parts.Progress | None,
 ) -> None:
   def wanted(members, name):
     done = 0

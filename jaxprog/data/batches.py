@@ -5,13 +5,15 @@ Workers import this module and what it needs, but not JAX.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprog.data import policies, preprocess
-from jaxprog.data.records import Records, Split
+from jaxprog.data.records import Records
 from jaxprog.epochs import Steps
 from jaxprog.stages import Stage
 
@@ -36,20 +38,6 @@ class BadImage(NamedTuple):
 
 class RecordError(RuntimeError):
   """A record that cannot be read at all; says which."""
-
-
-class Batches(Protocol):
-  """Batches by step; can be pickled, and filled from many threads."""
-
-  def __len__(self) -> int: ...
-
-  def layout(self, step: int) -> Layout:
-    """Returns the arrays of batch `step`."""
-    ...
-
-  def fill(self, step: int, rows: range, batch: HostBatch) -> list[BadImage]:
-    """Writes `rows` of batch `step`; returns those that it could not."""
-    ...
 
 
 def example_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -98,7 +86,7 @@ class TrainBatches:
 
   def __init__(
     self,
-    split: Split,
+    split: Records,
     stage: Stage,
     *,
     seed: int,
@@ -132,7 +120,7 @@ class TrainBatches:
   def fill(self, step: int, rows: range, batch: HostBatch) -> list[BadImage]:
     """Writes `rows` of batch `step`; returns those that it could not."""
     epoch, indices = self.indices(step)
-    part, records = self._steps.part(self._stage, step), self._split.records
+    part, records = self._steps.part(self._stage, step), self._split
     rng, bad = np.random.Generator(np.random.Philox(0)), []
     for row in rows:
       index = int(indices[row])
@@ -191,7 +179,7 @@ class EvalBatches:
 
   def __init__(
     self,
-    split: Split,
+    split: Records,
     stage: Stage,
     *,
     num_shards: int,
@@ -220,7 +208,7 @@ class EvalBatches:
 
   def fill(self, step: int, rows: range, batch: HostBatch) -> list[BadImage]:
     """Writes `rows` of batch `step`; returns those that it could not."""
-    records, stage = self._split.records, self._stage
+    records, stage = self._split, self._stage
     start, bad = step * self._batch_size + self._offset, []
     for row in rows:
       index, out = start + row, batch['image'][row]
@@ -259,6 +247,9 @@ def _naming(records: Records, index: int) -> Iterator[None]:
     ) from e
 
 
+Batches = TrainBatches | EvalBatches
+
+
 def read_batch(batches: Batches, step: int) -> HostBatch:
   """Returns batch `step`, read here and now."""
   batch = allocate(batches.layout(step))
@@ -268,7 +259,27 @@ def read_batch(batches: Batches, step: int) -> HostBatch:
 
 def allocate(layout: Layout) -> HostBatch:
   """Returns the arrays of a batch, not filled."""
-  return {name: np.empty(shape, dtype) for name, shape, dtype in layout}
+  return place(layout, np.empty(count_bytes(layout), np.uint8))
+
+
+def place(layout: Layout, memory: Any) -> HostBatch:
+  """Returns the arrays of a batch in one piece of memory, a buffer."""
+  starts = itertools.accumulate(_sizes(layout), initial=0)
+  return {
+    name: np.ndarray(shape, dtype, memory, start)
+    for (name, shape, dtype), start in zip(layout, starts, strict=False)
+  }
+
+
+def count_bytes(layout: Layout) -> int:
+  """Returns how much memory the arrays of a batch need."""
+  return sum(_sizes(layout))
+
+
+def _sizes(layout: Layout) -> list[int]:
+  """Returns the bytes of each array, rounded up to a multiple of 64."""
+  sizes = (math.prod(x) * np.dtype(dtype).itemsize for _, x, dtype in layout)
+  return [-(-size // 64) * 64 for size in sizes]
 
 
 def _bad(row: int, name: str, error: Exception) -> BadImage:
@@ -288,13 +299,3 @@ def hide_bad(batch: HostBatch, bad: Sequence[BadImage]) -> None:
         batch[name][item.row] = batch[name][after]
     else:
       batch['image'][item.row] = 0
-
-
-def count_bytes(layout: Layout) -> Mapping[str, tuple[int, int]]:
-  """Returns name -> (offset, bytes) of a batch in one piece of memory."""
-  places, offset = {}, 0
-  for name, shape, dtype in layout:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    places[name] = (offset, size)
-    offset += -(-size // 64) * 64
-  return places

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 
 from jaxprog import errors, named
-from jaxprog.data import folders, index
+from jaxprog.data import folders, index, parts
 
 # The splits' names in every prepared dataset that comes from here.
 TRAIN, EVAL = 'train', 'validation'
@@ -82,16 +82,17 @@ class Images(tfds.core.GeneratorBasedBuilder):
     self,
     dataset: str,
     raw: Raw,
-    *,
-    data_dir: str | os.PathLike[str],
-    progress: Callable[[int, int], None] | None = None,
-    **kwargs: Any,
+    data_dir: pathlib.Path,
+    config: str = '',
+    progress: parts.Progress | None = None,
   ):
     self.name = prepared_name(dataset)
     self._raw, self._progress, self._done = raw, progress, 0
     self._contents = hashlib.sha256()
     super().__init__(
-      data_dir=os.fspath(data_dir), file_format='array_record', **kwargs
+      data_dir=data_dir / 'prepared',
+      config=tfds.core.BuilderConfig(name=config) if config else None,
+      file_format='array_record',
     )
     # What was written, record by record.
     self.index = index.Writer(self.info.file_format)

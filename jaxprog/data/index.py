@@ -100,9 +100,7 @@ def _read_all(
     return {'labels': np.array(labels, np.int32), 'names': text}
 
   folder = directory / f'incomplete.index-{split}'
-  found = list(
-    parts.read_parts(folder, len(source), _PART, read, progress=progress)
-  )
+  found = list(parts.read_parts(folder, len(source), _PART, read, progress))
   labels = np.concatenate(
     [x['labels'] for x in found] or [np.empty(0, np.int32)]
   )
@@ -115,8 +113,7 @@ def _read_all(
 def _read(record: bytes, split: str, position: int) -> tuple[int, bytes]:
   """Returns a record's label, and its file name or what stands for it."""
   feature = shards.parse_record(record)
-  names = feature['file_name'].bytes_list.value
-  name = names[0] if names else f'{split}-{position}'.encode()
+  name = shards.file_name(feature, split, position)
   return feature['label'].int64_list.value[0], name
 
 

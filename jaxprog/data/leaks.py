@@ -134,7 +134,6 @@ def find_overlap(
   datasets: Mapping[str, Dataset],
   *,
   absent: Mapping[str, str] | None = None,
-  num_workers: int = 0,
   progress: Progress | None = None,
 ) -> Overlap:
   """Returns the training images that no stage may train on, and why.
@@ -142,7 +141,7 @@ def find_overlap(
   Both mappings are by stage; `absent` has the names of datasets that are not
   here. ImageNet's validation images are known by name, here or not.
   """
-  train, evaluation = _read(datasets, num_workers, progress)
+  train, evaluation = _read(datasets, progress)
   absent_ilsvrc = [
     stage
     for stage, dataset in (absent or {}).items()
@@ -376,9 +375,7 @@ def _look_up(keys: list, among: list) -> np.ndarray:
 
 
 def _read(
-  datasets: Mapping[str, Dataset],
-  num_workers: int,
-  progress: Progress | None,
+  datasets: Mapping[str, Dataset], progress: Progress | None
 ) -> tuple[dict[str, Images], dict[str, Images]]:
   """Returns the training and the evaluation images of each stage."""
   tables: dict[tuple[str, str, str], np.ndarray] = {}
@@ -391,9 +388,7 @@ def _read(
         if progress:
           progress(f'{dataset.name} {records.name}', done, total)
 
-      tables[split] = signatures.read_signatures(
-        records, num_workers=num_workers, progress=show
-      )
+      tables[split] = signatures.read_signatures(records, progress=show)
     table = tables[split]
     # A copy of ImageNet's would take 2 GB.
     if not np.array_equal(records.positions, np.arange(len(table))):
@@ -403,8 +398,8 @@ def _read(
     positions = records.positions.tobytes()
     return Images(names, table, keeps_names, split, positions)
 
-  train = {x: read(y, y.train.records) for x, y in datasets.items()}
-  return train, {x: read(y, y.eval.records) for x, y in datasets.items()}
+  train = {x: read(y, y.train) for x, y in datasets.items()}
+  return train, {x: read(y, y.eval) for x, y in datasets.items()}
 
 
 def _match_once(

@@ -8,13 +8,13 @@ import numpy as np
 
 from jaxprog.data import batches as batches_lib
 from jaxprog.data import workers
-from jaxprog.data.records import Split
+from jaxprog.data.records import Records
 from jaxprog.epochs import Steps
 from jaxprog.stages import Stage
 
 
 def train_batches(
-  split: Split,
+  split: Records,
   stage: Stage,
   *,
   seed: int,
@@ -38,7 +38,7 @@ def train_batches(
     process_index=process_index,
     process_count=process_count,
   )
-  pack = split.records.pack
+  pack = split.pack
   kind = workers.choose_kind(
     worker_kind, num_workers, light=pack is not None and pack.kind == 'raw'
   )
@@ -46,7 +46,7 @@ def train_batches(
 
 
 def eval_batches(
-  split: Split,
+  split: Records,
   stage: Stage,
   *,
   num_shards: int = 1,

@@ -50,9 +50,7 @@ def read_parts(
   count: int,
   size: int,
   read: Callable[[range], Arrays],
-  *,
-  num_workers: int = 0,
-  progress: Callable[[int, int], None] | None = None,
+  progress: Progress | None = None,
 ) -> Iterator[Arrays]:
   """Yields what `read` makes of range(count), in parts of `size`, in order.
 
@@ -77,9 +75,7 @@ def read_parts(
 
   whole = range(count)
   parts = [whole[i : i + size] for i in range(0, count, size)]
-  for part, arrays in zip(
-    parts, in_order(find, parts, num_workers), strict=True
-  ):
+  for part, arrays in zip(parts, in_order(find, parts), strict=True):
     yield arrays
     if progress:
       progress(part.stop, count)

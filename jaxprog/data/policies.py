@@ -42,7 +42,7 @@ def rand_augment(
   pixels = Image.fromarray(image)
   for _ in range(num_layers):
     name, strength = choose(space, rng, magnitude)
-    pixels = apply(name, pixels, strength)
+    pixels = OPERATIONS[name](pixels, strength)
   return np.asarray(pixels)
 
 
@@ -54,7 +54,7 @@ def trivial_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """
   magnitude = int(rng.integers(NUM_BINS))
   name, strength = choose(trivial_augment_space(), rng, magnitude)
-  return np.asarray(apply(name, Image.fromarray(image), strength))
+  return np.asarray(OPERATIONS[name](Image.fromarray(image), strength))
 
 
 def choose(
@@ -66,11 +66,6 @@ def choose(
   strengths, signed = space[name]
   strength = strengths[magnitude] if strengths else 0.0
   return name, -strength if signed and negative else strength
-
-
-def apply(name: str, image: Image.Image, strength: float) -> Image.Image:
-  """Returns the RGB `image` after one operation of `OPERATIONS`."""
-  return OPERATIONS[name](image, strength)
 
 
 @functools.lru_cache
@@ -132,47 +127,23 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
   )
 
 
-def _shear_x(image: Image.Image, slope: float) -> Image.Image:
-  return _affine(image, 1, slope, 0, 0, 1, 0)
-
-
-def _shear_y(image: Image.Image, slope: float) -> Image.Image:
-  return _affine(image, 1, 0, 0, slope, 1, 0)
-
-
-def _translate_x(image: Image.Image, pixels: float) -> Image.Image:
-  return _affine(image, 1, 0, -int(pixels), 0, 1, 0)
-
-
-def _translate_y(image: Image.Image, pixels: float) -> Image.Image:
-  return _affine(image, 1, 0, 0, 0, 1, -int(pixels))
-
-
-def _rotate(image: Image.Image, degrees: float) -> Image.Image:
-  return image.rotate(degrees, Image.Resampling.NEAREST)
-
-
-def _solarize(image: Image.Image, level: float) -> Image.Image:
-  # Of whole numbers, those below `level` are those below the next whole one.
-  return ImageOps.solarize(image, math.ceil(level))
-
-
 # Functions of an RGB image and a strength. For Brightness to Sharpness it is
 # what the factor differs from 1 by, for Posterize the bits that are kept, for
 # Solarize the grey level from which on pixels are inverted.
 OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
   'Identity': lambda image, _: image,
-  'ShearX': _shear_x,
-  'ShearY': _shear_y,
-  'TranslateX': _translate_x,
-  'TranslateY': _translate_y,
-  'Rotate': _rotate,
+  'ShearX': lambda image, slope: _affine(image, 1, slope, 0, 0, 1, 0),
+  'ShearY': lambda image, slope: _affine(image, 1, 0, 0, slope, 1, 0),
+  'TranslateX': lambda image, x: _affine(image, 1, 0, -int(x), 0, 1, 0),
+  'TranslateY': lambda image, y: _affine(image, 1, 0, 0, 0, 1, -int(y)),
+  'Rotate': lambda image, x: image.rotate(x, Image.Resampling.NEAREST),
   'Brightness': lambda image, x: ImageEnhance.Brightness(image).enhance(1 + x),
   'Color': lambda image, x: ImageEnhance.Color(image).enhance(1 + x),
   'Contrast': lambda image, x: ImageEnhance.Contrast(image).enhance(1 + x),
   'Sharpness': lambda image, x: ImageEnhance.Sharpness(image).enhance(1 + x),
   'Posterize': lambda image, bits: ImageOps.posterize(image, int(bits)),
-  'Solarize': _solarize,
+  # Of whole numbers, those below a level are those below the next whole one.
+  'Solarize': lambda image, x: ImageOps.solarize(image, math.ceil(x)),
   'AutoContrast': lambda image, _: ImageOps.autocontrast(image),
   'Equalize': lambda image, _: ImageOps.equalize(image),
 }

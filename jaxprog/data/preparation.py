@@ -16,14 +16,13 @@ import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming, read_only_builder
 
 from jaxprog import errors, files, named, paths
 from jaxprog.data import builders, folders, packs, parts, shards
 from jaxprog.data import records as records_lib
-from jaxprog.data.records import Dataset, Records, Split
+from jaxprog.data.records import Dataset, Records
 from jaxprog.stages import Storage
 
 # What a disk answers that takes no more, and what tfds says before it is asked.
@@ -31,6 +30,8 @@ FULL = (
   *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
   'Not enough disk space',
 )
+# Beside the records: how the raw folder looked.
+_LOOKS = 'raw_folder.json'
 # What looking at the times of raw files may take at a start, in seconds.
 LOOK_SECONDS = 0.3
 
@@ -57,8 +58,7 @@ def load_dataset(
   if check_dataset(dataset, data_dir) == 'raw':
     prepare(dataset, data_dir, progress=progress)
   prepared = find_prepared(dataset, data_dir)
-  if prepared is None:
-    raise _missing(dataset, data_dir)
+  assert prepared is not None
   loaded = records_lib.open_dataset(dataset, prepared, progress)
   if classes:
     loaded = records_lib.select_classes(loaded, classes, where)
@@ -91,9 +91,8 @@ def check_dataset(
   """
   data_dir = pathlib.Path(data_dir)
   prepared = find_prepared(dataset, data_dir)
-  if prepared is not None and _is_untouched(
-    dataset, data_dir, prepared, seconds
-  ):
+  root = find_raw(dataset, data_dir)
+  if prepared and (root is None or _is_untouched(root, prepared, seconds)):
     return 'prepared'
   raw = list_raw(dataset, data_dir)
   if raw is None:
@@ -163,7 +162,9 @@ def prepare(
     if prepared is not None:
       _remove(pathlib.Path(prepared.data_dir))
     if raw is not None:
-      builder = _create_local_builder(dataset, data_dir, raw, progress)
+      builder = builders.Images(
+        dataset, raw, data_dir, folder_config(dataset), progress
+      )
     assert builder is not None
     if is_locked:
       _remove_leftovers(pathlib.Path(builder.data_dir).parent)
@@ -187,19 +188,16 @@ def _find_current(
   prepared = find_prepared(dataset, data_dir)
   if prepared is None or raw is None:
     return prepared
-  is_current = _is_made_of(prepared, raw) and not _is_edited(
-    dataset, prepared, raw
-  )
-  return prepared if is_current else None
+  if _is_made_of(prepared, raw) and not _is_edited(dataset, prepared, raw):
+    return prepared
+  return None
 
 
 def find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
   """Returns the raw folder of a dataset, if there is one."""
-  if folder := paths.dataset_folder(dataset):
-    folders = [folder]
-  else:
-    folders = [data_dir / name for name in named.find(dataset).folders]
-  return next((folder for folder in folders if folder.is_dir()), None)
+  folder = paths.dataset_folder(dataset)
+  known = [data_dir / name for name in named.find(dataset).folders]
+  return next((x for x in ([folder] if folder else known) if x.is_dir()), None)
 
 
 def is_here(dataset: str, data_dir: pathlib.Path) -> bool:
@@ -217,9 +215,9 @@ def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
   Raises:
     UserError: if their folder is not in order.
   """
-  folder = find_raw(dataset, data_dir)
   if dataset == 'digits':
     return builders.list_digits()
+  folder = find_raw(dataset, data_dir)
   return builders.list_raw(dataset, folder) if folder else None
 
 
@@ -230,27 +228,10 @@ def folder_config(dataset: str) -> str:
     return ''
   path = os.path.abspath(folder)
   if not folders.is_utf8(path):
-    raise errors.UserError(
-      'The path of the folder is not UTF-8.', path, 'Rename it.'
-    )
+    what = 'The path of the folder is not UTF-8.'
+    raise errors.UserError(what, path, 'Rename it.')
   digest = hashlib.sha256(path.encode()).hexdigest()[:8]
   return f'{os.path.basename(path)}-{digest}'
-
-
-def _create_local_builder(
-  dataset: str,
-  data_dir: pathlib.Path,
-  raw: builders.Raw,
-  progress: parts.Progress | None,
-) -> builders.Images:
-  config = folder_config(dataset)
-  return builders.Images(
-    dataset,
-    raw,
-    data_dir=data_dir / 'prepared',
-    progress=progress,
-    config=tfds.core.BuilderConfig(name=config) if config else None,
-  )
 
 
 def find_prepared(
@@ -282,18 +263,12 @@ def open_prepared(dataset: str, data_dir: pathlib.Path) -> Dataset | None:
 
 
 def _is_untouched(
-  dataset: str,
-  data_dir: pathlib.Path,
-  prepared: tfds.core.DatasetBuilder,
-  seconds: float,
+  root: pathlib.Path, prepared: tfds.core.DatasetBuilder, seconds: float
 ) -> bool:
-  """Returns whether nothing raw is seen to have changed, or nothing is there.
+  """Returns whether nothing below `root` is seen to have changed.
 
   A million sizes take 10 s from a local disk, and minutes from a network's.
   """
-  root = find_raw(dataset, data_dir)
-  if root is None:
-    return True
   looks = _read_looks(prepared)
   if looks is None:
     return False
@@ -321,9 +296,8 @@ def _is_untouched(
 def _is_made_of(prepared: tfds.core.DatasetBuilder, raw: builders.Raw) -> bool:
   """Returns whether paths, sizes and names of classes are what they were."""
   known = prepared.info.metadata or {}
-  return _fingerprint(prepared) == raw.fingerprint and (
-    known.get('class_names') == list(raw.class_names)
-  )
+  now = raw.fingerprint, list(raw.class_names)
+  return (known.get('fingerprint'), known.get('class_names')) == now
 
 
 def _written_to(
@@ -349,8 +323,8 @@ def _is_edited(
     return False
   opened = records_lib.open_dataset(dataset, prepared)
   for split, records in (
-    (builders.TRAIN, opened.train.records),
-    (builders.EVAL, opened.eval.records),
+    (builders.TRAIN, opened.train),
+    (builders.EVAL, opened.eval),
   ):
     images = {
       (image.wnid, image.file_name): image
@@ -368,7 +342,8 @@ def _is_edited(
 def _read_looks(prepared: tfds.core.DatasetBuilder) -> builders.Looks | None:
   """Returns how the raw folder looked, None if that is not known."""
   try:
-    return builders.Looks(**json.loads(_looks_file(prepared).read_text()))
+    text = pathlib.Path(prepared.data_dir, _LOOKS).read_text()
+    return builders.Looks(**json.loads(text))
   except (OSError, ValueError, TypeError):
     return None
 
@@ -378,19 +353,10 @@ def _write_looks(
 ) -> bool:
   """Returns whether it could be noted how the raw folder looks."""
   try:
-    files.write_json(_looks_file(prepared), looks._asdict())
+    files.write_json(pathlib.Path(prepared.data_dir, _LOOKS), looks._asdict())
   except OSError:  # Prepared data may be read-only.
     return False
   return True
-
-
-def _looks_file(prepared: tfds.core.DatasetBuilder) -> pathlib.Path:
-  return pathlib.Path(prepared.data_dir) / 'raw_folder.json'
-
-
-def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
-  """Returns the fingerprint of what `builder` was made of, '' from tfds."""
-  return (builder.info.metadata or {}).get('fingerprint', '')
 
 
 def _create_tfds_builder(
@@ -549,13 +515,10 @@ def store(
   They are written at the first call, beside the prepared dataset. Evaluation
   goes on reading the originals.
   """
-  records = dataset.train.records
+  records = dataset.train
   if storage.kind == 'original' or records.pack is not None:
     return dataset
   path = _pack_path(records, storage)
-  whole = dataclasses.replace(
-    records, positions=np.arange(len(records.source)), labels=np.empty(0)
-  )
   # Before it is locked: one may not be allowed to write there.
   pack = find_pack(records, storage)
   if pack is None:
@@ -567,7 +530,7 @@ def store(
           _remove_leftovers(path.parent)
         packs.write_pack(
           path,
-          whole.original,
+          records.at,
           len(records.source),
           storage,
           fingerprint=records.fingerprint,
@@ -575,7 +538,7 @@ def store(
         )
         pack = find_pack(records, storage)
   packed = dataclasses.replace(records, pack=pack)
-  return dataclasses.replace(dataset, train=Split(packed))
+  return dataclasses.replace(dataset, train=packed)
 
 
 def find_pack(records: Records, storage: Storage) -> packs.Pack | None:

@@ -46,16 +46,18 @@ class Records:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     """Returns image (encoded bytes), label, file_name and wnid."""
-    position = int(self.positions[index])
-    feature = shards.parse_record(self.source[position])
-    names = feature['file_name'].bytes_list.value
-    label = self.labels[index]
+    feature = self.parse(index)
+    position, label = self.positions[index], self.labels[index]
     return {
       'image': feature['image'].bytes_list.value[0],
       'label': label,
-      'file_name': names[0].decode() if names else f'{self.name}-{position}',
+      'file_name': shards.file_name(feature, self.name, position).decode(),
       'wnid': self.classes[label],
     }
+
+  def parse(self, index: int) -> Any:
+    """Returns the features of a record as they were written."""
+    return shards.parse_record(self.source[int(self.positions[index])])
 
   def image(self, index: int) -> preprocess.Encoded:
     """Returns the image as it is stored for training."""
@@ -65,10 +67,12 @@ class Records:
 
   def original(self, index: int) -> bytes:
     """Returns the encoded image as it came."""
-    position = int(self.positions[index])
-    return shards.parse_record(self.source[position])['image'].bytes_list.value[
-      0
-    ]
+    return self.at(int(self.positions[index]))
+
+  def at(self, position: int) -> bytes:
+    """Returns the encoded image at a position of `source`."""
+    record = shards.parse_record(self.source[position])
+    return record['image'].bytes_list.value[0]
 
   def describe(self, index: int) -> str:
     """Returns wnid/file name."""
@@ -88,25 +92,6 @@ class Records:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-  """One split of a dataset."""
-
-  records: Records
-
-  @property
-  def labels(self) -> np.ndarray:
-    """The int32 label of every record, without reading them."""
-    return self.records.labels
-
-  def select(self, chosen: np.ndarray) -> 'Split':
-    """Returns the records whose entry of `chosen`, bool (n,), is True."""
-    return Split(self.records.select(chosen))
-
-  def __len__(self) -> int:
-    return len(self.records)
-
-
-@dataclasses.dataclass(frozen=True)
 class Dataset:
   """A prepared dataset, or some of its classes."""
 
@@ -115,10 +100,10 @@ class Dataset:
   classes: tuple[str, ...]
   # The same for people, where known.
   class_names: tuple[str, ...]
-  train: Split
-  eval: Split
+  train: Records
+  eval: Records
   # Part of the training images that decides which weights are best.
-  holdout: Split | None = None
+  holdout: Records | None = None
   holdout_rule: int = 0
   # Training images left out because they leak, by reason.
   excluded: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -128,15 +113,15 @@ class Dataset:
   left_out: str = ''
 
   @property
-  def selection(self) -> Split:
+  def selection(self) -> Records:
     """What is evaluated while a stage trains."""
     return self.holdout or self.eval
 
   @property
   def version(self) -> str:
     """What is read in training: of the records, and how they are stored."""
-    version = self.train.records.directory.name
-    pack = self.train.records.pack
+    version = self.train.directory.name
+    pack = self.train.pack
     return f'{version}+{pack.name}' if pack else version
 
   @property
@@ -170,8 +155,7 @@ def open_dataset(
     *(split.labels.tobytes() for split in (train, evaluation)),
   )
   train, evaluation = (
-    Split(dataclasses.replace(x.records, fingerprint=fingerprint))
-    for x in (train, evaluation)
+    dataclasses.replace(x, fingerprint=fingerprint) for x in (train, evaluation)
   )
   known = dict(zip(classes, metadata.get('class_names', ()), strict=False))
   known = known or named.IMAGENETTE_NAMES
@@ -219,7 +203,7 @@ def _open_split(
   rank: np.ndarray,
   classes: tuple[str, ...],
   progress: parts.Progress | None,
-) -> Split:
+) -> Records:
   source = shards.open_shards(builder, split)
   labels = index.read_labels(
     source, pathlib.Path(builder.data_dir), split, progress
@@ -229,15 +213,13 @@ def _open_split(
       f'The {split} split has labels outside 0..{len(rank) - 1}.',
       str(builder.data_dir),
     )
-  return Split(
-    Records(
-      name=split,
-      directory=pathlib.Path(builder.data_dir),
-      source=source,
-      positions=np.arange(len(labels)),
-      labels=rank[labels],
-      classes=classes,
-    )
+  return Records(
+    name=split,
+    directory=pathlib.Path(builder.data_dir),
+    source=source,
+    positions=np.arange(len(labels)),
+    labels=rank[labels],
+    classes=classes,
   )
 
 
@@ -256,7 +238,7 @@ def take_holdout(
   Raises:
     UserError: if nothing would be left on one side.
   """
-  records = dataset.train.records
+  records = dataset.train
   keys = [
     name
     if rule == 1 or _IMAGENET_NAME.fullmatch(name)
@@ -301,10 +283,10 @@ def select_classes(
   new_label = np.full(dataset.num_classes, -1, np.int32)
   new_label[old] = np.arange(len(kept))
 
-  def select(split: Split) -> Split:
+  def select(split: Records) -> Records:
     labels = new_label[split.labels]
-    records = dataclasses.replace(split.records, labels=labels, classes=kept)
-    return Split(records.select(labels >= 0))
+    records = dataclasses.replace(split, labels=labels, classes=kept)
+    return records.select(labels >= 0)
 
   return dataclasses.replace(
     dataset,

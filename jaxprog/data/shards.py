@@ -175,3 +175,9 @@ def allow(count: int) -> bool:
 def parse_record(record: bytes) -> Any:
   """Returns the features of a serialized tf.train.Example."""
   return tf_example_pb2.Example.FromString(record).features.feature
+
+
+def file_name(feature: Any, split: str, position: int) -> bytes:
+  """Returns the file name in a record, or what stands for it."""
+  names = feature['file_name'].bytes_list.value
+  return names[0] if names else f'{split}-{position}'.encode()

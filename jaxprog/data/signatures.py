@@ -6,7 +6,6 @@ its middle, because small copies of datasets are made either way.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 import os
@@ -50,28 +49,19 @@ _PART = 2048
 
 
 def read_signatures(
-  records: Records,
-  *,
-  num_workers: int = 0,
-  progress: parts.Progress | None = None,
+  records: Records, *, progress: parts.Progress | None = None
 ) -> np.ndarray:
   """Returns the SIGNATURE of every image that `records` are taken from.
 
   (n,), to be indexed with `records.positions`; perhaps mapped from the file
-  beside the prepared dataset in which they are kept. They are computed by
-  threads, as many as cores unless `num_workers` says how many; what a kill
-  leaves is not computed again. A damaged image is not readable and has only a
-  digest. `progress` is called with the images done and in all.
+  beside the prepared dataset in which they are kept. They are computed by as
+  many threads as cores; what a kill leaves is not computed again. A damaged
+  image is not readable and has only a digest. `progress` is called with the
+  images done and in all.
   """
-  count = len(records.source)
   file = _cache_file(records)
-  table = _load(file, count)
-  if table is None:
-    whole = dataclasses.replace(
-      records, positions=np.arange(count), labels=np.zeros(count, np.int32)
-    )
-    table = _compute(whole, file, num_workers, progress)
-  return table
+  table = _load(file, len(records.source))
+  return _compute(records, file, progress) if table is None else table
 
 
 def sign(image: bytes, name: str = '') -> np.ndarray:
@@ -129,34 +119,22 @@ def _shrink(pixels: Image.Image, box: preprocess.Box) -> np.ndarray:
 
 
 def _compute(
-  records: Records,
-  file: pathlib.Path,
-  num_workers: int,
-  progress: parts.Progress | None,
+  records: Records, file: pathlib.Path, progress: parts.Progress | None
 ) -> np.ndarray:
-  """Returns the SIGNATURE of all `records`, which are then kept in `file`.
+  """Returns all that `read_signatures` does, which is then kept in `file`.
 
   ImageNet's are 2 GB, of which a few parts at a time are in memory.
   """
 
   def read(part: range) -> parts.Arrays:
-    table = np.empty(len(part), SIGNATURE)
-    for i, index in enumerate(part):
-      table[i] = sign(records.original(index))
-    return {'signatures': table}
+    found = [sign(records.at(position)) for position in part]
+    return {'signatures': np.array(found, SIGNATURE)}
 
   folder = file.with_name(f'incomplete.{file.stem}')
   whole = file.with_name(f'{folder.name}.{uuid.uuid4().hex}.npy')
-  table = _allocate(whole, len(records))
-  start = 0
-  for part in parts.read_parts(
-    folder,
-    len(records),
-    _PART,
-    read,
-    num_workers=num_workers,
-    progress=progress,
-  ):
+  count, start = len(records.source), 0
+  table = _allocate(whole, count)
+  for part in parts.read_parts(folder, count, _PART, read, progress):
     found = part['signatures']
     table[start : start + len(found)] = found
     start += len(found)

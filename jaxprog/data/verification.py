@@ -15,7 +15,6 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent import futures
 from typing import Any, NamedTuple
 
 from jaxprog import errors, files, named
@@ -23,10 +22,11 @@ from jaxprog.data import (
   builders,
   folders,
   packs,
+  parts,
   preparation,
   preprocess,
-  shards,
 )
+from jaxprog.data import records as records_lib
 from jaxprog.data.records import Records
 
 # What to do about what the publisher's own copy has as well.
@@ -42,8 +42,6 @@ ADVICE = {
 }
 
 Problem = dict[str, str]
-# Images submitted to each thread ahead of the results.
-AHEAD = 8
 
 
 class Item(NamedTuple):
@@ -89,7 +87,7 @@ def verify_dataset(
   *,
   num_classes: int = 0,
   num_threads: int = 1,
-  progress: Callable[[int, int], None] | None = None,
+  progress: parts.Progress | None = None,
 ) -> dict[str, Any]:
   """Returns what was found out about a dataset, ready to be written as JSON.
 
@@ -168,10 +166,9 @@ def _open_images(
 def _open_prepared(dataset: str, data_dir: pathlib.Path) -> Images:
   builder = preparation.find_prepared(dataset, data_dir)
   assert builder is not None
-  opened = preparation.open_prepared(dataset, data_dir)
-  assert opened is not None
+  opened = records_lib.open_dataset(dataset, builder)
   names = builder.info.features['label'].names
-  splits = (opened.train.records, opened.eval.records)
+  splits = (opened.train, opened.eval)
   return Images(
     kind='prepared',
     path=str(builder.data_dir),
@@ -194,16 +191,10 @@ def _open_prepared(dataset: str, data_dir: pathlib.Path) -> Images:
 def _read_record(
   records: Records, names: Sequence[str], index: int
 ) -> tuple[str, set[str], bytes]:
-  position = int(records.positions[index])
-  feature = shards.parse_record(records.source[position])
+  record, feature = records[index], records.parse(index)
   wnids = {x.decode() for x in feature['wnid'].bytes_list.value}
   wnids.add(names[feature['label'].int64_list.value[0]])
-  file_names = feature['file_name'].bytes_list.value
-  return (
-    file_names[0].decode() if file_names else f'{records.name}-{position}',
-    wnids,
-    feature['image'].bytes_list.value[0],
-  )
+  return record['file_name'], wnids, record['image']
 
 
 def _open_raw(raw: builders.Raw) -> Images:
@@ -231,33 +222,16 @@ def _read_raw(image: builders.RawImage) -> tuple[str, set[str], bytes]:
 
 
 def _look_at_all(
-  images: Images,
-  num_threads: int,
-  progress: Callable[[int, int], None] | None,
+  images: Images, num_threads: int, progress: parts.Progress | None
 ) -> Iterator[Seen]:
   """Yields what was found of each image, in order."""
-  waiting: collections.deque[futures.Future[Seen]] = collections.deque()
-  done = 0
-
-  def take() -> Seen:
-    nonlocal done
-    seen = waiting.popleft().result()
-    done += 1
-    if progress:
-      progress(done, images.num_images)
-    return seen
-
   # Of what Pillow warns about, nothing here is news: it decodes or it doesn't.
-  with (
-    warnings.catch_warnings(action='ignore'),
-    futures.ThreadPoolExecutor(num_threads) as pool,
-  ):
-    for item in images.items:
-      waiting.append(pool.submit(_look, item))
-      if len(waiting) >= AHEAD * num_threads:
-        yield take()
-    while waiting:
-      yield take()
+  with warnings.catch_warnings(action='ignore'):
+    found = parts.in_order(_look, images.items, num_threads)
+    for done, seen in enumerate(found, 1):
+      yield seen
+      if progress:
+        progress(done, images.num_images)
 
 
 def _look(item: Item) -> Seen:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -16,8 +17,6 @@ from concurrent import futures
 from concurrent.futures import process as process_pool
 from multiprocessing import shared_memory
 from typing import Any
-
-import numpy as np
 
 from jaxprog import errors
 from jaxprog.data import batches as batches_lib
@@ -208,16 +207,15 @@ class Reader(Iterator[batches_lib.HostBatch]):
     self._pool = executor(self._kind, self._num_workers)
 
   def _take_buffer(self, layout: batches_lib.Layout) -> Buffer:
-    for i, buffer in enumerate(self._free):
+    while self._free:
+      buffer = self._free.pop()
       if buffer.layout == layout:
-        return self._free.pop(i)
-    for buffer in self._free:  # A new phase: the old shapes are not needed.
-      buffer.release()
-    self._free = []
+        return buffer
+      buffer.release()  # A new phase: the old shapes are not needed.
     if self._token is None:
       return Buffer(layout, batches_lib.allocate(layout))
     memory = _create_memory(layout)
-    return Buffer(layout, _view(memory, layout), memory)
+    return Buffer(layout, batches_lib.place(layout, memory.buf), memory)
 
 
 def choose_kind(kind: str, num_workers: int, *, light: bool = False) -> str:
@@ -243,7 +241,9 @@ def executor(kind: str, num_workers: int) -> futures.Executor:
   return futures.ProcessPoolExecutor(
     num_workers,
     mp_context=multiprocessing.get_context('spawn'),
-    initializer=_start_worker,
+    # Ctrl-C is the parent's: it waits for what is under way.
+    initializer=signal.signal,
+    initargs=(signal.SIGINT, signal.SIG_IGN),
   )
 
 
@@ -270,13 +270,6 @@ def _check_guard(pool: Any) -> None:
     ) from None
 
 
-def _start_worker() -> None:
-  """Leaves Ctrl-C to the parent: it waits for what is under way."""
-  import signal
-
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _fill(
   batches: batches_lib.Batches,
   step: int,
@@ -298,7 +291,9 @@ def _fill_shared(
   """Does the same in another process, which keeps nothing of the memory."""
   memory = shared_memory.SharedMemory(name)
   try:
-    return _fill(_load(token), step, rows, _view(memory, layout))
+    return _fill(
+      _load(token), step, rows, batches_lib.place(layout, memory.buf)
+    )
   finally:
     with contextlib.suppress(BufferError):  # A traceback still holds it.
       memory.close()
@@ -327,8 +322,7 @@ def _publish(batches: batches_lib.Batches) -> pathlib.Path:
 
 
 def _create_memory(layout: batches_lib.Layout) -> shared_memory.SharedMemory:
-  places = batches_lib.count_bytes(layout)
-  size = sum(-(-count // 64) * 64 for _, count in places.values())
+  size = batches_lib.count_bytes(layout)
   memory = shared_memory.SharedMemory(create=True, size=size)
   try:
     # Without this, a full /dev/shm kills the process at the first write.
@@ -343,13 +337,3 @@ def _create_memory(layout: batches_lib.Layout) -> shared_memory.SharedMemory:
       "--config.worker_kind='thread'.",
     ) from e
   return memory
-
-
-def _view(
-  memory: shared_memory.SharedMemory, layout: batches_lib.Layout
-) -> batches_lib.HostBatch:
-  places = batches_lib.count_bytes(layout)
-  return {
-    name: np.ndarray(shape, dtype, memory.buf, places[name][0])
-    for name, shape, dtype in layout
-  }

@@ -231,8 +231,8 @@ def _count_dataset(
   held = round(known.train * part * stage.holdout)
   train, evaluated = round(known.train * part) - held, round(known.eval * part)
 
-  def split(number: int) -> records.Split:
-    return cast(records.Split, _Count(number))
+  def split(number: int) -> records.Records:
+    return cast(records.Records, _Count(number))
 
   return records.Dataset(
     name=stage.dataset,
@@ -384,7 +384,7 @@ def _describe(
     found.notes.append(
       'traffic and sums are those of one micro-batch times their number'
     )
-  if not isinstance(dataset.train, records.Split):
+  if not isinstance(dataset.train, records.Records):
     found.notes.append(
       f'{stage.dataset} is not here: {len(dataset.train):,} training and '
       f'{len(dataset.eval):,} evaluation images, as published'

@@ -79,9 +79,7 @@ class Inspection:
     dataset = self.data[stage.name].dataset
     if dataset is None or stage.stored.kind == 'original':
       return False
-    return (
-      preparation.find_pack(dataset.train.records, stage.stored) is not None
-    )
+    return preparation.find_pack(dataset.train, stage.stored) is not None
 
 
 def inspect(
@@ -345,7 +343,7 @@ def leaks_are_known(config: config_dict.ConfigDict) -> bool:
         return False
       continue
     for split in (opened.train, opened.eval):
-      if not signatures.is_kept(split.records):
+      if not signatures.is_kept(split):
         return False
   return True
 

@@ -14,7 +14,7 @@ import rich.console
 from ml_collections import config_dict
 
 from jaxprog import paths
-from jaxprog.data.records import Split
+from jaxprog.data.records import Records
 from jaxprog.reliability import checkpoints, lock, peers, signals
 from jaxprog.training import ladder
 from jaxprog.training import setup as setup_lib
@@ -119,7 +119,7 @@ def _shorten(task: setup_lib.Task) -> setup_lib.Task:
   )
 
 
-def _some(split: Split, count: int) -> Split:
+def _some(split: Records, count: int) -> Records:
   """Returns at most `count` of the images, from all parts of the split."""
   chosen = np.zeros(len(split), bool)
   chosen[np.linspace(0, len(split) - 1, count).astype(int)] = True

@@ -18,7 +18,7 @@ from jaxprog import config as config_lib
 from jaxprog import epochs, errors, files, stages
 from jaxprog import paths as paths_lib
 from jaxprog.data import preparation
-from jaxprog.data.records import Dataset, Split
+from jaxprog.data.records import Dataset
 from jaxprog.monitoring import diagnostics
 from jaxprog.reporting import scores
 from jaxprog.training import alike, devices, loop
@@ -114,7 +114,7 @@ def check_images(dataset: Dataset) -> None:
   if not len(dataset.eval):
     raise errors.UserError(
       f'{dataset.name!r} has no image to evaluate on.',
-      str(dataset.eval.records.directory),
+      str(dataset.eval.directory),
       'Name another one with --input.',
     )
 
@@ -155,11 +155,8 @@ def relabel(
   label = np.array([place[x] for x in dataset.classes], np.int32)
 
   def move(split):
-    records = split.records
-    return Split(
-      dataclasses.replace(
-        records, labels=label[records.labels], classes=tuple(classes)
-      )
+    return dataclasses.replace(
+      split, labels=label[split.labels], classes=tuple(classes)
     )
 
   return dataclasses.replace(

@@ -70,7 +70,7 @@ def _describe_config(config: config_dict.ConfigDict) -> dict[str, str]:
 
 def _describe_data(dataset: Dataset) -> dict[str, str]:
   """Returns what decides the examples of a stage."""
-  records = dataset.train.records
+  records = dataset.train
   return {
     'the number of classes': str(dataset.num_classes),
     'the number of images': f'{len(dataset.train)} + {len(dataset.selection)}',

@@ -238,7 +238,7 @@ def _examine(run: run_lib.Run, task: setup_lib.Task) -> dict[str, Any]:
     run.dog.beat(f'validation, batch {done} of {total}')
 
   def read(index):
-    return split.records.describe(index), split.records.original(index)
+    return split.describe(index), split.original(index)
 
   scores, outcomes, _ = loop.evaluate(task, variables, split, on_batch)
   of = {'weights': 'best', 'epoch': epoch, 'num_images': len(split)}

@@ -78,7 +78,7 @@ class Course:
     """The order in which outcomes of the selection's images are kept."""
     dataset = self.task.dataset
     split = dataset.selection
-    names = split.records.names()
+    names = split.names()
     return outcomes.sort_images(names, split.labels, dataset.classes)
 
   def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
@@ -236,7 +236,7 @@ def _name_examples(
 ) -> str:
   """Returns index and file of the first examples of a batch of this process."""
   _, indices = batches.indices(step)
-  records = task.dataset.train.records
+  records = task.dataset.train
   named = [f'{i} ({records.describe(int(i))})' for i in indices]
   rest = len(named) - _NAMED_EXAMPLES
   more = [f'and {rest} more'] if rest > 0 else []
@@ -257,7 +257,7 @@ class Evaluation(NamedTuple):
 def evaluate(
   task: setup.Task,
   variables: dict[str, Any],
-  split: records.Split,
+  split: records.Records,
   on_batch: Callable[[int, int], object] = lambda done, total: None,
 ) -> Evaluation:
   """Returns what came of every image of `split`, once.
