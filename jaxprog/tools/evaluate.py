@@ -5,7 +5,7 @@ import dataclasses
 import io
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,11 +60,9 @@ def evaluate(
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
   )
+  quiet = jax.process_index() != 0
   console = rich.console.Console(
-    stderr=True,
-    quiet=jax.process_index() != 0,
-    highlight=False,
-    markup=False,
+    stderr=True, quiet=quiet, highlight=False, markup=False
   )
   if dataset == trained.stage.dataset:
     dataset = ''
@@ -73,8 +71,7 @@ def evaluate(
   if data.num_classes < len(trained.classes):
     console.print(
       f'{data.name} has {data.num_classes:,} of the {len(trained.classes):,} '
-      'classes that the weights know; labels go by name.',
-      markup=False,
+      'classes that the weights know; labels go by name.'
     )
   found = {
     'stage': trained.stage.name,
@@ -85,12 +82,12 @@ def evaluate(
     'image_size': trained.stage.eval_size,
     'eval_crop': trained.stage.eval_crop,
     'interpolation': trained.stage.eval_interpolation,
-    **_score(trained, known, data.classes, console),
+    **_score(trained, known, set(data.classes), console),
   }
   paths = _write(workdir, found, dataset)
   scores.show(found, console)
   for path in paths:
-    console.print(str(path), markup=False, soft_wrap=True)
+    console.print(str(path), soft_wrap=True)
   return found
 
 
@@ -191,10 +188,13 @@ def create_task(
 def _score(
   trained: trained_lib.Trained,
   dataset: Dataset,
-  present: Sequence[str],
+  present: Collection[str],
   console: rich.console.Console,
 ) -> dict[str, Any]:
-  """Returns count and all that comes of the images of `dataset`."""
+  """Returns count and all that comes of the images of `dataset`.
+
+  Classes that are not `present` in the data have no row.
+  """
   task, split = create_task(trained, dataset), dataset.eval
   variables = jax.device_put(trained.variables, task.shardings.replicated)
   with rich.progress.Progress(
@@ -208,16 +208,29 @@ def _score(
       lambda done, total: bar.update(shown, completed=done, total=total),
     )
   found = diagnostics.diagnose(outcomes, split.labels, dataset.num_classes)
+  classes, names = dataset.classes, dataset.class_names
   return {
     'count': len(split),
     **means,
     'nll': found['nll'],
     'ece': found['ece'],
-    'per_class': _per_class(found['per_class'], dataset, set(present)),
+    'per_class': [
+      {
+        'class': name,
+        'name': human,
+        'images': images,
+        'right': right,
+        'top1': right / images if images else None,
+      }
+      for name, human, (images, right) in zip(
+        classes, names, found['per_class'], strict=True
+      )
+      if name in present
+    ],
     'confusions': [
       {
-        'class': dataset.classes[x['label']],
-        'predicted': dataset.classes[x['predicted']],
+        'class': classes[x['label']],
+        'predicted': classes[x['predicted']],
         'count': x['count'],
       }
       for x in found['confusions']
@@ -225,26 +238,6 @@ def _score(
     ],
     'bad_images': bad,
   }
-
-
-def _per_class(
-  counts: Sequence[Sequence[int]],
-  dataset: Dataset,
-  present: set[str],
-) -> list[dict[str, Any]]:
-  """Returns the row of each class that is in the data; top1 may be None."""
-  rows = zip(dataset.classes, dataset.class_names, counts, strict=True)
-  return [
-    {
-      'class': name,
-      'name': human,
-      'images': images,
-      'right': right,
-      'top1': right / images if images else None,
-    }
-    for name, human, (images, right) in rows
-    if name in present
-  ]
 
 
 def _write(

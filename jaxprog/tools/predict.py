@@ -365,4 +365,4 @@ def _show_notes(
     ),
   ):
     if is_so:
-      console.print(errors.printable(note), markup=False, soft_wrap=True)
+      console.print(errors.printable(note), soft_wrap=True)

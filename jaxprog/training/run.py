@@ -90,12 +90,10 @@ def open_run(
   """
   config, writes = setup.config, jax.process_index() == 0
   console = rich.console.Console(quiet=not writes, markup=False)
-  progress = stack.enter_context(
-    progress_lib.Progress(len(setup.chosen), console=console)
-  )
-  incidents = incidents_lib.Incidents(
-    workdir / 'incidents.jsonl' if writes else None
-  )
+  progress = progress_lib.Progress(len(setup.chosen), console=console)
+  stack.enter_context(progress)
+  log = workdir / 'incidents.jsonl' if writes else None
+  incidents = incidents_lib.Incidents(log)
   if owner.taken_over:
     incidents.add('lock', owner.taken_over)
 
@@ -115,12 +113,11 @@ def open_run(
     incidents.add('config_change', '; '.join(changes))
   before = resume.read_config(workdir)
   peers.wait_for_all('config')  # One of them replaces it.
-  plain = _as_trained(config, workdir, before)
+  plain = _write_inputs(config, workdir, before)
   history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
-  if writes:
-    _write_inputs(plain, workdir)
   logdir = workdir / 'tensorboard' if config.tensorboard and writes else None
-  writer = stack.enter_context(contextlib.closing(tensorboard.Writer(logdir)))
+  writer = tensorboard.Writer(logdir)
+  stack.enter_context(contextlib.closing(writer))
   writer.write_hparams(tensorboard.flatten_config(plain))
   dog = watchdog.Watchdog(
     config.watchdog_minutes,
@@ -192,34 +189,30 @@ def _show_changes(
     rich.console.Console(markup=False).print(table)
 
 
-def _as_trained(
+def _write_inputs(
   config: config_dict.ConfigDict,
   workdir: pathlib.Path,
   before: config_dict.ConfigDict | None,
 ) -> dict[str, Any]:
-  """Returns `config` complete, for JSON; stages that are done as they were.
+  """Writes what runs and on what; returns the config that config.json has.
 
-  Once `before` alone, the run's config so far, told how they were.
+  It is complete, and stages that are done are as they were. Once `before`
+  alone, the run's config so far, told how they were.
   """
   plain = config_lib.to_json(stages.complete(config))
   so_far = config_lib.to_json(before) if before else {}
   for i, stage in enumerate(plain['stages']):
-    done = checkpoints.read_done(workdir, stage['name'])
-    if done is None:
-      continue
+    done = checkpoints.read_done(workdir, stage['name']) or {'config': {}}
     for was in done.get('config', so_far).get('stages', ()):
       if was['name'] == stage['name']:
         plain['stages'][i] = {**stage, **was}
+  if jax.process_index() == 0:
+    for pattern in ('.*.tmp', 'checkpoints/*/.*.tmp'):  # Of killed writes.
+      for path in workdir.glob(pattern):
+        path.unlink(missing_ok=True)
+    files.write_json(workdir / 'config.json', plain)
+    files.write_json(workdir / 'environment.json', environment.environment())
   return plain
-
-
-def _write_inputs(plain: dict[str, Any], workdir: pathlib.Path) -> None:
-  """Writes what runs and on what, before anything is compiled."""
-  for pattern in ('.*.tmp', 'checkpoints/*/.*.tmp'):  # Of killed writes.
-    for path in workdir.glob(pattern):
-      path.unlink(missing_ok=True)
-  files.write_json(workdir / 'config.json', plain)
-  files.write_json(workdir / 'environment.json', environment.environment())
 
 
 def _create_executor(
