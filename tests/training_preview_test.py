@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from jaxprog.monitoring import pictures
+from jaxprog.optim import optimizers
 from jaxprog.training import feed, preview, setup, steps
 from jaxprog.training import state as state_lib
 from tests import tiny_config
@@ -37,10 +38,11 @@ def create_task(data_dir, **fields):
 def see(task, batch):
   """Returns what a step feeds the network, as uint8."""
   model = Recorder(task.dataset.num_classes)
+  tx = optimizers.create_optimizer(task.stage)
   pixels = task.config.mean_rgb, task.config.std_rgb
   train_step = steps.create_train_step(
     model,
-    task.tx,
+    tx,
     task.learning_rate_fn,
     task.stage,
     task.steps,
@@ -48,7 +50,7 @@ def see(task, batch):
     num_classes=task.dataset.num_classes,
   )
   variables = state_lib.init_variables(model, 8, jax.random.key(0))
-  state = state_lib.create_state(variables, task.tx)
+  state = state_lib.create_state(variables, tx)
   state, _ = jax.jit(train_step)(state, batch, task.step_rng)
   mean, std = (255 * np.array(x, np.float32) for x in pixels)
   seen = np.asarray(state.batch_stats['seen']) * std + mean

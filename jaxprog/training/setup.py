@@ -68,7 +68,6 @@ class Task:
   dataset: Dataset
   model: nn.Module
   dtype: Any
-  tx: optax.GradientTransformation
   learning_rate_fn: optax.Schedule
   # The state as shapes, dtypes and shardings.
   state_shapes: state_lib.TrainState
@@ -308,7 +307,6 @@ def create_task(
     dataset=dataset,
     model=model,
     dtype=jnp.dtype(dtype),
-    tx=tx,
     learning_rate_fn=learning_rate_fn,
     state_shapes=_place(state_shapes, replicated),
     init=jit(init),
