@@ -61,7 +61,8 @@ def processes(
         peers.compare('command', {'the command': command})
         yield
     finally:
-      if peers.closed:  # Else process 0 leaves last, and ends it that way.
+      # Else process 0 leaves last, and ends it that way.
+      if peers.closed.is_set():
         jax.distributed.shutdown()
 
 
@@ -126,9 +127,7 @@ def check_place(place: Place, cluster: str = '') -> None:
     and int(coordinator.rpartition(':')[2]) < 2**16
   ):
     raise errors.UserError(
-      f'{coordinator!r} is not HOST:PORT.',
-      flags,
-      'Name both.',
+      f'{coordinator!r} is not HOST:PORT.', flags, 'Name both.'
     )
   if count is not None and count < 1:
     raise errors.UserError(f'There cannot be {count} processes.', flags)
@@ -161,8 +160,7 @@ def _initialize(place: Place, connect_seconds: int) -> None:
   late.start()
   try:
     jax.distributed.initialize(
-      *place,
-      initialization_timeout=connect_seconds + 60,
+      *place, initialization_timeout=connect_seconds + 60
     )
   except (RuntimeError, ValueError, OSError) as e:
     message = ' '.join(str(e).split())[:200]

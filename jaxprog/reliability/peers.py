@@ -87,7 +87,11 @@ def _client() -> Any:
 
 
 class Peers:
-  """The other processes of a run; a context manager around what all do."""
+  """The other processes of a run; a context manager around what all do.
+
+  Attributes:
+    closed: set once all processes have come to the end together.
+  """
 
   def __init__(self, stop: signals.StopRequest) -> None:
     self._stop = stop
@@ -96,7 +100,7 @@ class Peers:
     self._me = f'process {self._index} on {platform.node()}'
     # Held by whoever ends this process: its own error, or another's.
     self._ending = threading.Lock()
-    self._closed = threading.Event()
+    self.closed = threading.Event()
     # All end now, and know it.
     self._agreed = False
     # Calls of `reached`, and the requests that are due at some of them.
@@ -138,11 +142,6 @@ class Peers:
       self._await_farewell()
     _active = None
 
-  @property
-  def closed(self) -> bool:
-    """Whether all processes have come to this end together."""
-    return self._closed.is_set()
-
   def compare(self, name: str, described: Mapping[str, str]) -> None:
     """Raises UserError in all processes if they are about to differ.
 
@@ -182,12 +181,12 @@ class Peers:
 
   def _request(self, wish: str) -> None:
     """Puts `wish` under the next free number, unless another has asked."""
-    while wish in self._wishes and not self._closed.is_set():
+    while wish in self._wishes and not self.closed.is_set():
       number = self._number
       with contextlib.suppress(jax.errors.JaxRuntimeError):
         self._put(f'request/{number}', wish)
         return
-      while number == self._number and not self._closed.wait(0.01):
+      while number == self._number and not self.closed.wait(0.01):
         pass  # Someone else's comes first.
       if any(w == wish for _, w in self._due):
         return
@@ -219,17 +218,9 @@ class Peers:
     for beat in itertools.count():
       self._put(f'beat/{self._index}', str(beat), allow_overwrite=True)
       if self._index == 0:
-        watch.look(self._beats())
-        silent = watch.silent(_SILENT_BEATS * _BEAT_SECONDS)
-        if silent:
-          self._say_gone(silent[0])
-      if self._closed.wait(_BEAT_SECONDS):
+        self._look(watch, _SILENT_BEATS)
+      if self.closed.wait(_BEAT_SECONDS):
         return
-
-  def _beats(self) -> dict[int, str]:
-    """Returns the last beat of each process."""
-    found = self._client.key_value_dir_get(f'{_PREFIX}/beat/')
-    return {int(key.rpartition('/')[2]): value for key, value in found}
 
   def _find_lost(self, error: Exception) -> None:
     """Ends all if another process is gone; returns if none is."""
@@ -237,12 +228,15 @@ class Peers:
     signals.say(f'Contact with another process is lost: {message}')
     watch = Watch(self._count, time.monotonic)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-      for _ in range(_SUSPECT_BEATS + 1):
-        watch.look(self._beats())
+      for _ in range(_SUSPECT_BEATS + 2):
+        self._look(watch, _SUSPECT_BEATS)
         time.sleep(_BEAT_SECONDS)
-      silent = watch.silent(_SUSPECT_BEATS * _BEAT_SECONDS)
-      if silent:
-        self._say_gone(silent[0])
+
+  def _look(self, watch: 'Watch', beats: int) -> None:
+    """Ends all if a process has been silent for so many beats."""
+    watch.look(self._read_all('beat'))
+    if silent := watch.silent(beats * _BEAT_SECONDS):
+      self._say_gone(silent[0])
 
   def _say_gone(self, index: int) -> None:
     """Ends all processes because one has died without a word."""
@@ -261,7 +255,7 @@ class Peers:
     try:
       work()
     except Exception as e:
-      if self._closed.is_set() or not self._ending.acquire(blocking=False):
+      if self.closed.is_set() or not self._ending.acquire(blocking=False):
         return
       message = ' '.join(str(e).split())[:200]
       signals.leave_now(f'Contact with process 0 is lost: {message}', 1)
@@ -283,7 +277,7 @@ class Peers:
 
   def _close(self) -> None:
     """Ends the threads: in a call of C++, Python's end would abort them."""
-    self._closed.set()
+    self.closed.set()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._put('end', 'null')
     while any(thread.is_alive() for thread in self._threads):
@@ -297,11 +291,13 @@ class Peers:
     """Returns the texts of all processes, once all have given one."""
     self._put(f'{name}/{self._index}', text)
     self._client.wait_at_barrier(f'{_PREFIX}/gather/{name}', _FOREVER_MS)
-    found = {
-      int(key.rpartition('/')[2]): value
-      for key, value in self._client.key_value_dir_get(f'{_PREFIX}/{name}/')
-    }
+    found = self._read_all(name)
     return [found[index] for index in range(self._count)]
+
+  def _read_all(self, name: str) -> dict[int, str]:
+    """Returns what each process has put under `name`, by its index."""
+    found = self._client.key_value_dir_get(f'{_PREFIX}/{name}/')
+    return {int(key.rpartition('/')[2]): value for key, value in found}
 
   def _put(self, key: str, text: str, *, allow_overwrite: bool = False) -> None:
     self._client.key_value_set(
