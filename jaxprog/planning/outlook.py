@@ -222,9 +222,9 @@ def model_table(layers: Sequence[Figures]) -> rich.table.Table:
   def shares(row):
     return (
       formats.count(row['parameters']),
-      f'{row["parameters"] / max(parameters, 1):.1%}',
+      formats.percent(row['parameters'] / max(parameters, 1)),
       formats.flops(row['flops']),
-      f'{row["flops"] / max(flops, 1):.1%}',
+      formats.percent(row['flops'] / max(flops, 1)),
     )
 
   def name(row):

@@ -8,6 +8,7 @@ import rich.console
 import rich.table
 import rich.text
 
+from jaxprog import formats
 from jaxprog.reporting.parts import Column
 from jaxprog.reporting.report import terminal_table
 
@@ -17,8 +18,8 @@ NUM_SHOWN = 5
 NUM_NAMED = 10
 
 _OVERALL = (
-  Column('top-1', lambda x: f'{x["top1"]:.1%}'),
-  Column('top-5', lambda x: f'{x["top5"]:.1%}'),
+  Column('top-1', lambda x: formats.percent(x['top1'])),
+  Column('top-5', lambda x: formats.percent(x['top5'])),
   Column('loss', lambda x: f'{x["nll"]:.3f} nats'),
   Column('calibration error', lambda x: f'{x["ece"]:.3f}'),
 )
@@ -79,7 +80,7 @@ def _class_table(per_class: Sequence[Mapping[str, Any]]) -> rich.table.Table:
       x['name'],
       f'{x["images"]:,}',
       f'{x["right"]:,}',
-      f'{x["top1"]:.1%}',
+      formats.percent(x['top1']),
     )
     for x in ranked
   ]

@@ -18,7 +18,7 @@ import rich.progress
 from ml_collections import config_dict
 from PIL import Image, UnidentifiedImageError
 
-from jaxprog import errors, files
+from jaxprog import errors, files, formats
 from jaxprog import paths as paths_lib
 from jaxprog.data import folders, preprocess
 from jaxprog.reporting import contact_sheet
@@ -313,7 +313,7 @@ def _tile(x: Prediction) -> contact_sheet.Tile:
   if 'error' in x:
     file = errors.printable(path.name)
     return contact_sheet.Tile(None, 'cannot be read', file)
-  name, percent = errors.printable(x['name']), f'{x["probability"]:.1%}'
+  name, percent = errors.printable(x['name']), formats.percent(x['probability'])
   return contact_sheet.Tile(path, name, percent)
 
 
@@ -340,7 +340,7 @@ def _row(x: Prediction, base: pathlib.Path) -> tuple[str, str, str]:
   if 'error' in x:
     return file, '-', f'cannot be read: {x["error"]}'
   name = x['class'] if x['class'] == x['name'] else f'{x["class"]} {x["name"]}'
-  return file, f'{x["probability"]:.1%}', name
+  return file, formats.percent(x['probability']), name
 
 
 def _print(line: str) -> None:

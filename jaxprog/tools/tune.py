@@ -350,7 +350,7 @@ def _show(
     table.add_column(column, overflow='fold')
   ranked = sorted(found['trials'], key=lambda x: -(x['top1'] or 0))
   for trial in ranked[:10]:
-    top1 = '-' if trial['top1'] is None else f'{trial["top1"]:.1%}'
+    top1 = formats.percent(trial['top1'])
     values = [_short(trial['parameters'].get(field)) for field in fields]
     table.add_row(
       trial['directory'], top1, str(trial['epochs']), trial['status'], *values
