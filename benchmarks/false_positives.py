@@ -173,8 +173,8 @@ def _tell_apart(
     return 2 * special.stdtr(freedom, -abs(mean) / error) < LEVEL
 
   def binomial():
-    each = (statistics.binomial_noise(x.mean(-1), images) for x in scores)
-    return statistics.Noise(sum(x.own for x in each), 0.0, np.inf)
+    each = (statistics.binomial_variance(x.mean(-1), images) for x in scores)
+    return statistics.Noise(sum(each))
 
   def welch():
     parts = scores.var(-1, ddof=1) / runs
@@ -185,9 +185,7 @@ def _tell_apart(
     'by image': lambda: differs(*paired, statistics.image_noise(pairs)),
     'unpaired': lambda: differs(*welch(), statistics.image_noise(a, -b)),
     'binomial': lambda: differs(*paired, binomial()),
-    'seeds alone': lambda: differs(
-      *paired, statistics.Noise(1e-12, 0.0, np.inf)
-    ),
+    'seeds alone': lambda: differs(*paired, statistics.Noise(1e-12)),
   }
   return {
     **{kind: found[kind]() for kind in kinds},

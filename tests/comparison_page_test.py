@@ -69,6 +69,14 @@ WHOLE = create_result(fixture.create_arms(1))
     ({**WHOLE, 'runs': None}, 'not iterable'),
     ({**WHOLE, 'runs': [{'cell': 'ladder'}]}, "lacks 'seed'"),
     ({**WHOLE, 'cells': ['ladder']}, 'must be integers'),
+    (
+      {**WHOLE, 'cells': [{**WHOLE['cells'][0], 'overrides': []}]},
+      "no attribute 'items'",
+    ),
+    (
+      {**WHOLE, 'runs': [{**WHOLE['runs'][0], 'curve': [{}]}]},
+      "lacks 'epochs'",
+    ),
     ({**WHOLE, 'reference': 'other'}, "lacks 'other'"),
   ],
 )

@@ -24,7 +24,7 @@ _IN_EPOCHS = [x.name for x in fields.STAGE.values() if x.unit == 'epochs']
 
 # FLOPs of one step, forward, backward and update, by the index of its phase and
 # whether only the head trains.
-StepFlops = Mapping[tuple[int, bool], float]
+_StepFlops = Mapping[tuple[int, bool], float]
 
 
 class HandOver(NamedTuple):
@@ -40,7 +40,7 @@ class StageCost(NamedTuple):
   name: str
   num_epochs: float
   steps: epochs_lib.Steps
-  step_flops: StepFlops
+  step_flops: _StepFlops
   handover: HandOver = HandOver()
 
   def at(self, step: int) -> tuple[int, float]:
@@ -68,7 +68,7 @@ class _Measured(NamedTuple):
   """What was found of a stage; its hand-over counts if there is one."""
 
   num_train_images: int
-  step_flops: StepFlops
+  step_flops: _StepFlops
   handover: HandOver
 
 
@@ -96,16 +96,10 @@ class Meter:
     for index, stage in enumerate(chosen):
       found = self._found[_key(ladder, stage)]
       steps = epochs_lib.count_steps(stage, found.num_train_images)
-      handed = index or stage.init_from
-      costs.append(
-        StageCost(
-          stage.name,
-          stage.num_epochs,
-          steps,
-          found.step_flops,
-          found.handover if handed else HandOver(),
-        )
-      )
+      cost = StageCost(stage.name, stage.num_epochs, steps, found.step_flops)
+      if index or stage.init_from:
+        cost = cost._replace(handover=found.handover)
+      costs.append(cost)
     return tuple(costs)
 
   def _has(self, key: str, stage: stages_lib.Stage) -> bool:
@@ -221,5 +215,5 @@ def _starts(steps: epochs_lib.Steps) -> list[int]:
 
 
 def _kind(steps: epochs_lib.Steps, step: int) -> tuple[int, bool]:
-  """Returns what decides the cost of a step; see `StepFlops`."""
+  """Returns what decides the cost of a step; see `_StepFlops`."""
   return steps.phases.index(steps.phase(step)), step < steps.frozen

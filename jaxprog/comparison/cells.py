@@ -17,12 +17,12 @@ from jaxprog import config as config_lib
 from jaxprog import errors, stages
 from jaxprog.fields import Field
 
-Budget = Literal['epochs', 'images', 'flops', 'seconds']
-BUDGETS: tuple[Budget, ...] = ('epochs', 'images', 'flops', 'seconds')
+_Budget = Literal['epochs', 'images', 'flops', 'seconds']
+_BUDGETS: tuple[_Budget, ...] = ('epochs', 'images', 'flops', 'seconds')
 # As a budget: every cell is as long as it says itself.
-OWN = 'own'
+_OWN = 'own'
 # The cell of a comparison that has controls or operators alone.
-LADDER = 'ladder'
+_LADDER = 'ladder'
 # The control as long as it says itself, whose learning rate serves the others.
 CONTROL = 'last_alone'
 # Fields of the last stage that follow from something else.
@@ -41,7 +41,7 @@ class Cell:
     overrides: fields of the base ladder by their paths, and their values.
     only: the stages that are trained; (): all.
     labels: its entry on each axis of the grid, for people.
-    equal: what its cost has in common with the reference's, of `BUDGETS`; '':
+    equal: what its cost has in common with the reference's, of `_BUDGETS`; '':
       nothing, it is as long as it says itself.
     control: whether it is the last stage alone.
   """
@@ -50,7 +50,7 @@ class Cell:
   overrides: Mapping[str, Any]
   only: tuple[str, ...] = ()
   labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  equal: Budget | Literal[''] = ''
+  equal: _Budget | Literal[''] = ''
   control: bool = False
 
 
@@ -67,7 +67,7 @@ def create_cells(config: config_dict.ConfigDict) -> tuple[Cell, ...]:
     stages.create_stages(config.base)
   found = [*_grid_cells(config), *map(_explicit_cell, config.cells)]
   if not found and (config.operators or config.controls):
-    found = [Cell(LADDER, {})]
+    found = [Cell(_LADDER, {})]
   if not found:
     raise errors.UserError(
       'The comparison has no cells.',
@@ -75,8 +75,8 @@ def create_cells(config: config_dict.ConfigDict) -> tuple[Cell, ...]:
       "Write config.grid = ({'stages[-1].optimizer': ('adamw', 'rmsprop')},).",
     )
   found += [_operator_cell(config, entry) for entry in config.operators]
-  equal: Budget | Literal[''] = ''
-  if config.budget != OWN:
+  equal: _Budget | Literal[''] = ''
+  if config.budget != _OWN:
     equal = config.budget
   found = [dataclasses.replace(cell, equal=equal) for cell in found]
   found = _reference_first(config, found)
@@ -98,7 +98,7 @@ def create_ladder(
   for field, value in cell.overrides.items():
     where = f'cell {cell.name!r}: {field}={value!r}'
     for path in config_lib.locate(ladder, field, where):
-      if config.budget != OWN or not path.endswith('.num_epochs'):
+      if config.budget != _OWN or not path.endswith('.num_epochs'):
         _check_field(path, len(ladder.stages), where)
     config_lib.set_field(ladder, field, value, where)
   ladder = stages.complete(ladder)
@@ -145,19 +145,19 @@ def _grid_cells(config: config_dict.ConfigDict) -> Iterator[Cell]:
   titles = [_title(axis) for axis in axes]
   for entries in itertools.product(*axes) if axes else ():
     overrides: dict[str, Any] = {}
-    paths: set[str] = set()
+    paths: list[str] = []
     for _, changed in entries:
-      found = {
+      overrides |= changed
+      paths += {
         path
         for field in changed
         for path in config_lib.locate(config.base, field, 'config.grid')
       }
-      if paths & found:
-        raise errors.UserError(
-          f'Two axes of the grid change {min(paths & found)!r}.', 'config.grid'
-        )
-      paths |= found
-      overrides |= changed
+    twice = sorted(path for path in paths if paths.count(path) > 1)
+    if twice:
+      raise errors.UserError(
+        f'Two axes of the grid change {twice[0]!r}.', 'config.grid'
+      )
     names = [name for name, _ in entries]
     labels = dict(zip(titles, names, strict=True))
     yield Cell('-'.join(names), overrides, labels=labels)
@@ -273,7 +273,7 @@ def _create_controls(
     only=(stages.create_stages(config.base)[-1].name,),
     control=True,
   )
-  kinds: tuple[Budget, ...] = ('flops', 'images', 'seconds')
+  kinds: tuple[_Budget, ...] = ('flops', 'images', 'seconds')
   return [
     alone,
     *(
@@ -348,8 +348,8 @@ def _check_fields(config: config_dict.ConfigDict) -> None:
         f'config.{name}',
       )
   tuning = config.tuning
-  for field in (
-    Field('budget', str, None, choices=(*BUDGETS, OWN)),
+  for field in (  # Their defaults are those of configs/compare_default.py.
+    Field('budget', str, None, choices=(*_BUDGETS, _OWN)),
     Field('controls', bool, None),
     Field('seeds', int, None, within='[1, inf)'),
     Field('timed_epochs', int, None, within='[1, inf)'),

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxprog import formats
-from jaxprog.comparison import runs, statistics, verdicts
+from jaxprog.comparison import statistics, verdicts
 from jaxprog.comparison.budgets import StageCost
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
 from jaxprog.comparison.statistics import Axis, Record
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import outcomes as outcomes_lib
+from jaxprog.training import ladder
 
 
 def read_record(
@@ -35,7 +36,7 @@ def read_record(
   seconds of the hand-over to a stage where it was not measured, because the
   stage before came from another run.
   """
-  history = runs.read_history(planned)
+  history = ladder.read_history(planned.workdir)
   curve, boundaries = _read_costs(planned, history, handovers)
   last = history_lib.find_stage(history, planned.names[-1])
   final = best = outcomes = None
@@ -123,20 +124,11 @@ def _read_curve(
 def measure_handovers(planned: Sequence[Planned]) -> dict[str, float]:
   """Returns the mean measured seconds of the hand-over to each stage."""
   found: dict[str, list[float]] = {}
-  for history in map(runs.read_history, planned):
-    for stage in history['stages']:
+  for run in planned:
+    for stage in ladder.read_history(run.workdir)['stages']:
       if 'handover_seconds' in stage:
         found.setdefault(stage['name'], []).append(stage['handover_seconds'])
   return {name: mean_lib.fmean(x) for name, x in found.items()}
-
-
-def choose_target(records: Sequence[Record], target: float) -> float:
-  """Returns `target`, or where it is 0 what every run that is done reached.
-
-  That is the lowest final top-1.
-  """
-  finals = [x['final_top1'] for x in statistics.done(records)]
-  return target or min(finals, default=0.0)
 
 
 def find_verdicts(
@@ -151,17 +143,17 @@ def find_verdicts(
   """
   by_cell = statistics.by_cell(records)
   reference, *others = (cell for cell in cells if cell.name in by_cell)
-  sentences, answers = [], dict[Axis, verdicts.Answer]()
+  sentences, answers = [], dict[Axis, tuple[str, str]]()
   for cell in others:
-    a, b = cell, reference
+    names = [cell.name, reference.name]
     if cell.control:  # Of the ladder is spoken, against what it has to beat.
-      a, b = b, a
-    arms = by_cell[a.name], by_cell[b.name]
+      names.reverse()
+    a, b = (by_cell[name] for name in names)
     axis = cell.equal or ('images' if budget == 'own' else budget)
-    text = verdicts.compare_sentence(*arms, target, axis)
-    sentences.append(f'{a.name} against {b.name}: {text}.')
+    text = verdicts.compare_sentence(a, b, target, axis)
+    sentences.append(f'{" against ".join(names)}: {text}.')
     if cell.control and cell.equal:
-      answers[axis] = verdicts.answer(*arms)
+      answers[axis] = verdicts.answer(a, b)
   if answers:
     sentences.insert(0, verdicts.overall(reference.name, answers))
   return sentences

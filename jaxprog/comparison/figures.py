@@ -7,19 +7,16 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
-import matplotlib.axes
 import matplotlib.backends.backend_agg
 import matplotlib.colors
-import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from jaxprog import files
 from jaxprog.comparison import statistics, tables
 from jaxprog.comparison.statistics import Axis, Estimate, Record
-
-Axes = matplotlib.axes.Axes
-Figure = matplotlib.figure.Figure
 
 # Okabe and Ito's colours without the yellow, too faint for lines on white.
 _COLORS = (
@@ -77,10 +74,7 @@ _SAME_BOUNDARY = 0.02
 
 
 class Grid(NamedTuple):
-  """A comparison of two fields of the config.
-
-  Their names, their values as text, and the runs of each pair of them.
-  """
+  """Two fields of the config, their values as text, and the runs of each."""
 
   row_key: str
   column_key: str
@@ -168,9 +162,8 @@ def draw_forest(runs: Sequence[Record], reference: str = '') -> Figure:
   axes.grid(visible=False, axis='y')
   for i, cell_runs in enumerate(ranked.values()):
     _draw_row(axes, i, cell_runs)
-  if reference in ranked and statistics.done(ranked[reference]):
-    mean = _mean(ranked[reference])
-    axes.axvline(mean, color=_SOFT, linewidth=1, linestyle=':')
+  mean = _mean(ranked.get(reference, ()))
+  axes.axvline(mean, color=_SOFT, linewidth=1, linestyle=':')
   positions = range(len(ranked))
   axes.set_yticks(positions, map(_shorten, ranked))
   axes.set_ylim(len(ranked) - 0.5, -0.5)
@@ -310,39 +303,31 @@ def _mark_boundaries(
 ) -> None:
   """Draws a line where earlier stages end, with their names above the panel.
 
-  A line each: names that end close together do not touch.
+  Close ends of one stage in several arms are one. A line each: names of stages
+  that end close together do not touch.
   """
   right = axes.get_xlim()[1]
-  for i, (x, name) in enumerate(
-    _boundaries(arms, axis, _SAME_BOUNDARY * right)
-  ):
-    axes.axvline(x, color=_SOFT, linewidth=1, linestyle=(0, (1, 2)))
-    axes.annotate(
-      f'{_shorten(name, 20)} ends',
-      (x, 1.0),
-      xycoords=('data', 'axes fraction'),
-      xytext=(0, 3 + 11 * i),
-      textcoords='offset points',
-      ha='left' if x < right / 2 else 'right',
-      color=_SOFT,
-      fontsize=_SMALL,
-    )
-
-
-def _boundaries(
-  arms: Mapping[str, Sequence[Record]], axis: Axis, distance: float
-) -> list[tuple[float, str]]:
-  """Returns where the earlier stages of all arms end, close ones as one."""
   found: dict[tuple[str, str], list[float]] = {}
   for arm, runs in arms.items():
     for run in statistics.done(runs):
       for boundary in statistics.earlier_stages(run):
         found.setdefault((arm, boundary['stage']), []).append(boundary[axis])
-  merged: list[tuple[float, str]] = []
-  for x, stage in sorted((float(np.mean(v)), k[1]) for k, v in found.items()):
-    if not any(name == stage and x - y < distance for y, name in merged):
-      merged.append((x, stage))
-  return merged
+  ends: list[tuple[float, str]] = []
+  for x, name in sorted((float(np.mean(v)), k[1]) for k, v in found.items()):
+    if any(name == y[1] and x - y[0] < _SAME_BOUNDARY * right for y in ends):
+      continue
+    axes.axvline(x, color=_SOFT, linewidth=1, linestyle=(0, (1, 2)))
+    axes.annotate(
+      f'{_shorten(name, 20)} ends',
+      (x, 1.0),
+      xycoords=('data', 'axes fraction'),
+      xytext=(0, 3 + 11 * len(ends)),
+      textcoords='offset points',
+      ha='left' if x < right / 2 else 'right',
+      color=_SOFT,
+      fontsize=_SMALL,
+    )
+    ends.append((x, name))
 
 
 def _draw_row(axes: Axes, i: int, runs: Sequence[Record]) -> None:

@@ -44,12 +44,11 @@ def halve(
     factors: above 0.
     num_rungs: each costs more than the one before.
     keep: part that goes on, in (0, 1]; rounded up.
-    score: of a rung, counted from 0, and a factor; higher is better, NaN and
-      -inf are worst.
+    score: of a rung, counted from 0, and a factor; higher is better.
   """
   left, trials, best = list(factors), [], None
   for rung in range(num_rungs):
-    ran = [Trial(rung, x, _rank(score(rung, x))) for x in left]
+    ran = [Trial(rung, x, score(rung, x)) for x in left]
     trials += ran
     ran.sort(key=lambda t: (-t.score, abs(math.log(t.factor)), t.factor))
     if ran[0].score == -math.inf:
@@ -58,15 +57,3 @@ def halve(
     left = [t.factor for t in ran[: math.ceil(keep * len(ran) - 1e-9)]]
   border = len(factors) > 1 and best in (min(factors), max(factors))
   return Choice(1.0 if best is None else best, border, tuple(trials))
-
-
-def count_trials(num_factors: int, num_rungs: int, keep: float) -> list[int]:
-  """Returns how many trials each rung has, if none of them is lost."""
-  counts = [num_factors]
-  while len(counts) < num_rungs:
-    counts.append(math.ceil(keep * counts[-1] - 1e-9))
-  return counts
-
-
-def _rank(score: float) -> float:
-  return -math.inf if math.isnan(score) else score

@@ -25,9 +25,13 @@ def write_page(workdir: pathlib.Path) -> pathlib.Path:
   source = workdir / 'comparison.json'
   try:
     result = json.loads(source.read_text(encoding='utf-8'))
-    _check(result)
+    if not isinstance(result, dict):
+      raise ValueError('it holds no object')
+    if result.get('version') != VERSION:
+      found = result.get('version', 'none')
+      raise ValueError(f'its version is {found}, not {VERSION}')
     text = _create_page(result, workdir)
-  except (KeyError, TypeError, ValueError) as e:
+  except (AttributeError, LookupError, TypeError, ValueError) as e:
     why = f'it lacks {e}' if isinstance(e, KeyError) else e
     raise errors.UserError(
       f'The comparison is damaged: {why}.',
@@ -37,15 +41,6 @@ def write_page(workdir: pathlib.Path) -> pathlib.Path:
   path = workdir / 'report.html'
   files.write_bytes(path, text.encode())
   return path
-
-
-def _check(result: Any) -> None:
-  """Raises ValueError if `result` is of another version, or another file."""
-  if not isinstance(result, dict):
-    raise ValueError('it holds no object')
-  if result.get('version') != VERSION:
-    found = result.get('version', 'none')
-    raise ValueError(f'its version is {found}, not {VERSION}')
 
 
 def _create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
@@ -106,7 +101,7 @@ def _cells(result: Mapping[str, Any]) -> tables.Table:
     for cell in result['cells']
   ]
   titles = 'cell', 'stages', 'changed', 'equal'
-  return tables.Table('What was trained', titles, rows, left=(0, 1, 2, 3))
+  return tables.Table(titles, rows, (0, 1, 2, 3), 'What was trained')
 
 
 def _runs(result: Mapping[str, Any]) -> tables.Table:
@@ -122,7 +117,7 @@ def _runs(result: Mapping[str, Any]) -> tables.Table:
     for run in result['runs']
   ]
   titles = 'cell', 'seed', 'final top-1', 'rate', 'status', 'resumed'
-  return tables.Table('Every run', titles, rows, left=(0, 4))
+  return tables.Table(titles, rows, (0, 4), 'Every run')
 
 
 def _pictures(workdir: pathlib.Path) -> Html:

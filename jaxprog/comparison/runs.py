@@ -22,14 +22,13 @@ from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
 from jaxprog.comparison.budgets import StageCost
 from jaxprog.comparison.cells import Cell
-from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import checkpoints, integrity
 from jaxprog.training import ladder, loop
 from jaxprog.training import setup as setup_lib
 
-Outcome = dict[str, Any]
+_Outcome = dict[str, Any]
 
-VERSION = 1
+_VERSION = 1
 # What a finished stage has saved for those after it.
 _SHARED = {'best', 'final', 'ema', 'done.json'}
 
@@ -59,7 +58,7 @@ class Planned:
     return next(s for s in chosen if s.name == self.names[-1])
 
 
-def read_outcome(planned: Planned) -> Outcome | None:
+def read_outcome(planned: Planned) -> _Outcome | None:
   """Returns how the run ended; None if it is not over, or may go on.
 
   One that failed may have met a full disk: it is tried again. One that diverged
@@ -82,7 +81,7 @@ def read_outcome(planned: Planned) -> Outcome | None:
   return outcome if outcome['status'] != 'failed' else None
 
 
-def run(planned: Planned, earlier: Sequence[Planned]) -> Outcome:
+def run(planned: Planned, earlier: Sequence[Planned]) -> _Outcome:
   """Trains what is left of a run that is not over; returns how it ended.
 
   Stages of `earlier` runs, which are over, may serve this one too.
@@ -107,7 +106,7 @@ def run(planned: Planned, earlier: Sequence[Planned]) -> Outcome:
     with contextlib.suppress(OSError), open(path, 'a') as file:
       traceback.print_exc(file=file)
   outcome = {
-    'version': VERSION,
+    'version': _VERSION,
     'status': status,
     'error': error,
     'config_hash': _hash(planned),
@@ -129,17 +128,6 @@ def compile_ahead(planned: Planned) -> None:
   for stage in setup.chosen[1:]:
     task = setup_lib.create_task(setup, stage)
     setup_lib.compile_task(task, carried=True)
-
-
-def read_history(planned: Planned) -> history_lib.History:
-  """Returns the history of a run that has begun, an empty one if it has none.
-
-  A run may fail before its first epoch.
-  """
-  path = planned.workdir / 'training_history.json'
-  if not path.exists():
-    return history_lib.new_history(config_lib.config_hash(planned.config))
-  return history_lib.load_history(path)
 
 
 def share_stages(planned: Planned, earlier: Sequence[Planned]) -> list[str]:

@@ -46,10 +46,6 @@ class Score(NamedTuple):
   outcomes: Outcomes | None = None
 
 
-# That of each seed.
-Scores = Mapping[int, Score]
-
-
 class Estimate(NamedTuple):
   """A mean and its 95% interval; one value has no interval and no spread."""
 
@@ -83,8 +79,8 @@ class Noise(NamedTuple):
   """
 
   own: Any
-  shared: Any
-  freedom: Any
+  shared: Any = 0.0
+  freedom: Any = math.inf
 
 
 class MeanCurve(NamedTuple):
@@ -128,14 +124,14 @@ def _own_noise(arm: np.ndarray) -> Any:
   return (left**2).sum((-2, -1)) / freedom / (runs * images)
 
 
-def binomial_noise(top1: Any, num_images: int) -> Noise:
-  """Returns the noise of an accuracy of which only the mean is known.
+def binomial_variance(top1: Any, num_images: int) -> Any:
+  """Returns the `own` noise of an accuracy of which only the mean is known.
 
   As if no two runs had an image in common (Agresti & Coull 1998: four more
   images, two of them right, keep it above 0).
   """
   part = (top1 * num_images + 2) / (num_images + 4)
-  return Noise(part * (1 - part) / (num_images + 4), 0.0, math.inf)
+  return part * (1 - part) / (num_images + 4)
 
 
 def standard_error(spread: Any, freedom: Any, noise: Noise) -> tuple[Any, Any]:
@@ -237,11 +233,12 @@ def _noise_of(*arms: Sequence[Score], paired: bool = False) -> Noise:
     if paired:
       return image_noise(signed[0] + signed[1])
     return image_noise(*signed)
-  each = [
-    binomial_noise(_top1s(arm).mean(), min(x.num_images for x in arm))
-    for arm in arms
-  ]
-  return Noise(sum(x.own for x in each), 0.0, math.inf)
+  return Noise(
+    sum(
+      binomial_variance(_top1s(arm).mean(), min(x.num_images for x in arm))
+      for arm in arms
+    )
+  )
 
 
 def _top1s(scores: Iterable[Score]) -> np.ndarray:
@@ -263,7 +260,7 @@ def told_apart(a: float, b: float, num_images: int) -> bool:
 
   Of one run each: what other seeds would change is not in it.
   """
-  variance = sum(binomial_noise(x, num_images).own for x in (a, b))
+  variance = sum(binomial_variance(x, num_images) for x in (a, b))
   return abs(a - b) > special.ndtri(0.5 + CONFIDENCE / 2) * math.sqrt(variance)
 
 
@@ -288,12 +285,11 @@ def expected_maximum(count: int) -> float:
   In standard errors of one cell's mean, for cells with normal means.
   """
   x = np.linspace(-10, 10, 4001)
-  normal = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-  density = count * normal * special.ndtr(x) ** (count - 1)
-  return float(np.trapezoid(x * density, x))
+  # By parts: the distribution of the best, beside that of what is always 0.
+  return float(np.trapezoid(np.heaviside(x, 0.5) - special.ndtr(x) ** count, x))
 
 
-def compare(a: Scores, b: Scores) -> Difference:
+def compare(a: Mapping[int, Score], b: Mapping[int, Score]) -> Difference:
   """Returns a - b: over the seeds that both have, or by Welch if under two."""
   x, y, paired = _pair(a, b)
   noise = _noise_of(x, y, paired=paired)
@@ -420,13 +416,10 @@ def compare_time_to_target(
     return None
   first, second, paired = _pair(*costs)
   x, y = np.log(first), np.log(second)
-  own = sum(_target_noise(runs, target, axis) for runs in (a, b))
-  e, p_value = _test(
-    _spread_of(x, y, paired=paired),
-    x.mean() - y.mean(),
-    Noise(own, 0.0, math.inf),
-    (-math.inf, math.inf),
-  )
+  noise = Noise(sum(_target_noise(runs, target, axis) for runs in (a, b)))
+  spread = _spread_of(x, y, paired=paired)
+  everywhere = -math.inf, math.inf
+  e, p_value = _test(spread, x.mean() - y.mean(), noise, everywhere)
   low, high = (None if x is None else math.exp(x) for x in (e.low, e.high))
   ratio = Estimate(math.exp(e.mean), e.std, low, high, e.n)
   return Difference(ratio, p_value, paired, (len(costs[0]), len(costs[1])))
@@ -440,7 +433,7 @@ def _target_noise(runs: Iterable[Record], target: float, axis: Axis) -> float:
   finished = done(runs)
   images = min(run['num_images'] for run in finished)
   slopes = [_slope(run, target, axis) for run in finished]
-  return binomial_noise(target, images).own / float(np.median(slopes)) ** 2
+  return binomial_variance(target, images) / float(np.median(slopes)) ** 2
 
 
 def _slope(run: Record, target: float, axis: Axis) -> float:
@@ -466,8 +459,8 @@ def mean_curve(runs: Iterable[Record], axis: Axis) -> MeanCurve | None:
   mean, spread = values.mean(0), _spread(values)
   if spread is None:
     return MeanCurve(grid, mean, None, None)
-  noise = binomial_noise(mean, min(run['num_images'] for run in done(runs)))
-  low, high, _ = _interval(spread, mean, noise, _ACCURACIES)
+  own = binomial_variance(mean, min(run['num_images'] for run in done(runs)))
+  low, high, _ = _interval(spread, mean, Noise(own), _ACCURACIES)
   return MeanCurve(grid, mean, low, high)
 
 

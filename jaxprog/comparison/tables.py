@@ -15,9 +15,7 @@ from jaxprog import files
 from jaxprog.comparison import statistics, verdicts
 from jaxprog.comparison.statistics import Axis, Difference, Estimate, Record
 
-AXES: tuple[Axis, ...] = ('epochs', 'images', 'flops', 'seconds')
-_STATUSES = ('done', 'diverged', 'failed')
-
+_AXES: tuple[Axis, ...] = ('epochs', 'images', 'flops', 'seconds')
 _NONE = '-'
 _CAPTION = (
   'Final top-1 (%), over seeds. Difference: to {reference}, in points, over '
@@ -25,7 +23,6 @@ _CAPTION = (
   f'{statistics.MIN_RUNS} runs on. Intervals count other seeds and other '
   'evaluation images.'
 )
-_MAGNITUDES = ((1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
 
 
 class CellSummary(NamedTuple):
@@ -45,7 +42,7 @@ class CellSummary(NamedTuple):
   def counts(self) -> dict[str, int]:
     """How many runs there are, by status."""
     statuses = [run['status'] for run in self.runs]
-    return {status: statuses.count(status) for status in _STATUSES}
+    return {x: statuses.count(x) for x in ('done', 'diverged', 'failed')}
 
   @property
   def learning_rates(self) -> list[float]:
@@ -59,16 +56,19 @@ class CellSummary(NamedTuple):
     ends = [run['curve'][-1] for run in done if run['curve']]
     if not ends:
       return {}
-    return {axis: sum(end[axis] for end in ends) / len(ends) for axis in AXES}
+    return {axis: sum(end[axis] for end in ends) / len(ends) for axis in _AXES}
 
 
 class Table(NamedTuple):
-  """A table as people read it; the columns that are not `left` are numbers."""
+  """A table as people read it; the columns that are not `left` are numbers.
 
-  caption: str
+  Its caption stands on a page alone.
+  """
+
   titles: tuple[str, ...]
   rows: Sequence[tuple[str, ...]]
-  left: tuple[int, ...]
+  left: tuple[int, ...] = (0,)
+  caption: str = ''
 
 
 def summarize(runs: Iterable[Record], reference: str) -> list[CellSummary]:
@@ -100,16 +100,15 @@ def summarize(runs: Iterable[Record], reference: str) -> list[CellSummary]:
 def tabulate(summaries: Sequence[CellSummary]) -> tuple[Table, Table]:
   """Returns the accuracies and the costs of all cells."""
   accuracies = Table(
-    'Final top-1 over seeds, %',
     ('cell', 'n', 'top-1', 'std', '95% interval', 'difference', 'p'),
     [_accuracy_row(summary) for summary in summaries],
-    left=(0,),
+    caption='Final top-1 over seeds, %',
   )
   costs = Table(
-    'Means over runs',
     ('cell', 'best rate', 'epochs', 'images', 'FLOPs', 'seconds', 'runs'),
     [_cost_row(summary) for summary in summaries],
     left=(0, 6),
+    caption='Means over runs',
   )
   return accuracies, costs
 
@@ -119,12 +118,14 @@ def render(
 ) -> rich.console.Group:
   """Returns both tables and notes on them, for 80 columns."""
   texts = map(rich.text.Text, notes(summaries, reference))
-  return rich.console.Group(*map(_render, tabulate(summaries)), *texts)
+  accuracies, costs = (to_rich(x, gap=1) for x in tabulate(summaries))
+  return rich.console.Group(accuracies, costs, *texts)
 
 
-def _render(table: Table) -> rich.table.Table:
+def to_rich(table: Table, gap: int = 2) -> rich.table.Table:
+  """Returns a table for the terminal, `gap` letters between its columns."""
   rendered = rich.table.Table(
-    box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, gap - 1)
   )
   for i, title in enumerate(table.titles):
     # Only texts may have to be broken.
@@ -171,7 +172,7 @@ def _run_rows(runs: Iterable[Record]) -> list[dict[str, Any]]:
       {
         **{k: run[k] for k in ('cell', 'seed', 'status', 'learning_rate')},
         **{k: run[k] for k in ('final_top1', 'best_top1')},
-        **{axis: end.get(axis) for axis in AXES},
+        **{axis: end.get(axis) for axis in _AXES},
         **{f'override:{k}': v for k, v in run['overrides'].items()},
         **{k: run[k] for k in ('control', 'resumed', 'error')},
       }
@@ -196,7 +197,7 @@ def _cell_rows(
       'paired': difference and difference.paired,
       'p_holm': s.p_value,
       'learning_rate': ' '.join(f'{rate:g}' for rate in s.learning_rates),
-      **{axis: costs.get(axis) for axis in AXES},
+      **{axis: costs.get(axis) for axis in _AXES},
       'control': cell['control'],
       'flops_per_image': cell['flops_per_image'],
       'tuned_factor': tuning.get('factor'),
@@ -230,7 +231,7 @@ def write(
 
 def format_count(value: float) -> str:
   """Returns a number of images or seconds in four letters: '128k', '1.3M'."""
-  for size, letter in _MAGNITUDES:
+  for size, letter in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
     # What would be rounded up to the next magnitude is shown in it.
     if value >= 0.9995 * size:
       return f'{value / size:.3g}{letter}'
@@ -245,6 +246,9 @@ def _accuracy_row(s: CellSummary) -> tuple[str, ...]:
     None if x is None else f'{100 * x:.2f}'
     for x in (s.top1.std, s.top1.low, s.top1.high)
   )
+  p = _NONE
+  if s.p_value is not None:
+    p = '<0.001' if s.p_value < 0.001 else f'{s.p_value:.3f}'
   return (
     s.cell,
     n,
@@ -252,7 +256,7 @@ def _accuracy_row(s: CellSummary) -> tuple[str, ...]:
     std or _NONE,
     f'[{low}, {high}]' if low else _NONE,
     verdicts.format_points(s.difference.estimate) if s.difference else _NONE,
-    _format_p(s.p_value),
+    p,
   )
 
 
@@ -261,17 +265,11 @@ def _cost_row(s: CellSummary) -> tuple[str, ...]:
   formats = {'flops': '{:.2e}'.format, 'epochs': '{:.3g}'.format}
   costs = [
     formats.get(axis, format_count)(value) for axis, value in s.costs.items()
-  ] or [_NONE] * len(AXES)
+  ] or [_NONE] * len(_AXES)
   runs = [f'{n} {status}' for status, n in s.counts.items() if n]
   # Seeds of a cell share a rate, unless someone chose otherwise.
   rate = f'{rates[0]}..{rates[-1]}' if len(rates) > 1 else ''.join(rates)
   return (s.cell, rate or _NONE, *costs, ', '.join(runs))
-
-
-def _format_p(p: float | None) -> str:
-  if p is None:
-    return _NONE
-  return '<0.001' if p < 0.001 else f'{p:.3f}'
 
 
 def _estimate_fields(name: str, e: Estimate | None) -> dict[str, float | None]:

@@ -1,47 +1,25 @@
 """What a comparison found, in sentences that claim no more than was shown."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from jaxprog.comparison import statistics
 from jaxprog.comparison.statistics import Axis, Difference, Estimate, Record
 
-COSTS: Mapping[Axis, str] = {
-  'flops': 'FLOPs',
-  'images': 'images',
-  'seconds': 'seconds',
-  'epochs': 'epochs',
-}
-PAYS, DOES_NOT_PAY, NOT_SHOWN = 'pays', 'does not pay', 'not shown'
-
 # So many digits after the point at most; see `_format`.
 _MAX_DIGITS = 4
 
-
 # One side of a comparison: the runs of a cell, whose name it has in a sentence.
-Arm = Sequence[Record]
+_Arm = Sequence[Record]
 
 
-class Answer(NamedTuple):
-  """Whether an arm paid under one control: 'pays', 'does not pay', 'not shown'.
-
-  `difference` is that of the final accuracies, None if a side has no run that
-  is done; `reason` says what kept a shown difference from counting.
-  """
-
-  word: str
-  difference: Difference | None
-  reason: str = ''
-
-
-def compare_sentence(a: Arm, b: Arm, target: float, axis: Axis) -> str:
+def compare_sentence(a: _Arm, b: _Arm, target: float, axis: Axis) -> str:
   """Returns all that is to be said of `a` against `b`, without a full stop.
 
   `axis` is the cost of reaching `target`, a top-1 in [0, 1].
   """
   missing = [arm for arm in (a, b) if not statistics.done(arm)]
   if missing:
-    return f'{no_run_sentence(missing)}: nothing can be compared'
+    return f'{_no_run(missing)}: nothing can be compared'
   parts = [
     target_sentence(a, b, target, axis),
     accuracy_sentence(a, b),
@@ -50,7 +28,7 @@ def compare_sentence(a: Arm, b: Arm, target: float, axis: Axis) -> str:
   return '; '.join(parts)
 
 
-def target_sentence(a: Arm, b: Arm, target: float, axis: Axis) -> str:
+def target_sentence(a: _Arm, b: _Arm, target: float, axis: Axis) -> str:
   """Returns what `a` paid to reach `target`, as a multiple of what `b` paid."""
   goal = f'{100 * target:.1f}% top-1'
   x = statistics.costs_to_target(a, target, axis)
@@ -59,7 +37,7 @@ def target_sentence(a: Arm, b: Arm, target: float, axis: Axis) -> str:
   if found is None:
     return f'{goal} was reached by {_reached(a, x)} and {_reached(b, y)}'
   e = found.estimate
-  cost = f'after {format_ratio(e)} of the {COSTS[axis]}'
+  cost = f'after {format_ratio(e)} of the {_cost(axis)}'
   if e.low is None:
     return f'{_name(a)} reached {goal} {cost}'
   if not statistics.is_difference(e, 1.0):
@@ -69,13 +47,13 @@ def target_sentence(a: Arm, b: Arm, target: float, axis: Axis) -> str:
   )
 
 
-def accuracy_sentence(a: Arm, b: Arm) -> str:
+def accuracy_sentence(a: _Arm, b: _Arm) -> str:
   """Returns how the final top-1 of `a` differs from that of `b`."""
   found = statistics.compare(
     statistics.final_scores(a), statistics.final_scores(b)
   )
   text = f'final accuracy {format_points(found.estimate)} points'
-  counts = count_sentence(found)
+  counts = _count(found)
   if found.estimate.low is None:
     return f'{text}; {counts}: nothing can be said of the spread'
   if not statistics.is_difference(found.estimate):
@@ -83,7 +61,7 @@ def accuracy_sentence(a: Arm, b: Arm) -> str:
   return f'{text}: {"better" if found.estimate.mean > 0 else "worse"}, {counts}'
 
 
-def count_sentence(found: Difference) -> str:
+def _count(found: Difference) -> str:
   """Returns how many runs a comparison stands on, and whether they pair."""
   x, y = found.counts
   if x == y == 1:
@@ -96,7 +74,7 @@ def count_sentence(found: Difference) -> str:
   return f'n = {pairs} of {x} and {y} runs'
 
 
-def lost_runs(*arms: Arm) -> list[str]:
+def lost_runs(*arms: _Arm) -> list[str]:
   """Returns a clause for each arm that has runs outside of its mean."""
   return [
     f'of {_runs_of(arm, len(arm))} {" and ".join(counts)}, not in the mean'
@@ -105,45 +83,50 @@ def lost_runs(*arms: Arm) -> list[str]:
   ]
 
 
-def no_run_sentence(arms: Sequence[Arm]) -> str:
+def _no_run(arms: Sequence[_Arm]) -> str:
   """Returns that no run of `arms` came to its end."""
   return f'no run of {" or ".join(map(_name, arms))} finished'
 
 
-def answer(a: Arm, b: Arm) -> Answer:
-  """Returns whether `a` paid against `b`, the control of the same cost.
+def answer(a: _Arm, b: _Arm) -> tuple[str, str]:
+  """Returns 'pays', 'does not pay' or 'not shown' of `a`, and on what ground.
 
-  By the final accuracy alone, the one outcome that is fixed beforehand:
-  whichever of two outcomes came out well would pay twice as often by chance. A
-  better mean does not count where runs of its own arm diverged, since those
-  are not in it.
+  Against `b`, the control of the same cost. By the final accuracy alone, the
+  one outcome that is fixed beforehand: whichever of two outcomes came out well
+  would pay twice as often by chance. A better mean does not count where runs of
+  its own arm diverged, since those are not in it.
   """
   x, y = statistics.final_scores(a), statistics.final_scores(b)
   if not x or not y:
-    return Answer(NOT_SHOWN, None, no_run_sentence([b if x else a]))
+    return 'not shown', _no_run([b if x else a])
   found = statistics.compare(x, y)
-  if not statistics.is_difference(found.estimate):
-    return Answer(NOT_SHOWN, found)
-  better, worse = (a, b) if found.estimate.mean > 0 else (b, a)
-  if _diverged(better) > _diverged(worse):
-    return Answer(NOT_SHOWN, found, f'runs of {_name(better)} diverged')
-  return Answer(PAYS if better is a else DOES_NOT_PAY, found)
+  e = found.estimate
+  ground = f'{format_points(e)} points, {_count(found)}'
+  if not statistics.is_difference(e):
+    return 'not shown', ground
+  better, worse = (a, b) if e.mean > 0 else (b, a)
+  diverged, fewer = (
+    sum(run['status'] == 'diverged' for run in arm) for arm in (better, worse)
+  )
+  if diverged > fewer:
+    return 'not shown', f'{ground}, runs of {_name(better)} diverged'
+  return 'pays' if better is a else 'does not pay', ground
 
 
-def overall(name: str, answers: Mapping[Axis, Answer]) -> str:
+def overall(name: str, answers: Mapping[Axis, tuple[str, str]]) -> str:
   """Returns the first line of a page: what each control answered.
 
   By the cost that it has in common with the arm, whose name is `name`.
   """
   clauses = []
-  for word in (PAYS, DOES_NOT_PAY, NOT_SHOWN):
+  for word in ('pays', 'does not pay', 'not shown'):
     controls = [
-      f'at equal {COSTS[axis]} ({_ground(found)})'
-      for axis, found in answers.items()
-      if found.word == word
+      f'at equal {_cost(axis)} ({ground})'
+      for axis, (found, ground) in answers.items()
+      if found == word
     ]
     if controls:
-      said = 'is not shown to pay' if word == NOT_SHOWN else word
+      said = 'is not shown to pay' if word == 'not shown' else word
       clauses.append(f'{said} {_enumerate(controls)}')
   sentence = f'{name} {"; it ".join(clauses)}.'
   return sentence[0].upper() + sentence[1:]
@@ -227,32 +210,24 @@ def _not_shown(e: Estimate) -> str:
   return 'too few runs to tell' if few else 'no difference shown'
 
 
-def _reached(arm: Arm, costs: Mapping[int, float | None]) -> str:
+def _reached(arm: _Arm, costs: Mapping[int, float | None]) -> str:
   """Returns how many runs of an arm reached a target: '3 of 5 runs of NAME'."""
   reached = sum(cost is not None for cost in costs.values())
   return f'{reached or "none"} of {_runs_of(arm, len(costs))}'
 
 
-def _runs_of(arm: Arm, count: int) -> str:
+def _runs_of(arm: _Arm, count: int) -> str:
   return f'{count} run{"s"[: count > 1]} of {_name(arm)}'
 
 
-def _name(arm: Arm) -> str:
+def _name(arm: _Arm) -> str:
   return arm[0]['cell']
 
 
-def _ground(found: Answer) -> str:
-  if found.difference is None:
-    return found.reason
-  e = found.difference.estimate
-  parts = [f'{format_points(e)} points', count_sentence(found.difference)]
-  return ', '.join([*parts, *filter(None, [found.reason])])
+def _cost(axis: Axis) -> str:
+  return 'FLOPs' if axis == 'flops' else axis
 
 
 def _enumerate(parts: Sequence[str]) -> str:
   *most, last = parts
   return f'{", ".join(most)} and {last}' if most else last
-
-
-def _diverged(arm: Arm) -> int:
-  return sum(run['status'] == 'diverged' for run in arm)

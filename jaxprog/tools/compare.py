@@ -5,18 +5,15 @@ WORKDIR/tuning, epochs that were timed in WORKDIR/timing. The same command goes
 on after any end: what is over is read, what was interrupted is resumed.
 """
 
-import contextlib
 import dataclasses
 import io
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import rich.box
 import rich.console
-import rich.table
 import rich.text
 from ml_collections import config_dict
 
@@ -30,6 +27,7 @@ from jaxprog.comparison import (
   halving,
   page,
   runs,
+  statistics,
   tables,
 )
 from jaxprog.comparison.cells import Cell
@@ -38,6 +36,7 @@ from jaxprog.comparison.statistics import Record
 from jaxprog.data import workers
 from jaxprog.monitoring import environment
 from jaxprog.reliability import lock, signals
+from jaxprog.training import ladder as ladder_lib
 from jaxprog.training import preflight
 
 # What is kept of a trial's record.
@@ -74,13 +73,15 @@ class Comparison:
   def num_runs(self) -> int:
     """How many runs there will be, if no trial is lost."""
     tuning = self.config.tuning
-    trials = sum(
-      halving.count_trials(len(tuning.factors), len(tuning.rungs), tuning.keep)
-    )
-    tuned = sum(map(_is_tuned, self.cells))
-    timed = sum(map(_is_timed, self.cells[1:]))
-    compared = len(self.cells) * self.config.seeds
-    return compared + tuned * trials * tuning.seeds + timed
+    count = len(self.cells) * self.config.seeds
+    count += sum(map(_is_timed, self.cells[1:]))
+    if tuning.factors:
+      choice = halving.halve(
+        tuning.factors, len(tuning.rungs), tuning.keep, lambda *_: 0.0
+      )
+      tuned = sum(map(_is_tuned, self.cells))
+      count += tuned * len(choice.trials) * tuning.seeds
+    return count
 
   def plan_run(
     self, cell: Cell, seed: int, num_epochs: float | None = None
@@ -124,7 +125,8 @@ class Comparison:
       if factor != 1:
         stage = next(s for s in ladder.stages if s.name == last.name)
         stage.learning_rate *= factor
-      return self._measure(cell, seed, ladder, folder)
+      costs = self.meter.measure(ladder, cell.only)
+    return Planned(cell, seed, ladder, costs, self.workdir / folder)
 
   def plan_timing(self, cell: Cell) -> Planned:
     """Returns a run of a few epochs of each stage."""
@@ -134,13 +136,10 @@ class Comparison:
       for stage in cells.trained_stages(ladder, cell):
         count = float(self.config.timed_epochs)
         ladder = budgets.set_length(ladder, stage.name, count)
-      return self._measure(cell, seed, ladder, f'timing/{cell.name}')
-
-  def _measure(
-    self, cell: Cell, seed: int, ladder: config_dict.ConfigDict, folder: str
-  ) -> Planned:
-    costs = self.meter.measure(ladder, cell.only)
-    return Planned(cell, seed, ladder, costs, self.workdir / folder)
+      costs = self.meter.measure(ladder, cell.only)
+    return Planned(
+      cell, seed, ladder, costs, self.workdir / 'timing' / cell.name
+    )
 
   def _count_epochs(
     self, cell: Cell, ladder: config_dict.ConfigDict, own: float
@@ -165,7 +164,10 @@ class Comparison:
     before = runs.read_outcome(planned)
     if before is None:
       self.say(f'{number}: {what}')
-      self._compile(planned)
+      key = f'{planned.cell.name} {planned.last.num_epochs}'
+      if key not in self.compiled:
+        self.compiled.add(key)
+        runs.compile_ahead(planned)
     outcome = before or runs.run(planned, self.over)
     self.over.append(planned)
     record = collect.read_record(planned, outcome, {})
@@ -174,12 +176,6 @@ class Comparison:
     again = ', done before' if before else ''
     self.say(f'{number}: {what}: {result}{again}')
     return record
-
-  def _compile(self, planned: Planned) -> None:
-    key = f'{planned.cell.name} {planned.last.num_epochs}'
-    if key not in self.compiled:
-      self.compiled.add(key)
-      runs.compile_ahead(planned)
 
   def say(self, text: str) -> None:
     """Prints a line."""
@@ -205,18 +201,17 @@ def compare(
   if jax.process_count() > 1:
     raise errors.UserError('A comparison runs in one process.')
   preflight.claim_workdir(workdir)
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(signals.StopRequest())
+  with signals.StopRequest():
     console = rich.console.Console(markup=False)
     comparison = Comparison(config, workdir, chosen, console)
     comparison.say(f'comparison: {len(chosen)} cells, the costs of their steps')
     planned = _plan_all(comparison)
-    console.print(_plan_table(planned))
-    stack.enter_context(lock.Lock(workdir))
-    files.write_json(workdir / 'config.json', config_lib.to_json(config))
-    _tune(comparison)
-    result = _run_all(comparison, _time_cells(comparison))
-    _conclude(comparison, result)
+    console.print(tables.to_rich(_plan_table(planned)))
+    with lock.Lock(workdir):
+      files.write_json(workdir / 'config.json', config_lib.to_json(config))
+      _tune(comparison)
+      result = _run_all(comparison, _time_cells(comparison))
+      _conclude(comparison, result)
   return result
 
 
@@ -232,7 +227,7 @@ def _is_timed(cell: Cell) -> bool:
 
 # Seconds of all that comes before the last stage of a cell, hand-overs to it
 # included, and of each of its epochs.
-Timing = tuple[float, float]
+_Timing = tuple[float, float]
 
 
 def _plan_all(comparison: Comparison) -> list[Planned]:
@@ -288,7 +283,7 @@ def _tune(comparison: Comparison) -> None:
     comparison.say(f'{cell.name}: rate x {choice.factor:g}{border}')
 
 
-def _time_cells(comparison: Comparison) -> dict[str, Timing]:
+def _time_cells(comparison: Comparison) -> dict[str, _Timing]:
   """Returns how long cells last whose budget is told in seconds.
 
   Those are left out whose few timed epochs did not reach their end.
@@ -302,22 +297,20 @@ def _time_cells(comparison: Comparison) -> dict[str, Timing]:
   return timings
 
 
-def _read_timing(comparison: Comparison, planned: Planned) -> Timing:
-  ladder = cells.create_ladder(comparison.config, planned.cell, planned.seed)
-  lengths = {stage.name: stage.num_epochs for stage in ladder.stages}
-  trained = runs.read_history(planned)['stages']
+def _read_timing(comparison: Comparison, planned: Planned) -> _Timing:
+  cell = planned.cell
+  trained = ladder_lib.read_history(planned.workdir)['stages']
+  ladder = cells.create_ladder(comparison.config, cell, planned.seed)
+  *earlier, last = cells.trained_stages(ladder, cell)
+  rows = {stage['name']: stage['epochs'][-1] for stage in trained}
+  seconds = {k: row['seconds'] + row['eval_seconds'] for k, row in rows.items()}
   before = sum(stage.get('handover_seconds', 0.0) for stage in trained)
-  *earlier, last = (
-    (stage['name'], row['seconds'] + row['eval_seconds'])
-    for stage in trained
-    for row in stage['epochs'][-1:]
-  )
-  before += sum(lengths[name] * seconds for name, seconds in earlier)
-  return before, last[1]
+  before += sum(stage.num_epochs * seconds[stage.name] for stage in earlier)
+  return before, seconds[last.name]
 
 
 def _run_all(
-  comparison: Comparison, timings: Mapping[str, Timing]
+  comparison: Comparison, timings: Mapping[str, _Timing]
 ) -> dict[str, Any]:
   """Trains every cell with each seed; all cells come before the next seed.
 
@@ -340,7 +333,7 @@ def _run_cell(
   cell: Cell,
   seed: int,
   reference: Record,
-  timing: Timing | None,
+  timing: _Timing | None,
 ) -> tuple[Planned, Record]:
   """Returns a run that is over, and how it ended.
 
@@ -358,7 +351,7 @@ def _run_cell(
 
 
 def _epochs_of_seconds(
-  cell: Cell, reference: Record, timing: Timing | None
+  cell: Cell, reference: Record, timing: _Timing | None
 ) -> float:
   """Returns the epochs of the last stage that take the reference's seconds.
 
@@ -369,21 +362,15 @@ def _epochs_of_seconds(
     raise errors.UserError(
       'The reference did not finish: its seconds are not known.'
     )
-  *_, end = reference['boundaries']
-  if cell.control:
-    timing = 0.0, _last_seconds_per_epoch(reference)
+  *earlier, end = reference['boundaries']
+  if cell.control:  # Its epochs last as long as those of the reference.
+    seconds = end['seconds'] - earlier[-1]['seconds'] - end['handover_seconds']
+    timing = 0.0, seconds / (end['epochs'] - earlier[-1]['epochs'])
   if timing is None:
     raise errors.UserError('The epochs that were to be timed did not finish.')
   where = f'cell {cell.name!r}: budget seconds'
   before, per_epoch = timing
   return budgets.fit_epochs(end['seconds'] - before, per_epoch, 1.0, where)
-
-
-def _last_seconds_per_epoch(record: Record) -> float:
-  """Returns seconds of an epoch of the last stage, evaluation included."""
-  *_, before, end = record['boundaries']
-  seconds = end['seconds'] - before['seconds'] - end['handover_seconds']
-  return seconds / (end['epochs'] - before['epochs'])
 
 
 def _write(
@@ -393,10 +380,11 @@ def _write(
   config, every = comparison.config, [planned for planned, _ in done]
   handovers = collect.measure_handovers(every)
   records = [collect.read_record(*run, handovers) for run in done]
-  target = collect.choose_target(records, config.target_top1)
+  # Without a target: what every run that is done reached.
+  finals = [record['final_top1'] for record in statistics.done(records)]
+  target = config.target_top1 or min(finals, default=0.0)
   # By the last run of each.
   by_cell = {planned.cell.name: planned for planned in every}
-  described = [_describe_cell(comparison, x) for x in by_cell.values()]
   result: dict[str, Any] = {
     'version': page.VERSION,
     'reference': comparison.reference.name,
@@ -408,11 +396,11 @@ def _write(
     ),
     'config': config_lib.to_json(config),
     'environment': environment.environment(),
-    'cells': described,
+    'cells': [_describe_cell(comparison, x) for x in by_cell.values()],
     'runs': records,
   }
   files.write_json(comparison.workdir / 'comparison.json', result)
-  tables.write(comparison.workdir, records, described)
+  tables.write(comparison.workdir, records, result['cells'])
   return result
 
 
@@ -455,75 +443,63 @@ def _conclude(comparison: Comparison, result: Mapping[str, Any]) -> None:
   )
 
 
-def _remarks(result: Mapping[str, Any]) -> list[str]:
-  """Returns what else has to be said: what tuning cost, what was measured."""
-  lines = []
+def _remarks(result: Mapping[str, Any]) -> Iterator[str]:
+  """Yields what else has to be said: what tuning cost, what was measured."""
   # Controls have the trials of one of them.
-  tuned = [
-    cell
-    for cell in result['cells']
-    if cell['tuning'] and (not cell['control'] or not cell['equal'])
-  ]
+  own = [x for x in result['cells'] if not x['control'] or not x['equal']]
+  tuned = [cell for cell in own if cell['tuning']]
   if tuned:
     total = {
       kind: sum(cell['tuning']['cost'][kind] for cell in tuned)
       for kind in ('images', 'flops', 'seconds')
     }
     count = len(tuned[0]['tuning']['runs'])
-    lines.append(
+    yield (
       f'Learning rates were chosen on {count} runs a cell; they took '
       f'{total["images"]:,.0f} images, {total["flops"]:.3g} FLOPs and '
       f'{total["seconds"]:,.0f} s in all, which are in no cell.'
     )
-    border = [c['name'] for c in tuned if c['tuning']['at_border']]
-    if border:
-      lines.append(
-        f'Chosen at the border of the range: {", ".join(border)}; a better '
-        'rate may lie beyond.'
-      )
-  lines += _seconds_remarks(result['cells'][1:])  # Without the reference.
-  lines.append(
+  if border := [c['name'] for c in tuned if c['tuning']['at_border']]:
+    yield (
+      f'Chosen at the border of the range: {", ".join(border)}; a better rate '
+      'may lie beyond.'
+    )
+  _, *others = result['cells']
+  timed = {bool(x['control']) for x in others if x['equal'] == 'seconds'}
+  begin = 'Equal seconds are a measurement on this machine'
+  if True in timed:
+    yield (
+      f'{begin}: the control has as long as the epochs of the reference with '
+      'the same seed took, evaluation included.'
+    )
+  if False in timed:
+    yield (
+      f'{begin}: a few epochs of each other cell were timed beforehand, '
+      'evaluation included, and set against the reference with the same seed.'
+    )
+  yield (
     'FLOPs are those of training steps, forward, backward and update of the '
     'step as it is traced for the compiler, and those of what a hand-over '
     "computes on training images; evaluation's are not counted."
   )
-  return lines
 
 
-def _seconds_remarks(described: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Returns where the seconds of an epoch came from, a sentence a kind."""
-  timed = {bool(x['control']) for x in described if x['equal'] == 'seconds'}
-  texts = {
-    True: 'the control has as long as the epochs of the reference with the '
-    'same seed took, evaluation included.',
-    False: 'a few epochs of each other cell were timed beforehand, evaluation '
-    'included, and set against the reference with the same seed.',
-  }
-  return [
-    f'Equal seconds are a measurement on this machine: {text}'
-    for control, text in texts.items()
-    if control in timed
-  ]
-
-
-def _plan_table(planned: Sequence[Planned]) -> rich.table.Table:
+def _plan_table(planned: Sequence[Planned]) -> tables.Table:
   """Returns what was derived: a row for each cell."""
-  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-  table.add_column('cell', overflow='fold')
-  for title in ('equal', 'epochs', 'images', 'FLOPs', 'rate'):
-    table.add_column(title, justify='right', no_wrap=True)
+  rows = []
   for run in planned:
     images, flops = (
       sum(cost.total(kind) for cost in run.costs)
       for kind in ('images', 'flops')
     )
-    last = run.last
-    table.add_row(
-      rich.text.Text(run.cell.name),
+    row = (
+      run.cell.name,
       run.cell.equal or '-',
-      f'{last.num_epochs:.4g}',
+      f'{run.last.num_epochs:.4g}',
       f'{images:,}',
       f'{flops:.3g}',
-      f'{last.peak_learning_rate:.3g}',
+      f'{run.last.peak_learning_rate:.3g}',
     )
-  return table
+    rows.append(row)
+  titles = ('cell', 'equal', 'epochs', 'images', 'FLOPs', 'rate')
+  return tables.Table(titles, rows)

@@ -15,9 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
-import rich.box
 import rich.console
-import rich.table
 import sqlalchemy
 from ml_collections import config_dict
 from optuna import distributions
@@ -25,17 +23,17 @@ from optuna.trial import TrialState
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, formats, paths, stages
-from jaxprog.comparison import statistics
+from jaxprog.comparison import statistics, tables
 from jaxprog.data import workers
 from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import lock, signals
 from jaxprog.training import ladder, loop, preflight
 
-Space = dict[str, distributions.BaseDistribution]
+_Distribution = distributions.BaseDistribution
+_Space = dict[str, _Distribution]
 
 _KINDS = ('choice', 'integer', 'log', 'uniform')
-_STUDY = 'jaxprog'
 
 
 def tune(
@@ -71,7 +69,7 @@ def tune(
   return found
 
 
-def create_space(config: config_dict.ConfigDict) -> Space:
+def create_space(config: config_dict.ConfigDict) -> _Space:
   """Returns what each field that is searched is drawn from.
 
   Raises:
@@ -115,9 +113,7 @@ def create_space(config: config_dict.ConfigDict) -> Space:
   return space
 
 
-def _create_distribution(
-  entry: Mapping[str, Any],
-) -> distributions.BaseDistribution:
+def _create_distribution(entry: Mapping[str, Any]) -> _Distribution:
   where = f'config.search: {dict(entry)}'
   kind = next((kind for kind in _KINDS if kind in entry), '')
   if set(entry) != {'field', kind}:
@@ -185,7 +181,7 @@ def _open_study(
     case _:
       pruner = optuna.pruners.NopPruner()
   study = optuna.create_study(
-    study_name=_STUDY,
+    study_name='jaxprog',
     storage=storage.render_as_string(),
     direction='maximize',
     load_if_exists=True,
@@ -232,7 +228,7 @@ def _run_trial(
   config: config_dict.ConfigDict,
   workdir: pathlib.Path,
   study: optuna.Study,
-  space: Space,
+  space: _Space,
 ) -> None:
   """Tells the study the best top-1 of the last stage of its next trial.
 
@@ -329,34 +325,35 @@ def _write(
   writer = csv.writer(text)
   writer.writerow(['trial', 'status', 'top1', 'epochs', *fields])
   for trial in found['trials']:
-    ended = [trial[x] for x in ('directory', 'status', 'top1', 'epochs')]
-    values = [trial['parameters'].get(field) for field in fields]
-    writer.writerow([*ended, *values])
+    row = {**trial, **trial['parameters']}
+    titles = ('directory', 'status', 'top1', 'epochs', *fields)
+    writer.writerow([row.get(title) for title in titles])
   files.write_bytes(workdir / 'tune.csv', text.getvalue().encode())
   if found['best']:
     best = _create_ladder(config, found['best']['parameters'])
-    files.write_json(
-      workdir / 'best_config.json', config_lib.to_json(stages.complete(best))
-    )
+    files.write_json(workdir / 'best_config.json', config_lib.to_json(best))
 
 
 def _show(
   config: config_dict.ConfigDict, workdir: pathlib.Path, found: dict[str, Any]
 ) -> None:
   """Prints the ten best trials and what they do not say."""
-  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
   fields = [x['field'] for x in config.search]
-  for column in ('trial', 'top-1', 'epochs', 'status', *fields):
-    table.add_column(column, overflow='fold')
+  titles = ('trial', 'top-1', 'epochs', 'status', *fields)
   ranked = sorted(found['trials'], key=lambda x: -(x['top1'] or 0))
-  for trial in ranked[:10]:
-    top1 = formats.percent(trial['top1'])
-    values = [_short(trial['parameters'].get(field)) for field in fields]
-    table.add_row(
-      trial['directory'], top1, str(trial['epochs']), trial['status'], *values
+  rows = [
+    (
+      trial['directory'],
+      formats.percent(trial['top1']),
+      str(trial['epochs']),
+      trial['status'],
+      *(_short(trial['parameters'].get(field)) for field in fields),
     )
+    for trial in ranked[:10]
+  ]
+  table = tables.Table(titles, rows, left=tuple(range(len(titles))))
   console = rich.console.Console(markup=False)
-  console.print(table)
+  console.print(tables.to_rich(table))
   pruned = sum(x['status'] == 'pruned' for x in found['trials'])
   alike = len(found['alike'])
   console.print(
