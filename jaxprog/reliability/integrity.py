@@ -47,10 +47,10 @@ def write_manifest(directory: pathlib.Path) -> None:
 
   A file system that writes late says only now that it is full.
   """
-  for path in _files(directory).values():
+  for path in _files(directory):
     with open(path, 'rb') as file:
       os.fsync(file.fileno())
-  files.write_bytes(directory / MANIFEST, _encode(_describe(directory)))
+  files.write_bytes(directory / MANIFEST, _describe(directory))
 
 
 def find_damage(directory: pathlib.Path) -> str:
@@ -62,7 +62,7 @@ def find_damage(directory: pathlib.Path) -> str:
     found = _describe(directory)
   except OSError as e:
     return f'unreadable: {e}'
-  return '' if written == _encode(found) else _differences(written, found)
+  return '' if written == found else _differences(written, found)
 
 
 def list_steps(directory: pathlib.Path) -> list[int]:
@@ -108,21 +108,18 @@ def inspect(directory: pathlib.Path) -> Iterator[Condition]:
   """Yields what became of each step in STAGE/NAME; nothing is changed."""
   stage, name = directory.parent.name, directory.name
   for step in list_steps(directory):
-    status, detail = _inspect_step(directory, step)
     path = directory / str(step)
+    if _is_unfinished(directory, step):
+      status, detail = 'unfinished', 'its save was interrupted'
+    else:
+      detail = find_damage(path)
+      status = 'damaged' if detail else 'intact'
     if path.is_dir():  # A run may have removed it meanwhile.
       yield Condition(stage, name, step, status, detail, _size(path))
   for path in _leftovers(directory):
     detail = f'left behind: {path.name}'
     step = int(''.join(re.findall(r'\d+', path.name)[:1]) or -1)
     yield Condition(stage, name, step, 'unfinished', detail, _size(path))
-
-
-def _inspect_step(directory: pathlib.Path, step: int) -> tuple[str, str]:
-  if _is_unfinished(directory, step):
-    return 'unfinished', 'its save was interrupted'
-  damage = find_damage(directory / str(step))
-  return ('damaged', damage) if damage else ('intact', '')
 
 
 def sweep(directory: pathlib.Path) -> None:
@@ -205,32 +202,30 @@ def _leftovers(directory: pathlib.Path) -> list[pathlib.Path]:
   )
 
 
-def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   """Returns everything below `directory` but directories and the manifest."""
-  return {
-    path.relative_to(directory).as_posix(): path
+  return [
+    path
     for path in sorted(directory.rglob('*'))
     if (path.is_symlink() or not path.is_dir()) and path != directory / MANIFEST
-  }
+  ]
 
 
-def _describe(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
-  return {name: _hash(path) for name, path in _files(directory).items()}
-
-
-def _hash(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():  # Reading from a pipe would never end.
-    return {'sha256': 'not a file', 'size': 0}
-  return {'sha256': files.digest(path), 'size': path.stat().st_size}
-
-
-def _encode(described: dict[str, dict[str, Any]]) -> bytes:
+def _describe(directory: pathlib.Path) -> bytes:
+  """Returns the manifest of the files that are there."""
+  described = {}
+  for path in _files(directory):
+    found = {'sha256': 'not a file', 'size': 0}
+    if path.is_file():  # Reading from a pipe would never end.
+      found = {'sha256': files.digest(path), 'size': path.stat().st_size}
+    described[path.relative_to(directory).as_posix()] = found
   text = json.dumps({'version': 1, 'files': described}, indent=1)
   return f'{text}\n'.encode()
 
 
-def _differences(written: bytes, found: dict[str, dict[str, Any]]) -> str:
+def _differences(written: bytes, described: bytes) -> str:
   """Returns the first file that differs, and how many others do."""
+  found = json.loads(described)['files']
   try:
     expected = json.loads(written)['files']
     if not all(isinstance(expected[name]['size'], int) for name in expected):
