@@ -5,11 +5,11 @@ import pathlib
 import jax
 
 # The first steps are spent on filling queues.
-SKIPPED_STEPS = 10
+_SKIPPED_STEPS = 10
 
 
 class Profile:
-  """Traces `num_steps` steps of a stage, after SKIPPED_STEPS; close it.
+  """Traces `num_steps` steps of a stage, after its first ten; close it.
 
   A stage too short for that has its last ones traced. What is traced goes to
   LOGDIR/plugins/profile/TIME.
@@ -21,7 +21,7 @@ class Profile:
     """Traces nothing if `logdir` is None or `num_steps` 0."""
     self._logdir = logdir
     num_steps = min(num_steps, total_steps) if logdir else 0
-    self.first = min(SKIPPED_STEPS, total_steps - num_steps)
+    self.first = min(_SKIPPED_STEPS, total_steps - num_steps)
     self.end = self.first + num_steps
     self._tracing = False
 

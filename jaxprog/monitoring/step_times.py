@@ -37,7 +37,7 @@ class StepTimes:
     now = self._clock()
     if self._last is not None:
       seconds = now - self._last
-      edge = upper_edge(seconds)
+      edge = _upper_edge(seconds)
       self._counts[edge] = self._counts.get(edge, 0) + 1
       self._seconds, self._steps = self._seconds + seconds, self._steps + 1
     self._last = now
@@ -53,7 +53,7 @@ class StepTimes:
     return mean
 
 
-def upper_edge(seconds: float) -> float:
+def _upper_edge(seconds: float) -> float:
   """Returns the end of the bin (edge / 2**0.25, edge] that `seconds` are in."""
   octaves = math.log2(max(seconds, 1e-6))
   return 2.0 ** (math.ceil(octaves * _BINS_PER_OCTAVE) / _BINS_PER_OCTAVE)

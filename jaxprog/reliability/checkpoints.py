@@ -33,7 +33,7 @@ Meta = dict[str, Any]
 _CHOSEN = ('best', 'ema')
 
 # on_incident(kind, message, **fields): the message is for people.
-OnIncident = Callable[..., object]
+_OnIncident = Callable[..., object]
 
 
 def ignore(kind: str, message: str, **fields: Any) -> None:
@@ -51,7 +51,7 @@ class Checkpoints:
   """
 
   def __init__(
-    self, directory: pathlib.Path, on_incident: OnIncident = ignore
+    self, directory: pathlib.Path, on_incident: _OnIncident = ignore
   ) -> None:
     self._directory = directory
     self._on_incident = on_incident
@@ -255,7 +255,7 @@ def _on_first_process(change: Callable[[], None]) -> None:
   peers.wait_for_all('checkpoints')
 
 
-def _quarantine_latest(stage: pathlib.Path, on_incident: OnIncident) -> None:
+def _quarantine_latest(stage: pathlib.Path, on_incident: _OnIncident) -> None:
   """Moves the damaged 'latest' states of a stage to quarantine/.
 
   Raises:
@@ -265,7 +265,9 @@ def _quarantine_latest(stage: pathlib.Path, on_incident: OnIncident) -> None:
     raise lost_error(stage)
 
 
-def _tell_damage(directory: pathlib.Path, on_incident: OnIncident) -> list[str]:
+def _tell_damage(
+  directory: pathlib.Path, on_incident: _OnIncident
+) -> list[str]:
   """Returns the status of each step; what is damaged of 'latest' moves away."""
   statuses = []
   for found in integrity.inspect(directory):
@@ -311,7 +313,9 @@ def lost_error(stage: pathlib.Path) -> integrity.DamagedError:
   )
 
 
-def verify_all(workdir: pathlib.Path, on_incident: OnIncident = ignore) -> None:
+def verify_all(
+  workdir: pathlib.Path, on_incident: _OnIncident = ignore
+) -> None:
   """Verifies every checkpoint of `workdir`, before a run goes on there.
 
   Damaged 'latest' states and markers of a finished stage are moved to
@@ -324,7 +328,7 @@ def verify_all(workdir: pathlib.Path, on_incident: OnIncident = ignore) -> None:
   _on_first_process(lambda: _verify_all(workdir, on_incident))
 
 
-def _verify_all(workdir: pathlib.Path, on_incident: OnIncident) -> None:
+def _verify_all(workdir: pathlib.Path, on_incident: _OnIncident) -> None:
   for stage in _stages(workdir):
     _sweep(stage)
     path = stage / 'done.json'

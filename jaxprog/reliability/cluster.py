@@ -21,7 +21,7 @@ from jaxprog.reliability import peers as peers_lib
 from jaxprog.reliability import signals
 
 # Seconds for the processes to find each other, as long as JAX itself waits.
-CONNECT_SECONDS = 300
+_CONNECT_SECONDS = 300
 SLURM = ('JOB_ID', 'STEP_NODELIST', 'NTASKS', 'PROCID', 'LOCALID')
 _METADATA = (
   'http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints'
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 @contextlib.contextmanager
 def processes(
-  place: Place, command: str, connect_seconds: int = CONNECT_SECONDS
+  place: Place, command: str, connect_seconds: int = _CONNECT_SECONDS
 ) -> Iterator[None]:
   """Makes this one of the processes of a run, if it is of several.
 

@@ -40,7 +40,7 @@ _STALE_SECONDS = 90.0
 # Tokens of the locks that this process holds.
 _held: set[str] = set()
 
-Owner = dict[str, Any]
+_Owner = dict[str, Any]
 
 
 class Lock:
@@ -151,10 +151,10 @@ class Lock:
       else:
         os.close(old)
 
-  def _is_mine(self, owner: Owner) -> bool:
+  def _is_mine(self, owner: _Owner) -> bool:
     return owner.get('token') == self._me['token']
 
-  def _lose(self, owner: Owner) -> None:
+  def _lose(self, owner: _Owner) -> None:
     self._lost = (
       f'Process {owner.get("pid", "?")} on {owner.get("host", "?")} has taken '
       f'over {self._path.parent}; this run must not write there any more.'
@@ -177,7 +177,7 @@ def check_free(workdir: str | os.PathLike[str]) -> None:
 
 def _read_dead(
   file: int, path: pathlib.Path, state: str
-) -> tuple[Owner, float]:
+) -> tuple[_Owner, float]:
   """Returns the dead owner in a lock file, {} if there is none, and its age.
 
   Raises:
@@ -191,7 +191,7 @@ def _read_dead(
 
 
 def _refusal(
-  path: pathlib.Path, owner: Owner, age: float, state: str
+  path: pathlib.Path, owner: _Owner, age: float, state: str
 ) -> errors.UserError:
   pid, host = owner.get('pid', '?'), owner.get('host', '?')
   if state == 'busy' or _is_here(owner):
@@ -230,7 +230,7 @@ def _is_at(file: int, path: pathlib.Path) -> bool:
     return False
 
 
-def _read(path: pathlib.Path, patience: int = 5) -> Owner:
+def _read(path: pathlib.Path, patience: int = 5) -> _Owner:
   """Returns what a lock file says; {} if it is empty, unreadable or gone.
 
   An owner that is about to write into it is given a tenth of a second.
@@ -247,7 +247,7 @@ def _read(path: pathlib.Path, patience: int = 5) -> Owner:
   return {}
 
 
-def _write(file: int, owner: Owner) -> None:
+def _write(file: int, owner: _Owner) -> None:
   """Writes in place: under a new name it would be another file's lock."""
   data = f'{json.dumps(owner)}\n'.encode()
   os.pwrite(file, data, 0)
@@ -269,7 +269,7 @@ def _age(file: int, workdir: pathlib.Path) -> float:
   return now - os.fstat(file).st_mtime
 
 
-def _may_be_alive(owner: Owner, age: float, state: str) -> bool:
+def _may_be_alive(owner: _Owner, age: float, state: str) -> bool:
   """Returns whether somebody who has not locked the file may yet own it."""
   if not owner or owner.get('token') in _held:
     return bool(owner)
@@ -281,17 +281,17 @@ def _may_be_alive(owner: Owner, age: float, state: str) -> bool:
   return state == 'unknown' and age < _STALE_SECONDS
 
 
-def _is_here(owner: Owner) -> bool:
+def _is_here(owner: _Owner) -> bool:
   """Returns whether `owner` ran on this host, started as it is now."""
   return (owner.get('host'), owner.get('boot')) == (platform.node(), _boot())
 
 
-def _sees(owner: Owner) -> bool:
+def _sees(owner: _Owner) -> bool:
   """Returns whether its pid means the same here as it did there."""
   return owner.get('pid_namespace') == _pid_namespace()
 
 
-def _is_running(owner: Owner) -> bool:
+def _is_running(owner: _Owner) -> bool:
   """Returns whether its process is there, and is not one with its old pid.
 
   A process that holds no lock any more is not counted: this one, if it could
@@ -309,7 +309,7 @@ def _is_running(owner: Owner) -> bool:
   return owner.get('start') == _start_time(pid)
 
 
-def _describe_dead(owner: Owner, age: float) -> str:
+def _describe_dead(owner: _Owner, age: float) -> str:
   return (
     f'Took over from process {owner.get("pid", "?")} on '
     f'{owner.get("host", "?")}, which began {owner.get("since", "?")} and died '
@@ -317,7 +317,7 @@ def _describe_dead(owner: Owner, age: float) -> str:
   )
 
 
-def _describe_process() -> Owner:
+def _describe_process() -> _Owner:
   """Returns what others may want to know of this process."""
   now = datetime.datetime.now(datetime.UTC)
   return {
