@@ -552,11 +552,16 @@ def defaults(declared: Declared) -> config_dict.ConfigDict:
   return config_dict.ConfigDict({k: x.default for k, x in declared.items()})
 
 
-def check_names(found: Iterable[str], declared: Declared, where: str) -> None:
-  """Raises UserError for a name that is no field."""
-  for name in found:
+def check(values: Any, declared: Declared, where: str) -> dict[str, Any]:
+  """Returns the fields that `values`, a mapping, holds, as their own types.
+
+  Raises:
+    UserError: for a name that is no field, or what `Field.check` refuses.
+  """
+  for name in values:
     if name not in declared:
       raise unknown(name, declared, 'field', where)
+  return {name: declared[name].check(values[name], where) for name in values}
 
 
 def unknown(

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import config_dict
 
@@ -212,8 +212,8 @@ def check_config(config: config_dict.ConfigDict) -> None:
   """Raises UserError for a mistake in the fields outside the stages."""
   check_shape(config)
   own = {k: config[k] for k in config if k not in ('stage_defaults', 'stages')}
-  _check_fields(own, fields.CONFIG, 'config')
-  _check_fields(config.stage_defaults, fields.STAGE, 'config.stage_defaults')
+  fields.check(own, fields.CONFIG, 'config')
+  fields.check(config.stage_defaults, fields.STAGE, 'config.stage_defaults')
   if config.lr_find_min >= config.lr_find_max:
     raise errors.UserError(
       f'lr_find_min {config.lr_find_min:g} is not below lr_find_max '
@@ -222,18 +222,10 @@ def check_config(config: config_dict.ConfigDict) -> None:
     )
 
 
-def _check_fields(
-  values: Any, declared: fields.Declared, where: str
-) -> dict[str, Any]:
-  """Returns the fields with their own types."""
-  fields.check_names(values, declared, where)
-  return {name: declared[name].check(values[name], where) for name in values}
-
-
 def _create_stage(stage: config_dict.ConfigDict, where: str) -> Stage:
   name = stage.name
   where = f'{where} ({name!r})' if isinstance(name, str) and name else where
-  created = Stage(**_check_fields(stage, fields.STAGE, where))
+  created = Stage(**fields.check(stage, fields.STAGE, where))
   if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*', name):
     raise errors.UserError(
       f'A stage needs a name that can be a directory, not {name!r}.',
