@@ -17,7 +17,7 @@ from jaxprog.comparison.runs import Planned
 from jaxprog.comparison.statistics import Axis, Record
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import outcomes as outcomes_lib
-from jaxprog.training import ladder
+from jaxprog.training import run as run_lib
 
 
 def read_record(
@@ -36,7 +36,7 @@ def read_record(
   seconds of the hand-over to a stage where it was not measured, because the
   stage before came from another run.
   """
-  history = ladder.read_history(planned.workdir)
+  history = run_lib.read_history(planned.workdir)
   curve, boundaries = _read_costs(planned, history, handovers)
   last = history_lib.find_stage(history, planned.names[-1])
   final = best = outcomes = None
@@ -125,7 +125,7 @@ def measure_handovers(planned: Sequence[Planned]) -> dict[str, float]:
   """Returns the mean measured seconds of the hand-over to each stage."""
   found: dict[str, list[float]] = {}
   for run in planned:
-    for stage in ladder.read_history(run.workdir)['stages']:
+    for stage in run_lib.read_history(run.workdir)['stages']:
       if 'handover_seconds' in stage:
         found.setdefault(stage['name'], []).append(stage['handover_seconds'])
   return {name: mean_lib.fmean(x) for name, x in found.items()}

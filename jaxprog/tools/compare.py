@@ -36,8 +36,8 @@ from jaxprog.comparison.statistics import Record
 from jaxprog.data import workers
 from jaxprog.monitoring import environment
 from jaxprog.reliability import lock, signals
-from jaxprog.training import ladder as ladder_lib
 from jaxprog.training import preflight
+from jaxprog.training import run as run_lib
 
 # What is kept of a trial's record.
 _OF_TRIALS = ('seed', 'learning_rate', 'num_epochs', 'status', 'workdir')
@@ -299,7 +299,7 @@ def _time_cells(comparison: Comparison) -> dict[str, _Timing]:
 
 def _read_timing(comparison: Comparison, planned: Planned) -> _Timing:
   cell = planned.cell
-  trained = ladder_lib.read_history(planned.workdir)['stages']
+  trained = run_lib.read_history(planned.workdir)['stages']
   ladder = cells.create_ladder(comparison.config, cell, planned.seed)
   *earlier, last = cells.trained_stages(ladder, cell)
   rows = {stage['name']: stage['epochs'][-1] for stage in trained}
