@@ -60,7 +60,7 @@ def lower_ours(args, topology, batch_norm, remat):
   setup = elsewhere.create_setup(config, topology, (stage['name'],), ())
   task = setup_lib.create_task(setup, *setup.chosen)
   (program,) = task.train_steps
-  return costs.trace_train_step(task, program).lower()
+  return task.trace_train_step(program).lower()
 
 
 def lower_plain(args, topology):
@@ -172,7 +172,7 @@ def describe(name: str, lowered, args) -> None:
   print(
     f'{name:26} {traffic / 1e6:7.1f} MB/image {flops / 1e9:6.2f} GFLOP/image '
     f'{memory.temporaries / 1e9:6.2f} GB temporary '
-    f'{len(sums):4} exchanges {sum(x.num_bytes for x in sums) / 1e6:7.1f} MB '
+    f'{len(sums):4} exchanges {sum(sums) / 1e6:7.1f} MB '
     f'({seconds:.0f} s to compile)',
     flush=True,
   )

@@ -47,7 +47,7 @@ def test_flops_are_those_of_the_step_that_training_compiles(
   setup = setup_lib.create_setup(ladder)
   task = setup_lib.create_task(setup, setup.chosen[0])
   (program,) = task.train_steps
-  traced = costs.trace_train_step(task, program)
+  traced = task.trace_train_step(program)
   assert found.steps.total == 2 * (NUM_IMAGES // 48)
   assert found.total('images') == found.steps.total * 48
   per_step = costs.count_flops(traced.jaxpr)

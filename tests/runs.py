@@ -52,13 +52,15 @@ def call_main(*arguments):
   A process of its own takes 2 s of a core to import JAX.
   """
   out, err = io.StringIO(), io.StringIO()
+  argv = ['main.py', *map(str, arguments)]
   with (
+    mock.patch.object(sys, 'argv', argv),
     contextlib.chdir(ROOT),
     mock.patch.dict(os.environ, COLUMNS='80'),
     contextlib.redirect_stdout(out),
     contextlib.redirect_stderr(err),
   ):
-    code = cli.main(['main.py', *map(str, arguments)])
+    code = cli.main(argv)
   return subprocess.CompletedProcess(
     arguments, code, out.getvalue(), err.getvalue()
   )

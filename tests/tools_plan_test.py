@@ -104,7 +104,7 @@ def test_the_step_is_bfloat16_with_losses_in_float32(data_dir, tmp_path):
   task = setup_lib.create_task(setup, setup.chosen[0])
   assert task.dtype == 'bfloat16'  # 'auto', for the target and not for here.
   (program,) = task.train_steps
-  text = costs.trace_train_step(task, program).lower().as_text()
+  text = task.trace_train_step(program).lower().as_text()
   convolutions = re.findall(
     r'stablehlo.convolution.*-> tensor<\S*x(\w+)>', text
   )

@@ -32,8 +32,8 @@ def test_the_disk_is_counted_with_all_that_stays(config, tmp_path):
     lambda x: jax.numpy.asarray(rng.normal(size=x.shape), x.dtype),
     task.state_shapes,
   )
-  sizes = [preflight.count_size(task.stage, state, state.variables)]
-  before = preflight.bytes_to_write(tmp_path, sizes) - REPORTS
+  states = [(task.stage, state)]
+  before = preflight.bytes_to_write(tmp_path, states) - REPORTS
   directory = checkpoints.stage_directory(tmp_path, 'a')
   with checkpoints.Checkpoints(directory) as saved:
     for step in (1, 2):
@@ -49,10 +49,10 @@ def test_the_disk_is_counted_with_all_that_stays(config, tmp_path):
     # In training there are best and averaged weights twice; and a state and
     # such weights are written beside those that they replace.
     assert before == pytest.approx(1.05 * 19 * numbers, rel=0.02)
-    after = preflight.bytes_to_write(tmp_path, sizes) - REPORTS
+    after = preflight.bytes_to_write(tmp_path, states) - REPORTS
     assert after == pytest.approx(1.05 * 8 * numbers, rel=0.1)
     saved.mark_done({'record': {}})
-  assert preflight.bytes_to_write(tmp_path, sizes) == 0
+  assert preflight.bytes_to_write(tmp_path, states) == 0
 
 
 def test_a_probe_leaves_nothing_behind(tmp_path):

@@ -197,7 +197,7 @@ def _trace(setup: setup_lib.Setup, stage: stages_lib.Stage) -> _Measured:
   """Returns how many images a stage trains on, and what its parts cost."""
   task = setup_lib.create_task(setup, stage)
   by_program = {
-    program: costs.count_flops(costs.trace_train_step(task, program).jaxpr)
+    program: costs.count_flops(task.trace_train_step(program).jaxpr)
     for program in task.train_steps
   }
   flops = {

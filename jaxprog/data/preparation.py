@@ -44,18 +44,20 @@ def load_dataset(
   num_classes: int = 0,
   where: str = '',
   progress: parts.Progress | None = None,
+  found: str = '',
 ) -> Dataset:
   """Returns the dataset of that name; prepares it if it lies there raw.
 
   `classes` keeps only these classes, `num_classes` is checked unless 0. In
-  messages `where` says who asked.
+  messages `where` says who asked. What `check_dataset` has `found` just now is
+  not looked for again.
 
   Raises:
     UserError: if it is missing, has changed since it was prepared, or has
       other classes than asked for.
   """
   data_dir = pathlib.Path(data_dir)
-  if check_dataset(dataset, data_dir) == 'raw':
+  if (found or check_dataset(dataset, data_dir)) == 'raw':
     prepare(dataset, data_dir, progress=progress)
   prepared = find_prepared(dataset, data_dir)
   assert prepared is not None

@@ -41,7 +41,7 @@ class Chip(NamedTuple):
   dimensions: int
 
 
-CHIPS = {
+_CHIPS = {
   'a100': Chip(
     'NVIDIA A100', 'cuda', 312e12, 156e12, 40e9, 1555e9, 300e9, 2e-6, 8, 96, 0
   ),
@@ -123,12 +123,12 @@ def parse_topology(text: str) -> Topology:
     UserError: for an unknown chip or a grid that it does not come in.
   """
   name, _, grid = text.partition(':')
-  chip = CHIPS.get(name)
+  chip = _CHIPS.get(name)
   if chip is None:
     raise errors.UserError(
       f'Unknown chip {name!r}.' if name else 'There is no --topology.',
       f'--topology={text}',
-      errors.did_you_mean(name, CHIPS) if name else f'Write {_EXAMPLES}.',
+      errors.did_you_mean(name, _CHIPS) if name else f'Write {_EXAMPLES}.',
     )
   match = re.fullmatch(r'[1-9]\d{0,3}(x[1-9]\d{0,3})*', grid)
   sides = tuple(map(int, grid.split('x'))) if match else ()
@@ -185,76 +185,57 @@ def _describe(topology: Topology) -> Any:
 
 def _refused(topology: Topology, error: Exception) -> errors.UserError:
   """Returns what a user can do about `error`."""
+  where = f'--topology={topology.name}'
+  missing, package = isinstance(error, NotImplementedError), 'cuda'
   if topology.chip.platform == 'tpu':
     missing, package = 'not installed' in str(error), 'tpu'
-  else:
-    missing, package = isinstance(error, NotImplementedError), 'cuda'
   if missing:
     return errors.UserError(
       f'The compiler for {topology.chip.device_kind} is not installed.',
-      f'--topology={topology.name}',
+      where,
       f"pip install --editable '.[{package}]' (no such hardware is needed).",
     )
   message = ' '.join(str(error).split())[:200]
   return errors.UserError(
     f'{topology.name} cannot be compiled for: {message}',
-    f'--topology={topology.name}',
+    where,
     f'Write {_EXAMPLES}.',
   )
 
 
-def _target(
-  kind: str, major: int, cores: int, rate: float, size: int, **sizes: int
-) -> str:
-  """Returns XLA's GpuTargetConfigProto of a GPU, as text."""
-  return f"""
-    gpu_device_info {{
-      threads_per_block_limit: 1024
-      threads_per_warp: 32
-      shared_memory_per_block: 49152
-      shared_memory_per_core: {sizes['shared']}
-      shared_memory_per_block_optin: {sizes['shared'] - 1024}
-      threads_per_core_limit: 2048
-      core_count: {cores}
-      fpus_per_core: {sizes['fpus']}
-      block_dim_limit_x: 2147483647
-      block_dim_limit_y: 65535
-      block_dim_limit_z: 65535
-      memory_bandwidth: {rate:.0f}
-      l2_cache_size: {sizes['cache']}
-      clock_rate_ghz: {sizes['megahertz'] / 1000}
-      device_memory_size: {size}
-      registers_per_core_limit: 65536
-      registers_per_block_limit: 65536
-      cuda_compute_capability {{ major: {major} }}
-    }}
-    platform_name: "CUDA"
-    dnn_version_info {{ major: 9 minor: 10 }}
-    device_description_str: "{kind}"
-  """
-
-
+# XLA's GpuTargetConfigProto, as text: what GPUs have in common, and their own.
+_TARGET = """
+  gpu_device_info {
+    threads_per_block_limit: 1024
+    threads_per_warp: 32
+    threads_per_core_limit: 2048
+    shared_memory_per_block: 49152
+    block_dim_limit_x: 2147483647
+    block_dim_limit_y: 65535
+    block_dim_limit_z: 65535
+    registers_per_core_limit: 65536
+    registers_per_block_limit: 65536
+    %s
+  }
+  platform_name: "CUDA"
+  dnn_version_info { major: 9 minor: 10 }
+  device_description_str: "%s"
+"""
+_A100 = """
+    cuda_compute_capability { major: 8 }
+    core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41
+    memory_bandwidth: 1555000000000 device_memory_size: 42410000000
+    l2_cache_size: 41943040
+    shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912
+"""
+_H100 = """
+    cuda_compute_capability { major: 9 }
+    core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+    memory_bandwidth: 3350000000000 device_memory_size: 84900000000
+    l2_cache_size: 52428800
+    shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+"""
 _TARGETS = {
-  'a100': _target(
-    'NVIDIA A100-SXM4-40GB',
-    8,
-    108,
-    1555e9,
-    42_410_000_000,
-    shared=167_936,
-    fpus=64,
-    cache=41_943_040,
-    megahertz=1410,
-  ),
-  'h100': _target(
-    'NVIDIA H100 80GB HBM3',
-    9,
-    132,
-    3350e9,
-    84_900_000_000,
-    shared=233_472,
-    fpus=128,
-    cache=52_428_800,
-    megahertz=1980,
-  ),
+  'a100': _TARGET % (_A100, 'NVIDIA A100-SXM4-40GB'),
+  'h100': _TARGET % (_H100, 'NVIDIA H100 80GB HBM3'),
 }

@@ -16,72 +16,22 @@ from flax import linen as nn
 from jax.extend import core
 
 from jaxprog.training import setup as setup_lib
-from jaxprog.training import steps as steps_lib
+from jaxprog.training import state as state_lib
 from jaxprog.training.transfer import handover
 
 
 class Memory(NamedTuple):
   """Bytes of each device that a compiled step needs while it runs."""
 
-  arguments: int
-  outputs: int
-  # Outputs that take the place of arguments: the donated state.
-  aliased: int
+  # Arguments, results that do not take their place, and temporaries.
+  total: int
   temporaries: int
-
-  @property
-  def total(self) -> int:
-    """All of it, each byte once."""
-    return self.arguments + self.outputs - self.aliased + self.temporaries
-
-
-class Collective(NamedTuple):
-  """An exchange between devices, and the bytes that each of them puts in."""
-
-  kind: str
-  num_bytes: int
-
-
-class Layers(NamedTuple):
-  """Modules of a network that follow each other and share a name's start.
-
-  `output` is the shape that the last one returns for one image; `flops` are
-  those of one image, forward.
-  """
-
-  name: str
-  modules: int
-  parameters: int
-  output: tuple[int, ...]
-  flops: float
-
-
-def trace_train_step(
-  task: setup_lib.Task, program: setup_lib.Program
-) -> jax.stages.Traced:
-  """Returns the trace of the step that training itself compiles."""
-  batch = task.batch_shapes(
-    program.batch_size, program.image_size, training=True
-  )
-  step = task.train_steps[program]
-  return step.trace(task.state_shapes, batch, task.step_rng)
-
-
-def trace_eval_step(task: setup_lib.Task, batch_size: int) -> jax.stages.Traced:
-  """Returns the trace of the evaluation step that training itself compiles."""
-  replicated = task.shardings.replicated
-  sums = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-    jax.eval_shape(steps_lib.zero_eval_sums),
-  )
-  batch = task.batch_shapes(batch_size, task.stage.eval_size, training=False)
-  return task.eval_step.trace(task.state_shapes.variables, batch, sums)
 
 
 def steps_by_program(task: setup_lib.Task) -> dict[setup_lib.Program, int]:
   """Returns how many steps of a stage each of its programs takes."""
   steps = task.steps
-  starts = {0, steps.frozen, *(phase.first_step for phase in steps.phases)}
+  starts = {steps.frozen, *(phase.first_step for phase in steps.phases)}
   bounds = [*sorted(x for x in starts if x < steps.total), steps.total]
   counts = dict.fromkeys(task.train_steps, 0)
   for start, end in itertools.pairwise(bounds):
@@ -108,12 +58,10 @@ def read_memory(compiled: jax.stages.Compiled) -> Memory | None:
     return None
   if found is None:
     return None
-  return Memory(
-    arguments=found.argument_size_in_bytes,
-    outputs=found.output_size_in_bytes,
-    aliased=found.alias_size_in_bytes,
-    temporaries=found.temp_size_in_bytes,
-  )
+  lasting = found.argument_size_in_bytes + found.output_size_in_bytes
+  temporary = found.temp_size_in_bytes
+  # The donated state is an argument and a result.
+  return Memory(lasting - found.alias_size_in_bytes + temporary, temporary)
 
 
 def read_traffic(compiled: jax.stages.Compiled) -> float:
@@ -122,10 +70,7 @@ def read_traffic(compiled: jax.stages.Compiled) -> float:
   As the compiler counts them; where it does not (on GPUs), those of the
   operands and results of all operations between fusions. Loops count once.
   """
-  found: Any = compiled.cost_analysis()
-  if isinstance(found, list):
-    found = found[0] if found else None
-  counted = (found or {}).get('bytes accessed')
+  counted = (compiled.cost_analysis() or {}).get('bytes accessed')
   return counted or float(estimate_traffic(compiled.as_text() or ''))
 
 
@@ -166,23 +111,24 @@ _COLLECTIVES = (
 _BITS = {'bf16': 16, 'pred': 8}
 
 
-def read_collectives(program: str) -> list[Collective]:
-  """Returns the exchanges of a compiled program, given as HLO's text.
+def read_collectives(program: str) -> list[int]:
+  """Returns the bytes that each device puts into a program's exchanges.
 
-  An exchange of many arrays is one. Loops count once. What is counted of one
-  that begins and ends apart is its beginning.
+  It is compiled, and given as HLO's text. An exchange of many arrays is one.
+  Loops count once. What is counted of one that begins and ends apart is its
+  beginning.
   """
   names = '|'.join(_COLLECTIVES)
   found = re.finditer(
     rf'^\s*(?:ROOT )?%?\S+ = (.*?) ({names})(-start)?\(', program, re.M
   )
-  collectives = []
+  sizes = []
   for shapes, kind, starts in (x.groups() for x in found):
     size = _shape_bytes(shapes)
     if starts and kind != 'all-reduce':
       size //= 2  # Both the operand and the result are named.
-    collectives.append(Collective(kind, size))
-  return collectives
+    sizes.append(size)
+  return sizes
 
 
 def _shape_bytes(shape: str) -> int:
@@ -310,12 +256,13 @@ def _count_bytes(variable: core.Var) -> int:
 
 def summarise_layers(
   model: nn.Module, variables: Any, image_size: int
-) -> list[Layers]:
+) -> list[dict[str, Any]]:
   """Returns the groups of a network's modules, in the order of the forward.
 
   Modules whose names agree up to the first '_' are a group: stem, block1, head.
-  FLOPs are counted from each kernel and the size of what it makes, as
-  `count_flops` counts them.
+  Of each: `name`, number of `modules`, `parameters`, the shape that the last
+  one `output`s for one image, and that image's `flops`, forward: counted from
+  each kernel and the size of what it makes, as `count_flops` counts them.
   """
   flops: dict[str, float] = {}
   outputs: dict[str, tuple[int, ...]] = {}
@@ -338,17 +285,14 @@ def summarise_layers(
   groups: dict[str, list[str]] = {}
   for name in outputs:
     groups.setdefault(name.split('_')[0], []).append(name)
+  params = variables['params']
   return [
-    Layers(
-      name=group,
-      modules=len(names),
-      parameters=sum(
-        x.size
-        for name in names
-        for x in jax.tree.leaves(variables['params'].get(name, {}))
-      ),
-      output=outputs[names[-1]],
-      flops=sum(flops.get(name, 0) for name in names),
-    )
+    {
+      'name': group,
+      'modules': len(names),
+      'parameters': state_lib.count_params([params.get(x, {}) for x in names]),
+      'output': outputs[names[-1]],
+      'flops': sum(flops.get(name, 0) for name in names),
+    }
     for group, names in groups.items()
   ]

@@ -21,7 +21,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import config_dict
 
-from jaxprog import epochs, files, named, paths
+from jaxprog import files, named, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import preparation, records
 from jaxprog.planning import chips, costs, outlook
@@ -150,12 +150,14 @@ def _largest_batch(step: Step, topology: chips.Topology) -> int:
   return max(most // 2 * 2, 0) * topology.num_chips
 
 
-class Compiled(NamedTuple):
-  """What the compiler says of one step; bytes are those of one device."""
+class _Compiled(NamedTuple):
+  """What the compiler says of one step; as in `Step`, of one micro-batch."""
 
   traffic_bytes: float
-  memory: costs.Memory
-  collectives: tuple[costs.Collective, ...]
+  memory_bytes: int
+  activation_bytes: int
+  collectives: int
+  collective_bytes: int
   seconds: float
 
 
@@ -189,28 +191,7 @@ def create_setup(
   stages_lib.check_batch_norm(config, topology.num_chips)
   datasets = {stage.name: _count_dataset(config, stage) for stage in chosen}
   mesh = chips.create_mesh(topology)
-  return setup_lib.Setup(
-    config=config,
-    stages=all_stages,
-    chosen=chosen,
-    datasets=datasets,
-    steps={
-      stage.name: epochs.count_steps(stage, len(datasets[stage.name].train))
-      for stage in chosen
-    },
-    model_fn=setup_lib.create_model_fn(config, mesh.devices.size),
-    shardings=devices.create_shardings(mesh),
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Count:
-  """Images that are not here."""
-
-  number: int
-
-  def __len__(self) -> int:
-    return self.number
+  return setup_lib.assemble(config, all_stages, chosen, datasets, mesh=mesh)
 
 
 def _count_dataset(
@@ -232,7 +213,8 @@ def _count_dataset(
   train, evaluated = round(known.train * part) - held, round(known.eval * part)
 
   def split(number: int) -> records.Records:
-    return cast(records.Records, _Count(number))
+    """Returns what has a length, and no images."""
+    return cast(records.Records, range(number))
 
   return records.Dataset(
     name=stage.dataset,
@@ -264,19 +246,22 @@ def _compile_all(
   tasks: Sequence[setup_lib.Task],
   topology: chips.Topology,
   say: Callable[[str], None],
-) -> dict[_Key, tuple[float, Compiled]]:
+) -> dict[_Key, tuple[float, _Compiled]]:
   """Returns the FLOPs and the compiled figures of each stage's programs.
 
   Those not in the cache are compiled side by side, one for each core: a
   compiler uses one.
   """
-  directory = _cache_directory(tasks[0].config)
-  found: dict[_Key, tuple[float, Compiled]] = {}
+  directory = paths.cache_dir(tasks[0].config)
+  if directory:
+    directory /= 'plans'
+    devices.create_cache(directory)
+  found: dict[_Key, tuple[float, _Compiled]] = {}
   with futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
     waiting = {}
     for task in tasks:
       for program in task.train_steps:
-        trace = costs.trace_train_step(task, program)
+        trace = task.trace_train_step(program)
         flops = costs.count_flops(trace.jaxpr)
         lowered = trace.lower()
         options = _compiler_options(task, topology)
@@ -313,29 +298,24 @@ def _compiler_options(
 
 def _compile(
   lowered: Any, options: dict[str, bool | int], path: pathlib.Path | None
-) -> Compiled:
+) -> _Compiled:
   begin = time.perf_counter()
   program = lowered.compile(compiler_options=options)
   memory = costs.read_memory(program)
   if memory is None:
     raise RuntimeError('the compiler says nothing of the memory it needs')
-  compiled = Compiled(
+  exchanges = costs.read_collectives(program.as_text())
+  compiled = _Compiled(
     traffic_bytes=costs.read_traffic(program),
-    memory=memory,
-    collectives=tuple(costs.read_collectives(program.as_text())),
+    memory_bytes=memory.total,
+    activation_bytes=memory.temporaries,
+    collectives=len(exchanges),
+    collective_bytes=sum(exchanges),
     seconds=time.perf_counter() - begin,
   )
   if path:
     files.write_json(path, compiled._asdict())
   return compiled
-
-
-def _cache_directory(config: config_dict.ConfigDict) -> pathlib.Path | None:
-  directory = paths.cache_dir(config)
-  if directory is None:
-    return None
-  devices.create_cache(directory / 'plans')
-  return directory / 'plans'
 
 
 def _digest(
@@ -352,24 +332,18 @@ def _digest(
   return hashlib.sha256('\0'.join(parts).encode()).hexdigest()
 
 
-def _read(path: pathlib.Path) -> Compiled | None:
+def _read(path: pathlib.Path) -> _Compiled | None:
   """Returns what was compiled before, None if it was not, or is damaged."""
   try:
-    saved = json.loads(path.read_bytes())
-    return Compiled(
-      traffic_bytes=saved['traffic_bytes'],
-      memory=costs.Memory(*saved['memory']),
-      collectives=tuple(costs.Collective(*x) for x in saved['collectives']),
-      seconds=saved['seconds'],
-    )
-  except (OSError, ValueError, KeyError, TypeError):
+    return _Compiled(**json.loads(path.read_bytes()))
+  except (OSError, ValueError, TypeError):
     return None
 
 
 def _describe(
   task: setup_lib.Task,
   topology: chips.Topology,
-  compiled: Mapping[_Key, tuple[float, Compiled]],
+  compiled: Mapping[_Key, tuple[float, _Compiled]],
 ) -> outlook.Outlook:
   stage, dataset = task.stage, task.dataset
   steps = [
@@ -398,14 +372,14 @@ def _count_step(
   program: setup_lib.Program,
   steps: int,
   flops: float,
-  compiled: Compiled,
+  compiled: _Compiled,
 ) -> Step:
   """Returns what a program costs; its loop over micro-batches counts whole."""
   chip, micro = topology.chip, task.stage.micro_batch_size
   times = program.batch_size // micro if micro else 1
   traffic = times * compiled.traffic_bytes
-  sums = times * len(compiled.collectives)
-  summed = times * sum(x.num_bytes for x in compiled.collectives)
+  sums = times * compiled.collectives
+  summed = times * compiled.collective_bytes
   rate = chip.f32_flops if task.dtype == 'float32' else chip.bf16_flops
   return Step(
     batch_size=program.batch_size,
@@ -413,8 +387,8 @@ def _count_step(
     steps=steps,
     flops=flops,
     traffic_bytes=traffic,
-    memory_bytes=compiled.memory.total,
-    activation_bytes=compiled.memory.temporaries,
+    memory_bytes=compiled.memory_bytes,
+    activation_bytes=compiled.activation_bytes,
     collectives=sums,
     collective_bytes=summed,
     compute_seconds=flops / topology.num_chips / rate,

@@ -1,6 +1,7 @@
 """What stands in the way of a run, found before anything is paid for."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -143,25 +144,22 @@ def _check_versions(
   """Yields what is missing or of a version that was not tried."""
   del seen
   python, packages = _read_requirements(root)
-  found = platform.python_version()
-  wrong = 0
-  if not specifiers.SpecifierSet(python).contains(found, prereleases=True):
-    yield Finding(None, f'Python {found} is not {python}')
+  version = platform.python_version()
+  wrong = []
+  if not specifiers.SpecifierSet(python).contains(version, prereleases=True):
+    wrong.append(Finding(None, f'Python {version} is not {python}'))
   for package in packages:
-    fix = shlex.join(['pip', 'install', f'{package.name}{package.specifier}'])
+    name, bounds = package.name, package.specifier
+    fix = shlex.join(['pip', 'install', f'{name}{bounds}'])
     try:
-      version = importlib.metadata.version(package.name)
+      found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      wrong += 1
-      yield Finding(False, f'{package.name} is not installed', fix)
+      wrong.append(Finding(False, f'{name} is not installed', fix))
       continue
-    if not package.specifier.contains(version, prereleases=True):
-      wrong += 1
-      what = f'{package.name} {version} is not {package.specifier}'
-      yield Finding(None, what, fix)
-  if not wrong:
-    what = f'Python {found}, {len(packages)} packages within their bounds'
-    yield Finding(True, what)
+    if not bounds.contains(found, prereleases=True):
+      wrong.append(Finding(None, f'{name} {found} is not {bounds}', fix))
+  what = f'Python {version}, {len(packages)} packages within their bounds'
+  yield from wrong or [Finding(True, what)]
 
 
 def _read_requirements(
@@ -213,7 +211,7 @@ def _check_cache(seen: Inspection) -> Iterator[Finding]:
 def _check_batches(seen: Inspection) -> Iterator[Finding]:
   if not seen.chosen or not seen.has_devices:
     return
-  count, wrong = jax.device_count(), 0
+  count, wrong = jax.device_count(), []
   try:
     stages_lib.check_batch_norm(seen.config, count)
   except errors.UserError as e:
@@ -222,11 +220,9 @@ def _check_batches(seen: Inspection) -> Iterator[Finding]:
     try:
       stages_lib.check_devices([stage], count)
     except errors.UserError as e:
-      wrong += 1
-      yield crossed(e)
-  if not wrong:
-    among = f'{count} device{"s" * (count > 1)}'
-    yield Finding(True, f'batch sizes: divide among {among}')
+      wrong.append(crossed(e))
+  what = f'batch sizes: divide among {count} device{"s" * (count > 1)}'
+  yield from wrong or [Finding(True, what)]
 
 
 def _check_network(seen: Inspection) -> Iterator[Finding]:
@@ -262,7 +258,7 @@ def _check_dataset(
   seen.data[stage.name] = Data()
   data_dir = preflight.find_data_dir(seen.config)
   if preparation.check_dataset(stage.dataset, data_dir) == 'prepared':
-    dataset = setup_lib.load_dataset(data_dir, stage)
+    dataset = setup_lib.load_dataset(data_dir, stage, 'prepared')
     seen.data[stage.name] = Data(dataset=dataset)
     what = (
       f'{stage.dataset} is prepared, {dataset.num_classes} classes, '
@@ -358,7 +354,7 @@ def _check_run(seen: Inspection) -> Iterator[Finding]:
   if not seen.workdir:
     return
   for line in preflight.describe_run(seen.workdir):
-    yield Finding(True, f'run: {line}')
+    yield Finding(True, line)
   for marker in sorted(seen.workdir.glob('checkpoints/*/done.json')):
     name = marker.parent.name
     if not checkpoints.is_done(seen.workdir, name):
@@ -389,7 +385,7 @@ def _check_disk(seen: Inspection) -> Iterator[Finding]:
   """Yields a finding for each file system that the run writes to."""
   if not seen.chosen or not seen.has_devices:
     return
-  run = preflight.bytes_to_write(seen.workdir, _estimate_sizes(seen))
+  run = preflight.bytes_to_write(seen.workdir, _describe_states(seen))
   raw = {x.raw.root: x.raw for x in seen.data.values() if x.raw}
   prepared = int(preflight.OVERHEAD * sum(map(_raw_bytes, raw.values())))
   data_dir = paths.data_dir(seen.config)
@@ -404,27 +400,27 @@ def _check_disk(seen: Inspection) -> Iterator[Finding]:
     what = f'disk: a run will write {formats.size(run)} of results'
     yield Finding(True, what)
   by_disk: dict[int, list[tuple[pathlib.Path, str, int]]] = {}
-  for need in needs:
-    if need[2]:
-      disk = preflight.nearest_folder(need[0]).stat().st_dev
-      by_disk.setdefault(disk, []).append(need)
+  for path, what, count in needs:
+    if count:
+      disk = preflight.nearest_folder(path).stat().st_dev
+      by_disk.setdefault(disk, []).append((path, what, count))
   for on_disk in by_disk.values():
-    yield _compare_disk(on_disk)
+    where, free = on_disk[-1][0], preflight.free_bytes(on_disk[-1][0])
+    parts = ' and '.join(
+      f'{formats.size(count)} of {what}' for _, what, count in on_disk
+    )
+    fits = sum(count for _, _, count in on_disk) <= free
+    yield Finding(
+      fits,
+      f'disk: {parts} to be written, {formats.size(free)} free at {where}',
+      '' if fits else 'Free some, or name a folder on a larger disk.',
+    )
 
 
-def _compare_disk(needs: Sequence[tuple[pathlib.Path, str, int]]) -> Finding:
-  where = needs[-1][0]
-  total, free = sum(need for _, _, need in needs), preflight.free_bytes(where)
-  parts = ' and '.join(f'{formats.size(x)} of {what}' for _, what, x in needs)
-  return Finding(
-    total <= free,
-    f'disk: {parts} to be written, {formats.size(free)} free at {where}',
-    '' if total <= free else 'Free some, or name a folder on a larger disk.',
-  )
-
-
-def _estimate_sizes(seen: Inspection) -> list[preflight.Size]:
-  """Returns what checkpoints take; stages count as if all had all classes.
+def _describe_states(
+  seen: Inspection,
+) -> Iterator[tuple[stages_lib.Stage, state_lib.TrainState]]:
+  """Yields each stage's state, as shapes, as if all stages had all classes.
 
   So the network is traced once, which takes a second.
   """
@@ -440,14 +436,13 @@ def _estimate_sizes(seen: Inspection) -> list[preflight.Size]:
     lambda rng: state_lib.init_variables(model, size, rng), rng
   )
 
-  def count(stage: stages_lib.Stage) -> preflight.Size:
-    tx, ema = optimizers.create_optimizer(stage), stage.ema_decay > 0
-    state = jax.eval_shape(
-      lambda x: state_lib.create_state(x, tx, ema=ema), variables
+  for stage in seen.chosen:
+    create_state = functools.partial(
+      state_lib.create_state,
+      tx=optimizers.create_optimizer(stage),
+      ema=stage.ema_decay > 0,
     )
-    return preflight.count_size(stage, state, variables)
-
-  return list(map(count, seen.chosen))
+    yield stage, jax.eval_shape(create_state, variables)
 
 
 def _raw_bytes(raw: builders.Raw) -> int:

@@ -80,6 +80,8 @@ class Outlook:
     """Returns all of it as plain values."""
     stage, values = self.stage, dict(vars(self))
     del values['stage'], values['chips']
+    expected = facts.EXPECTATIONS.get(stage.dataset)
+    size = self.num_train_images, math.ceil(stage.num_epochs)
     return {
       'name': stage.name,
       'dataset': stage.dataset,
@@ -95,20 +97,11 @@ class Outlook:
       **values,
       'fits': self.fits,
       'seconds': self.seconds,
-      'comparable': self._is_comparable(),
+      # Whether the mission's range speaks of this; None: it says nothing.
+      'comparable': expected
+      and size == (expected.num_train_images, expected.num_epochs),
       **self.chips,
     }
-
-  def _is_comparable(self) -> bool | None:
-    """Returns whether the mission's range speaks of what the stage will do.
-
-    None where the mission says nothing of its dataset.
-    """
-    expected = facts.EXPECTATIONS.get(self.stage.dataset)
-    if expected is None:
-      return None
-    size = expected.num_train_images, expected.num_epochs
-    return size == (self.num_train_images, math.ceil(self.stage.num_epochs))
 
 
 def look_ahead(task: setup_lib.Task) -> Outlook:
@@ -161,6 +154,11 @@ def _describe_phases(x: Figures) -> str:
   )
 
 
+def _describe_sizes(x: Figures) -> str:
+  size, evaluated = x['image_size'], x['eval_image_size']
+  return f'{size}' if evaluated == size else f'{size}, eval {evaluated}'
+
+
 # Row by row: what it is called and what it says of a stage; rows that say
 # nothing of any stage are left out.
 _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
@@ -168,7 +166,7 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
   ('classes', lambda x: f'{x["num_classes"]:,}'),
   ('images', lambda x: f'{x["num_train_images"]:,}'),
   ('evaluated on', lambda x: f'{x["num_eval_images"]:,}'),
-  ('px', lambda x: _describe_sizes(x['image_size'], x['eval_image_size'])),
+  ('px', _describe_sizes),
   ('batch', lambda x: f'{x["batch_size"]}'),
   ('epochs', lambda x: f'{x["num_epochs"]:g}'),
   ('steps', lambda x: f'{x["total_steps"]:,}'),
@@ -184,10 +182,10 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
   ('device has', lambda x: formats.size(x['device_bytes'])),
   ('fits', lambda x: _describe_fit(x['fits'], x['memory_compiled'])),
   ('compile', lambda x: formats.seconds(x['compile_seconds'])),
-  ('step', lambda x: _about(formats.seconds(x['step_seconds']), x)),
+  ('step', lambda x: _about(x, formats.seconds, 'step_seconds')),
   ('input', lambda x: formats.seconds(x['input_seconds'])),
   ('evaluation', lambda x: formats.seconds(x['evaluation_seconds'])),
-  ('stage takes', lambda x: _about(_duration(x['seconds']), x)),
+  ('stage takes', lambda x: _about(x, formats.duration, 'seconds')),
 )
 
 
@@ -332,20 +330,14 @@ def _describe_fit(fits: bool | None, compiled: bool) -> str:
   return {True: 'yes', False: 'NO', None: ''}[fits]
 
 
-def _describe_sizes(trained: int, evaluated: int) -> str:
-  more = f', eval {evaluated}' if evaluated != trained else ''
-  return f'{trained}{more}'
-
-
 def _size(count: int | None, compiled: bool) -> str:
   return (
     '' if count is None else f'{"" if compiled else "~"}{formats.size(count)}'
   )
 
 
-def _duration(seconds: float | None) -> str:
-  return '' if seconds is None else formats.duration(seconds)
-
-
-def _about(time: str, x: Figures) -> str:
-  return time if not time or x['step_measured'] else f'~{time}'
+def _about(x: Figures, show: Callable[[float], str], name: str) -> str:
+  """Returns a time, with ~ if it was estimated, '' if it is not known."""
+  if x[name] is None:
+    return ''
+  return f'{"" if x["step_measured"] else "~"}{show(x[name])}'

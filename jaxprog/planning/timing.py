@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxprog import errors, formats
 from jaxprog.data import loader
 from jaxprog.planning import costs, outlook
-from jaxprog.training import devices
+from jaxprog.training import devices, preflight
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import steps as steps_lib
 
@@ -55,7 +55,7 @@ def _measure(
 ) -> None:
   """Fills in what a stage costs; each figure as soon as it is known."""
   counts = costs.steps_by_program(task)
-  traces = {x: costs.trace_train_step(task, x) for x in counts}
+  traces = {x: task.trace_train_step(x) for x in counts}
   flops = {x: costs.count_flops(trace.jaxpr) for x, trace in traces.items()}
   all_flops = sum(n * flops[x] for x, n in counts.items())
   images = sum(n * x.batch_size for x, n in counts.items())
@@ -108,9 +108,7 @@ def _compile(
 
 def _estimate_bytes(task: setup_lib.Task, trace: jax.stages.Traced) -> int:
   """Returns about what a step needs on each device, its state included."""
-  state = sum(
-    x.size * x.dtype.itemsize for x in jax.tree.leaves(task.state_shapes)
-  )
+  state = preflight.count_bytes(task.state_shapes)
   together = costs.estimate_bytes(trace.jaxpr)
   return state + (together - state) // jax.device_count()
 
@@ -213,9 +211,8 @@ def _together(computing: float, reading: float) -> float:
 
 def _time_evaluation(task: setup_lib.Task, found: outlook.Outlook) -> float:
   """Returns the seconds of one, its images read as in training."""
-  num_devices = jax.device_count()
-  size = -(-task.stage.batch_size // num_devices) * num_devices
-  step = _compile(costs.trace_eval_step(task, size), found)
+  size = task.eval_batch_size
+  step = _compile(task.trace_eval_step(), found)
   batch = _random_batch(
     task.batch_shapes(size, task.stage.eval_size, training=False)
   )

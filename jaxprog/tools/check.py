@@ -140,21 +140,20 @@ def _show_outlook(
       progress.start_run([described.describe(task) for task in tasks])
   last = tasks[-1]
   size = last.stage.image_size
-  layers = [
-    x._asdict()
-    for x in costs.summarise_layers(
-      last.model, last.state_shapes.variables, size
-    )
-  ]
+  layers = costs.summarise_layers(last.model, last.state_shapes.variables, size)
   name = 'your network' if seen.model else config.model
   title = f'{name} at {size} px, as {last.stage.name} trains it'
   outlook.say(f'\n{title} (FLOPs of one image, forward)', console, 'bold')
   console.print(outlook.model_table(layers))
   _show_rates(tasks, rates, console)
   busy = _describe_load() if config.check_steps else ''
-  outlooks = [_measure(task, config.check_steps, console) for task in tasks]
-  for found in outlooks:
-    found.notes += _describe_shortcuts(config, cheap, found)
+  outlooks = []
+  for task in tasks:
+    doing = 'compiling and timing; check_steps=0 leaves it out'
+    with console.status(f'{task.stage.name}: {doing}'):
+      found = timing.measure(task, config.check_steps)
+    found.notes += _describe_shortcuts(seen, cheap, found)
+    outlooks.append(found)
   figures: dict[str, Any] = {
     'model': config.model,
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
@@ -263,34 +262,20 @@ def _cheap(seen: inspection.Inspection) -> config_dict.ConfigDict:
   return config
 
 
-def _measure(
-  task: setup_lib.Task, num_steps: int, console: rich.console.Console
-) -> outlook.Outlook:
-  """Returns a stage's outlook; a terminal says what takes so long."""
-  doing = (
-    f'{task.stage.name}: compiling and timing; check_steps=0 leaves it out'
-  )
-  with contextlib.ExitStack() as stack:
-    if console.is_terminal and num_steps:
-      stack.enter_context(console.status(doing))
-    return timing.measure(task, num_steps)
-
-
 def _describe_shortcuts(
-  config: config_dict.ConfigDict,
+  seen: inspection.Inspection,
   cheap: config_dict.ConfigDict,
   found: outlook.Outlook,
 ) -> list[str]:
   """Returns in what a stage is looked at otherwise than it will be trained."""
   notes = []
-  name, storage = found.stage.name, found.stage.storage
-  asked = next(x for x in stages.create_stages(config) if x.name == name)
-  if asked.storage != storage and found.input_seconds is not None:
+  asked = next(x for x in seen.chosen if x.name == found.stage.name)
+  if asked.storage != found.stage.storage and found.input_seconds is not None:
     notes.append(
       f'input timed on originals; training reads {asked.storage}, which is '
       'not stored yet'
     )
-  if config.exclude_leaks and not cheap.exclude_leaks:
+  if seen.config.exclude_leaks and not cheap.exclude_leaks:
     notes.append(
       'leaks were not looked for yet: training images that a stage is '
       'evaluated on are counted here and will be left out'

@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import rich.table
@@ -23,23 +23,13 @@ from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import checkpoints, integrity, lock
 from jaxprog.training import devices
 from jaxprog.training import setup as setup_lib
+from jaxprog.training import state as state_lib
 
 # TensorBoard's files, plots and reports of one run, in bytes.
 _REPORTS = 20_000_000
 # Beside the numbers a checkpoint holds their names and shapes; and file
 # systems round up.
 OVERHEAD = 1.05
-
-
-class Size(NamedTuple):
-  """What one checkpoint of a stage takes, in bytes."""
-
-  stage: str
-  state: int
-  variables: int
-  # How many of the variables there are at most: final, and best and averages
-  # twice, because two states speak of them.
-  copies: int
 
 
 def launch(
@@ -61,11 +51,10 @@ def launch(
     if preparation.is_here(stage.dataset, data_dir):
       continue
     try:
-      preparation.check_dataset(stage.dataset, data_dir)
+      setup_lib.check_dataset(data_dir, stage)
     except errors.UserError as e:
-      where = f'stage {stage.name!r}: {e.where}'
       fix = mend(stage.dataset, e.suggestion)
-      raise errors.UserError(e.what, where, fix) from None
+      raise errors.UserError(e.what, e.where, fix) from None
   claim_workdir(pathlib.Path(workdir))
 
 
@@ -114,11 +103,8 @@ def quick(
     UserError: if the disk is too small for what the run will write.
   """
   path = pathlib.Path(workdir)
-  sizes = [
-    count_size(task.stage, task.state_shapes, task.state_shapes.variables)
-    for task in tasks
-  ]
-  need, free = bytes_to_write(path, sizes), free_bytes(path)
+  states = [(task.stage, task.state_shapes) for task in tasks]
+  need, free = bytes_to_write(path, states), free_bytes(path)
   if need > free:
     raise errors.UserError(
       f'The run needs {formats.size(need)} of disk; {formats.size(free)} are '
@@ -129,7 +115,7 @@ def quick(
   return [
     f'devices: {devices.describe()}',
     f'disk: {formats.size(need)} to be written, {formats.size(free)} free',
-    *(f'run: {line}' for line in describe_run(path)),
+    *describe_run(path),
   ]
 
 
@@ -152,20 +138,24 @@ def check_workdir(workdir: pathlib.Path) -> None:
     ) from None
 
 
-def bytes_to_write(workdir: pathlib.Path | None, sizes: Iterable[Size]) -> int:
+def bytes_to_write(
+  workdir: pathlib.Path | None,
+  states: Iterable[tuple[stages_lib.Stage, state_lib.TrainState]],
+) -> int:
   """Returns how much the stages still write, at most, in bytes.
 
   All that they save stays until they are done: two states, the weights that
-  either speaks of, and the final ones. What replaces an old checkpoint is there
-  beside it for a while.
+  either speaks of (best, and averages), and the final ones. What replaces an
+  old checkpoint is there beside it for a while. Of `states` shapes will do.
   """
   total = replaced = 0
-  for size in sizes:
-    if workdir and checkpoints.is_done(workdir, size.stage):
+  for stage, state in states:
+    if workdir and checkpoints.is_done(workdir, stage.name):
       continue
-    there = _folder_bytes(workdir, size.stage) if workdir else 0
-    total += max(0, 2 * size.state + size.copies * size.variables - there)
-    beside = size.state + size.copies // 2 * size.variables
+    there = _folder_bytes(workdir, stage.name) if workdir else 0
+    a_state, weights = count_bytes(state), count_bytes(state.variables)
+    beside = a_state + (2 if stage.ema_decay else 1) * weights
+    total += max(0, 2 * beside + weights - there)
     replaced = max(replaced, beside)
   if not replaced:
     return 0
@@ -225,7 +215,13 @@ def check_changes(
 def prepare_command() -> str:
   """Returns what prepares the data of this very call, to be pasted."""
   script = sys.argv[0]
-  if pathlib.PurePath(script).name != 'main.py':
+  starts = {
+    'main.py': ['python', script],
+    '__main__.py': ['python', '-m', 'jaxprog'],
+    'jaxprog': ['jaxprog'],
+  }
+  start = starts.get(pathlib.PurePath(script).name)
+  if start is None:
     return 'jaxprog.prepare(config)'
   words, kept = iter(sys.argv[1:]), []
   for word in words:
@@ -236,7 +232,7 @@ def prepare_command() -> str:
   if any(flag == 'config' for flag, _ in kept):
     kept = [(flag, value) for flag, value in kept if flag != 'workdir']
   flags = [f'--{flag}={value}' for flag, value in kept]
-  return shlex.join(['python', script, *flags, '--mode=prepare'])
+  return shlex.join([*start, *flags, '--mode=prepare'])
 
 
 def mend(dataset: str, suggestion: str) -> str:
@@ -267,16 +263,11 @@ def describe_run(workdir: pathlib.Path) -> list[str]:
       parts.append(f'{name} interrupted, saved at step {max(saved)}')
     else:
       parts.append(f'{name} begun, nothing saved')
-  return [', '.join(parts)] if parts else []
+  return [f'run: {", ".join(parts)}'] if parts else []
 
 
-def count_size(stage: stages_lib.Stage, state: Any, variables: Any) -> Size:
-  """Returns what a checkpoint takes whose arrays are these, or their shapes."""
-  copies = 5 if stage.ema_decay else 3
-  return Size(stage.name, _count_bytes(state), _count_bytes(variables), copies)
-
-
-def _count_bytes(tree: Any) -> int:
+def count_bytes(tree: Any) -> int:
+  """Returns the bytes of all arrays of a pytree, or of their shapes."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 

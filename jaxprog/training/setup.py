@@ -127,6 +127,31 @@ class Task:
       shapes['index'] = shapes['epoch'] = shapes['label']
     return _place(shapes, self.shardings.batch)
 
+  @property
+  def eval_batch_size(self) -> int:
+    """Images of a batch of evaluation, which all devices share."""
+    num_devices = jax.device_count()
+    return -(-self.stage.batch_size // num_devices) * num_devices
+
+  def trace_train_step(self, program: Program) -> jax.stages.Traced:
+    """Returns the trace of a training step."""
+    batch = self.batch_shapes(
+      program.batch_size, program.image_size, training=True
+    )
+    step = self.train_steps[program]
+    return step.trace(self.state_shapes, batch, self.step_rng)
+
+  def trace_eval_step(self) -> jax.stages.Traced:
+    """Returns the trace of an evaluation step."""
+    sums = jax.eval_shape(steps_lib.zero_eval_sums)
+    return self.eval_step.trace(
+      self.state_shapes.variables,
+      self.batch_shapes(
+        self.eval_batch_size, self.stage.eval_size, training=False
+      ),
+      _place(sums, self.shardings.replicated),
+    )
+
 
 def create_setup(
   config: config_dict.ConfigDict,
@@ -161,7 +186,19 @@ def create_setup(
     for stage in chosen
   }
   alike.check_alike(config, datasets)
-  shardings = devices.create_shardings()
+  return assemble(config, all_stages, chosen, datasets, model)
+
+
+def assemble(
+  config: config_dict.ConfigDict,
+  all_stages: tuple[stages_lib.Stage, ...],
+  chosen: tuple[stages_lib.Stage, ...],
+  datasets: Mapping[str, Dataset],
+  model: ModelFn | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Setup:
+  """Returns what is known of the stages, to train on all devices or `mesh`."""
+  shardings = devices.create_shardings(mesh)
   return Setup(
     config=config,
     stages=all_stages,
@@ -194,19 +231,39 @@ def load_datasets(
   last stage is said at once, not hours later.
   """
   data_dir = paths.data_dir(config)
+  found: dict[str, str] = {}
   for stage in chosen:
-    try:
-      preparation.check_dataset(stage.dataset, data_dir)
-    except errors.UserError as e:
-      where = f'stage {stage.name!r}: {e.where}'
-      raise errors.UserError(e.what, where, e.suggestion) from None
-  return {stage.name: load_dataset(data_dir, stage) for stage in chosen}
+    if stage.dataset not in found:
+      found[stage.dataset] = check_dataset(data_dir, stage)
+  datasets = {}
+  for stage in chosen:
+    datasets[stage.name] = load_dataset(data_dir, stage, found[stage.dataset])
+    found[stage.dataset] = 'prepared'
+  return datasets
+
+
+def check_dataset(
+  data_dir: str | os.PathLike[str], stage: stages_lib.Stage
+) -> str:
+  """Returns 'prepared' or 'raw', as `preparation.check_dataset` does.
+
+  Raises:
+    UserError: naming the stage, if its dataset is missing or not in order.
+  """
+  try:
+    return preparation.check_dataset(stage.dataset, data_dir)
+  except errors.UserError as e:
+    where = f'stage {stage.name!r}: {e.where}'
+    raise errors.UserError(e.what, where, e.suggestion) from None
 
 
 def load_dataset(
-  data_dir: str | os.PathLike[str], stage: stages_lib.Stage
+  data_dir: str | os.PathLike[str], stage: stages_lib.Stage, found: str = ''
 ) -> Dataset:
-  """Returns the dataset of a stage; shows how far what takes long is."""
+  """Returns the dataset of a stage; shows how far what takes long is.
+
+  `found` is what `check_dataset` has returned, if it was asked already.
+  """
   console = rich.console.Console(stderr=True)
   with bars.progress_bar(console, stage.dataset) as show:
     return preparation.load_dataset(
@@ -216,6 +273,7 @@ def load_dataset(
       num_classes=stage.num_classes,
       where=f'stage {stage.name!r}',
       progress=show,
+      found=found,
     )
 
 
@@ -372,30 +430,16 @@ def compile_task(task: Task, *, carried: bool) -> Task:
   the time.
   """
   init = 'init_head' if carried else 'init'
-  state, stage = task.state_shapes, task.stage
-  sums = _place(
-    jax.eval_shape(steps_lib.zero_eval_sums), task.shardings.replicated
-  )
-  num_devices = jax.device_count()
-  eval_batch = task.batch_shapes(
-    -(-stage.batch_size // num_devices) * num_devices,
-    stage.eval_size,
-    training=False,
-  )
-
-  def compile_step(program):
-    batch = task.batch_shapes(
-      program.batch_size, program.image_size, training=True
-    )
-    step = task.train_steps[program]
-    return step.lower(state, batch, task.step_rng).compile()
-
+  variables = task.state_shapes.variables
   return dataclasses.replace(
     task,
     **{init: getattr(task, init).lower(task.init_rng).compile()},
-    create_state=task.create_state.lower(state.variables).compile(),
-    train_steps={x: compile_step(x) for x in task.train_steps},
-    eval_step=task.eval_step.lower(state.variables, eval_batch, sums).compile(),
+    create_state=task.create_state.lower(variables).compile(),
+    train_steps={
+      program: task.trace_train_step(program).lower().compile()
+      for program in task.train_steps
+    },
+    eval_step=task.trace_eval_step().lower().compile(),
   )
 
 
