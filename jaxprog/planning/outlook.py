@@ -106,17 +106,17 @@ class Outlook:
 
 def look_ahead(task: setup_lib.Task) -> Outlook:
   """Returns what is known of a stage without its costs."""
-  stage, planned = task.stage, described.describe(task)
+  stage, known = task.stage, described.describe(task)
   evaluations = len(task.steps.epoch_ends) * (2 if stage.ema_decay else 1)
   return Outlook(
     stage=stage,
-    num_classes=planned.num_classes,
-    num_train_images=planned.num_train_images,
+    num_classes=known.num_classes,
+    num_train_images=known.num_train_images,
     num_eval_images=len(task.dataset.selection),
-    total_steps=planned.total_steps,
+    total_steps=known.total_steps,
     num_evaluations=evaluations + 1,  # The best weights once more.
-    final_learning_rate=planned.final_learning_rate,
-    parameters=planned.parameters,
+    final_learning_rate=known.final_learning_rate,
+    parameters=known.parameters,
   )
 
 
