@@ -8,19 +8,27 @@ from conftest import ROOT
 
 from jaxprog import config as config_lib
 from jaxprog import fields, stages
+from jaxprog.monitoring import progress
 from jaxprog.planning import outlook
 
 
-def look_ahead(stage, **changes):
+def look_ahead(stage, num_train_images=9_469, total_steps=1000, **changes):
   found = outlook.Outlook(
     stage=stage,
-    num_classes=10,
-    num_train_images=9_469,
+    known=progress.PlannedStage(
+      name=stage.name,
+      num_train_images=num_train_images,
+      num_classes=10,
+      image_size=stage.image_size,
+      batch_size=stage.batch_size,
+      total_steps=total_steps,
+      warmup_steps=0,
+      peak_learning_rate=stage.peak_learning_rate,
+      final_learning_rate=1e-5,
+      parameters=23_528_522,
+    ),
     num_eval_images=3_925,
-    total_steps=1000,
     num_evaluations=21,
-    final_learning_rate=1e-5,
-    parameters=23_528_522,
     flops_per_image=24.3e9,
     memory_bytes=11_300_000_000,
     memory_compiled=True,

@@ -97,7 +97,7 @@ def fill_in(
   }
   bound_by = max(parts, key=lambda name: parts[name])
   largest = max(steps, key=lambda x: x.memory_bytes)
-  a_step = num_images / found.total_steps / num_chips
+  a_step = num_images / found.known.total_steps / num_chips
   found.flops_per_image = mean(lambda x: x.flops)
   found.memory_bytes, found.memory_compiled = largest.memory_bytes, True
   found.device_bytes = topology.chip.memory_bytes
@@ -127,7 +127,7 @@ def fill_in(
     'chip_hour_price': price,
     'steps': [dataclasses.asdict(x) for x in steps],
     'largest_batch': _largest_batch(largest, topology),
-    'num_steps': found.total_steps,
+    'num_steps': found.known.total_steps,
     'num_images': num_images,
     'traffic_per_image': mean(lambda x: x.traffic_bytes) * num_chips,
     'images_per_second': rate,

@@ -15,6 +15,7 @@ import rich.text
 
 from jaxprog import formats
 from jaxprog import stages as stages_lib
+from jaxprog.monitoring import progress as progress_lib
 from jaxprog.reporting import facts
 from jaxprog.training import described
 from jaxprog.training import setup as setup_lib
@@ -34,13 +35,10 @@ class Outlook:
   """
 
   stage: stages_lib.Stage
-  num_classes: int
-  num_train_images: int
+  # What the run itself will say of it before it starts.
+  known: progress_lib.Description
   num_eval_images: int
-  total_steps: int
   num_evaluations: int
-  final_learning_rate: float
-  parameters: int
   # Mean over the stage's training images, gradients included.
   flops_per_image: float | None = None
   # Of the step that needs most, and whether a compiler said so.
@@ -74,25 +72,22 @@ class Outlook:
     if a_step is None:
       return None
     evaluations = self.num_evaluations * (self.evaluation_seconds or 0.0)
-    return self.total_steps * a_step + evaluations
+    return self.known.total_steps * a_step + evaluations
 
   def figures(self) -> Figures:
     """Returns all of it as plain values."""
     stage, values = self.stage, dict(vars(self))
-    del values['stage'], values['chips']
+    del values['stage'], values['known'], values['chips']
     expected = facts.EXPECTATIONS.get(stage.dataset)
-    size = self.num_train_images, math.ceil(stage.num_epochs)
+    size = self.known.num_train_images, math.ceil(stage.num_epochs)
     return {
-      'name': stage.name,
+      **self.known._asdict(),
       'dataset': stage.dataset,
-      'image_size': stage.image_size,
       'eval_image_size': stage.eval_size,
-      'batch_size': stage.batch_size,
       'phases': [[x.from_epoch, dict(x.changes)] for x in stage.phases],
       'num_epochs': stage.num_epochs,
       'optimizer': stage.optimizer,
       'schedule': stage.schedule,
-      'peak_learning_rate': stage.peak_learning_rate,
       'augmentation': _describe_augmentation(stage),
       **values,
       'fits': self.fits,
@@ -106,17 +101,13 @@ class Outlook:
 
 def look_ahead(task: setup_lib.Task) -> Outlook:
   """Returns what is known of a stage without its costs."""
-  stage, known = task.stage, described.describe(task)
-  evaluations = len(task.steps.epoch_ends) * (2 if stage.ema_decay else 1)
+  a_time = 2 if task.stage.ema_decay else 1
   return Outlook(
-    stage=stage,
-    num_classes=known.num_classes,
-    num_train_images=known.num_train_images,
+    stage=task.stage,
+    known=described.describe(task),
     num_eval_images=len(task.dataset.selection),
-    total_steps=known.total_steps,
-    num_evaluations=evaluations + 1,  # The best weights once more.
-    final_learning_rate=known.final_learning_rate,
-    parameters=known.parameters,
+    # The best weights once more.
+    num_evaluations=a_time * len(task.steps.epoch_ends) + 1,
   )
 
 

@@ -73,7 +73,7 @@ def _measure(
     why = f'one step would take about {formats.seconds(longest)} here'
   if why:
     found.memory_bytes = needed
-    found.step_seconds = all_flops / found.total_steps / rate
+    found.step_seconds = all_flops / task.steps.total / rate
     found.notes.append(f'not timed: {why}')
     return
   compiled, found.compile_seconds = {}, 0.0
@@ -88,7 +88,7 @@ def _measure(
     n * _time_train_step(task, x, compiled[x], num_steps)
     for x, n in counts.items()
   )
-  found.step_seconds = seconds / found.total_steps
+  found.step_seconds = seconds / task.steps.total
   found.step_measured = True
   found.input_seconds = _time_input(task, num_steps)
   found.fed_step_seconds = _together(found.step_seconds, found.input_seconds)
