@@ -6,6 +6,7 @@ import pytest
 import tiny_config
 
 from jaxprog import errors, stages
+from jaxprog.data import sources
 from jaxprog.training import setup
 
 
@@ -52,6 +53,19 @@ def test_a_state_that_is_not_donated_can_still_be_read(donated, data_dir):
   assert first.step == 0
   assert not np.array_equal(kernel, last[0].params['head']['kernel'])
   jax.tree.map(np.testing.assert_array_equal, last, donated[1])
+
+
+def test_a_dataset_of_many_stages_is_looked_at_once(data_dir, monkeypatch):
+  config = tiny_config.get_config(data_dir)
+  asked, look = [], sources.check_dataset
+
+  def note(dataset, *arguments, **options):
+    asked.append(dataset)
+    return look(dataset, *arguments, **options)
+
+  monkeypatch.setattr(sources, 'check_dataset', note)
+  assert len(setup.load_datasets(config, stages.create_stages(config))) == 3
+  assert asked == ['digits']
 
 
 def test_what_a_step_needs_to_know_is_made_once(data_dir):
