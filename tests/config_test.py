@@ -81,6 +81,39 @@ def test_an_argument_reaches_get_config():
 
 
 @pytest.mark.parametrize(
+  'spec', ['progressive:resnet18', 'configs/progressive.py:resnet18']
+)
+def test_shipped_configs_are_found_by_name_anywhere(
+  spec, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  assert config_lib.load_config(spec).model == 'resnet18'
+  with pytest.raises(errors.UserError, match="Did you mean 'progressive'"):
+    config_lib.load_config(spec.replace('essive', 'esive'))
+
+
+def test_what_is_at_a_path_wins_over_what_is_shipped(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'configs').mkdir()
+  (tmp_path / 'configs' / 'default.py').write_text(
+    'from jaxprog import start_from\n'
+    'def get_config():\n'
+    "  config = start_from('default')\n"
+    '  config.seed = 7\n'
+    '  return config\n'
+  )
+  assert config_lib.load_config('configs/default.py').seed == 7
+  assert config_lib.load_config('default').seed == 0
+
+
+def test_what_is_started_from_takes_over_later_defaults():
+  config = config_lib.start_from('quickstart')
+  config.stage_defaults.image_size = 8
+  sizes = [x.image_size for x in stages.create_stages(config)]
+  assert sizes == [8, 8, 8, 32]
+
+
+@pytest.mark.parametrize(
   ('field', 'text', 'expected'),
   [
     ('sed', '1', "Did you mean 'seed'"),

@@ -1,5 +1,6 @@
 """The calls of a notebook."""
 
+import inspect
 import subprocess
 import sys
 
@@ -34,6 +35,15 @@ def test_importing_takes_no_framework():
     [sys.executable, '-c', code], capture_output=True, text=True, check=True
   )
   assert result.stdout.strip() == '[]'
+
+
+def test_every_name_is_the_tools_own_with_its_arguments():
+  assert {*jaxprog.__all__} <= {*dir(jaxprog)}
+  for name in jaxprog.__all__:
+    assert getattr(jaxprog, name).__doc__
+  assert 'allow_config_change' in inspect.signature(jaxprog.train).parameters
+  with pytest.raises(AttributeError, match='trian'):
+    _ = jaxprog.trian
 
 
 def test_datasets_by_stage(data_dir):

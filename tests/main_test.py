@@ -1,14 +1,17 @@
 """What users do: the command line, in a process of its own."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import history_fixture
 import pytest
 import runs
 
-from jaxprog import cli, files
+from jaxprog import cli, files, version
 from jaxprog.reliability import lock
 
 CONFIG = 'tests/tiny_config.py'
@@ -173,8 +176,14 @@ def test_only_and_skip(config, tmp_path):
     (['--config.stages[2].dataset=imagenet_mini'], 'ten_again'),
     (['--only=tree'], "Did you mean 'three'"),
     (['--mode=trian'], "Did you mean 'train'"),
+    (['--mode=trian', '--help'], "Did you mean 'train'"),
     (['--workdri=x'], "Did you mean 'workdir'"),
     (['train'], 'belongs to no flag'),
+    (['--only=three', 'ten'], 'commas: --only=three,ten.'),
+    (['--skip', 'three', 'ten', '--mode=check'], '--skip=three,ten.'),
+    (['--batch_size=3'], 'Write --config.stages[0].batch_size=3.'),
+    (['--seed', '1'], 'Write --config.seed=VALUE.'),
+    (['--mode=tune', '--seed=1'], 'Write --config.base.seed=1.'),
     (['--config.platform=tpu'], 'tpu'),
     (['--process_id=x'], '--process_id takes a whole number'),
     (['--connect_seconds=-1'], 'at least 1'),
@@ -195,6 +204,7 @@ def test_only_and_skip(config, tmp_path):
     (['--mode=compare'], 'of one run'),
     (['--mode=tune'], 'of one run'),
     (['--config=README.md'], 'a .py or a .json file'),
+    (['--config=quikstart'], "Did you mean 'quickstart'"),
     (['--config=configs/tune_digits.py'], 'Use --mode=tune'),
     (['--workdir=~nosuchuser/run'], 'home directory ~nosuchuser'),
     (['--workdir='], 'There is no --workdir'),
@@ -236,6 +246,41 @@ def test_data_that_cannot_be_had_leaves_no_folder(tmp_path):
   )
   assert result.returncode == 1, result.stderr
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('mode', ['', *cli.MODES])
+def test_help_tells_all(mode):
+  asked = (f'--mode={mode}', '--help') if mode else ('-h',)
+  result = runs.call_main(*asked)
+  assert (result.returncode, result.stderr) == (0, '')
+  lines = result.stdout.splitlines()
+  assert len(lines) <= 40
+  assert max(map(len, lines)) <= 80
+  told = cli.MODES[mode].flags if mode else ('config=', 'workdir=', 'version')
+  for flag in told:
+    assert f'--{flag}' in result.stdout
+  for name, row in cli.MODES.items():
+    assert (row.what in result.stdout) == (mode in ('', name))
+
+
+def test_the_examples_of_help_are_taken():
+  for name, mode in cli.MODES.items():
+    asked = cli.create_flags()
+    cli.parse_flags(asked, ['jaxprog', f'--mode={name}', *mode.example.split()])
+    cli.check_flags(asked)
+
+
+def test_the_command_line_is_a_script_a_package_and_a_module(tmp_path):
+  env = {**os.environ, 'PYTHONPATH': str(runs.ROOT)}
+  for command in ([str(runs.ROOT / 'main.py')], ['-m', 'jaxprog']):
+    result = subprocess.run(
+      [sys.executable, *command, '--version'],
+      cwd=tmp_path,
+      env=env,
+      capture_output=True,
+      text=True,
+    )
+    assert result.stdout == f'jaxprog {version.VERSION}\n', result.stderr
 
 
 def test_every_flag_is_for_some_mode():
@@ -373,8 +418,16 @@ def test_an_unwritable_workdir_is_said_first(data_dir, tmp_path, mode):
   assert result.stdout == ''
 
 
-def test_prepare(tmp_path):
-  result = runs.call_main('--mode=prepare', f'--config={CONFIG}:{tmp_path}')
-  assert result.returncode == 0, result.stderr
-  assert result.stdout.count('digits: prepared') == 1
-  assert (tmp_path / 'prepared').is_dir()
+@pytest.mark.parametrize('mode', ['prepare', 'train'])
+def test_a_new_data_dir_is_said_once(tmp_path, mode):
+  arguments = f'--mode={mode}', f'--config={CONFIG}:{tmp_path}/data'
+  if mode == 'train':
+    arguments += (f'--workdir={tmp_path}/run', '--only=three')
+  said = f'data_dir is new: {tmp_path}/data'
+  for times in (1, 0):
+    result = runs.call_main(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count(said) == times
+  if mode == 'prepare':
+    assert result.stdout.count('digits: prepared') == 1
+  assert (tmp_path / 'data' / 'prepared').is_dir()

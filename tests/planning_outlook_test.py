@@ -15,7 +15,7 @@ from jaxprog.planning import outlook
 def look_ahead(stage, num_train_images=9_469, total_steps=1000, **changes):
   found = outlook.Outlook(
     stage=stage,
-    known=progress.PlannedStage(
+    known=progress.Description(
       name=stage.name,
       num_train_images=num_train_images,
       num_classes=10,

@@ -86,8 +86,13 @@ def test_a_probe_leaves_nothing_behind(tmp_path):
   ],
 )
 def test_the_command_that_prepares_is_this_one(monkeypatch, words, expected):
-  monkeypatch.setattr(sys, 'argv', ['main.py', *words.split()])
-  assert preflight.prepare_command() == f'python main.py {expected}'
+  for script, program in (
+    ('main.py', 'python main.py'),
+    ('/bin/jaxprog', 'jaxprog'),
+    ('/lib/jaxprog/__main__.py', 'python -m jaxprog'),
+  ):
+    monkeypatch.setattr(sys, 'argv', [script, *words.split()])
+    assert preflight.prepare_command() == f'{program} {expected}'
 
 
 def test_launch_names_the_missing_dataset_of_the_last_stage(config, tmp_path):

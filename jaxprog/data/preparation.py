@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import shutil
+import sys
 import textwrap
 import time
 import urllib.error
@@ -472,9 +473,12 @@ def _writing(root: pathlib.Path) -> Iterator[bool]:
   Raises:
     UserError: if one may not write there, or the disk is full.
   """
+  is_new = not root.parent.is_dir()
   try:
     root.mkdir(parents=True, exist_ok=True)
     file = open(root / '.lock', 'w')  # noqa: SIM115
+    if is_new:
+      print(f'data_dir is new: {root.parent.absolute()}', file=sys.stderr)
   except OSError as e:
     raise errors.UserError(
       f'Cannot write prepared data: {e.strerror}.',

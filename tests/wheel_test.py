@@ -1,0 +1,95 @@
+"""What is installed: one package, which carries its configs."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+
+import pytest
+from runs import ROOT
+
+pytest.importorskip('setuptools', minversion='77')
+# A config of one's own, over others of one's own in a folder named configs.
+OWN = """
+from configs import default
+from jaxprog import start_from
+
+def get_config():
+  config = start_from('quickstart')
+  config.num_filters = default.WIDTH
+  return config
+"""
+
+
+def test_every_package_is_within_one():
+  code = (
+    'import distutils.core as c; d = c.run_setup("setup.py", ["-q"], "init")'
+  )
+  code += '; print(*d.packages)'
+  result = subprocess.run(
+    [sys.executable, '-c', f'import setuptools; {code}'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  rooms = {x.parent.name for x in ROOT.glob('jaxprog/*/__init__.py')}
+  found = {*result.stdout.split()}
+  assert {f'jaxprog.{room}' for room in rooms} < found
+  assert {x.partition('.')[0] for x in found} == {'jaxprog'}
+
+
+@pytest.mark.slow
+def test_a_wheel_works_beside_configs_of_ones_own(data_dir, tmp_path):
+  source = shutil.copytree(
+    ROOT,
+    tmp_path / 'source',
+    ignore=shutil.ignore_patterns('.*', 'build', 'runs', 'data', '*.egg-info'),
+  )
+  run([sys.executable, '-m', 'pip', 'wheel', '--no-deps', '-q',
+       '--no-build-isolation', '-w', tmp_path, source], tmp_path)  # fmt: skip
+  (wheel,) = tmp_path.glob('*.whl')
+  names = {x.partition('/')[0] for x in zipfile.ZipFile(wheel).namelist()}
+  assert {x for x in names if 'dist-info' not in x} == {'jaxprog'}
+
+  run([sys.executable, '-m', 'venv', tmp_path / 'new'], tmp_path)
+  python = tmp_path / 'new' / 'bin' / 'python'
+  # What it needs is installed here.
+  place = run(
+    [python, '-c', 'import sysconfig as s; print(s.get_path("purelib"))'],
+    tmp_path,
+  )
+  with open(f'{place.strip()}/here.pth', 'w') as file:
+    file.write(sysconfig.get_path('purelib'))
+  run([python, '-m', 'pip', 'install', '-q', '--no-deps', wheel], tmp_path)
+
+  mine = tmp_path / 'mine'
+  (mine / 'configs').mkdir(parents=True)
+  (mine / 'configs' / 'default.py').write_text('WIDTH = 4\n')
+  (mine / 'mine.py').write_text(OWN)
+  given = f'--config.data_dir={data_dir}', '--config.check_steps=0'
+  for config, parameters in (('quickstart', '307,508'), ('mine.py', '19,684')):
+    command = [python.with_name('jaxprog'), f'--config={config}', *given]
+    told = run([*command, '--mode=check', '--only=four'], mine)
+    assert parameters in told
+  assert 'jaxprog 0.1.0' in run([python, '-m', 'jaxprog', '--version'], mine)
+  code = 'import configs, jaxprog; print(configs.__path__, jaxprog.__file__)'
+  told = run([python, '-c', code], mine)
+  assert str(ROOT) not in told
+  assert 'site-packages' in told
+
+
+def run(command, folder):
+  """Returns what a command prints, which must go well."""
+  env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+  result = subprocess.run(
+    list(map(str, command)),
+    cwd=folder,
+    env={**env, 'COLUMNS': '100'},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  return result.stdout
