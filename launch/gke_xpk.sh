@@ -15,7 +15,7 @@ XPK=${XPK:-xpk}
 NAME=${NAME:-jaxprog}
 
 variables=$(printf '%q ' "DATA=$DATA" "WORKDIR=$WORKDIR" \
-  "CONFIG=${CONFIG:-configs/progressive.py}" "PLATFORM=${PLATFORM:-tpu}" \
+  "CONFIG=${CONFIG:-progressive}" "PLATFORM=${PLATFORM:-tpu}" \
   "PYTHON=${PYTHON:-python3}")
 arguments=''
 if (($#)); then

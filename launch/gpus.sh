@@ -7,13 +7,13 @@ set -euo pipefail
 
 : "${DATA:?a folder with the datasets}"
 : "${WORKDIR:?a folder for what the run writes}"
-CONFIG=${CONFIG:-configs/progressive.py}
+CONFIG=${CONFIG:-progressive}
 PYTHON=${PYTHON:-python3}
 PROCESSES=${PROCESSES:-1}
 PORT=${PORT:-12355}
 
 cd "$(dirname "$0")/.."
-command=("$PYTHON" main.py --config="$CONFIG" --workdir="$WORKDIR"
+command=("$PYTHON" -m jaxprog --config="$CONFIG" --workdir="$WORKDIR"
   --config.data_dir="$DATA" --config.platform="${PLATFORM:-gpu}" "$@")
 if ((PROCESSES == 1)); then
   exec "${command[@]}"

@@ -14,7 +14,7 @@ REPO=${REPO:-jaxprog}
 GCLOUD=${GCLOUD:-gcloud}
 
 variables=$(printf '%q ' "DATA=$DATA" "WORKDIR=$WORKDIR" \
-  "CONFIG=${CONFIG:-configs/progressive.py}" "PLATFORM=${PLATFORM:-tpu}" \
+  "CONFIG=${CONFIG:-progressive}" "PLATFORM=${PLATFORM:-tpu}" \
   "PYTHON=${PYTHON:-python3}")
 arguments=''
 if (($#)); then

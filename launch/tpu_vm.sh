@@ -5,9 +5,9 @@ set -euo pipefail
 
 : "${DATA:?a folder with the datasets}"
 : "${WORKDIR:?a folder on a disk that outlives the VM}"
-CONFIG=${CONFIG:-configs/progressive.py}
+CONFIG=${CONFIG:-progressive}
 PYTHON=${PYTHON:-python3}
 
 cd "$(dirname "$0")/.."
-exec "$PYTHON" main.py --config="$CONFIG" --workdir="$WORKDIR" \
+exec "$PYTHON" -m jaxprog --config="$CONFIG" --workdir="$WORKDIR" \
   --config.data_dir="$DATA" --config.platform="${PLATFORM:-tpu}" "$@"

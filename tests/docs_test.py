@@ -20,26 +20,26 @@ ELSEWHERE = ('# needs ', '--coordinator=', '$')
 
 
 def find_commands(page):
-  """Returns the lines of code blocks that call main.py, joined."""
+  """Returns the lines of code blocks that call jaxprog, joined."""
   text = (ROOT / page).read_text().replace('\\\n', ' ')
-  lines = re.findall(r'^ {4,}(python main\.py .*)$', text, re.MULTILINE)
+  lines = re.findall(r'^ {4,}(jaxprog .*)$', text, re.MULTILINE)
   return [re.sub(r'\s+', ' ', line) for line in lines]
 
 
 def adapt(command, data_dir, root):
   """Returns the arguments, for small stages and below `root`."""
   small = {
-    'configs/quickstart.py': f'tests/docs_config.py:{data_dir}',
-    'configs/progressive.py': f'tests/docs_config.py:{data_dir}',
-    'configs/tune_digits.py': f'tests/tune_config.py:{data_dir}',
-    'configs/compare_strategies.py': f'tests/compare_config.py:{data_dir}',
+    '=quickstart': f'=tests/docs_config.py:{data_dir}',
+    '=progressive': f'=tests/docs_config.py:{data_dir}',
+    '=tune_digits': f'=tests/tune_config.py:{data_dir}',
+    '=compare_strategies': f'=tests/compare_config.py:{data_dir}',
     'runs/': f'{root}/runs/',
     'photos': f'{root}/photos',
     'data/scans': f'{root}/scans',
     'weights.safetensors': f'{root}/runs/first/export/ten.safetensors',
     '--config.data_dir=/data': f'--config.data_dir={data_dir}',
   }
-  arguments = shlex.split(command, comments=True)[1:]
+  arguments = shlex.split(command, comments=True)
   for old, new in small.items():
     arguments = [x.replace(old, new) for x in arguments]
   if '--mode=tune' in arguments:

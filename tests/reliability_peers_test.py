@@ -461,7 +461,7 @@ def test_what_a_launch_script_runs_on_each_host(tmp_path, script, tool, own):
     check=True,
   )
   assert result.stdout.strip() == (
-    f'main.py --config=configs/progressive.py --workdir=/mnt/a run '
+    f'-m jaxprog --config=progressive --workdir=/mnt/a run '
     f'--config.data_dir={tmp_path} --config.platform=tpu --only=a '
     '--config.seed=3'
   )
