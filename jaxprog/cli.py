@@ -28,9 +28,11 @@ import jaxprog
 from jaxprog import errors, fields, paths, version
 from jaxprog.reliability import signals
 
+Flags = flags.FlagValues
+
 
 class Mode(NamedTuple):
-  """What --mode names: a row here, and a module of its name in tools/."""
+  """What --mode names: a row here, and a function of tools/ that it calls."""
 
   what: str
   example: str
@@ -208,7 +210,7 @@ MODES: dict[str, Mode] = {
 }
 
 
-def create_flags() -> flags.FlagValues:
+def create_flags() -> Flags:
   """Returns every flag, as nobody has given it."""
   asked = flags.FlagValues()
   for name in ('config', 'workdir', 'stage', 'input', 'sha256', 'topology'):
@@ -266,7 +268,7 @@ def main(argv: Sequence[str]) -> int:
     return 1
 
 
-def run(asked: flags.FlagValues, overrides: Mapping[str, str]) -> int:
+def run(asked: Flags, overrides: Mapping[str, str]) -> int:
   """Does what --mode names; returns the exit code.
 
   Its reports go to standard output.
@@ -298,24 +300,18 @@ def check_kind(config: Any, mode: str) -> None:
   asks_many = mode in ('compare', 'tune')
   if kind == (mode if asks_many else 'train'):
     return
+  how = f'Use --mode={kind}, or the config that it starts from.'
   if kind == 'train':
-    raise errors.UserError(
-      f'This config is of one run: --mode={mode} needs another kind.',
-      f'--mode={mode}',
-      'Start from compare_default or tune_default.',
-    )
-  raise errors.UserError(
-    f'This config is none for --mode={mode}.'
-    if asks_many
-    else 'This config is not of one run.',
-    f'--mode={mode}',
-    f'Use --mode={kind}, or the config that it starts from.',
-  )
+    what = f'This config is of one run: --mode={mode} needs another kind.'
+    how = 'Start from compare_default or tune_default.'
+  elif asks_many:
+    what = f'This config is none for --mode={mode}.'
+  else:
+    what = 'This config is not of one run.'
+  raise errors.UserError(what, f'--mode={mode}', how)
 
 
-def processes(
-  asked: flags.FlagValues,
-) -> contextlib.AbstractContextManager[None]:
+def processes(asked: Flags) -> contextlib.AbstractContextManager[None]:
   """Returns what makes this one of the processes of a run, if it is."""
   if 'process_id' not in MODES[asked.mode].flags:
     return contextlib.nullcontext()
@@ -330,7 +326,7 @@ def processes(
   )
 
 
-def parse_flags(asked: flags.FlagValues, argv: Sequence[str]) -> dict[str, str]:
+def parse_flags(asked: Flags, argv: Sequence[str]) -> dict[str, str]:
   """Fills `asked` and returns the overrides: field of the config -> text."""
   prefix = '--config.'
   overrides, rest = {}, [argv[0]]
@@ -371,7 +367,7 @@ def parse_flags(asked: flags.FlagValues, argv: Sequence[str]) -> dict[str, str]:
   return overrides
 
 
-def _unknown(name: str, word: str, asked: flags.FlagValues) -> errors.UserError:
+def _unknown(name: str, word: str, asked: Flags) -> errors.UserError:
   """Returns the error for a flag that there is not; of a field, where it is."""
   of_stage = name in fields.STAGE
   if not of_stage and name not in fields.CONFIG:
@@ -386,7 +382,7 @@ def _unknown(name: str, word: str, asked: flags.FlagValues) -> errors.UserError:
   )
 
 
-def check_flags(asked: flags.FlagValues) -> None:
+def check_flags(asked: Flags) -> None:
   """Raises UserError for a mode that is none, or that a flag is not for."""
   if asked.mode not in MODES:
     raise errors.UserError(
@@ -410,7 +406,7 @@ def check_flags(asked: flags.FlagValues) -> None:
       )
 
 
-def name_mode(asked: flags.FlagValues) -> str:
+def name_mode(asked: Flags) -> str:
   """Returns the mode as it was asked for."""
   of_checkpoints = asked.mode == 'verify' and asked.checkpoints
   return f'--mode={asked.mode}' + ' --checkpoints' * of_checkpoints
@@ -427,7 +423,7 @@ def describe(mode: str) -> str:
   return '\n'.join([*lines, '--help alone tells the flags of every mode.'])
 
 
-def saved_config(asked: flags.FlagValues) -> str:
+def saved_config(asked: Flags) -> str:
   """Returns the path of the config that the workdir was trained with."""
   if not asked.workdir:
     raise errors.UserError(

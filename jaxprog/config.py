@@ -46,7 +46,10 @@ def load_config(
   # Defaults first: stages that do not say otherwise take them over.
   for field in [f for f in pending if not re.match(r'(base\.)?stages[.[]', f)]:
     _override(config, field, pending.pop(field))
-  config = _complete(config)
+  if 'base' in config:
+    config.base = stages.complete(config.base)
+  else:
+    config = stages.complete(config)
   for field, text in pending.items():
     _override(config, field, text)
   return config
@@ -109,14 +112,6 @@ def _split_spec(spec: str) -> tuple[pathlib.Path, str]:
     where,
     errors.did_you_mean(text, siblings or shipped),
   )
-
-
-def _complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  if 'base' not in config:
-    return stages.complete(config)
-  config = config_dict.ConfigDict(config)
-  config.base = stages.complete(config.base)
-  return config
 
 
 def restore(fields: dict[str, Any]) -> config_dict.ConfigDict:
