@@ -20,7 +20,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from jaxprog import errors, files
 from jaxprog.data import parts
@@ -92,15 +92,11 @@ def sha256_file(
     UserError: if it cannot be read.
   """
   path = pathlib.Path(path)
-  digest, done = hashlib.sha256(), 0
+  digest = hashlib.sha256()
   try:
-    total = path.stat().st_size
     with open(path, 'rb') as file:
-      while block := file.read(BLOCK):
+      for block in _read_blocks(file, path.stat().st_size, progress):
         digest.update(block)
-        done += len(block)
-        if progress:
-          progress(done, total)
   except OSError as e:
     raise errors.UserError(
       f'The archive cannot be read: {e.strerror}.', str(path)
@@ -192,13 +188,17 @@ def _fetch(
   url: str, part: pathlib.Path, progress: parts.Progress | None
 ) -> None:
   with urllib.request.urlopen(url, timeout=30) as response:
-    total, done = int(response.headers.get('Content-Length') or 0), 0
+    total = int(response.headers.get('Content-Length') or 0)
     with open(part, 'wb') as file:
-      while block := response.read(BLOCK):
+      for block in _read_blocks(response, total, progress):
         file.write(block)
-        done += len(block)
-        if progress:
-          progress(done, max(total, done))
+
+
+def _read_blocks(
+  file: IO[bytes], total: int, progress: parts.Progress | None
+) -> Iterator[bytes]:
+  blocks = iter(lambda: file.read(BLOCK), b'')
+  return parts.told(blocks, total, progress, len)
 
 
 @contextlib.contextmanager
@@ -300,19 +300,15 @@ def _check_members(
     )
   tops = dict.fromkeys(pathlib.PurePosixPath(x.name).parts[0] for x in members)
   if not tops or (expected and not set(expected) & set(tops)):
+    more = ', …' if len(tops) > 3 else ''
     raise errors.UserError(
-      f'The archive holds {_some(tops) or "nothing"}.',
+      f'The archive holds {", ".join(list(tops)[:3]) or "nothing"}{more}.',
       str(archive),
       f'One with {" or ".join(expected)}/ at its top is expected.'
       if expected
       else '',
     )
   return tuple(tops)
-
-
-def _some(names: Collection[str]) -> str:
-  shown = ', '.join(list(names)[:3])
-  return f'{shown}, …' if len(names) > 3 else shown
 
 
 @contextlib.contextmanager
@@ -372,13 +368,8 @@ def _unpack_members(
   progress: parts.Progress | None,
 ) -> None:
   def wanted(members, name):
-    done = 0
-    for member in members:
-      if _is_wanted(getattr(member, name)):
-        yield member
-        done += 1
-        if progress:
-          progress(done, count)
+    found = (x for x in members if _is_wanted(getattr(x, name)))
+    return parts.told(found, count, progress)
 
   if _is_zip(archive):
     with zipfile.ZipFile(archive) as zipped:

@@ -4,10 +4,10 @@ Nothing depends on how many workers there are or where a run was restarted.
 Workers import this module and what it needs, but not JAX.
 """
 
-import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,15 +40,15 @@ class RecordError(RuntimeError):
   """A record that cannot be read at all; says which."""
 
 
-def example_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-  """Returns the randomness of one example in one epoch."""
-  return _rng(seed, _CROPS, epoch, index)
-
-
 def _start_example(
   generator: np.random.Generator, seed: int, epoch: int, index: int
 ) -> None:
-  """Makes `generator` what `example_rng` returns, in a tenth of the time."""
+  """Lets a Philox `generator` draw the numbers of one example in one epoch.
+
+  Philox is a keyed hash of its counter, whose low words count the numbers
+  drawn: other high words are other streams. To make a generator would take ten
+  times as long.
+  """
   generator.bit_generator.state = {
     'bit_generator': 'Philox',
     'state': {
@@ -64,15 +64,8 @@ def _start_example(
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   """Returns the order in which `epoch` visits the examples."""
-  return _rng(seed, _ORDER, epoch, 0).permutation(num_examples)
-
-
-def _rng(seed: int, stream: int, epoch: int, index: int) -> np.random.Generator:
-  # Philox is a keyed hash of its counter, whose low words count the numbers
-  # drawn: other high words are other streams, and starting one takes 4 us.
-  return np.random.Generator(
-    np.random.Philox(key=[seed, stream], counter=[0, 0, epoch, index])
-  )
+  stream = np.random.Philox(key=[seed, _ORDER], counter=[0, 0, epoch, 0])
+  return np.random.Generator(stream).permutation(num_examples)
 
 
 class TrainBatches:
@@ -122,28 +115,24 @@ class TrainBatches:
     epoch, indices = self.indices(step)
     part, records = self._steps.part(self._stage, step), self._split
     rng, bad = np.random.Generator(np.random.Philox(0)), []
+    crop = functools.partial(
+      preprocess.random_crop,
+      size=part.image_size,
+      rng=rng,
+      min_area=part.min_crop_area,
+      max_aspect=part.max_crop_aspect,
+    )
     for row in rows:
       index = int(indices[row])
       batch['index'][row], batch['epoch'][row] = index, epoch
       batch['label'][row] = records.labels[index]
       out = batch['image'][row]
       _start_example(rng, self._seed, epoch, index)
-      try:
-        with _naming(records, index):
-          preprocess.random_crop(
-            records.image(index),
-            part.image_size,
-            rng,
-            min_area=part.min_crop_area,
-            max_aspect=part.max_crop_aspect,
-            out=out,
-          )
-        batch['mask'][row] = True
-      except preprocess.BadImageError as e:
-        batch['mask'][row] = False
-        bad.append(_bad(row, records.describe(index), e))
-        continue
-      if part.auto_augment == 'rand_augment':
+      reason = _read(records, index, records.image, crop, out)
+      batch['mask'][row] = not reason
+      if reason:
+        bad.append(BadImage(row, records.describe(index), reason))
+      elif part.auto_augment == 'rand_augment':
         out[...] = policies.rand_augment(
           out, rng, part.rand_augment_layers, part.rand_augment_magnitude
         )
@@ -210,6 +199,12 @@ class EvalBatches:
     """Writes `rows` of batch `step`; returns those that it could not."""
     records, stage = self._split, self._stage
     start, bad = step * self._batch_size + self._offset, []
+    crop = functools.partial(
+      preprocess.center_crop,
+      size=stage.eval_size,
+      eval_crop=stage.eval_crop,
+      interpolation=stage.eval_interpolation,
+    )
     for row in rows:
       index, out = start + row, batch['image'][row]
       batch['mask'][row] = index < len(self._split)
@@ -217,34 +212,30 @@ class EvalBatches:
         out[...], batch['label'][row] = 0, 0
         continue
       batch['label'][row] = records.labels[index]
-      try:
-        with _naming(records, index):
-          preprocess.center_crop(
-            records.original(index),
-            stage.eval_size,
-            eval_crop=stage.eval_crop,
-            interpolation=stage.eval_interpolation,
-            out=out,
-          )
-      except preprocess.BadImageError as e:
+      if reason := _read(records, index, records.original, crop, out):
         out[...], batch['label'][row] = 0, -1
-        bad.append(_bad(row, records.describe(index), e))
+        bad.append(BadImage(row, records.describe(index), reason))
     return bad
 
 
-@contextlib.contextmanager
-def _naming(records: Records, index: int) -> Iterator[None]:
-  """Lets errors other than a bad image's say which record they are about."""
+def _read(
+  records: Records,
+  index: int,
+  read: Callable[[int], preprocess.Encoded],
+  crop: Callable[..., Any],
+  out: np.ndarray,
+) -> str:
+  """Reads an image and crops it into `out`; returns what is wrong with it."""
   try:
-    yield
-  except preprocess.BadImageError:
-    raise
+    crop(read(index), out=out)
+  except preprocess.BadImageError as e:
+    return str(e).removeprefix(': ')
   except Exception as e:
-    position = int(records.positions[index])
     raise RecordError(
-      f'Record {position} of the {records.name} split in {records.directory} '
-      f'cannot be read: {type(e).__name__}: {e}'
+      f'Record {records.positions[index]} of the {records.name} split in '
+      f'{records.directory} cannot be read: {type(e).__name__}: {e}'
     ) from e
+  return ''
 
 
 Batches = TrainBatches | EvalBatches
@@ -280,10 +271,6 @@ def _sizes(layout: Layout) -> list[int]:
   """Returns the bytes of each array, rounded up to a multiple of 64."""
   sizes = (math.prod(x) * np.dtype(dtype).itemsize for _, x, dtype in layout)
   return [-(-size // 64) * 64 for size in sizes]
-
-
-def _bad(row: int, name: str, error: Exception) -> BadImage:
-  return BadImage(row, name, str(error).removeprefix(': '))
 
 
 def hide_bad(batch: HostBatch, bad: Sequence[BadImage]) -> None:

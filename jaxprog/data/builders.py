@@ -5,6 +5,7 @@ builder writes what it lists into ArrayRecord. Nothing here imports TensorFlow.
 """
 
 import codecs
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -19,6 +20,7 @@ import tensorflow_datasets as tfds
 from jaxprog import errors, named
 from jaxprog.data import folders, index, parts
 
+_AGAIN = 'Is the folder complete? Unpack or copy it again.'
 # The splits' names in every prepared dataset that comes from here.
 TRAIN, EVAL = 'train', 'validation'
 
@@ -171,7 +173,7 @@ def list_raw(dataset: str, root: pathlib.Path) -> Raw:
 
 def list_class_folders(
   root: pathlib.Path,
-  names: Mapping[str, str] | None = None,
+  names: Mapping[str, str] = {},
   eval_folders: Sequence[str] = ('val',),
 ) -> Raw:
   """Returns the images of ROOT/{train,one of eval_folders}/CLASS/*.
@@ -190,7 +192,7 @@ def list_class_folders(
 
 
 def list_tiny_imagenet(
-  root: pathlib.Path, names: Mapping[str, str] | None = None
+  root: pathlib.Path, names: Mapping[str, str] = {}
 ) -> Raw:
   """Returns the images of a folder laid out like tiny-imagenet-200/.
 
@@ -210,9 +212,7 @@ def list_tiny_imagenet(
   return found.create_raw(classes, splits, names)
 
 
-def list_imagenet(
-  root: pathlib.Path, names: Mapping[str, str] | None = None
-) -> Raw:
+def list_imagenet(root: pathlib.Path, names: Mapping[str, str] = {}) -> Raw:
   """Returns the images of an ImageNet folder; val by class or flat.
 
   A flat one, as ILSVRC2012_img_val.tar unpacks, needs a list beside it; see
@@ -223,12 +223,10 @@ def list_imagenet(
   found = _Listing(root)
   names = found.read_names('LOC_synset_mapping.txt') or names
   train = found.classes('train')
-  flat = all(x.kind != folders.FOLDER for x in found.scan('val'))
-  val = (
-    found.group('val', found.read_flat_labels('val'))
-    if flat
-    else found.classes('val')
-  )
+  if any(x.kind == folders.FOLDER for x in found.scan('val')):
+    val = found.classes('val')
+  else:
+    val = found.group('val', found.read_flat_labels('val'))
   return found.create_raw(sorted(train), {TRAIN: train, EVAL: val}, names)
 
 
@@ -256,11 +254,9 @@ def _read_digits(split: str) -> Iterator[RawImage]:
   from sklearn import datasets
 
   digits = datasets.load_digits()
-  for i, (image, label) in enumerate(
-    zip(digits.images, digits.target, strict=True)
-  ):
+  for i, label in enumerate(digits.target):
     if (i % 5 == 0) == (split == EVAL):
-      pixels = (image * (255 / 16)).round().astype('uint8')
+      pixels = (digits.images[i] * (255 / 16)).round().astype('uint8')
       file = io.BytesIO()
       Image.fromarray(pixels).save(file, 'png')
       yield RawImage(f'digit_{i:04d}.png', str(label), file.getvalue())
@@ -296,23 +292,20 @@ class _Listing:
     self,
     classes: Sequence[str],
     splits: Mapping[str, _Split],
-    names: Mapping[str, str] | None,
+    names: Mapping[str, str],
   ) -> Raw:
     """Returns what was listed, once it is known to be in order."""
     _check_classes(self._root, classes, splits)
-    names = names or {}
     digest = hashlib.sha256()
-    count = 0
     for split, listing in splits.items():
       for wnid in classes:
-        count += len(listing[wnid])
         for path, size in listing[wnid]:
           digest.update(f'{split}\0{wnid}\0{path}\0{size}\n'.encode())
     return Raw(
       root=str(self._root),
       classes=tuple(classes),
       class_names=tuple(names.get(wnid, wnid) for wnid in classes),
-      num_images=count,
+      num_images=sum(len(x) for y in splits.values() for x in y.values()),
       fingerprint=digest.hexdigest(),
       images=functools.partial(_read_listing, self._root, splits),
       looks=self._looks,
@@ -390,30 +383,21 @@ class _Listing:
     """Raises UserError unless a folder is there."""
     if not os.path.isdir(self._root / folder):
       other = f' ({", ".join(also)} would do too)' if also else ''
-      raise errors.UserError(
-        f'There is no folder {folder}/{other}.',
-        str(self._root),
-        'Is the folder complete? Unpack or copy it again.',
-      )
+      what = f'There is no folder {folder}/{other}.'
+      raise errors.UserError(what, str(self._root), _AGAIN)
 
   def read_list(self, name: str) -> list[str]:
     """Returns the lines of a list in which each stands once."""
-    lines = self._read_lines(name)
+    where, lines = str(self._root / name), self._read_lines(name)
     if not lines:
+      raise errors.UserError(f'{name} is empty.', where, _AGAIN)
+    line, count = collections.Counter(lines).most_common(1)[0]
+    if count > 1:
       raise errors.UserError(
-        f'{name} is empty.',
-        str(self._root / name),
-        'Is the folder complete? Unpack or copy it again.',
+        f'{line!r} stands twice in {name}.',
+        where,
+        'One of the two must go, or is another class.',
       )
-    seen: set[str] = set()
-    for line in lines:
-      if line in seen:
-        raise errors.UserError(
-          f'{line!r} stands twice in {name}.',
-          str(self._root / name),
-          'One of the two must go, or is another class.',
-        )
-      seen.add(line)
     return lines
 
   def read_labels(self, name: str) -> dict[str, str]:
@@ -468,19 +452,15 @@ class _Listing:
   ) -> dict[str, str]:
     """Returns the first word of each row -> its second."""
     pairs: dict[str, str] = {}
+    where = str(self._root / name)
     for row in rows:
       if len(row) < 2:
-        raise errors.UserError(
-          f'A line should name a file and a WNID, not {row[0]!r} alone.',
-          str(self._root / name),
-          'Complete the line, or remove it.',
-        )
+        what = f'A line should name a file and a WNID, not {row[0]!r} alone.'
+        advice = 'Complete the line, or remove it.'
+        raise errors.UserError(what, where, advice)
       if pairs.setdefault(row[0], row[1]) != row[1]:
-        raise errors.UserError(
-          f'{row[0]} is both {pairs[row[0]]} and {row[1]}.',
-          str(self._root / name),
-          'Remove the wrong line.',
-        )
+        what = f'{row[0]} is both {pairs[row[0]]} and {row[1]}.'
+        raise errors.UserError(what, where, 'Remove the wrong line.')
     return pairs
 
   def _has(self, name: str) -> bool:
@@ -529,11 +509,8 @@ def _check_classes(
           'Rename the folder: UTF-8, no blank at an end, no tab or line break.',
         )
       if not listing.get(wnid):
-        raise errors.UserError(
-          f'Class {wnid!r} has no images in the {split} split.',
-          str(root),
-          'Is the folder complete? Unpack or copy it again.',
-        )
+        what = f'Class {wnid!r} has no images in the {split} split.'
+        raise errors.UserError(what, str(root), _AGAIN)
   if not classes:
     raise errors.UserError('There are no class folders.', str(root / 'train'))
 
@@ -566,11 +543,8 @@ def _decode(data: bytes, file: pathlib.Path) -> str:
 
 
 def _unreadable(path: pathlib.Path, error: OSError) -> errors.UserError:
-  return errors.UserError(
-    f'{path.name} cannot be read: {error.strerror}.',
-    str(path),
-    'Is the folder complete? Unpack or copy it again.',
-  )
+  what = f'{path.name} cannot be read: {error.strerror}.'
+  return errors.UserError(what, str(path), _AGAIN)
 
 
 def _unknown_class(

@@ -62,7 +62,7 @@ def read_labels(
 ) -> np.ndarray:
   """Returns every record's label as prepared, int32 (n,)."""
   try:
-    labels = np.load(_labels_file(directory, split), allow_pickle=False)
+    labels = np.load(directory / f'labels-{split}.npy', allow_pickle=False)
     if labels.shape == (len(source),) and labels.dtype == np.int32:
       return labels
   except (OSError, ValueError, EOFError):
@@ -75,7 +75,7 @@ def read_names(
 ) -> list[str]:
   """Returns every record's file name; some of tfds' own have numbers."""
   try:
-    text = _names_file(directory, split).read_bytes()
+    text = (directory / f'names-{split}.txt').read_bytes()
     # A name may hold a line break; lists of older versions are lines.
     names = text.split(b'\0' if b'\0' in text else b'\n')
     if len(names) == len(source):
@@ -123,13 +123,5 @@ def _save(
   buffer = io.BytesIO()
   np.save(buffer, labels)
   with contextlib.suppress(OSError):  # Prepared data may be read-only.
-    files.write_bytes(_labels_file(directory, split), buffer.getvalue())
-    files.write_bytes(_names_file(directory, split), b'\0'.join(names))
-
-
-def _labels_file(directory: pathlib.Path, split: str) -> pathlib.Path:
-  return directory / f'labels-{split}.npy'
-
-
-def _names_file(directory: pathlib.Path, split: str) -> pathlib.Path:
-  return directory / f'names-{split}.txt'
+    files.write_bytes(directory / f'labels-{split}.npy', buffer.getvalue())
+    files.write_bytes(directory / f'names-{split}.txt', b'\0'.join(names))

@@ -40,17 +40,17 @@ MAX_DISTANCE = 0.04
 MAX_GREY_LEVELS = 8.0
 # Pairs to compare so are found by thumbnails of this side. Copies are at most
 # 0.007 away; 204 of the other pairs are nearer than this.
-COARSE_SIDE = 4
+_COARSE_SIDE = 4
 MAX_COARSE_DISTANCE = 0.03
 # Standard deviation, in grey levels, below which a coarse thumbnail is noise;
 # the flattest of 17,500 photographs has 3.5.
-MIN_CONTRAST = 2.0
+_MIN_CONTRAST = 2.0
 # Training images that are looked at together, evaluation images of one matrix
 # product, and pairs compared at once.
 _IMAGES = 32768
 _BLOCK = 2048
 _PAIRS = 4096
-_NOTHING = np.empty((0, 3 * COARSE_SIDE**2), np.float32)
+_NOTHING = np.empty((0, 3 * _COARSE_SIDE**2), np.float32)
 
 # What is being read, images done, images in all.
 Progress = Callable[[str, int, int], None]
@@ -180,7 +180,7 @@ def match(train: Images, evaluation: Images) -> list[Match]:
   partners = np.stack(
     [
       _match_names(train, evaluation),
-      _match_content(train.table, evaluation.table),
+      _look_up(_digests(train.table), _digests(evaluation.table)),
       match_looks(train.table, evaluation.table),
     ]
   )
@@ -311,16 +311,16 @@ def _coarse(table: np.ndarray, view: int) -> tuple[np.ndarray, np.ndarray]:
 
   The description of what says nothing is 0.
   """
-  size = signatures.SIDE // COARSE_SIDE
+  size = signatures.SIDE // _COARSE_SIDE
   sums = (
     table['thumbnails'][:, view]
-    .reshape(-1, COARSE_SIDE, size, COARSE_SIDE, size, 3)
+    .reshape(-1, _COARSE_SIDE, size, _COARSE_SIDE, size, 3)
     .sum((2, 4), dtype=np.int32)
   )
   described, contrast = _describe(sums.astype(np.float32) / size**2)
-  described[(contrast < MIN_CONTRAST) | ~table['comparable']] = 0
+  described[(contrast < _MIN_CONTRAST) | ~table['comparable']] = 0
   grey = sums.sum(3)
-  half = COARSE_SIDE // 2
+  half = _COARSE_SIDE // 2
   halves = [
     grey.sum((1, 2)),
     grey[:, :, :half].sum((1, 2)) - grey[:, :, half:].sum((1, 2)),
@@ -340,10 +340,6 @@ def _describe(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return pixels / length[:, None].astype(np.float32), contrast
 
 
-def _match_content(train: np.ndarray, evaluation: np.ndarray) -> np.ndarray:
-  return _look_up(*map(_digests, (train, evaluation)))
-
-
 def _digests(table: np.ndarray) -> list[bytes | None]:
   """Returns the digests; None for damaged images: empty files are no copies."""
   return [
@@ -354,10 +350,8 @@ def _digests(table: np.ndarray) -> list[bytes | None]:
 
 def _match_names(train: Images, evaluation: Images) -> np.ndarray:
   both = train.keeps_names and evaluation.keeps_names
-  return _look_up(
-    [_imagenet_name(x, both) for x in train.names],
-    [_imagenet_name(x, both) for x in evaluation.names],
-  )
+  splits = train.names, evaluation.names
+  return _look_up(*([_imagenet_name(x, both) for x in y] for y in splits))
 
 
 def _imagenet_name(name: str, keeps_names: bool) -> str | None:
@@ -424,7 +418,7 @@ def _matches_file(images: Images, others: Images) -> pathlib.Path:
 
   To compare 1.3 million images with 50,000 takes minutes, at every start.
   """
-  rules = MAX_DISTANCE, MAX_GREY_LEVELS, MAX_COARSE_DISTANCE, MIN_CONTRAST
+  rules = MAX_DISTANCE, MAX_GREY_LEVELS, MAX_COARSE_DISTANCE, _MIN_CONTRAST
   digest = hashlib.sha256(repr((signatures.VERSION, rules)).encode())
   for x in (images, others):
     digest.update(repr((x.split[1:], x.keeps_names)).encode() + x.positions)

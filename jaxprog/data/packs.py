@@ -154,12 +154,11 @@ def _write_images(
   sizes = np.zeros((count, 2), np.int32)
   digest = hashlib.sha256()
   with open(folder / 'images.bin', 'wb') as file:
-    for i, (size, data) in enumerate(parts.in_order(convert, range(count))):
+    found = parts.told(parts.in_order(convert, range(count)), count, progress)
+    for i, (size, data) in enumerate(found):
       file.write(data)
       digest.update(data)
       sizes[i], offsets[i + 1] = size, offsets[i] + len(data)
-      if progress:
-        progress(i + 1, count)
     file.flush()
     os.fsync(file.fileno())
   np.save(folder / 'offsets.npy', offsets)

@@ -45,6 +45,21 @@ def in_order(
     pool.shutdown(cancel_futures=True)
 
 
+def told(
+  items: Iterable[_T],
+  total: int,
+  progress: Progress | None,
+  size: Callable[[_T], int] = lambda _: 1,
+) -> Iterator[_T]:
+  """Yields `items`; tells `progress` of each once it is dealt with."""
+  done = 0
+  for item in items:
+    yield item
+    done += size(item)
+    if progress:
+      progress(done, max(total, done))
+
+
 def read_parts(
   folder: pathlib.Path,
   count: int,
@@ -75,7 +90,6 @@ def read_parts(
 
   whole = range(count)
   parts = [whole[i : i + size] for i in range(0, count, size)]
-  for part, arrays in zip(parts, in_order(find, parts), strict=True):
+  made = zip(parts, in_order(find, parts), strict=True)
+  for _, arrays in told(made, count, progress, lambda x: len(x[0])):
     yield arrays
-    if progress:
-      progress(part.stop, count)

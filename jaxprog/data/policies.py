@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-NUM_BINS = 31
+_NUM_BINS = 31
 
 # An operation's name -> its strength in each bin, none if it has no strength,
 # and whether a coin decides its sign.
-Space = Mapping[str, tuple[tuple[float, ...], bool]]
+_Space = Mapping[str, tuple[tuple[float, ...], bool]]
 
 
 def rand_augment(
@@ -52,13 +52,13 @@ def trivial_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   TrivialAugment in its wide form (Müller & Hutter 2021, arXiv:2103.10158).
   `image` is uint8 (height, width, 3); three numbers are drawn from `rng`.
   """
-  magnitude = int(rng.integers(NUM_BINS))
+  magnitude = int(rng.integers(_NUM_BINS))
   name, strength = choose(trivial_augment_space(), rng, magnitude)
   return np.asarray(OPERATIONS[name](Image.fromarray(image), strength))
 
 
 def choose(
-  space: Space, rng: np.random.Generator, magnitude: int
+  space: _Space, rng: np.random.Generator, magnitude: int
 ) -> tuple[str, float]:
   """Returns an operation, each as likely as any, and its signed strength."""
   name = tuple(space)[rng.integers(len(space))]
@@ -69,7 +69,7 @@ def choose(
 
 
 @functools.lru_cache
-def rand_augment_space(height: int, width: int) -> Space:
+def rand_augment_space(height: int, width: int) -> _Space:
   """Returns RandAugment's operations for images of this size."""
   return {
     **_space(shear=0.3, rotate=30, factor=0.9, lost_bits=4),
@@ -79,7 +79,7 @@ def rand_augment_space(height: int, width: int) -> Space:
 
 
 @functools.cache
-def trivial_augment_space() -> Space:
+def trivial_augment_space() -> _Space:
   """Returns TrivialAugment's operations, of any image."""
   return _space(shear=0.99, rotate=135, factor=0.99, lost_bits=6)
 
@@ -88,7 +88,7 @@ def _space(
   shear: float, rotate: float, factor: float, lost_bits: int
 ) -> dict[str, tuple[tuple[float, ...], bool]]:
   """Returns a space by the largest strength of each kind of operation."""
-  lost = np.round(np.arange(NUM_BINS) * lost_bits / (NUM_BINS - 1))
+  lost = np.round(np.arange(_NUM_BINS) * lost_bits / (_NUM_BINS - 1))
   return {
     'Identity': ((), False),
     'ShearX': (_strengths(shear), True),
@@ -113,10 +113,10 @@ def _strengths(largest: float) -> tuple[float, ...]:
   A float32 step, from both ends and rounded once, as PyTorch computes them:
   its 15.999999 pixels are 15, where 16.0 would be 16.
   """
-  step = float(np.float32(largest) / np.float32(NUM_BINS - 1))
-  bins = np.arange(NUM_BINS)
-  down = float(np.float32(largest)) - (NUM_BINS - 1 - bins) * step
-  strengths = np.where(bins < NUM_BINS // 2, bins * step, down)
+  step = float(np.float32(largest) / np.float32(_NUM_BINS - 1))
+  bins = np.arange(_NUM_BINS)
+  down = float(np.float32(largest)) - (_NUM_BINS - 1 - bins) * step
+  strengths = np.where(bins < _NUM_BINS // 2, bins * step, down)
   return tuple(strengths.astype(np.float32).tolist())
 
 

@@ -27,14 +27,14 @@ from jaxprog.data.records import Dataset, Records
 from jaxprog.stages import Storage
 
 # What a disk answers that takes no more, and what tfds says before it is asked.
-FULL = (
+_FULL = (
   *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
   'Not enough disk space',
 )
 # Beside the records: how the raw folder looked.
 _LOOKS = 'raw_folder.json'
 # What looking at the times of raw files may take at a start, in seconds.
-LOOK_SECONDS = 0.3
+_LOOK_SECONDS = 0.3
 
 
 def load_dataset(
@@ -80,7 +80,7 @@ def check_dataset(
   dataset: str,
   data_dir: str | os.PathLike[str],
   *,
-  seconds: float = LOOK_SECONDS,
+  seconds: float = _LOOK_SECONDS,
 ) -> str:
   """Returns 'prepared', or 'raw' if `load_dataset` would prepare it first.
 
@@ -489,7 +489,7 @@ def _writing(root: pathlib.Path) -> Iterator[bool]:
     with file:
       yield files.lock(file.fileno())
   except Exception as e:  # ArrayRecord's writer raises no OSError.
-    full = next((x for x in FULL if x in str(e)), None)
+    full = next((x for x in _FULL if x in str(e)), None)
     if full is None or isinstance(e, errors.UserError):
       raise
     raise errors.UserError(

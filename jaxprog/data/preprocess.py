@@ -31,19 +31,15 @@ FORMATS = (
 # A JPEG is decoded small if the crop is still this many times larger than
 # wanted. On photographs no crop then differs by more than 1.6 grey levels, on
 # average over its pixels, from one resized from the full scale; at 1: 6.6.
-DRAFT_RATIO = 2
+_DRAFT_RATIO = 2
 # Above it a shrinking resize takes Pillow's filter instead of three taps, whose
 # outer ones are (s^2 - 1) / 12 for a shrink of s, and a third at most.
-LITTLE = 5**0.5
+_LITTLE = 5**0.5
 # torchvision's number of crops to try before it settles for a centre one.
-CROP_TRIES = 10
+_CROP_TRIES = 10
 # Tags of a TIFF and what they are where they are missing.
 _BITS, _KIND, _PHOTOMETRIC = (258, (16,)), (339, (1,)), (262, 1)
 _SIGNED = 2
-INTERPOLATIONS = {
-  'bicubic': Image.Resampling.BICUBIC,
-  'bilinear': Image.Resampling.BILINEAR,
-}
 
 # Left, top, right, bottom; in pixels of the whole image.
 Box = tuple[float, float, float, float]
@@ -111,12 +107,12 @@ def random_crop(
   box = sample_box(opened.width, opened.height, rng, min_area, max_aspect)
   shrink = min(box[2] - box[0], box[3] - box[1]) / size
   denominator = 1
-  while denominator < 8 and shrink >= 2 * denominator * DRAFT_RATIO:
+  while denominator < 8 and shrink >= 2 * denominator * _DRAFT_RATIO:
     denominator *= 2
   pixels, inside, scale = opened.read(box, denominator)
-  if scale == 1 and max(box[2] - box[0], box[3] - box[1]) <= LITTLE * size:
+  if scale == 1 and max(box[2] - box[0], box[3] - box[1]) <= _LITTLE * size:
     left, top, right, bottom = map(int, inside)
-    return resize_little(pixels[top:bottom, left:right], size, out)
+    return _resize_little(pixels[top:bottom, left:right], size, out)
   return _resize(pixels, inside, size, 'bilinear', out)
 
 
@@ -136,7 +132,7 @@ def center_crop(
   it is given.
   """
   opened = open_image(image, name)
-  box = center_box(opened.width, opened.height, size, eval_crop)
+  box = _center_box(opened.width, opened.height, size, eval_crop)
   # The filter looks beyond the box by its own width.
   reach = 2 * max(1.0, (box[2] - box[0]) / size, (box[3] - box[1]) / size) + 1
   around = (
@@ -151,10 +147,10 @@ def center_crop(
   return _resize(pixels, inside, size, interpolation, out)
 
 
-def resize_little(
+def _resize_little(
   pixels: np.ndarray, size: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-  """Returns `pixels`, uint8 (h, w, 3), as a square; h, w <= LITTLE * size.
+  """Returns `pixels`, uint8 (h, w, 3), as a square; h, w <= _LITTLE * size.
 
   Antialiased: where an axis shrinks by s, three taps before the linear
   interpolation bring its mean variance, 1/6 of a squared pixel, to that of a
@@ -193,7 +189,7 @@ def sample_box(
   (Inception crop, Szegedy et al., 2015).
   """
   limit = math.log(max_aspect)
-  for area, aspect, x, y in rng.random((CROP_TRIES, 4)).tolist():
+  for area, aspect, x, y in rng.random((_CROP_TRIES, 4)).tolist():
     area = width * height * (min_area + (1 - min_area) * area)
     aspect = math.exp((2 * aspect - 1) * limit)
     crop_width = round(math.sqrt(area * aspect))
@@ -208,7 +204,7 @@ def sample_box(
   return left, top, left + crop_width, top + crop_height
 
 
-def center_box(width: int, height: int, size: int, eval_crop: float) -> Box:
+def _center_box(width: int, height: int, size: int, eval_crop: float) -> Box:
   """Returns the left, top, right, bottom that `center_crop` keeps.
 
   The shorter side becomes round(size / eval_crop), the longer one is cut to
@@ -245,13 +241,8 @@ def open_image(image: Encoded, name: str = '') -> Opened:
     region = jpeg.decode_region(image, header, box, denominator)
     if region is None:  # Pillow may be more patient, or knows what is wrong.
       return _open_with_pillow(image, name).read(box, denominator)
-    x, y, scale = region.left, region.top, 1 / denominator
-    inside = (
-      box[0] * scale - x,
-      box[1] * scale - y,
-      box[2] * scale - x,
-      box[3] * scale - y,
-    )
+    corner, scale = (region.left, region.top) * 2, 1 / denominator
+    inside = tuple(x * scale - y for x, y in zip(box, corner, strict=True))
     return region.pixels, inside, scale
 
   return Opened(header.width, header.height, read)
@@ -268,8 +259,12 @@ def _open_pixels(image: Pixels) -> Opened:
 
 
 def _open_with_pillow(image: bytes, name: str) -> Opened:
-  opened = _open_any(image, name)
+  try:
+    opened = Image.open(io.BytesIO(image), formats=FORMATS)
+  except Exception as e:  # Pillow's decoders raise what they like.
+    raise BadImageError(f'{name}: {_reason(e)}') from e
   width, height = opened.size
+  _check_size(width, height, name)
 
   def read(box, denominator):
     # A JPEG's scale is the smallest that is at least as large as this.
@@ -281,15 +276,6 @@ def _open_with_pillow(image: bytes, name: str) -> Opened:
     return pixels, (left, top, right, bottom), scale
 
   return Opened(width, height, read)
-
-
-def _open_any(image: bytes, name: str) -> Image.Image:
-  try:
-    opened = Image.open(io.BytesIO(image), formats=FORMATS)
-  except Exception as e:  # Pillow's decoders raise what they like.
-    raise BadImageError(f'{name}: {_reason(e)}') from e
-  _check_size(*opened.size, name)
-  return opened
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -311,7 +297,7 @@ def _resize(
   left, top, right, bottom = box
   resized = Image.fromarray(pixels).resize(
     (size, size),
-    INTERPOLATIONS[interpolation],
+    Image.Resampling[interpolation.upper()],
     (max(left, 0), max(top, 0), min(right, width), min(bottom, height)),
   )
   if out is None:

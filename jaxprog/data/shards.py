@@ -64,15 +64,10 @@ class Shards:
   """
 
   def __init__(self, key: _Key, paths: Sequence[str], counts: Sequence[int]):
-    self._key, self._paths, self._counts = key, tuple(paths), tuple(counts)
+    self._key, self.paths, self._counts = key, tuple(paths), tuple(counts)
     self._ends = tuple(itertools.accumulate(counts))
     self._readers: list[Any] = [None] * len(paths)
     self._lock = threading.Lock()
-
-  @property
-  def num_files(self) -> int:
-    """How many files are open once all are read."""
-    return len(self._paths)
 
   def __len__(self) -> int:
     return self._ends[-1] if self._ends else 0
@@ -87,14 +82,14 @@ class Shards:
     return record
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return _share, (self._key, self._paths, self._counts)
+    return _share, (self._key, self.paths, self._counts)
 
   def _reader(self, i: int) -> Any:
     if self._readers[i] is None:
       with self._lock:
         if self._readers[i] is None:
           self._readers[i] = array_record_module.ArrayRecordReader(
-            self._paths[i],
+            self.paths[i],
             options='readahead_buffer_size:0',
             file_reader_buffer_size=32768,
           )
@@ -138,7 +133,7 @@ def _share(
     shards = _shared.get(key)
     if shards is None:
       shards = Shards(key, paths, counts)
-      count = shards.num_files + sum(x.num_files for x in _shared.values())
+      count = sum(len(x.paths) for x in (shards, *_shared.values()))
       if not allow(count):
         raise too_many(count, key[0])
       _shared[key] = shards

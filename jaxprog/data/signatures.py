@@ -24,18 +24,18 @@ from jaxprog.data.records import Records
 SIDE = 16
 # Smaller images show too little to tell two of them apart: the nearest two of
 # scikit-learn's 8x8 digits are as near as a photograph and its copy.
-MIN_SIDE = 32
+_MIN_SIDE = 32
 # JPEGs are decoded at the smallest scale that leaves this side.
-DECODED_SIDE = 64
+_DECODED_SIDE = 64
 # Of SHA-256. Among 10^12 pairs of images, 128 bits agree by chance once in
 # 10^26 times.
-DIGEST_BYTES = 16
+_DIGEST_BYTES = 16
 # Raised whenever signatures of the same image would differ.
 VERSION = 2
 
 SIGNATURE = np.dtype(
   [
-    ('digest', np.uint8, (DIGEST_BYTES,)),
+    ('digest', np.uint8, (_DIGEST_BYTES,)),
     # Whole image, middle square; red, green, blue.
     ('thumbnails', np.uint8, (2, SIDE, SIDE, 3)),
     # False: damaged, or not of any format that training reads.
@@ -67,14 +67,14 @@ def read_signatures(
 def sign(image: bytes, name: str = '') -> np.ndarray:
   """Returns the SIGNATURE of one encoded image, ()."""
   signature = np.zeros((), SIGNATURE)
-  digest = hashlib.sha256(image).digest()[:DIGEST_BYTES]
+  digest = hashlib.sha256(image).digest()[:_DIGEST_BYTES]
   signature['digest'] = np.frombuffer(digest, np.uint8)
   try:
     width, height, pixels, box = _decode_small(image, name)
   except preprocess.BadImageError:
     return signature
   signature['readable'] = True
-  if min(width, height) >= MIN_SIDE:
+  if min(width, height) >= _MIN_SIDE:
     signature['comparable'] = True
     whole = _shrink(pixels, box)
     square = whole if width == height else _shrink_middle(pixels, box)
@@ -89,7 +89,7 @@ def _decode_small(
   opened = preprocess.open_image(image, name)
   width, height = opened.width, opened.height
   denominator = 8
-  while denominator > 1 and min(width, height) < denominator * DECODED_SIDE:
+  while denominator > 1 and min(width, height) < denominator * _DECODED_SIDE:
     denominator //= 2
   pixels, inside, _ = opened.read((0, 0, width, height), denominator)
   box = (
@@ -164,10 +164,8 @@ def _allocate(file: pathlib.Path, count: int) -> np.ndarray:
 def _remove_others(file: pathlib.Path) -> None:
   """Removes what led to `file`, and those of the images as they were before."""
   prefix = file.name.rpartition('-')[0]
-  for old in file.parent.glob(f'{prefix}-*.npy'):
-    if old != file:
-      old.unlink(missing_ok=True)
-  for old in file.parent.glob(f'incomplete.{prefix}-*'):
+  found = (f'{prefix}-*.npy', f'incomplete.{prefix}-*')
+  for old in {y for x in found for y in file.parent.glob(x)} - {file}:
     if old.is_dir():
       shutil.rmtree(old, ignore_errors=True)
     else:

@@ -14,7 +14,7 @@ import pathlib
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprog import errors, files, named
@@ -44,7 +44,7 @@ ADVICE = {
 Problem = dict[str, str]
 
 
-class Item(NamedTuple):
+class _Item(NamedTuple):
   """One image of a dataset, not read yet."""
 
   split: str
@@ -63,7 +63,7 @@ class Images(NamedTuple):
   path: str
   classes: tuple[str, ...]
   num_images: int
-  items: Iterable[Item]
+  items: Iterable[_Item]
   # What lies beside them, in words.
   left_out: str
 
@@ -108,7 +108,10 @@ def verify_dataset(
   if images is None:
     return report
   start = time.perf_counter()
-  seen = list(_look_at_all(images, num_threads, progress))
+  # Of what Pillow warns about, nothing here is news: it decodes or it doesn't.
+  with warnings.catch_warnings(action='ignore'):
+    found = parts.in_order(_look, images.items, num_threads)
+    seen = list(parts.told(found, images.num_images, progress))
   report |= {
     'kind': images.kind,
     'path': images.path,
@@ -116,7 +119,7 @@ def verify_dataset(
     'seconds': time.perf_counter() - start,
     'splits': _count(seen, images.classes, named.find(dataset).published),
   }
-  problems += _find_bad(seen)
+  problems += [_problem(x.kind, x.name, x.detail) for x in seen if x.kind]
   problems += _find_damaged_packs(images)
   problems += _find_missing_classes(images.path, report['splits'], num_classes)
   report['warnings'] = _find_duplicates(seen)
@@ -152,10 +155,10 @@ def _open_images(
     kind = preparation.check_dataset(dataset, data_dir, seconds=math.inf)
     if kind == 'prepared':
       return _open_prepared(dataset, data_dir), []
-  except errors.UserError as e:
-    problems = [_problem('dataset', dataset, ' '.join(str(e).split('\n')))]
   except Exception as e:  # Damaged metadata or records may raise anything.
-    problems = [_problem('dataset', dataset, _reason(e))]
+    is_ours = isinstance(e, errors.UserError)
+    detail = str(e).replace('\n', ' ') if is_ours else _reason(e)
+    problems = [_problem('dataset', dataset, detail)]
   try:
     raw = preparation.list_raw(dataset, data_dir)
   except errors.UserError:
@@ -168,20 +171,19 @@ def _open_prepared(dataset: str, data_dir: pathlib.Path) -> Images:
   assert builder is not None
   opened = records_lib.open_dataset(dataset, builder)
   names = builder.info.features['label'].names
-  splits = (opened.train, opened.eval)
   return Images(
     kind='prepared',
     path=str(builder.data_dir),
     classes=opened.classes,
-    num_images=sum(map(len, splits)),
+    num_images=len(opened.train) + len(opened.eval),
     items=(
-      Item(
+      _Item(
         records.name,
         opened.classes[label],
         f'record {i}',
         functools.partial(_read_record, records, names, i),
       )
-      for records in splits
+      for records in (opened.train, opened.eval)
       for i, label in enumerate(records.labels)
     ),
     left_out=opened.left_out,
@@ -204,14 +206,9 @@ def _open_raw(raw: builders.Raw) -> Images:
     classes=raw.classes,
     num_images=raw.num_images,
     items=(
-      Item(
-        split,
-        image.wnid,
-        image.file_name,
-        functools.partial(_read_raw, image),
-      )
+      _Item(split, x.wnid, x.file_name, functools.partial(_read_raw, x))
       for split in (builders.TRAIN, builders.EVAL)
-      for image in raw.images(split)
+      for x in raw.images(split)
     ),
     left_out=folders.describe(raw.left_out),
   )
@@ -221,20 +218,7 @@ def _read_raw(image: builders.RawImage) -> tuple[str, set[str], bytes]:
   return image.file_name, {image.wnid}, image.read()
 
 
-def _look_at_all(
-  images: Images, num_threads: int, progress: parts.Progress | None
-) -> Iterator[Seen]:
-  """Yields what was found of each image, in order."""
-  # Of what Pillow warns about, nothing here is news: it decodes or it doesn't.
-  with warnings.catch_warnings(action='ignore'):
-    found = parts.in_order(_look, images.items, num_threads)
-    for done, seen in enumerate(found, 1):
-      yield seen
-      if progress:
-        progress(done, images.num_images)
-
-
-def _look(item: Item) -> Seen:
+def _look(item: _Item) -> Seen:
   """Returns what is found of one image, whatever is wrong with it."""
   name = f'{item.split}/{item.wnid}/{item.file_name}'
   try:
@@ -267,18 +251,12 @@ def _find_damage(encoded: bytes) -> tuple[str, str]:
   return '', ''
 
 
-def _find_bad(seen: Iterable[Seen]) -> list[Problem]:
-  return [_problem(x.kind, x.name, x.detail) for x in seen if x.kind]
-
-
 def _find_damaged_packs(images: Images) -> list[Problem]:
   """Returns stored training images that are not what was written."""
-  if images.kind != 'prepared':
-    return []
   return [
     _problem('pack', str(path), 'not what was written; remove it')
     for path in preparation.list_packs(pathlib.Path(images.path))
-    if not packs.is_intact(path)
+    if images.kind == 'prepared' and not packs.is_intact(path)
   ]
 
 
@@ -355,20 +333,15 @@ def _hold_against_manifest(
     problem = _problem('manifest', str(path), _reason(e))
     return {'path': str(path), 'status': 'unreadable'}, [problem]
   changes = [
-    *(
-      _problem('changed', name, f'{known[name]} is now {found[name]}')
-      for name in sorted(known.keys() & found.keys())
-      if known[name] != found[name]
-    ),
-    *(
-      _problem('missing', name, 'in the manifest only')
-      for name in sorted(known.keys() - found.keys())
-    ),
-    *(
-      _problem('new', name, 'not in the manifest')
-      for name in sorted(found.keys() - known.keys())
-    ),
+    _problem('changed', x, f'{known[x]} is now {found[x]}')
+    for x in sorted(known.keys() & found.keys())
+    if known[x] != found[x]
   ]
+  for kind, names, detail in (
+    ('missing', known.keys() - found.keys(), 'in the manifest only'),
+    ('new', found.keys() - known.keys(), 'not in the manifest'),
+  ):
+    changes += [_problem(kind, x, detail) for x in sorted(names)]
   status = 'differs' if changes else 'matches'
   return {'path': str(path), 'status': status}, changes
 

@@ -34,17 +34,12 @@ _UNGUARDED = 78
 
 
 @dataclasses.dataclass
-class Buffer:
-  """The memory of one batch; `name` is that of a shared one."""
+class _Buffer:
+  """The memory of one batch."""
 
   layout: batches_lib.Layout
   batch: batches_lib.HostBatch
   memory: shared_memory.SharedMemory | None = None
-
-  @property
-  def name(self) -> str:
-    """What other processes find it by."""
-    return self.memory.name if self.memory else ''
 
   def release(self) -> None:
     """Gives shared memory back."""
@@ -61,7 +56,7 @@ class _Pending:
   """A batch under way: rows -> the future that fills them."""
 
   step: int
-  buffer: Buffer
+  buffer: _Buffer
   tasks: dict[range, 'futures.Future[Any]']
 
 
@@ -90,8 +85,8 @@ class Reader(Iterator[batches_lib.HostBatch]):
     self._num_workers = num_workers
     self._kind = kind if num_workers else 'thread'
     self._pending: collections.deque[_Pending] = collections.deque()
-    self._used: collections.deque[Buffer] = collections.deque()
-    self._free: list[Buffer] = []
+    self._used: collections.deque[_Buffer] = collections.deque()
+    self._free: list[_Buffer] = []
     self._token: pathlib.Path | None = None
     self._pool: futures.Executor | None = None
     self.bad: dict[str, str] = {}
@@ -155,16 +150,15 @@ class Reader(Iterator[batches_lib.HostBatch]):
     self._pending.append(_Pending(step, buffer, tasks))
 
   def _submit(
-    self, step: int, rows: range, buffer: Buffer
+    self, step: int, rows: range, buffer: _Buffer
   ) -> 'futures.Future[Any]':
     if not self._num_workers:
       future: futures.Future[Any] = futures.Future()
       future.set_result(_fill(self._batches, step, rows, buffer.batch))
       return future
-    if self._token is None:
-      task: tuple[Any, ...] = _fill, self._batches, step, rows, buffer.batch
-    else:
-      names = buffer.name, buffer.layout
+    task: tuple[Any, ...] = _fill, self._batches, step, rows, buffer.batch
+    if buffer.memory is not None:
+      names = buffer.memory.name, buffer.layout
       task = _fill_shared, self._token, step, rows, *names
     self._pool = executor(self._kind, self._num_workers)
     try:
@@ -206,16 +200,16 @@ class Reader(Iterator[batches_lib.HostBatch]):
       self.restarts += 1
     self._pool = executor(self._kind, self._num_workers)
 
-  def _take_buffer(self, layout: batches_lib.Layout) -> Buffer:
+  def _take_buffer(self, layout: batches_lib.Layout) -> _Buffer:
     while self._free:
       buffer = self._free.pop()
       if buffer.layout == layout:
         return buffer
       buffer.release()  # A new phase: the old shapes are not needed.
     if self._token is None:
-      return Buffer(layout, batches_lib.allocate(layout))
+      return _Buffer(layout, batches_lib.allocate(layout))
     memory = _create_memory(layout)
-    return Buffer(layout, batches_lib.place(layout, memory.buf), memory)
+    return _Buffer(layout, batches_lib.place(layout, memory.buf), memory)
 
 
 def choose_kind(kind: str, num_workers: int, *, light: bool = False) -> str:

@@ -1,5 +1,7 @@
 """Finds training images that some stage is evaluated on."""
 
+import collections
+import itertools
 import pathlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +16,7 @@ from jaxprog.data import leaks, preparation
 from jaxprog.data.records import Dataset
 from jaxprog.monitoring import bars
 
-NUM_EXAMPLES = 10
+_NUM_EXAMPLES = 10
 
 
 def audit(
@@ -39,20 +41,18 @@ def audit(
     from jaxprog.training import preflight  # JAX, which prepare can do without.
 
     preflight.check_workdir(workdir)
-  console = rich.console.Console(markup=False)
+  console = rich.console.Console(markup=False, highlight=False)
   datasets, absent = load_present(chosen, paths.data_dir(config))
   found = find_leaks(datasets, absent, console)
   console.print(_table(datasets, found))
   for line in _lines(found, absent):
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
   if workdir:
     path = workdir / 'audit.json'
     files.write_json(path, _summary(datasets, absent, found))
-    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+    console.print(str(path), soft_wrap=True)
   excluded = sum(int(x.sum()) for x in found.excluded.values())
-  console.print(
-    _verdict(excluded, config.exclude_leaks), highlight=False, soft_wrap=True
-  )
+  console.print(_verdict(excluded, config.exclude_leaks), soft_wrap=True)
   return int(excluded > 0 and not config.exclude_leaks)
 
 
@@ -94,29 +94,23 @@ def _table(
   """Returns how many images each stage must not train on, and why."""
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
   table.add_column('stage', overflow='fold')
-  columns = ('images', 'by name', 'by content', 'perceptual')
-  for column in columns:
+  for column in ('images', 'by name', 'by content', 'perceptual'):
     table.add_column(column, justify='right', no_wrap=True)
   table.add_column('contaminates', overflow='fold')
   for stage, dataset in datasets.items():
-    counts = found.counts[stage]
-    targets = found.contaminates[stage]
+    numbers = len(dataset.train), *found.counts[stage].values()
+    targets = (f'{x} ({n:,})' for x, n in found.contaminates[stage].items())
     table.add_row(
-      stage,
-      f'{len(dataset.train):,}',
-      *(f'{counts[reason]:,}' for reason in leaks.REASONS),
-      '\n'.join(f'{x} ({n:,})' for x, n in targets.items()) or '-',
+      stage, *(f'{x:,}' for x in numbers), '\n'.join(targets) or '-'
     )
   return table
 
 
 def _lines(found: leaks.Overlap, absent: Mapping[str, str]) -> list[str]:
   """Returns examples, and what was not excluded or not looked at."""
-  lines = []
-  examples = _examples(found.leaks)
-  if examples:
-    lines.append(f'{len(examples)} of {len(found.leaks):,} pairs:')
-    lines += [f'  {_describe(leak)}' for leak in examples]
+  lines = [f'  {_describe(leak)}' for leak in _examples(found.leaks)]
+  if lines:
+    lines.insert(0, f'{len(lines)} of {len(found.leaks):,} pairs:')
   shared = Counter((x.stage, x.other_stage) for x in found.shared)
   lines += [
     f'{stage} and {other} share {n:,} evaluation image{"s" * (n > 1)}, '
@@ -139,14 +133,11 @@ def _lines(found: leaks.Overlap, absent: Mapping[str, str]) -> list[str]:
 
 def _examples(found: Sequence[leaks.Leak]) -> list[leaks.Leak]:
   """Returns some leaks: of every kind one, then of every kind a second, …."""
-  seen: Counter = Counter()
-  ranked: list[tuple[int, int]] = []
-  for leak in found:
-    kind = (leak.train_stage, leak.eval_stage, leak.reason)
-    ranked.append((seen[kind], len(ranked)))
-    seen[kind] += 1
-  first = sorted(ranked)[:NUM_EXAMPLES]
-  return sorted(found[i] for _, i in first)
+  kinds = [(x.train_stage, x.eval_stage, x.reason) for x in found]
+  numbers: dict = collections.defaultdict(itertools.count)
+  order = [next(numbers[kind]) for kind in kinds]
+  first = sorted(range(len(found)), key=order.__getitem__)[:_NUM_EXAMPLES]
+  return sorted(found[i] for i in first)
 
 
 def _describe(leak: leaks.Leak) -> str:

@@ -58,9 +58,7 @@ def prepare(
     console.print(f'{dataset}: prepared in {data_dir}/prepared')
     if left_out:
       text = errors.printable(f'{dataset}: left out: {left_out}')
-      console.print(
-        text, style='yellow', highlight=False, markup=False, soft_wrap=True
-      )
+      console.print(text, style='yellow', highlight=False, soft_wrap=True)
   for stage in chosen:
     _store(stage, data_dir, console)
   if config.exclude_leaks:
@@ -121,8 +119,7 @@ def _raw_folders(
     names += named.find(dataset).folders
     folder = paths.dataset_folder(dataset)
     if folder and data_dir.absolute() in folder.absolute().parents:
-      below = folder.absolute().relative_to(data_dir.absolute())
-      names.append(below.parts[0])
+      names.append(folder.absolute().parts[len(data_dir.absolute().parts)])
   return tuple(names)
 
 
@@ -131,11 +128,7 @@ def _download(
 ) -> None:
   """Fetches and unpacks a known archive, unless its dataset is there."""
   archive = named.find(dataset).archive
-  if (
-    archive is None
-    or preparation.find_raw(dataset, data_dir)
-    or preparation.find_prepared(dataset, data_dir)
-  ):
+  if archive is None or preparation.is_here(dataset, data_dir):
     return
   path = data_dir / 'downloads' / pathlib.PurePath(archive.url).name
   with bars.progress_bar(console, f'fetch {dataset}', count=False) as show:

@@ -16,7 +16,7 @@ from jaxprog.data import verification
 from jaxprog.monitoring import bars
 
 # Problems of one kind that are printed; the JSON has all.
-SHOWN = 10
+_SHOWN = 10
 
 
 def verify(
@@ -38,8 +38,8 @@ def verify(
   workdir = None if workdir is None else paths.workdir(workdir)
   chosen = stages.select(stages.create_stages(config), only, skip)
   num_threads = config.num_workers or os.cpu_count() or 1
-  console, data_dir = rich.console.Console(markup=False), paths.data_dir(config)
-  reports = []
+  console = rich.console.Console(markup=False, highlight=False)
+  data_dir, reports = paths.data_dir(config), []
   for dataset, num_classes in _num_classes(chosen).items():
     with bars.progress_bar(console, dataset) as show:
       report = verification.verify_dataset(
@@ -88,13 +88,7 @@ def _print_report(
   console: rich.console.Console, report: Mapping[str, Any]
 ) -> None:
   def say(text: str, style: str = '') -> None:
-    console.print(
-      errors.printable(text),
-      style=style,
-      highlight=False,
-      markup=False,
-      soft_wrap=True,
-    )
+    console.print(errors.printable(text), style=style, soft_wrap=True)
 
   about = f'{report["kind"]}, {report["path"]}' if 'kind' in report else '-'
   say(f'{report["dataset"]}: {about}', 'bold')
@@ -122,10 +116,10 @@ def _print_problems(
       by_kind[problem['kind']].append(problem)
     for kind, problems in by_kind.items():
       say(f'  {level[:-1]}: {kind} ({len(problems):,})', style)
-      for problem in problems[:SHOWN]:
+      for problem in problems[:_SHOWN]:
         say(f'    {problem["name"]}: {problem["detail"]}', '')
-      if len(problems) > SHOWN:
-        say(f'    and {len(problems) - SHOWN:,} more', '')
+      if len(problems) > _SHOWN:
+        say(f'    and {len(problems) - _SHOWN:,} more', '')
       if kind in verification.ADVICE:
         say(f'    {verification.ADVICE[kind]}', '')
 
@@ -160,7 +154,6 @@ def _print_summary(
     f'{found["seconds"]:.1f} s: '
     f'{found["images_per_second"]:,.0f} images/s, '
     f'{found["images_per_second_per_core"]:,.0f} images/s/core',
-    highlight=False,
     soft_wrap=True,
   )
 
@@ -173,4 +166,4 @@ def _write(
     text = str(path)
   except OSError as e:  # Data may be read-only; what was found is printed.
     text = f'{path} was not written: {e.strerror}'
-  console.print(text, highlight=False, markup=False, soft_wrap=True)
+  console.print(text, soft_wrap=True)

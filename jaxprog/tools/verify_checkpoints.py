@@ -40,11 +40,11 @@ def verify_checkpoints(workdir: str | pathlib.Path) -> int:
       console.print(
         f'{_name(found)}: {found.status}: {found.detail}',
         style=_STYLES[found.status],
-        markup=False,
         soft_wrap=True,
       )
-  console.print(_summary(findings), soft_wrap=True)
-  return 1 if any(found.status == 'damaged' for found in findings) else 0
+  counts = collections.Counter(found.status for found in findings)
+  console.print(', '.join(f'{counts[x]} {x}' for x in _STYLES), soft_wrap=True)
+  return 1 if counts['damaged'] else 0
 
 
 def _table(findings: Sequence[integrity.Condition]) -> rich.table.Table:
@@ -68,8 +68,3 @@ def _table(findings: Sequence[integrity.Condition]) -> rich.table.Table:
 def _name(found: integrity.Condition) -> str:
   step = f'/{found.step}' if found.step >= 0 else ''
   return f'{found.stage}/{found.name}{step}'
-
-
-def _summary(findings: Sequence[integrity.Condition]) -> str:
-  counts = collections.Counter(found.status for found in findings)
-  return ', '.join(f'{counts[status]} {status}' for status in _STYLES)
