@@ -161,7 +161,7 @@ def test_a_heat_map_has_a_row_a_label():
   tree = ET.fromstring(charts.heat_map(['cat', 'dog'], counts))
   first, second = tree.findall('tr')[1:]
   right, wrong = first.findall('td')
-  assert (right.get('class'), right.text) == ('right', '9')
+  assert (right.get('class'), right.text) == ('right strong', '9')
   assert (wrong.get('class'), wrong.text) == ('wrong', '1')
   assert wrong.get('title') == 'cat taken for dog: 1 of 10'
   assert wrong.get('style') == '--part:21%'

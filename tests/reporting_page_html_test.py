@@ -178,7 +178,7 @@ def test_before_the_look_at_validation_it_is_said_that_a_holdout_chose():
   history['stages'][0].update(eval_split='holdout:2%', num_eval_images=189)
   words = read(history).words()
   assert 'on 189 training images held out' in words
-  assert '9,469 train, 189 held out' in words
+  assert '9,469 189 held out' in words
   assert 'top-1, epoch 3, on a hold-out' in words
   assert 'validation images, here on a hold-out' in words
 

@@ -107,20 +107,19 @@ def test_no_text_meets_another_or_leaves_the_picture(draw, num_epochs):
       assert box.y1 <= height, text
 
 
-@pytest.mark.parametrize('value', [0.0, 0.5, 1.0])
-def test_labels_at_the_line_ends_keep_apart(draw, value):
-  history = history_fixture.create_history((4,))
-  last = history['stages'][0]['epochs'][-1]
-  last.update(train_top1=value, val_top1=value, val_top5=value)
-  figure, _ = draw(history)
+def test_lines_are_named_in_their_colours_beside_the_panel(draw):
+  figure, image = draw(history_fixture.create_history((4,)))
   figure.canvas.draw()
-  labels = [t for t in texts(figure.axes[1]) if 'top-' in t.get_text()]
-  boxes = [t.get_window_extent() for t in labels]
-  assert len(boxes) == 3
   panel = figure.axes[1].get_window_extent()
-  for box in boxes:
-    assert panel.y0 - 1 <= (box.y0 + box.y1) / 2 <= panel.y1 + 1
-  assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+  names = figure.axes[1].get_legend().get_texts()
+  assert [(x.get_text(), x.get_color()) for x in names] == [
+    ('val top-5', plots.TOP5),
+    ('train top-1', plots.TRAIN),
+    ('val top-1', plots.VAL),
+  ]
+  for name in names:
+    box = name.get_window_extent()
+    assert panel.x1 < box.x0 < box.x1 < image.shape[1]
 
 
 def test_single_epoch_shows(draw):

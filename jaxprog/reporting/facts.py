@@ -11,9 +11,12 @@ from jaxprog.reporting import rundir
 
 # Train top-1 above validation top-1 by more than this, at the end of a stage,
 # is named overfitting.
-OVERFITTING_GAP = 0.10
-
-
+_OVERFITTING_GAP = 0.10
+# What is told of a run's environment, in this order.
+_ENVIRONMENT = (
+  *('date', 'host', 'platform', 'devices'),
+  *('commit', 'python', 'versions', 'command'),
+)
 # What a changed config leaves nothing of, by its name in a state.
 _RENEWED = {
   'opt_state': 'the optimizer began anew',
@@ -211,20 +214,21 @@ def describe_run(run: rundir.RunFiles) -> dict[str, str]:
     devices = environment.get('devices') or {}
     git = environment.get('git') or {}
     versions = environment.get('versions', {})
-    said = {k: environment.get(k, '-') for k in ('host', 'platform')}
-    found |= {'date': environment.get('time', '-'), **said}
     count = f'{devices.get("count")} x {devices.get("kind")}'
     processes = devices.get('process_count', 1)
     spread = f', {processes} processes' if processes > 1 else ''
-    found['devices'] = count + spread if devices else '-'
     dirty = ' with uncommitted changes' if git.get('dirty') else ''
-    found['commit'] = git.get('commit', '-') + dirty
-    found['python'] = environment.get('python', '-')
     shown = ('jax', 'flax', 'optax', 'orbax-checkpoint')
-    found['versions'] = ', '.join(
-      f'{name} {versions[name]}' for name in shown if name in versions
-    )
-    found['command'] = environment.get('command', '-')
+    said = {
+      **environment,
+      'date': environment.get('time'),
+      'devices': devices and count + spread,
+      'commit': git.get('commit', '-') + dirty,
+      'versions': ', '.join(
+        f'{k} {versions[k]}' for k in shown if k in versions
+      ),
+    }
+    found |= {name: said.get(name) or '-' for name in _ENVIRONMENT}
   else:
     found['machine'] = 'unknown: there is no environment.json'
   return {**found, 'trained': formats.duration(total_seconds(run))}
@@ -339,7 +343,7 @@ def _overfitting_notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
   if not gaps:
     return
   (narrow, then), (wide, _) = min(gaps), gaps[-1]
-  if wide > max(OVERFITTING_GAP, narrow):
+  if wide > max(_OVERFITTING_GAP, narrow):
     yield (
       f'overfitting: train top-1 ends {100 * wide:.1f} points above validation '
       f'top-1 ({100 * narrow:+.1f} in epoch {then}). Train top-1 is a running '

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.axes
 import matplotlib.backends.backend_agg
 import matplotlib.figure
+import matplotlib.lines
 import matplotlib.text
 import matplotlib.ticker
 import numpy as np
@@ -18,7 +19,7 @@ from jaxprog.reporting import facts, timeline
 # Okabe and Ito's blue and vermilion: apart for colour-blind readers too.
 TRAIN, VAL, TOP5 = '#0072b2', '#d55e00', '#e0a070'
 RATE, INK, GRID, SHADE = '#4d4d4d', '#333333', '#e6e6e6', '#f4f4f4'
-RULE = '#bbbbbb'
+_RULE = '#bbbbbb'
 
 Axes = matplotlib.axes.Axes
 
@@ -156,7 +157,7 @@ def _style(axes: Axes, title: str, spans: Sequence[timeline.Span]) -> None:
     if i % 2:
       axes.axvspan(span.begin, span.end, color=SHADE, linewidth=0, zorder=0)
     if i:
-      axes.axvline(span.begin, color=RULE, linewidth=0.8)
+      axes.axvline(span.begin, color=_RULE, linewidth=0.8)
 
 
 def _bare(axes: Axes) -> None:
@@ -166,14 +167,12 @@ def _bare(axes: Axes) -> None:
   axes.tick_params(colors=INK, length=0, labelsize=9)
   for side in ('top', 'right', 'left'):
     axes.spines[side].set_visible(False)
-  axes.spines['bottom'].set_color(RULE)
+  axes.spines['bottom'].set_color(_RULE)
 
 
 def _draw_loss(axes: Axes, spans: Sequence[timeline.Span]) -> None:
   lines = {'train_loss': ('train', TRAIN), 'val_loss': ('val', VAL)}
-  for field, (_, color) in lines.items():
-    _line(axes, spans, field, color)
-  _label_ends(axes, spans[-1], lines)
+  _draw_lines(axes, spans, lines)
 
 
 def _draw_accuracy(axes: Axes, spans: Sequence[timeline.Span]) -> None:
@@ -182,15 +181,37 @@ def _draw_accuracy(axes: Axes, spans: Sequence[timeline.Span]) -> None:
     'train_top1': ('train top-1', TRAIN),
     'val_top1': ('val top-1', VAL),
   }
-  for field, (_, color) in lines.items():
-    _line(axes, spans, field, color, scale=100)
+  _draw_lines(axes, spans, lines, scale=100)
   # Room for the labels of best epochs near 100 %.
   axes.set_ylim(0, 108)
   axes.set_yticks(range(0, 101, 20))
-  _label_ends(axes, spans[-1], lines, scale=100)
   for span in spans:
     if span.stage['best']:
       _mark_best(axes, span)
+
+
+def _draw_lines(
+  axes: Axes,
+  spans: Sequence[timeline.Span],
+  lines: Mapping[str, tuple[str, str]],
+  scale: float = 1.0,
+) -> None:
+  """Draws fields, of a name and a colour each, and names them on the right."""
+  for field, (_, color) in lines.items():
+    _line(axes, spans, field, color, scale)
+  handles = [
+    matplotlib.lines.Line2D([], [], color=color, label=name)
+    for name, color in lines.values()
+  ]
+  axes.legend(
+    handles=handles,
+    loc='center left',
+    bbox_to_anchor=(1.0, 0.5),
+    frameon=False,
+    fontsize=9,
+    labelcolor='linecolor',
+    handlelength=0,
+  )
 
 
 def _draw_rate(axes: Axes, spans: Sequence[timeline.Span]) -> None:
@@ -237,45 +258,6 @@ def _line(
   return np.concatenate(drawn)
 
 
-def _label_ends(
-  axes: Axes,
-  span: timeline.Span,
-  lines: Mapping[str, tuple[str, str]],
-  scale: float = 1.0,
-) -> None:
-  """Names the lines at their right ends, moved apart where they are close."""
-  low, high = axes.get_ylim()
-  ends = sorted(
-    ((values[-1] - low) / (high - low), label, color)
-    for field, (label, color) in lines.items()
-    if (values := [y for _, y in span.points(field, scale) if y is not None])
-  )
-  # A label is 5.5 % of the panel high.
-  heights = _spread([height for height, _, _ in ends], 0.055)
-  for height, (_, label, color) in zip(heights, ends, strict=True):
-    axes.annotate(
-      label,
-      (1.005, height),
-      xycoords='axes fraction',
-      va='center',
-      color=color,
-      fontsize=9,
-      annotation_clip=False,
-    )
-
-
-def _spread(heights: Sequence[float], distance: float) -> list[float]:
-  """Returns ascending `heights` at least `distance` apart, below 1."""
-  spread: list[float] = []
-  for height in heights:
-    spread.append(max(height, spread[-1] + distance if spread else 0.0))
-  limit = 1.0
-  for i in reversed(range(len(spread))):
-    spread[i] = min(spread[i], limit)
-    limit = spread[i] - distance
-  return spread
-
-
 def _mark_best(axes: Axes, span: timeline.Span) -> None:
   best = span.stage['best']
   x, y = span.begin + best['epoch'], 100 * best['top1']
@@ -320,7 +302,7 @@ def _name_stages(
     taken[line : line + 1] = [left]
     text.set_position((2 + shift * 72 / figure.dpi, 5 + 13 * line))
     if line:
-      leader = {'arrowstyle': '-', 'color': RULE, 'shrinkA': 0, 'shrinkB': 0}
+      leader = {'arrowstyle': '-', 'color': _RULE, 'shrinkA': 0, 'shrinkB': 0}
       above = 0, 5 + 13 * line
       _above(axes, span.begin, '', above, arrowprops=leader, zorder=0)
   top = 1 - (36 + 13 * len(taken)) / (72 * figure.get_figheight())

@@ -95,9 +95,9 @@ def _part_lines(part: Part) -> list[str]:
     case str():
       return _wrap(part)
     case list():
-      return [line for point in part for line in _wrap(f'- {point}')]
+      return [line for point in part for line in _wrap(point, '- ')]
     case dict():
-      return [line for pair in part.items() for line in _definition(*pair)]
+      return [x for k, v in part.items() for x in _wrap(v, f'{k:<10}', 10)]
     case Heading(text):
       return _title(text)
     case Words(parts):
@@ -132,17 +132,11 @@ def _text(cell: str | tuple[str, str]) -> str:
   return cell if isinstance(cell, str) else cell[0]
 
 
-def _definition(name: str, text: str) -> list[str]:
+def _wrap(text: str, begin: str = '', indent: int = 2) -> list[str]:
   return textwrap.wrap(
     text,
     WIDTH,
-    initial_indent=f'{name:<10}',
-    subsequent_indent=' ' * 10,
+    initial_indent=begin,
+    subsequent_indent=' ' * indent,
     break_on_hyphens=False,
-  ) or [name]
-
-
-def _wrap(text: str) -> list[str]:
-  return textwrap.wrap(
-    text, WIDTH, subsequent_indent='  ', break_on_hyphens=False
-  )
+  ) or [begin.rstrip()]

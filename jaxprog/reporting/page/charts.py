@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from jaxprog.reporting.facts import shorten
 from jaxprog.reporting.page.markup import Html, tag
 from jaxprog.reporting.timeline import Point, Scale, Span
 
@@ -134,15 +135,16 @@ def _legend(
 ) -> list[Html]:
   """Returns the names of lines and of what is marked, each beside its sign."""
   names = [
-    tag('span', tag('i', class_=f'key {s.style}'), s.name, class_='entry')
-    for s in series
-    if s.values
+    (tag('i', class_=f'key {s.style}'), s.name) for s in series if s.values
   ]
-  signs = {'resume': '▲ resumed', 'incident': '◆ incident', '': '● best epoch'}
-  styles = [*dict.fromkeys(mark.style for mark in marks), *[''] * bool(labels)]
-  return names + [
-    tag('span', signs[style], class_=f'entry {style}') for style in styles
+  signs = {'resume': '▲ resumed', 'incident': '◆ incident'}
+  marked = [
+    tag('span', signs[style], class_=f'entry {style}')
+    for style in dict.fromkeys(mark.style for mark in marks)
   ]
+  if labels:
+    marked.append(tag('span', '● best epoch', class_='entry'))
+  return [*(tag('span', *name, class_='entry') for name in names), *marked]
 
 
 def strip_chart(
@@ -301,7 +303,7 @@ def heat_map(
       'td',
       count or None,
       title=f'{names[i]} taken for {names[j]}: {count:,} of {total:,}',
-      class_='right' if i == j else 'wrong',
+      class_=('right' if i == j else 'wrong') + ' strong' * (part > 0.5),
       style=f'--part:{12 + 88 * part:.0f}%' if count else None,
     )
 
@@ -309,8 +311,10 @@ def heat_map(
   for i, name in enumerate(names):
     total = sum(counts.get((i, j), 0) for j in every)
     cells = (cell(i, j, total) for j in every)
-    rows.append(tag('tr', tag('th', name, scope='row'), *cells))
-  heads = (tag('th', tag('span', name), scope='col') for name in names)
+    rows.append(tag('tr', tag('th', shorten(name, 18), scope='row'), *cells))
+  heads = (
+    tag('th', tag('span', shorten(name, 18)), scope='col') for name in names
+  )
   return tag('table', tag('tr', tag('td'), *heads), *rows, class_='heat')
 
 

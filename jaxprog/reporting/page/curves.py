@@ -117,13 +117,13 @@ def events(
     key = style, round(x / x_end / _MARK_DISTANCE)
     found.setdefault(key, (x, []))[1].append(text)
   return [
-    charts.Mark(style, x, '; '.join(texts[:3]) + _more(len(texts) - 3))
+    charts.Mark(
+      style,
+      x,
+      '; '.join(texts[:3]) + f'; and {len(texts) - 3} more' * (len(texts) > 3),
+    )
     for (style, _), (x, texts) in found.items()
   ]
-
-
-def _more(count: int) -> str:
-  return f'; and {count} more' if count > 0 else ''
 
 
 def _events(

@@ -30,7 +30,11 @@ _COLUMNS = (
   Column('carried', lambda x: _modules(x.transfer, 'carried'), left=True),
   Column('fresh', lambda x: _modules(x.transfer, 'fresh'), left=True),
   Column('dropped', lambda x: _modules(x.transfer, 'dropped'), left=True),
-  Column('seconds', lambda x: _seconds(x.stage), wide=True),
+  Column(
+    'takes',
+    lambda x: formats.seconds(x.stage.get('handover_seconds')) or '-',
+    wide=True,
+  ),
   Column('before', lambda x: formats.percent(_before(x.source)), wide=True),
   Column('first epoch', lambda x: formats.percent(_after(x.stage)), wide=True),
   Column('what differs', lambda x: _difference(x), left=True, wide=True),
@@ -47,7 +51,7 @@ def hand_over(run: RunFiles) -> Iterator[Part]:
   yield Table(_COLUMNS, rows, 'Weights handed from stage to stage')
   yield tag(
     'p',
-    'seconds: from the end of the stage before until the first batch is '
+    'takes: from the end of the stage before until the first batch is '
     'asked for, waiting for the compiler included. before: the best top-1 '
     'of the stage the weights come from, on its own data. first epoch: '
     'top-1 after one epoch, on this stage’s data. Where classes or '
@@ -73,11 +77,6 @@ def _modules(transfer: Mapping[str, Any], part: str) -> str | tuple[str, str]:
   if len(names) <= _MAX_NAMES:
     return names or 'none'
   return f'{len(value)} modules', names
-
-
-def _seconds(stage: Mapping[str, Any]) -> str:
-  seconds = stage.get('handover_seconds')
-  return f'{seconds:.1f}' if formats.is_number(seconds) else '-'
 
 
 def _before(source: Mapping[str, Any] | None) -> float | None:

@@ -6,6 +6,21 @@ from jaxprog.reporting.page import overview, sections, style
 from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.rundir import RunFiles
 
+# With an icon of its own, or the browser asks for one.
+_PAGE = Html("""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width"/>
+<link rel="icon" href="data:,"/>
+<title>{title}</title><style>{css}</style></head>
+<body>{header}<nav aria-label="Contents"><ul>{links}</ul></nav>
+<main>{sections}<footer>{footer}</footer></main></body></html>
+""")
+_LINK = Html('<li><a href="#{0}">{1}</a></li>')
+_SECTION = Html(
+  '<section id="{0}" aria-labelledby="{0}-title">'
+  '<h2 id="{0}-title">{1}</h2>{2}</section>'
+)
+
 
 def page(run: RunFiles) -> str:
   """Returns the page of a run that is finished or under way."""
@@ -46,30 +61,11 @@ def document(
   footer: str,
 ) -> str:
   """Returns a whole page of sections (id, title, content) with their list."""
-  links = [
-    tag('li', tag('a', name, href=f'#{anchor}')) for anchor, name, _ in parts
-  ]
-  body = [
-    tag(
-      'section',
-      tag('h2', name, id=f'{anchor}-title'),
-      content,
-      id=anchor,
-      aria_labelledby=f'{anchor}-title',
-    )
-    for anchor, name, content in parts
-  ]
-  head = join(
-    tag('meta', charset='utf-8'),
-    tag('meta', name='viewport', content='width=device-width'),
-    # An icon of its own, or the browser asks for one.
-    tag('link', rel='icon', href='data:,'),
-    tag('title', title),
-    tag('style', Html(style.CSS)),
+  return _PAGE.format(
+    title=title,
+    css=Html(style.CSS),
+    header=header,
+    links=join(*(_LINK.format(*part) for part in parts)),
+    sections=join(*(_SECTION.format(*part) for part in parts)),
+    footer=footer,
   )
-  nav = tag('nav', tag('ul', *links), aria_label='Contents')
-  main = tag('main', *body, tag('footer', footer))
-  html = tag(
-    'html', tag('head', head), tag('body', header, nav, main), lang='en'
-  )
-  return f'<!DOCTYPE html>\n{html}\n'

@@ -1,6 +1,6 @@
 """Elements of HTML; what is not made here is escaped on its way in."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup as Html
 from markupsafe import escape
@@ -50,12 +50,13 @@ def render(part: Part) -> Html:
     case str():
       return tag('p', part, class_='note')
     case list():
-      return items(part)
+      return tag('ul', *(tag('li', x) for x in part), class_='notes')
     case dict():
-      return definitions(
-        {k: tag('code', v) if k in _CODE else v for k, v in part.items()},
-        'facts',
+      pairs = (
+        join(tag('dt', k), tag('dd', tag('code', v) if k in _CODE else v))
+        for k, v in part.items()
       )
+      return tag('dl', *pairs, class_='facts')
     case Heading(text):
       return tag('h3', text)
     case Words():
@@ -67,17 +68,6 @@ def render(part: Part) -> Html:
         caption=caption,
         left=[i for i, column in enumerate(columns) if column.left],
       )
-
-
-def items(points: Iterable[object]) -> Html:
-  """Returns a list of points."""
-  return tag('ul', *(tag('li', x) for x in points), class_='notes')
-
-
-def definitions(pairs: Mapping[str, object], style: str | None = None) -> Html:
-  """Returns a list of names and what they stand for."""
-  found = [join(tag('dt', k), tag('dd', v)) for k, v in pairs.items()]
-  return tag('dl', *found, class_=style)
 
 
 def table(

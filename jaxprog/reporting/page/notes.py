@@ -1,17 +1,22 @@
 """The section of what a reader must know beside the figures."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from jaxprog.monitoring import incidents as incidents_lib
 from jaxprog.reporting import facts
-from jaxprog.reporting.page import markup
-from jaxprog.reporting.parts import Heading, Part
+from jaxprog.reporting.page.markup import render
+from jaxprog.reporting.parts import Column, Heading, Part, Table
 from jaxprog.reporting.rundir import RunFiles
 
 # Incidents that a page lists; the log has them all.
 _MAX_INCIDENTS = 60
-_FIELDS = ('time', 'kind', 'stage', 'step', 'message')
+_INCIDENTS = (
+  Column('time', lambda x: x.get('time') or '-', left=True),
+  Column('kind', lambda x: x['kind'], left=True),
+  Column('stage', lambda x: x.get('stage') or '-', left=True),
+  Column('step', lambda x: '-' if x.get('step') is None else f'{x["step"]:,}'),
+  Column('message', lambda x: x.get('message') or '-', left=True),
+)
 
 
 def notes(run: RunFiles) -> Iterator[Part]:
@@ -22,18 +27,6 @@ def notes(run: RunFiles) -> Iterator[Part]:
     yield 'None were recorded.'
     return
   yield incidents_lib.summarise(run.incidents)
-  shown = run.incidents[-_MAX_INCIDENTS:]
-  yield markup.table(
-    _FIELDS,
-    [[_cell(incident, field) for field in _FIELDS] for incident in shown],
-    caption=f'The last {len(shown)} of {len(run.incidents):,}; '
-    'incidents.jsonl has all of them',
-    left=(0, 1, 2, 4),
-  )
-
-
-def _cell(incident: Mapping[str, Any], field: str) -> object:
-  value = incident.get(field)
-  if value is None:
-    return '–'
-  return f'{value:,}' if isinstance(value, int) else value
+  last, count = run.incidents[-_MAX_INCIDENTS:], len(run.incidents)
+  said = f'The last {len(last)} of {count:,}; incidents.jsonl has all of them'
+  yield render(Table(_INCIDENTS, last, said))

@@ -8,20 +8,20 @@ from jaxprog import formats
 from jaxprog.reporting import facts
 from jaxprog.reporting.page import charts, markup
 from jaxprog.reporting.page.markup import Html, tag
-from jaxprog.reporting.parts import Column, Heading, Part, Table, Words
+from jaxprog.reporting.parts import Column, Heading, Part, Table
 from jaxprog.reporting.rundir import RunFiles
 
-_STAGES = (
+STAGES = (
   Column('stage', lambda x: x['name'], left=True),
   Column('dataset', lambda x: x['dataset'], left=True),
-  Column('classes', lambda x: str(x['num_classes'])),
+  Column('classes', lambda x: f'{x["num_classes"]:,}'),
   Column('train', lambda x: f'{x["num_train_images"]:,}'),
-  Column('val', lambda x: f'{x["num_eval_images"]:,}'),
+  Column('val', lambda x: _describe_split(x)),
   Column('px', lambda x: str(x['image_size'])),
   Column('batch', lambda x: str(x['batch_size'])),
-  Column(
-    'epochs', lambda x: f'{facts.trained_epochs(x)}/{facts.planned_epochs(x)}'
-  ),
+  Column('epochs', lambda x: f'{facts.trained_epochs(x)}/{x["num_epochs"]:g}'),
+  Column('recipe', lambda x: f'{x["optimizer"]}, {x["schedule"]}', True, True),
+  Column('weights', lambda x: _describe_weights(x), wide=True),
 )
 _RESULTS = (
   Column('stage', lambda x: x['name'], left=True),
@@ -40,28 +40,24 @@ _ABSENT = object()
 
 
 def overview(run: RunFiles) -> Iterator[Part]:
-  """Yields the result and each stage; tables in the text, cards on the page."""
+  """Yields the result, what ran on what, and each stage."""
   yield _headline(run)
   cards = [_card(i, stage) for i, stage in enumerate(run.stages, 1)]
   yield tag('div', *cards, class_='cards')
   yield tag('h3', 'What ran on what')
   yield facts.describe_run(run)
-  yield tag('h3', 'The config beside the defaults')
-  yield config_difference(run.config)
+  yield Heading('Stages')
+  yield Table(STAGES, run.stages, 'What each stage was trained on')
+  yield Heading('Results')
+  yield Table(_RESULTS, run.stages, 'What came of each stage')
   note = 'best and last are top-1, top-5 is of the last epoch, on val images.'
   if held := [x['name'] for x in run.stages if facts.chooses_on_holdout(x)]:
     note += (
       f' On training images held out instead: {", ".join(held)}; see the notes.'
     )
-  yield Words(
-    [
-      Heading('Stages'),
-      Table(_STAGES, run.stages, ''),
-      Heading('Results'),
-      Table(_RESULTS, run.stages, ''),
-      note,
-    ]
-  )
+  yield note
+  yield tag('h3', 'The config beside the defaults')
+  yield config_difference(run.config)
 
 
 def describe_status(run: RunFiles) -> tuple[str, str]:
@@ -135,24 +131,11 @@ def _headline_result(stage: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _card(number: int, stage: Mapping[str, Any]) -> Html:
-  best, held = stage['best'], facts.chooses_on_holdout(stage)
+  best = stage['best']
   at = ' top-1' + (f', epoch {best["epoch"]}' if best else '')
   at += ', on a hold-out' if facts.is_on_holdout(stage) else ''
   running, done = (stage['status'] == x for x in ('running', 'done'))
   status = 'not finished' if running else facts.describe_status(stage)
-  described = {
-    'data': f'{stage["dataset"]}, {stage["num_classes"]:,} classes',
-    'images': f'{stage["num_train_images"]:,} train, '
-    f'{stage["num_eval_images"]:,} {"held out" if held else "val"}',
-    'input': f'{stage["image_size"]} px, batch {stage["batch_size"]}',
-    'recipe': f'{stage["optimizer"]}, {stage["schedule"]}',
-    'epochs': f'{facts.trained_epochs(stage)} of {facts.planned_epochs(stage)}',
-    'time': f'{formats.duration(stage["seconds"])}, '
-    f'{facts.describe_speed(stage)} images/s',
-  }
-  if 'num_params' in stage:
-    described['weights'] = formats.count(stage['num_params'])
-  text = stage.get('description')
   return tag(
     'article',
     tag(
@@ -160,7 +143,7 @@ def _card(number: int, stage: Mapping[str, Any]) -> Html:
       tag('span', f'{number}  {stage["name"]}'),
       tag('span', status, class_=f'chip {"good" if done else "warn"}'),
     ),
-    tag('p', text, class_='note') if text else None,
+    markup.render(stage.get('description') or Html()),
     tag(
       'div',
       formats.percent(facts.best_top1(stage)),
@@ -168,9 +151,18 @@ def _card(number: int, stage: Mapping[str, Any]) -> Html:
       class_='score',
     ),
     charts.sparkline([(r['epoch'], r['val_top1']) for r in stage['epochs']]),
-    markup.definitions(described),
     class_='card',
   )
+
+
+def _describe_weights(stage: Mapping[str, Any]) -> str:
+  return formats.count(stage['num_params']) if 'num_params' in stage else '-'
+
+
+def _describe_split(stage: Mapping[str, Any]) -> tuple[str, str]:
+  """Returns how many images are evaluated on, and whether they are held out."""
+  held = facts.chooses_on_holdout(stage)
+  return f'{stage["num_eval_images"]:,}', 'held out' if held else ''
 
 
 def config_difference(config: Mapping[str, Any] | None) -> Html:

@@ -1,6 +1,6 @@
 """The section that holds a run against the mission and against others."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprog import formats
@@ -93,25 +93,21 @@ def _ranges(
   """Returns a bar a stage with the run, the range and the references."""
   rows = []
   for score in scores:
-    mine = [x.baseline for x in compared if x.stage == score.stage]
+    references = [
+      (
+        f'{x.model}, {x.num_epochs} epochs, {x.image_size} px ({x.source})',
+        x.top1[1],
+      )
+      for stage, _, x, _ in compared
+      if stage == score.stage
+    ]
     expected = score.expectation.top1 if score.expectation else None
-    if not expected and not mine:
-      continue
-    reached = formats.percent(score.top1)
-    said = f', expected {formats.percents(expected)}' if expected else ''
-    bar = charts.range_bar(
-      expected,
-      [
-        (
-          f'{x.model}, {x.num_epochs} epochs, {x.image_size} px ({x.source})',
-          x.top1[1],
-        )
-        for x in mine
-      ],
-      score.top1,
-      f'{score.stage}: top-1 {reached}{said}',
-    )
-    rows.append((score.stage, bar, reached))
+    if expected or references:
+      reached = formats.percent(score.top1)
+      said = f', expected {formats.percents(expected)}' if expected else ''
+      said = f'{score.stage}: top-1 {reached}{said}'
+      bar = charts.range_bar(expected, references, score.top1, said)
+      rows.append((score.stage, bar, reached))
   if not rows:
     return Html()
   key = [
@@ -123,14 +119,15 @@ def _ranges(
   return charts.bar_rows('Best top-1', key, rows)
 
 
-def _speeds(run: RunFiles, stage: dict[str, Any]) -> Iterator[str]:
+def _speeds(run: RunFiles, stage: Mapping[str, Any]) -> Iterator[str]:
   """Yields how fast a stage was, if that was published of its devices."""
   devices = (run.environment or {}).get('devices') or {}
   speed = facts.median_speed(stage)
-  known = baselines.compare_speed(stage, run.model, str(devices.get('kind')))
-  if known and speed:
-    yield (
-      f'{stage["name"]}: {speed / devices.get("count", 1):,.0f} images/s a '
-      f'device, published for {known.device}: {known.images_per_second:,} '
-      f'({known.source})'
-    )
+  if not speed or (run.model, stage['image_size']) != ('resnet50', 224):
+    return
+  for device, (published, source) in baselines.SPEEDS.items():
+    if device in str(devices.get('kind')):
+      yield (
+        f'{stage["name"]}: {speed / devices.get("count", 1):,.0f} images/s a '
+        f'device, published for {device}: {published:,} ({source})'
+      )

@@ -75,7 +75,7 @@ def _with_own_names(runs: Sequence[RunFiles]) -> list[RunFiles]:
 
 def _table(
   runs: Sequence[RunFiles],
-  columns: Sequence[Mapping[str, str]],
+  columns: Sequence[Mapping[str, Any]],
   caption: str,
   left: Sequence[int] | None = None,
 ) -> Html:
@@ -128,7 +128,7 @@ def _flatten(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return flat
 
 
-def _figures(stage: Mapping[str, Any] | None) -> dict[str, str]:
+def _figures(stage: Mapping[str, Any] | None) -> dict[str, Any]:
   if stage is None:
     return {'status': 'not run'}
   best = stage['best'] or {'epoch': '-'}
@@ -145,9 +145,8 @@ def _figures(stage: Mapping[str, Any] | None) -> dict[str, str]:
     'epochs': f'{facts.trained_epochs(stage)} of {facts.planned_epochs(stage)}',
     'time': formats.duration(stage['seconds']),
     'images/s': facts.describe_speed(stage),
-    'train images': f'{stage["num_train_images"]:,}',
-    'px': str(stage['image_size']),
     'resumes': str(len(stage.get('resumed_at_steps') or ())),
+    **{x.title: x.cell(stage) for x in overview.STAGES[1:]},
   }
 
 

@@ -7,8 +7,7 @@ CSS = """
   --rule: #dfe3e8; --band: #f1f3f6; --accent: #0067a3;
   --train: #0072b2; --val: #c94f00; --ema: #00795a; --rate: #4a5361;
   --bar: #4c8fbd; --wait: #d98a00; --eval: #8a63b8; --hand: #8d97a5;
-  --good: #00795a; --warn: #a84300; --on-strong: #ffffff;
-  --s3: #8a63b8; --s4: #b08500; --s5: #b03070;
+  --warn: #a84300; --on-strong: #ffffff; --s4: #b08500; --s5: #b03070;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -16,8 +15,7 @@ CSS = """
     --rule: #323b47; --band: #181e26; --accent: #6db9ec;
     --train: #56b4e9; --val: #ff9a55; --ema: #3fcf9f; --rate: #b9c3d0;
     --bar: #5c9fcb; --wait: #f0b040; --eval: #b795e4; --hand: #7d8896;
-    --good: #3fcf9f; --warn: #ffa366; --on-strong: #0d1116;
-    --s3: #b795e4; --s4: #e8c547; --s5: #f08fbd;
+    --warn: #ffa366; --on-strong: #0d1116; --s4: #e8c547; --s5: #f08fbd;
   }
 }
 * { box-sizing: border-box; }
@@ -66,7 +64,6 @@ nav a:hover { text-decoration: underline; }
   letter-spacing: -.02em; }
 .card .score small { font-size: .85rem; font-weight: 400; letter-spacing: 0;
   color: var(--soft); }
-.card dl { margin: .6rem 0 0; font-size: .87rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem;
   margin: .6rem 0; }
 dt { color: var(--soft); }
@@ -76,7 +73,7 @@ dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
   white-space: nowrap; color: var(--soft); }
 .chips { display: flex; flex-wrap: wrap; gap: .4rem; margin: .6rem 0 0; }
 a.chip { text-decoration: none; }
-.chip.good { color: var(--good); }
+.chip.good { color: var(--ema); }
 .chip.warn { color: var(--warn); }
 
 .scroll { overflow-x: auto; max-width: 100%; margin: .8rem 0; }
@@ -135,7 +132,7 @@ svg .mark text { fill: currentColor; font-size: 11px; }
 .hint:hover line { stroke: var(--soft); stroke-width: 1; }
 .train, .s0 { color: var(--train); } .val, .s1 { color: var(--val); }
 .ema, .s2 { color: var(--ema); } .rate { color: var(--rate); }
-.s3 { color: var(--s3); } .s4 { color: var(--s4); } .s5 { color: var(--s5); }
+.s3 { color: var(--eval); } .s4 { color: var(--s4); } .s5 { color: var(--s5); }
 .line.train { stroke-dasharray: 5 3; }
 .key.train { border-top-style: dashed; }
 .bar { fill: var(--bar); }
@@ -162,12 +159,14 @@ svg .mark text { fill: currentColor; font-size: 11px; }
 .small { max-width: 34rem; }
 .ideal { stroke: var(--ink); stroke-dasharray: 4 4; }
 .heat { min-width: 0; font-variant-numeric: tabular-nums; }
-.heat th { border: 0; padding: 0 .5rem 0 0; vertical-align: middle; }
+.heat th { border: 0; padding: 0 .5rem 0 0; vertical-align: middle;
+  font-weight: 400; white-space: nowrap; }
 .heat th span { writing-mode: vertical-rl; padding-top: .4rem;
   transform: rotate(180deg); }
 .heat td { width: 1.9rem; min-width: 1.9rem; height: 1.9rem; padding: 0;
   border: 2px solid var(--page); text-align: center; vertical-align: middle; }
 .heat .right { --hue: var(--bar); } .heat .wrong { --hue: var(--val); }
+.heat .strong { color: var(--on-strong); }
 .heat td { background: color-mix(in srgb, var(--hue) var(--part, 0%),
   var(--band)); }
 .worst { display: grid; gap: .9rem; list-style: none; padding: 0;
