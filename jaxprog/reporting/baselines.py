@@ -41,7 +41,7 @@ class Beside(NamedTuple):
   differs: tuple[str, ...]
 
 
-DATA = {
+_DATA = {
   'imagenette': Data(10, 9_469, 3_925),
   'tiny_imagenet': Data(200, 100_000, 10_000),
   'imagenet_mini': Data(1_000, 34_745, 3_923),
@@ -97,7 +97,7 @@ _PUBLISHED: dict[str, list[tuple[str, int, int, dict[int, Any], str]]] = {
   'tfds:cifar10': [('airbench CNN', 32, 32, {8: 0.940}, _AIRBENCH)],
 }
 
-BASELINES = [
+_BASELINES = [
   Baseline(
     dataset,
     model,
@@ -141,8 +141,8 @@ def compare(run: rundir.RunFiles) -> list[Beside]:
 
 
 def _choose(stage: Mapping[str, Any], model: str | None) -> list[Baseline]:
-  same = [x for x in BASELINES if x.dataset == stage['dataset']]
-  if not same or stage['num_classes'] != DATA[stage['dataset']].num_classes:
+  same = [x for x in _BASELINES if x.dataset == stage['dataset']]
+  if not same or stage['num_classes'] != _DATA[stage['dataset']].num_classes:
     return []
   same = [x for x in same if x.model == model] or same
 
@@ -178,7 +178,7 @@ def _differences(
   done = min(len(stage['epochs']), stage['num_epochs'])
   if done != baseline.num_epochs:
     yield f'{baseline.num_epochs} epochs, here {done:g}'
-  data = DATA[baseline.dataset]
+  data = _DATA[baseline.dataset]
   if stage['num_train_images'] != data.num_train_images:
     yield (
       f'{data.num_train_images:,} training images, here '

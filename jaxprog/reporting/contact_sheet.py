@@ -17,7 +17,7 @@ MAX_TILES = 40
 TILE_WIDTH, TILE_HEIGHT = 220, 165
 GAP, MARGIN = 18, 28
 TITLE_SIZE, DETAIL_SIZE, HEADING_SIZE = 16, 14, 22
-CAPTION_HEIGHT = 50
+_CAPTION_HEIGHT = 50
 PAPER, INK, GREY, FRAME = '#ffffff', '#1a1a1a', '#6b6b6b', '#ececec'
 
 
@@ -38,7 +38,7 @@ def draw(tiles: Sequence[Tile], heading: str) -> Image.Image:
   columns = min(8, max(math.ceil(math.sqrt(1.6 * len(tiles))), 2))
   rows = -(-len(tiles) // columns)
   width = 2 * MARGIN + columns * (TILE_WIDTH + GAP) - GAP
-  cell_height = TILE_HEIGHT + CAPTION_HEIGHT + GAP
+  cell_height = TILE_HEIGHT + _CAPTION_HEIGHT + GAP
   top = MARGIN + HEADING_SIZE + GAP
   height = top + rows * cell_height + MARGIN // 2
   page = Image.new('RGB', (width, height), PAPER)

@@ -15,7 +15,7 @@ from jaxprog.reporting.page import sections
 from jaxprog.reporting.parts import Column, Heading, Part, Table, Words
 from jaxprog.reporting.rundir import RunFiles
 
-WIDTH = 80
+_WIDTH = 80
 
 _SUMMARY = (
   Column('stage', lambda x: x['name'], left=True),
@@ -107,7 +107,7 @@ def _part_lines(part: Part) -> list[str]:
 
 
 def _table(table: Table) -> list[str]:
-  """Returns aligned lines of at most `WIDTH`; texts may lose their middle."""
+  """Returns aligned lines of at most `_WIDTH`; texts may lose their middle."""
   columns = [column for column in table.columns if not column.wide]
   rows = [[_text(column.cell(row)) for column in columns] for row in table.rows]
   if not rows:
@@ -116,7 +116,7 @@ def _table(table: Table) -> list[str]:
   widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
   texts = [i for i, column in enumerate(columns) if column.left]
   gap = 2
-  while sum(widths) + gap * (len(widths) - 1) > WIDTH:
+  while sum(widths) + gap * (len(widths) - 1) > _WIDTH:
     widths[max(texts, key=widths.__getitem__)] -= 1
   lines = []
   for row in (titles, ['-' * width for width in widths], *rows):
@@ -135,7 +135,7 @@ def _text(cell: str | tuple[str, str]) -> str:
 def _wrap(text: str, begin: str = '', indent: int = 2) -> list[str]:
   return textwrap.wrap(
     text,
-    WIDTH,
+    _WIDTH,
     initial_indent=begin,
     subsequent_indent=' ' * indent,
     break_on_hyphens=False,

@@ -13,9 +13,9 @@ from jaxprog.reporting.parts import Column
 from jaxprog.reporting.report import terminal_table
 
 # Rows at each end of the classes, from the worst one on, and of confusions.
-NUM_SHOWN = 5
+_NUM_SHOWN = 5
 # Undecodable images that are named.
-NUM_NAMED = 10
+_NUM_NAMED = 10
 
 _OVERALL = (
   Column('top-1', lambda x: formats.percent(x['top1'])),
@@ -57,7 +57,7 @@ def show(found: Mapping[str, Any], console: rich.console.Console) -> None:
       classes.get(taken, {'name': taken})['name'],
       f'{x["count"]:,} of {classes[label]["images"]:,}',
     )
-    for x in found['confusions'][:NUM_SHOWN]
+    for x in found['confusions'][:_NUM_SHOWN]
     for label, taken in [(x['class'], x['predicted'])]
   ]
   if confusions:
@@ -65,7 +65,7 @@ def show(found: Mapping[str, Any], console: rich.console.Console) -> None:
   bad = found['bad_images']
   if bad:
     console.print(f'{len(bad):,} cannot be decoded and count as wrong:')
-  for name in sorted(bad)[:NUM_NAMED]:
+  for name in sorted(bad)[:_NUM_NAMED]:
     console.print(f'  {name}: {bad[name]}', markup=False, soft_wrap=True)
 
 
@@ -84,8 +84,8 @@ def _class_table(per_class: Sequence[Mapping[str, Any]]) -> rich.table.Table:
     )
     for x in ranked
   ]
-  if len(rows) > 2 * NUM_SHOWN:
-    more = f'... {len(rows) - 2 * NUM_SHOWN:,} more'
-    rows[NUM_SHOWN:-NUM_SHOWN] = [(more, '', '', '', '')]
+  if len(rows) > 2 * _NUM_SHOWN:
+    more = f'... {len(rows) - 2 * _NUM_SHOWN:,} more'
+    rows[_NUM_SHOWN:-_NUM_SHOWN] = [(more, '', '', '', '')]
   named = any(x['class'] != x['name'] for x in ranked)
   return terminal_table(_CLASSES[:1] + _CLASSES[2 - named :], rows)

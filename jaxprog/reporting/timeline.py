@@ -16,7 +16,7 @@ Point = tuple[float, float | None]
 # Above this ratio of its extremes an axis may be logarithmic, and one that is
 # shows so many decades: one-cycle ends millions below its peak.
 LOG_RATIO = 20.0
-LOG_DECADES = 5
+_LOG_DECADES = 5
 
 
 class Scale(NamedTuple):
@@ -129,6 +129,6 @@ def fit_scale(values: Sequence[float], *, log: bool = False) -> Scale:
   positive = [x for x in values if x > 0]
   if log and positive and top > LOG_RATIO * min(positive):
     return Scale(
-      max(min(positive), top / 10**LOG_DECADES) / 1.5, top * 1.5, True
+      max(min(positive), top / 10**_LOG_DECADES) / 1.5, top * 1.5, True
     )
   return Scale(min(0.0, *values, 0.0), top * 1.08)

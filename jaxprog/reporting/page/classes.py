@@ -11,10 +11,10 @@ from jaxprog.reporting.parts import Column, Part, Table, Words
 from jaxprog.reporting.rundir import RunFiles
 
 # So many classes are listed each; of more, the extremes are.
-MAX_LISTED = 30
+_MAX_LISTED = 30
 _EXTREMES = 10
 # So many classes make a confusion matrix that can be read.
-MAX_MATRIX = 20
+_MAX_MATRIX = 20
 _MAX_CONFUSIONS = 10
 
 # Of label, what it was taken for, how often, and images of the label.
@@ -85,7 +85,7 @@ def _accuracies(found: Mapping[str, Any]) -> Html:
   ]
   if not counted:
     return render('Not known.')
-  if len(counted) <= MAX_LISTED:
+  if len(counted) <= _MAX_LISTED:
     return _bar_list('Accuracy by class', counted)
   ordered = sorted(counted, key=lambda x: x[1])
   return join(
@@ -140,7 +140,7 @@ def _matrix(found: Mapping[str, Any]) -> Html | None:
     (x['label'], x['predicted']): x['count']
     for x in found.get('confusions', ())
   }
-  if not pairs or len(names) > MAX_MATRIX:
+  if not pairs or len(names) > _MAX_MATRIX:
     return None
   return join(
     tag('h4', 'Confusion matrix'),
