@@ -87,7 +87,8 @@ def ladder_chart(run: RunFiles, spans: Sequence[timeline.Span]) -> Draw:
 
 def _describe(stage: Mapping[str, Any], row: Mapping[str, Any]) -> str:
   """Returns the figures of an epoch, a line each."""
-  figures = (f'{x.title} {x.cell(row)}' for x in _COLUMNS if x.cell(row) != '-')
+  cells = ((column.title, column.cell(row)) for column in _COLUMNS)
+  figures = (f'{title} {cell}' for title, cell in cells if cell != '-')
   return '\n'.join((stage['name'], *figures))
 
 

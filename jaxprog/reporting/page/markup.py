@@ -39,7 +39,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
 
 def join(*children: object) -> Html:
   """Returns its arguments side by side, as `tag` takes them."""
-  return Html().join(escape(x) for x in children if x is not None)
+  return Html(''.join(escape(x) for x in children if x is not None))
 
 
 def render(part: Part) -> Html:
