@@ -110,12 +110,11 @@ class Checkpoints:
     Raises:
       SaveError: if a save has failed since the last call.
     """
-    for name in [n for n, future in self._pending.items() if future.done()]:
-      self._pending.pop(name).result()
+    self._await([n for n, save in self._pending.items() if save.done()])
 
   def wait(self) -> None:
     """Waits until every save has committed and has its manifest."""
-    self._await_own()
+    self._await(self._pending)
     peers.wait_for_all('saved')  # The manifest is process 0's.
 
   def mark_done(self, meta: Meta) -> None:
@@ -133,7 +132,7 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for saves under way and releases their threads."""
     try:
-      self._await_own()
+      self._await(self._pending)
     finally:
       self._worker.shutdown()
       for saver in self._savers.values():
@@ -154,16 +153,16 @@ class Checkpoints:
         raise
       self._on_incident('save_failed', str(e))
 
-  def _await_own(self) -> None:
-    for name in list(self._pending):
+  def _await(self, names: Iterable[str]) -> None:
+    """Waits for this process's saves of `names` that are under way."""
+    for name in [x for x in names if x in self._pending]:
       self._pending.pop(name).result()
 
   def _save(self, name: str, step: int, tree: Any, meta: Meta) -> None:
     if jax.process_index() != 0:  # All have the same; one of them writes.
       return
     self.check()
-    if name in self._pending:
-      self._pending.pop(name).result()
+    self._await([name])
     directory = self._directory / name
     try:
       # A run that resumed from before `step` trains it again: that one counts.

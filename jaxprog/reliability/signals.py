@@ -200,10 +200,10 @@ class StopRequest:
       if not first or self._deferred:
         left = now
       elif self._owns_process and now - left > _GRACE:
-        name = signal.Signals(first).name
+        text = f'Stopped by {signal.Signals(first).name}.'
         if _on_leaving is not None:
-          _on_leaving(f'Stopped by {name}.', 128 + first)
-        leave_now(f'Stopped by {name}.', 128 + first)
+          _on_leaving(text, 128 + first)
+        leave_now(text, 128 + first)
 
 
 def on_leaving(tell: Callable[[str, int], None] | None) -> None:

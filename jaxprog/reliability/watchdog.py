@@ -47,8 +47,7 @@ class Watchdog:
     self._clock = clock
     self._last = 'the start'
     self._heard = self._looked = clock()
-    self._pauses = 0
-    self._lock = threading.Lock()
+    self._paused = False
     self._closed = threading.Event()
     self._thread = threading.Thread(
       target=self._watch, name='watchdog', daemon=True
@@ -61,14 +60,12 @@ class Watchdog:
   @contextlib.contextmanager
   def pause(self) -> Iterator[None]:
     """Allows what is inside to take arbitrarily long."""
-    with self._lock:
-      self._pauses += 1
+    self._paused = True
     try:
       yield
     finally:
-      with self._lock:
-        self._pauses -= 1
-        self._heard = self._clock()
+      self._heard = self._clock()
+      self._paused = False
 
   def is_overdue(self) -> bool:
     """Returns whether the last beat is too long ago; called at intervals."""
@@ -77,7 +74,7 @@ class Watchdog:
     self._looked = now
     if late > _SUSPENDED:
       self._heard += late
-    if not self._limit or self._pauses:
+    if not self._limit or self._paused:
       return False
     return now - self._heard > self._limit
 
