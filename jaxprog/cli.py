@@ -129,7 +129,7 @@ MODES: dict[str, Mode] = {
     {
       **_STAGES,
       **_CHANGE,
-      'dry_run': 'Go through all stages in two steps each, and keep nothing.',
+      'dry_run': 'Two steps of each stage, and all between; nothing is kept.',
       **_PLACE,
     },
     call=_train,
