@@ -249,9 +249,9 @@ def main(argv: Sequence[str]) -> int:
       return 0
     check_flags(asked)
     if asked.help:
-      print(describe(asked.mode if asked['mode'].present else ''))
+      print(_describe(asked.mode if asked['mode'].present else ''))
       return 0
-    with signals.StopRequest(owns_process=True), processes(asked):
+    with signals.StopRequest(owns_process=True), _processes(asked):
       return run(asked, overrides)
   except errors.UserError as e:
     print(e, file=sys.stderr)
@@ -264,7 +264,7 @@ def main(argv: Sequence[str]) -> int:
   except Exception as e:
     message = ' '.join(str(e).split())[:300]
     print(f'Failed: {type(e).__name__}: {message}', file=sys.stderr)
-    print(write_traceback(asked['workdir'].value or ''), file=sys.stderr)
+    print(_write_traceback(asked['workdir'].value or ''), file=sys.stderr)
     return 1
 
 
@@ -276,10 +276,11 @@ def run(asked: Flags, overrides: Mapping[str, str]) -> int:
   mode, config = MODES[asked.mode], None
   of_workdir = asked.mode == 'report' or asked.checkpoints
   if not of_workdir:
-    config = jaxprog.load_config(asked.config or saved_config(asked), overrides)
-    check_kind(config, asked.mode)
+    spec = asked.config or _saved_config(asked)
+    config = jaxprog.load_config(spec, overrides)
+    _check_kind(config, asked.mode)
   elif asked.config or overrides:
-    print(f'{name_mode(asked)} reads no config.', file=sys.stderr)
+    print(f'{_name_mode(asked)} reads no config.', file=sys.stderr)
   workdir = asked.workdir or None
   if not workdir and (mode.needs_workdir or of_workdir):
     raise errors.UserError(
@@ -293,7 +294,7 @@ def run(asked: Flags, overrides: Mapping[str, str]) -> int:
   return code if isinstance(code, int) else 0
 
 
-def check_kind(config: Any, mode: str) -> None:
+def _check_kind(config: Any, mode: str) -> None:
   """Raises UserError unless the config is one of what --mode does."""
   of_many = 'tune' if 'search' in config else 'compare'
   kind = of_many if 'base' in config else 'train'
@@ -311,7 +312,7 @@ def check_kind(config: Any, mode: str) -> None:
   raise errors.UserError(what, f'--mode={mode}', how)
 
 
-def processes(asked: Flags) -> contextlib.AbstractContextManager[None]:
+def _processes(asked: Flags) -> contextlib.AbstractContextManager[None]:
   """Returns what makes this one of the processes of a run, if it is."""
   if 'process_id' not in MODES[asked.mode].flags:
     return contextlib.nullcontext()
@@ -357,13 +358,13 @@ def parse_flags(asked: Flags, argv: Sequence[str]) -> dict[str, str]:
     more = f'--mode={asked["mode"].value} --help tells its flags.'
     raise errors.UserError(f'--{name} takes {kind}.', where, more) from None
   if unused:
-    what, how = f'{unused[0]!r} belongs to no flag.', 'Flags are --NAME=VALUE.'
+    where, how = '', 'Flags are --NAME=VALUE.'
     before = rest[rest.index(unused[0]) - 1].rpartition('=')[2]
     for name, names in (('only', asked.only), ('skip', asked.skip)):
       if names and before == ','.join(names):
-        commas = ','.join([before, *unused])
-        how = f'Names are separated by commas: --{name}={commas}.'
-    raise errors.UserError(what, '', how)
+        where = f'--{name}={" ".join([before, *unused])}'
+        how = f'Commas separate names: {where.replace(" ", ",")}.'
+    raise errors.UserError(f'{unused[0]!r} belongs to no flag.', where, how)
   return overrides
 
 
@@ -400,30 +401,30 @@ def check_flags(asked: Flags) -> None:
     if given and flag.value not in ('', [], None):
       modes = [mode for mode in MODES if name in MODES[mode].flags]
       raise errors.UserError(
-        f'{name_mode(asked)} takes no --{name}.',
+        f'{_name_mode(asked)} takes no --{name}.',
         flag.serialize(),
         f'Leave it out; it is for --mode={", ".join(modes)}.',
       )
 
 
-def name_mode(asked: Flags) -> str:
+def _name_mode(asked: Flags) -> str:
   """Returns the mode as it was asked for."""
   of_checkpoints = asked.mode == 'verify' and asked.checkpoints
   return f'--mode={asked.mode}' + ' --checkpoints' * of_checkpoints
 
 
-def describe(mode: str) -> str:
+def _describe(mode: str) -> str:
   """Returns what --help prints, of one mode or '': of all."""
   if not mode:
-    rows = {f'  {name:9}': row.what for name, row in MODES.items()}
-    return f'{__doc__}' + '\n'.join(map(''.join, rows.items()))
+    rows = [f'  {name:9}{row.what}' for name, row in MODES.items()]
+    return '\n'.join([str(__doc__).rstrip(), *rows])
   lines = [f'--mode={mode}: {MODES[mode].what}']
   lines += ['', f'  jaxprog --mode={mode} {MODES[mode].example}', '']
   lines += [f'--{name:21}{text}' for name, text in MODES[mode].flags.items()]
   return '\n'.join([*lines, '--help alone tells the flags of every mode.'])
 
 
-def saved_config(asked: Flags) -> str:
+def _saved_config(asked: Flags) -> str:
   """Returns the path of the config that the workdir was trained with."""
   if not asked.workdir:
     raise errors.UserError(
@@ -445,7 +446,7 @@ def saved_config(asked: Flags) -> str:
   return str(path)
 
 
-def write_traceback(workdir: str) -> str:
+def _write_traceback(workdir: str) -> str:
   """Returns the traceback, or where it is: in WORKDIR/error.log.
 
   No workdir is made for it.
@@ -459,7 +460,7 @@ def write_traceback(workdir: str) -> str:
   return traceback.format_exc().rstrip()
 
 
-def use_huge_pages() -> None:
+def _use_huge_pages() -> None:
   """Starts the process anew with huge pages, if only the allocator lacks them.
 
   XLA's CPU buffers are new in every step. In pages of 4 KB, clearing them took
@@ -475,7 +476,7 @@ def use_huge_pages() -> None:
 
 def start() -> None:
   """Runs the command line as a process of its own."""
-  use_huge_pages()
+  _use_huge_pages()
   if not sys.flags.safe_path:  # A config imports what lies here, as for -m.
     sys.path.insert(0, os.getcwd())
   code = main(sys.argv)

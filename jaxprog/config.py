@@ -24,7 +24,7 @@ _HERE = pathlib.Path(__file__).parent
 # The configs that come with the package: installed within it, in a checkout
 # beside it.
 _INSTALLED = _HERE / 'configs'
-SHIPPED = _INSTALLED if _INSTALLED.is_dir() else _HERE.parent / 'configs'
+_SHIPPED = _INSTALLED if _INSTALLED.is_dir() else _HERE.parent / 'configs'
 # Stands for the value of a field that one of two configs does not have.
 _ABSENT = object()
 
@@ -102,7 +102,7 @@ def _split_spec(spec: str) -> tuple[pathlib.Path, str]:
   path = paths.expand(text, where)
   if path.is_file():
     return path, argument
-  shipped = {x.stem: x for x in SHIPPED.glob('[!_]*.py')}
+  shipped = {x.stem: x for x in _SHIPPED.glob('[!_]*.py')}
   for name, file in shipped.items():
     if text in (name, f'configs/{name}.py'):
       return file, argument

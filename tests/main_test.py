@@ -179,7 +179,7 @@ def test_only_and_skip(config, tmp_path):
     (['--mode=trian', '--help'], "Did you mean 'train'"),
     (['--workdri=x'], "Did you mean 'workdir'"),
     (['train'], 'belongs to no flag'),
-    (['--only=three', 'ten'], 'commas: --only=three,ten.'),
+    (['--only=three', 'ten'], 'Commas separate names: --only=three,ten.'),
     (['--skip', 'three', 'ten', '--mode=check'], '--skip=three,ten.'),
     (['--batch_size=3'], 'Write --config.stages[0].batch_size=3.'),
     (['--seed', '1'], 'Write --config.seed=VALUE.'),
