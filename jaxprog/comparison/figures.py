@@ -83,6 +83,7 @@ class Grid(NamedTuple):
   runs: Mapping[tuple[str, str], Sequence[Record]]
 
 
+@_styled  # Ticks are made when it is saved.
 def plot(
   workdir: pathlib.Path, runs: Sequence[Record], target: float
 ) -> pathlib.Path:
