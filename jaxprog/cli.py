@@ -129,7 +129,7 @@ MODES: dict[str, Mode] = {
     {
       **_STAGES,
       **_CHANGE,
-      'dry_run': 'Two steps of each stage, and all between; nothing is kept.',
+      'dry_run': 'Two steps of every stage and all else; nothing is kept.',
       **_PLACE,
     },
     call=_train,
