@@ -335,16 +335,12 @@ class _Listing:
 
   def class_folders(self, folder: str) -> list[str]:
     """Returns the names of the folders in one that should hold no others."""
-    entries = self.scan(folder)
-    self._leave_out(folder, [x for x in entries if x.kind != folders.FOLDER])
-    return [x.name for x in entries if x.kind == folders.FOLDER]
+    return [x.name for x in self._take(folder, folders.FOLDER)]
 
   def images(self, folder: str) -> list[tuple[str, int]]:
     """Returns path and size of the images in a folder, sorted."""
-    entries = self.scan(folder)
-    self._looks.images[folder] = folders.summarise(entries)
-    self._leave_out(folder, [x for x in entries if x.kind != folders.IMAGE])
-    images = [x for x in entries if x.kind == folders.IMAGE]
+    images = self._take(folder, folders.IMAGE)
+    self._looks.images[folder] = folders.summarise(images)
     for x in images:
       if not folders.is_utf8(x.name):
         raise errors.UserError(
@@ -479,10 +475,15 @@ class _Listing:
     lines = _decode(data, file).split('\n')
     return [line.strip() for line in lines if line.strip()]
 
-  def _leave_out(self, folder: str, entries: Iterable[folders.Entry]) -> None:
+  def _take(self, folder: str, kind: str) -> list[folders.Entry]:
+    """Returns what is of one kind in a folder; notes the rest as left out."""
+    entries = self.scan(folder)
     self._left_out.update(
-      folders.LeftOut(x.kind, f'{folder}/{x.name}') for x in entries
+      folders.LeftOut(x.kind, f'{folder}/{x.name}')
+      for x in entries
+      if x.kind != kind
     )
+    return [x for x in entries if x.kind == kind]
 
 
 def _read_listing(

@@ -24,7 +24,7 @@ from jaxprog.data import parts, signatures
 from jaxprog.data.records import Dataset, Records
 
 # The strongest first.
-REASONS = ('name', 'content', 'perceptual')
+_REASONS = ('name', 'content', 'perceptual')
 
 # Of those that keep the names of ImageNet's files.
 _TRAIN_NAME = re.compile(r'n\d{8}_\d+\.JPEG', re.ASCII)
@@ -88,7 +88,7 @@ class Overlap(NamedTuple):
 
   # bool (n,) over the training records.
   excluded: dict[str, np.ndarray]
-  # Excluded images by their strongest reason, each of REASONS.
+  # Excluded images by their strongest reason, each of _REASONS.
   counts: dict[str, dict[str, int]]
   # Excluded images by the evaluation that they contaminate: a stage's, or
   # ImageNet's, which is no stage then: 'imagenet2012'.
@@ -114,7 +114,7 @@ class Images(NamedTuple):
   positions: bytes = b''
 
 
-# Index of a training image, of an evaluation image, and one of REASONS.
+# Index of a training image, of an evaluation image, and one of _REASONS.
 Match = tuple[int, int, str]
 
 
@@ -156,13 +156,13 @@ def find_overlap(
       for i, j, reason in _match_once(images, others, matches)
     ]
     found += _named_leaks(stage, images.names, absent_ilsvrc, found)
-    rank = np.full(len(images.names), len(REASONS))
+    rank = np.full(len(images.names), len(_REASONS))
     for leak in found:
       i = leak.train_index
-      rank[i] = min(rank[i], REASONS.index(leak.reason))
-    result.excluded[stage] = rank < len(REASONS)
+      rank[i] = min(rank[i], _REASONS.index(leak.reason))
+    result.excluded[stage] = rank < len(_REASONS)
     result.counts[stage] = {
-      x: int((rank == i).sum()) for i, x in enumerate(REASONS)
+      x: int((rank == i).sum()) for i, x in enumerate(_REASONS)
     }
     result.contaminates[stage] = dict(Counter(x.eval_stage for x in found))
     result.damaged[stage] = _damaged(images) + _damaged(evaluation[stage])
@@ -187,7 +187,7 @@ def match(train: Images, evaluation: Images) -> list[Match]:
   indices = np.flatnonzero((partners >= 0).any(axis=0))
   reasons = (partners[:, indices] >= 0).argmax(axis=0)
   return [
-    (int(i), int(partners[reason, i]), REASONS[reason])
+    (int(i), int(partners[reason, i]), _REASONS[reason])
     for i, reason in zip(indices, reasons, strict=True)
   ]
 
@@ -406,7 +406,7 @@ def _match_once(
     found = _load_matches(file)
     if found is None:
       found = match(images, others)
-      rows = [(i, j, REASONS.index(reason)) for i, j, reason in found]
+      rows = [(i, j, _REASONS.index(reason)) for i, j, reason in found]
       with contextlib.suppress(OSError):  # Prepared data may be read-only.
         files.write_json(file, rows)
     known[key] = found
@@ -429,7 +429,7 @@ def _matches_file(images: Images, others: Images) -> pathlib.Path:
 
 def _load_matches(file: pathlib.Path) -> list[Match] | None:
   try:
-    return [(i, j, REASONS[k]) for i, j, k in json.loads(file.read_text())]
+    return [(i, j, _REASONS[k]) for i, j, k in json.loads(file.read_text())]
   except (OSError, ValueError, TypeError, LookupError):
     return None  # Not there yet, or not whole.
 

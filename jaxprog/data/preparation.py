@@ -66,7 +66,7 @@ def load_dataset(
   if classes:
     loaded = records_lib.select_classes(loaded, classes, where)
   if num_classes and num_classes != loaded.num_classes:
-    folder = find_raw(dataset, data_dir) or prepared.data_dir
+    folder = _find_raw(dataset, data_dir) or prepared.data_dir
     raise errors.UserError(
       f'num_classes is {num_classes}, but {dataset!r} has '
       f'{loaded.num_classes} classes.',
@@ -94,7 +94,7 @@ def check_dataset(
   """
   data_dir = pathlib.Path(data_dir)
   prepared = find_prepared(dataset, data_dir)
-  root = find_raw(dataset, data_dir)
+  root = _find_raw(dataset, data_dir)
   if prepared and (root is None or _is_untouched(root, prepared, seconds)):
     return 'prepared'
   raw = list_raw(dataset, data_dir)
@@ -196,7 +196,7 @@ def _find_current(
   return None
 
 
-def find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
+def _find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
   """Returns the raw folder of a dataset, if there is one."""
   folder = paths.dataset_folder(dataset)
   known = [data_dir / name for name in named.find(dataset).folders]
@@ -207,7 +207,7 @@ def is_here(dataset: str, data_dir: pathlib.Path) -> bool:
   """Returns whether a dataset is here, raw or prepared."""
   return bool(
     dataset == 'digits'
-    or find_raw(dataset, data_dir)
+    or _find_raw(dataset, data_dir)
     or find_prepared(dataset, data_dir)
   )
 
@@ -220,7 +220,7 @@ def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
   """
   if dataset == 'digits':
     return builders.list_digits()
-  folder = find_raw(dataset, data_dir)
+  folder = _find_raw(dataset, data_dir)
   return builders.list_raw(dataset, folder) if folder else None
 
 
@@ -247,7 +247,7 @@ def find_prepared(
   if os.path.isfile(path / 'dataset_info.json'):
     return tfds.builder_from_directory(path)
   spec = named.find(dataset).tfds
-  if not spec or find_raw(dataset, data_dir):
+  if not spec or _find_raw(dataset, data_dir):
     return None
   try:
     naming.parse_builder_name_kwargs(spec)
