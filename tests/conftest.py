@@ -41,7 +41,7 @@ LONGEST = (
   'tools_plan_test',
   'training_rollback_test',
   'tools_dry_run_test',
-  'data_sources_test',
+  'data_preparation_test',
   'configs_test',
   'reliability_watchdog_test',
 )
