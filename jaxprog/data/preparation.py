@@ -477,8 +477,6 @@ def _writing(root: pathlib.Path) -> Iterator[bool]:
   try:
     root.mkdir(parents=True, exist_ok=True)
     file = open(root / '.lock', 'w')  # noqa: SIM115
-    if is_new:
-      print(f'data_dir is new: {root.parent.absolute()}', file=sys.stderr)
   except OSError as e:
     raise errors.UserError(
       f'Cannot write prepared data: {e.strerror}.',
@@ -488,6 +486,8 @@ def _writing(root: pathlib.Path) -> Iterator[bool]:
   try:
     with file:
       yield files.lock(file.fileno())
+    if is_new:
+      print(f'data_dir is new: {root.parent.absolute()}', file=sys.stderr)
   except Exception as e:  # ArrayRecord's writer raises no OSError.
     full = next((x for x in _FULL if x in str(e)), None)
     if full is None or isinstance(e, errors.UserError):
