@@ -48,6 +48,12 @@ class Steps:
       ends.append(min(self.epoch_start(len(ends) + 1), self.total))
     return tuple(ends)
 
+  @property
+  def starts(self) -> tuple[int, ...]:
+    """Steps from which on another program may run, the first one 0."""
+    found = {0, self.frozen, *(phase.first_step for phase in self.phases)}
+    return tuple(sorted(step for step in found if step < self.total))
+
   def epoch_start(self, epoch: float) -> int:
     """Returns the first step of `epoch`, counted from 0.
 

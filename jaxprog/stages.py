@@ -60,7 +60,7 @@ class Stage(fields.StageFields):
     return self.eval_image_size or largest
 
   @property
-  def holdout(self) -> float:
+  def holdout_part(self) -> float:
     """Part of the training images that is for selection; 0: none."""
     kind, _, part = self.eval_split.partition(':')
     return float(part.removesuffix('%')) / 100 if kind == 'holdout' else 0.0

@@ -189,8 +189,8 @@ def test_a_stage_changes_from_phase_to_phase():
   ]
   assert found == [(0, 16, 48, 0), (2, 24, 96, 0), (5, 24, 96, 0.2)]
   assert stage.eval_size == 24
-  assert stage.holdout == 0
-  assert create_stages(eval_split='holdout:2.5%')[0].holdout == 0.025
+  assert stage.holdout_part == 0
+  assert create_stages(eval_split='holdout:2.5%')[0].holdout_part == 0.025
   assert create_stages(storage='jpeg:512')[0].stored == ('jpeg', 512, 90)
   assert create_stages(storage='jpeg:512:0')[0].stored == ('jpeg', 512, 0)
   assert create_stages(storage='raw')[0].stored == ('raw', 0, 0)

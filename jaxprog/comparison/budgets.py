@@ -46,7 +46,7 @@ class StageCost(NamedTuple):
   def at(self, step: int) -> tuple[int, float]:
     """Returns the images and FLOPs of the first `step` steps."""
     images, flops = 0, 0.0
-    bounds = [*_starts(self.steps), self.steps.total]
+    bounds = [*self.steps.starts, self.steps.total]
     for start, end in itertools.pairwise(bounds):
       count = max(0, min(step, end) - start)
       images += count * self.steps.phase(start).batch_size
@@ -107,7 +107,7 @@ class Meter:
       return False
     found = self._found[key]
     steps = epochs_lib.count_steps(stage, found.num_train_images)
-    kinds = [_kind(steps, first) for first in _starts(steps)]
+    kinds = [_kind(steps, first) for first in steps.starts]
     return all(kind in found.step_flops for kind in kinds)
 
 
@@ -202,16 +202,10 @@ def _trace(setup: setup_lib.Setup, stage: stages_lib.Stage) -> _Measured:
   }
   flops = {
     _kind(task.steps, first): by_program[task.program(first)]
-    for first in _starts(task.steps)
+    for first in task.steps.starts
   }
   handover = HandOver(*costs.count_handover(task))
   return _Measured(len(task.dataset.train), flops, handover)
-
-
-def _starts(steps: epochs_lib.Steps) -> list[int]:
-  """Returns the first steps of all that may cost something else."""
-  starts = {0, steps.frozen, *(phase.first_step for phase in steps.phases)}
-  return sorted(step for step in starts if step < steps.total)
 
 
 def _kind(steps: epochs_lib.Steps, step: int) -> tuple[int, bool]:

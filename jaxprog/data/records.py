@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxprog import errors, named
+from jaxprog import errors, files, named
 from jaxprog.data import index, packs, parts, preprocess, shards
 
 # By which an image is set aside; a stage that has begun keeps its own.
@@ -149,7 +149,7 @@ def open_dataset(
     for split in ('train', eval_name)
   )
   metadata = builder.info.metadata or {}
-  fingerprint = _digest(
+  fingerprint = files.digest_parts(
     builder.info.full_name,
     metadata.get('fingerprint', '') + metadata.get('contents', ''),
     *(split.labels.tobytes() for split in (train, evaluation)),
@@ -294,14 +294,5 @@ def select_classes(
     class_names=tuple(dataset.class_names[i] for i in old),
     train=select(dataset.train),
     eval=select(dataset.eval),
-    fingerprint=_digest(dataset.fingerprint, *kept),
+    fingerprint=files.digest_parts(dataset.fingerprint, *kept),
   )
-
-
-def _digest(*parts: str | bytes) -> str:
-  """Returns one hash of all `parts`, in order and kept apart."""
-  digest = hashlib.sha256()
-  for part in parts:
-    encoded = part.encode() if isinstance(part, str) else part
-    digest.update(f'{len(encoded)}\0'.encode() + encoded)
-  return digest.hexdigest()

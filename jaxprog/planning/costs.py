@@ -31,10 +31,8 @@ class Memory(NamedTuple):
 def steps_by_program(task: setup_lib.Task) -> dict[setup_lib.Program, int]:
   """Returns how many steps of a stage each of its programs takes."""
   steps = task.steps
-  starts = {steps.frozen, *(phase.first_step for phase in steps.phases)}
-  bounds = [*sorted(x for x in starts if x < steps.total), steps.total]
   counts = dict.fromkeys(task.train_steps, 0)
-  for start, end in itertools.pairwise(bounds):
+  for start, end in itertools.pairwise((*steps.starts, steps.total)):
     counts[task.program(start)] += end - start
   return counts
 

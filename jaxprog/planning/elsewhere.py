@@ -202,14 +202,14 @@ def _count_dataset(
   known = named.find(stage.dataset).published
   if known is None or preparation.find_prepared(stage.dataset, data_dir):
     found = setup_lib.load_datasets(config, [stage])[stage.name]
-    if stage.holdout:
+    if stage.holdout_part:
       found = records.take_holdout(
-        found, stage.holdout, f'stage {stage.name!r}'
+        found, stage.holdout_part, f'stage {stage.name!r}'
       )
     return found
   classes = stage.classes or tuple(map(str, range(known.classes)))
   part = len(classes) / known.classes
-  held = round(known.train * part * stage.holdout)
+  held = round(known.train * part * stage.holdout_part)
   train, evaluated = round(known.train * part) - held, round(known.eval * part)
 
   def split(number: int) -> records.Records:

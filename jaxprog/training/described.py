@@ -72,7 +72,7 @@ def fields(task: setup_lib.Task) -> dict[str, Any]:
   holdout = None
   if dataset.holdout is not None:  # What was set aside, and by which rule.
     rule, images = dataset.holdout_rule, len(dataset.holdout)
-    holdout = {'rule': rule, 'part': stage.holdout, 'images': images}
+    holdout = {'rule': rule, 'part': stage.holdout_part, 'images': images}
   return {
     'name': stage.name,
     'description': stage.description,

@@ -285,9 +285,9 @@ def _prepare(
   Raises:
     UserError: if a hold-out takes all or nothing, or there is no room.
   """
-  if stage.holdout:
+  if stage.holdout_part:
     where, rule = f'stage {stage.name!r}', rule or records.HOLDOUT_RULE
-    dataset = records.take_holdout(dataset, stage.holdout, where, rule)
+    dataset = records.take_holdout(dataset, stage.holdout_part, where, rule)
   title = f'{stage.dataset}, {stage.storage}'
   with bars.progress_bar(rich.console.Console(stderr=True), title) as show:
     return preparation.store(dataset, stage.stored, progress=show)
@@ -447,8 +447,7 @@ def _list_programs(
   stage: stages_lib.Stage, steps: epochs.Steps
 ) -> dict[int, Program]:
   """Returns first step -> the program from there on, in their order."""
-  starts = {steps.frozen, *(phase.first_step for phase in steps.phases)}
-  parts = {step: steps.part(stage, step) for step in sorted(starts)}
+  parts = {step: steps.part(stage, step) for step in steps.starts}
   return {
     step: Program(
       batch_size=steps.phase(step).batch_size,
