@@ -186,12 +186,19 @@ def classify(
     in_shardings=(shardings.replicated, shardings.batch),
     out_shardings=shardings.replicated,
   )
+  ahead = None
   for part, read in _read_ahead(trained, paths, count):
     batch = np.zeros((count, *[trained.stage.eval_size] * 2, 3), np.uint8)
     for row, image in enumerate(read):
       if image.pixels is not None:
         batch[row] = image.pixels
-    yield from _describe(trained, part, read, step(variables, batch))
+    # Batch n is dispatched before what came of batch n - 1 is read.
+    pending = part, read, step(variables, batch)
+    if ahead is not None:
+      yield from _describe(trained, *ahead)
+    ahead = pending
+  if ahead is not None:
+    yield from _describe(trained, *ahead)
 
 
 def _create_predict_step(trained: trained_lib.Trained) -> Any:
