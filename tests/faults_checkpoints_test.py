@@ -125,7 +125,7 @@ def save_or_die(self, state, meta, *rest):
   if len(record['epochs']) > 1 and record['best']['epoch'] == len(
     record['epochs']
   ):
-    self._await_own()
+    self.wait()
     os.kill(os.getpid(), signal.SIGKILL)
   save_latest(self, state, meta, *rest)
 
