@@ -1,4 +1,4 @@
-"""Prints docs/fields.md: python docs/fields.py > docs/fields.md."""
+"""Prints docs/fields.md; run it with PYTHONPATH=. from a checkout."""
 
 import inspect
 import re
@@ -53,6 +53,8 @@ def _describe(x: fields.Field, comment: str) -> str:
   may = ', '.join(fact for fact, true in facts.items() if true)
   default = f'{x.default:g}' if x.kind is float else repr(x.default)
   values = ', '.join(f'`{choice}`' for choice in x.choices)
+  if values and x.pattern != fields.Field.pattern:
+    values = f'such as {values}'
   if not values:
     values = fields.WANTED[x.kind].removeprefix('a ')
     if x.within != fields.Field.within:

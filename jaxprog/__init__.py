@@ -2,7 +2,7 @@
 
 Everything the command line does is one call here: what a module of tools/ is
 named after, and the rest below. Each is imported when it is asked for, so that
-`import jaxprog` is quick.
+`import jaxprog` is quick. ~ in a path is the user's home.
 """
 
 import importlib

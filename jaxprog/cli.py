@@ -355,7 +355,8 @@ def parse_flags(asked: Flags, argv: Sequence[str]) -> dict[str, str]:
     least = getattr(asked[name].parser, 'lower_bound', None)
     if least is not None:
       kind += f', at least {least}'
-    more = f'--mode={asked["mode"].value} --help tells its flags.'
+    texts = (mode.flags[name] for mode in MODES.values() if name in mode.flags)
+    more = next(texts, '')
     raise errors.UserError(f'--{name} takes {kind}.', where, more) from None
   if unused:
     where, how = '', 'Flags are --NAME=VALUE.'
@@ -421,7 +422,7 @@ def _describe(mode: str) -> str:
   lines = [f'--mode={mode}: {MODES[mode].what}']
   lines += ['', f'  jaxprog --mode={mode} {MODES[mode].example}', '']
   lines += [f'--{name:21}{text}' for name, text in MODES[mode].flags.items()]
-  return '\n'.join([*lines, '--help alone tells the flags of every mode.'])
+  return '\n'.join([*lines, '--help alone tells what every mode takes.'])
 
 
 def _saved_config(asked: Flags) -> str:
@@ -478,7 +479,7 @@ def start() -> None:
   """Runs the command line as a process of its own."""
   _use_huge_pages()
   if not sys.flags.safe_path:  # A config imports what lies here, as for -m.
-    sys.path.insert(0, os.getcwd())
+    sys.path.append(os.getcwd())
   code = main(sys.argv)
   if code:  # Nobody waits for threads of a run that has ended early.
     signals.leave(code)

@@ -94,6 +94,10 @@ def _split_spec(spec: str) -> tuple[pathlib.Path, str]:
     UserError: if there is neither.
   """
   where = f'--config={spec}'
+  shipped = {x.stem: x for x in _SHIPPED.glob('[!_]*.py')}
+  name, _, argument = spec.partition(':')
+  if name in shipped:
+    return shipped[name], argument
   whole = paths.expand(spec, where)
   if whole.is_file():
     return whole, ''
@@ -102,9 +106,8 @@ def _split_spec(spec: str) -> tuple[pathlib.Path, str]:
   path = paths.expand(text, where)
   if path.is_file():
     return path, argument
-  shipped = {x.stem: x for x in _SHIPPED.glob('[!_]*.py')}
   for name, file in shipped.items():
-    if text in (name, f'configs/{name}.py'):
+    if text == f'configs/{name}.py':
       return file, argument
   siblings = [str(x) for x in path.parent.glob('*.py')] if found else []
   raise errors.UserError(
@@ -341,12 +344,18 @@ def _run_config_file(
       for frame in traceback.extract_tb(e.__traceback__)
       if frame.filename == str(path.absolute())
     ]
+    suggestion = ''
+    if isinstance(e, ImportError | AttributeError) and "'configs" in message:
+      suggestion = (
+        "Shipped configs are found by name: start_from('default'), with "
+        'from jaxprog import start_from.'
+      )
+    elif isinstance(e, AttributeError | TypeError):
+      suggestion = 'It must define get_config(), which may take one string.'
     raise errors.UserError(
       f'The config file fails: {type(e).__name__}: {message}',
       where + (f', line {lines[-1]}' if lines else ''),
-      'It must define get_config(), which may take one string.'
-      if isinstance(e, AttributeError | TypeError)
-      else '',
+      suggestion,
     ) from e
   if not isinstance(config, config_dict.ConfigDict):
     raise errors.UserError(

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
+import difflib
 import math
 import re
 import typing
@@ -79,7 +80,7 @@ class Field:
       raise self._wrong_type(value, where)
     known = value in self.choices or re.fullmatch(self.pattern, str(value))
     if self.choices and not known:
-      raise unknown(value, self.choices, self.name, where)
+      raise self._unknown(value, where)
     for x in value if isinstance(value, tuple) else (value,):
       if isinstance(x, int | float):
         self._check_range(x, where)
@@ -103,6 +104,17 @@ class Field:
     if isinstance(value, tuple) and float in typing.get_args(self.kind):
       return tuple(map(_widen, value))
     return _widen(value) if self.kind is float else value
+
+  def _unknown(self, value: Any, where: str) -> errors.UserError:
+    if self.pattern == Field.pattern or difflib.get_close_matches(
+      str(value), self.choices, cutoff=0.8
+    ):
+      return unknown(value, self.choices, self.name, where)
+    return errors.UserError(
+      f'Unknown {self.name} {value!r}.',
+      where,
+      f'Write it like one of {", ".join(map(repr, self.choices))}.',
+    )
 
   def _wrong_type(self, value: Any, where: str) -> errors.UserError:
     return errors.UserError(
@@ -684,9 +696,10 @@ def _check_phases(phases: Any, where: str) -> tuple[PhaseStart, ...]:
         where,
       )
     changes = []
-    for name in sorted({*phase} - {'from_epoch'}, key=str):
-      if name not in known:
+    for name in phase:
+      if name not in {*known, 'from_epoch'}:
         raise unknown(name, known, 'field of a phase', where)
+    for name in sorted({*phase} - {'from_epoch'}):
       changes.append((name, STAGE[name].check(phase[name], where)))
     found.append(PhaseStart(from_epoch, tuple(changes)))
   return tuple(found)

@@ -26,7 +26,7 @@ class Published(NamedTuple):
 class Named(NamedTuple):
   """What is known of a dataset; see `DATASETS`."""
 
-  # Which function of data/builders.py lists its raw folder.
+  # Which of data/builders.LAYOUTS lists its raw folder; digits have none.
   layout: str
   # Raw folders below data_dir; the first that exists is taken.
   folders: tuple[str, ...] = ()

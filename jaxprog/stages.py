@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from jaxprog import errors, fields, named
 
-# What a stage's is, which has no default.
+# What `dataset` may be; it has no default.
 _DATASET = fields.Field(
   'dataset',
   str,
@@ -236,12 +236,23 @@ def _create_stage(stage: config_dict.ConfigDict, where: str) -> Stage:
   # What would be ignored or could not work.
   for field, what, suggestion in (
     *_weight_mistakes(created),
+    *_clashes(created),
     *_schedule_mistakes(created),
     *_optimizer_mistakes(created),
     *_image_mistakes(created),
   ):
     raise errors.UserError(what, f'{where}.{field}', suggestion)
   return created
+
+
+def _clashes(stage: Stage) -> Iterable[tuple[str, str, str]]:
+  """Yields as `_weight_mistakes`."""
+  for one, other in (
+    ('warmup_epochs', 'warmup_steps'),
+    ('gradient_clipping', 'adaptive_clipping'),
+  ):
+    if getattr(stage, one) and getattr(stage, other):
+      yield other, f'{one} and {other} are both set.', 'Set one of them to 0.'
 
 
 def _weight_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
@@ -315,12 +326,6 @@ def _schedule_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
 
 def _optimizer_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
   """Yields as `_weight_mistakes`."""
-  for one, other in (
-    ('warmup_epochs', 'warmup_steps'),
-    ('gradient_clipping', 'adaptive_clipping'),
-  ):
-    if getattr(stage, one) and getattr(stage, other):
-      yield other, f'{one} and {other} are both set.', 'Set one of them to 0.'
   name, known = stage.optimizer, fields.OPTIMIZERS[stage.optimizer]
   if stage.nesterov and not known.nesterov:
     yield (

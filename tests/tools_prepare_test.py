@@ -92,7 +92,8 @@ def test_a_full_disk_is_said(config, tmp_path, how, what):
   data = tmp_path / 'data'
   if what == 'pack':
     preparation.prepare(f'folder:{tmp_path}/pets', data)
-  before = files_below(data) if data.is_dir() else {}
+  data.mkdir(exist_ok=True)  # Or its being new would be said, too.
+  before = files_below(data)
   if how == 'disk':
     tmpfs = '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs'
     full, reason = mounted(data, tmpfs), 'No space left on device'

@@ -6,7 +6,7 @@ import pytest
 import tiny_config
 
 from jaxprog import errors, stages
-from jaxprog.data import sources
+from jaxprog.data import preparation
 from jaxprog.training import setup
 
 
@@ -57,13 +57,13 @@ def test_a_state_that_is_not_donated_can_still_be_read(donated, data_dir):
 
 def test_a_dataset_of_many_stages_is_looked_at_once(data_dir, monkeypatch):
   config = tiny_config.get_config(data_dir)
-  asked, look = [], sources.check_dataset
+  asked, look = [], preparation.check_dataset
 
   def note(dataset, *arguments, **options):
     asked.append(dataset)
     return look(dataset, *arguments, **options)
 
-  monkeypatch.setattr(sources, 'check_dataset', note)
+  monkeypatch.setattr(preparation, 'check_dataset', note)
   assert len(setup.load_datasets(config, stages.create_stages(config))) == 3
   assert asked == ['digits']
 

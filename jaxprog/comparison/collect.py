@@ -41,7 +41,8 @@ def read_record(
   last = history_lib.find_stage(history, planned.names[-1])
   final = best = outcomes = None
   if outcome['status'] == 'done' and last and last['best']:
-    final, best = last['epochs'][-1]['val_top1'], last['best']['top1']
+    found = last['epochs'][-1]['val_top1'], last['best']['top1']
+    final, best = (x if formats.is_number(x) else None for x in found)
     path = outcomes_lib.find_path(planned.workdir, planned.names[-1])
     outcomes = outcomes_lib.read(path, last['epochs'][-1]['epoch'])
   resumes = [stage.get('resumed_at_steps', ()) for stage in history['stages']]

@@ -401,7 +401,11 @@ class _Listing:
     return self._read_pairs(name, (x.split() for x in self._read_lines(name)))
 
   def read_flat_labels(self, folder: str) -> Mapping[str, str]:
-    """Returns file name -> wnid of a flat ImageNet val folder."""
+    """Returns file name -> wnid of a flat ImageNet val folder.
+
+    From val_labels.txt, Kaggle's LOC_val_solution.csv, or a synset a line in
+    the order of the names, as TensorFlow publishes it.
+    """
     if self._has('val_labels.txt'):
       return self.read_labels('val_labels.txt')
     if self._has(solution := 'LOC_val_solution.csv'):

@@ -61,7 +61,8 @@ def load_dataset(
   if (found or check_dataset(dataset, data_dir)) == 'raw':
     prepare(dataset, data_dir, progress=progress)
   prepared = find_prepared(dataset, data_dir)
-  assert prepared is not None
+  if prepared is None:  # Another process may have removed it.
+    raise _missing(dataset, data_dir)
   loaded = records_lib.open_dataset(dataset, prepared, progress)
   if classes:
     loaded = records_lib.select_classes(loaded, classes, where)
@@ -466,6 +467,11 @@ def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
   )
 
 
+def say_new(data_dir: pathlib.Path) -> None:
+  """Says where data_dir lies; a mistyped one is made like any other."""
+  print(f'data_dir is new: {data_dir.absolute()}', file=sys.stderr)
+
+
 @contextlib.contextmanager
 def _writing(root: pathlib.Path) -> Iterator[bool]:
   """Lets one process at a time write below `root`; False: no locks there.
@@ -485,9 +491,9 @@ def _writing(root: pathlib.Path) -> Iterator[bool]:
     ) from e
   try:
     with file:
+      if is_new:
+        say_new(root.parent)
       yield files.lock(file.fileno())
-    if is_new:
-      print(f'data_dir is new: {root.parent.absolute()}', file=sys.stderr)
   except Exception as e:  # ArrayRecord's writer raises no OSError.
     full = next((x for x in _FULL if x in str(e)), None)
     if full is None or isinstance(e, errors.UserError):

@@ -193,10 +193,11 @@ def _open_prepared(dataset: str, data_dir: pathlib.Path) -> Images:
 def _read_record(
   records: Records, names: Sequence[str], index: int
 ) -> tuple[str, set[str], bytes]:
-  record, feature = records[index], records.parse(index)
+  feature, position = records.parse(index), records.positions[index]
   wnids = {x.decode() for x in feature['wnid'].bytes_list.value}
   wnids.add(names[feature['label'].int64_list.value[0]])
-  return record['file_name'], wnids, record['image']
+  name = shards.file_name(feature, records.name, position).decode()
+  return name, wnids, feature['image'].bytes_list.value[0]
 
 
 def _open_raw(raw: builders.Raw) -> Images:
@@ -253,10 +254,12 @@ def _find_damage(encoded: bytes) -> tuple[str, str]:
 
 def _find_damaged_packs(images: Images) -> list[Problem]:
   """Returns stored training images that are not what was written."""
+  if images.kind != 'prepared':
+    return []
   return [
     _problem('pack', str(path), 'not what was written; remove it')
     for path in preparation.list_packs(pathlib.Path(images.path))
-    if images.kind == 'prepared' and not packs.is_intact(path)
+    if not packs.is_intact(path)
   ]
 
 

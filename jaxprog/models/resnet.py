@@ -188,7 +188,7 @@ _MODELS: dict[str, tuple[tuple[int, ...], _ModuleDef]] = {
 def create_model(name: str, *, image_size: int, **fields: Any) -> ResNet:
   """Returns the network `name` with the stem that suits `image_size`.
 
-  `fields` are as in `ResNet`.
+  `fields` are as in `ResNet`; `num_classes` is one that must be given.
   """
   block_sizes, block = _MODELS[name]
   return ResNet(block_sizes, block, stem=choose_stem(image_size), **fields)

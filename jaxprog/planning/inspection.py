@@ -237,8 +237,8 @@ def _check_datasets(seen: Inspection) -> Iterator[Finding]:
     try:
       finding = _check_dataset(seen, stage, where)
     except errors.UserError as e:
-      named = e.where.removeprefix(where).removeprefix(', ')
-      what = f'{e.what.removesuffix(".")} ({named})'
+      named = e.where.removeprefix(where).lstrip('., ')
+      what = e.what.removesuffix('.') + f' ({named})' * bool(named)
       finding = Finding(
         False, what, preflight.mend(stage.dataset, e.suggestion)
       )

@@ -229,7 +229,7 @@ def describe_run(run: rundir.RunFiles) -> dict[str, str]:
       ),
     }
     found |= {name: said.get(name) or '-' for name in _ENVIRONMENT}
-  else:
+  elif run.incidents is not None:
     found['machine'] = 'unknown: there is no environment.json'
   return {**found, 'trained': formats.duration(total_seconds(run))}
 

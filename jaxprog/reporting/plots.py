@@ -197,11 +197,10 @@ def _draw_lines(
   scale: float = 1.0,
 ) -> None:
   """Draws fields, of a name and a colour each, and names them on the right."""
-  for field, (_, color) in lines.items():
-    _line(axes, spans, field, color, scale)
   handles = [
     matplotlib.lines.Line2D([], [], color=color, label=name)
-    for name, color in lines.values()
+    for field, (name, color) in lines.items()
+    if np.isfinite(_line(axes, spans, field, color, scale)).any()
   ]
   axes.legend(
     handles=handles,

@@ -80,11 +80,14 @@ def _title(text: str) -> list[str]:
 def _lines(parts: Iterable[Part]) -> list[str]:
   """Returns the lines of all parts, an empty one between two of them."""
   lines: list[str] = []
+  heading: list[str] = []  # It needs something below it.
   for part in parts:
     found = _part_lines(part)
-    if found and lines and not lines[-1].startswith('=='):
-      lines.append('')
-    lines += found
+    if isinstance(part, Heading):
+      heading = found
+    elif found:
+      lines += [*([''] if lines else []), *heading, *found]
+      heading = []
   return lines
 
 

@@ -33,7 +33,8 @@ class RunFiles(NamedTuple):
   # What config.json and environment.json hold; None where there is none.
   config: dict[str, Any] | None = None
   environment: dict[str, Any] | None = None
-  incidents: Sequence[dict[str, Any]] = ()
+  # None where the history alone is known.
+  incidents: Sequence[dict[str, Any]] | None = None
   # What --mode=plan has left, None if it was never asked.
   hardware_plan: dict[str, Any] | None = None
 

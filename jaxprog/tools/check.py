@@ -149,7 +149,9 @@ def _show_outlook(
   busy = _describe_load() if config.check_steps else ''
   outlooks = []
   for task in tasks:
-    doing = 'compiling and timing; check_steps=0 leaves it out'
+    doing = 'counting'
+    if config.check_steps:
+      doing = 'compiling and timing; check_steps=0 leaves it out'
     with console.status(f'{task.stage.name}: {doing}'):
       found = timing.measure(task, config.check_steps)
     found.notes += _describe_shortcuts(seen, cheap, found)
@@ -202,8 +204,9 @@ def _show_costs(
     console.print()
     console.print(table)
   console.print()
-  for note in (*notes, _describe_measuring(figures['check_steps'])):
+  for note in notes:
     outlook.say(note, console)
+  outlook.say(_describe_measuring(figures['check_steps']), console, 'dim')
   if seconds is not None:
     measured = all(x['step_measured'] for x in stages)
     about = 'about ' if measured else 'very roughly '

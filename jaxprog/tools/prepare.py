@@ -46,12 +46,15 @@ def prepare(
     raise errors.UserError(
       '--sha256 is of no archive.', '', 'Name it with --input=ARCHIVE.'
     )
+  is_new = not data_dir.is_dir()
   if input:
     archive = str(paths.expand(input, f'--input={input}'))
     _unpack(archive, sha256.lower(), data_dir, datasets, console)
   if download:
     for dataset in datasets:
       _download(dataset, data_dir, console)
+  if is_new and data_dir.is_dir():
+    preparation.say_new(data_dir)
   for dataset in datasets:
     with bars.progress_bar(console, dataset) as show:
       left_out = preparation.prepare(dataset, data_dir, progress=show)

@@ -87,7 +87,7 @@ def create_space(config: config_dict.ConfigDict) -> _Space:
     Field('num_trials', int, None, within='[1, inf)'),
     Field('timeout_minutes', float, None),
   ):
-    field.check(config[field.name], 'config')
+    field.check(config.get(field.name), 'config')
   if not config.search:
     raise errors.UserError(
       'There is nothing to search.',

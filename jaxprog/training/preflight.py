@@ -215,14 +215,15 @@ def check_changes(
 def prepare_command() -> str:
   """Returns what prepares the data of this very call, to be pasted."""
   script = sys.argv[0]
-  starts = {
-    'main.py': ['python', script],
-    '__main__.py': ['python', '-m', 'jaxprog'],
-    'jaxprog': ['jaxprog'],
-  }
-  start = starts.get(pathlib.PurePath(script).name)
-  if start is None:
-    return 'jaxprog.prepare(config)'
+  match pathlib.PurePath(script).parts[-2:]:
+    case (*_, 'main.py'):
+      start = ['python', script]
+    case ('jaxprog', '__main__.py'):
+      start = ['python', '-m', 'jaxprog']
+    case (*_, 'jaxprog'):
+      start = ['jaxprog']
+    case _:
+      return 'jaxprog.prepare(config)'
   words, kept = iter(sys.argv[1:]), []
   for word in words:
     flag, equals, value = word.lstrip('-').partition('=')

@@ -105,11 +105,11 @@ def line_chart(
   """
   plane = _Plane(x_end, y, height)
   y_ticks = y.ticks() if y_ticks is None else y_ticks
+  bands = [
+    _bar((plane.left(span.begin), plane.left(span.end)), (0, height), 'band')
+    for span in spans[1::2]
+  ]
   shapes = [
-    *(
-      _bar((plane.left(span.begin), plane.left(span.end)), (0, height), 'band')
-      for span in spans[1::2]
-    ),
     *_draw_lines(series, plane),
     *(_mark_shape(mark, plane) for mark in marks),
     *_label_shapes(labels, plane),
@@ -125,6 +125,7 @@ def line_chart(
       [(plane.top(tick), format_y(tick)) for tick in y_ticks],
       [(plane.left(x), f'{x:g}') for x in Scale(0, x_end).ticks(6)],
       f'{title}. {summary}',
+      bands,
     ),
     tag('p', x_label, class_='axis-label'),
   )
@@ -395,14 +396,15 @@ def _panel(
   y_names: Sequence[tuple[float, str]],
   x_names: Sequence[tuple[float, str]],
   summary: str,
+  bands: Sequence[Html] = (),
 ) -> Html:
-  """Returns shapes over lines of a grid, between the names of both axes."""
+  """Returns shapes over a grid over bands, between the names of both axes."""
   names = (_text(name, '100%', y + 4, text_anchor='end') for y, name in y_names)
   grid = (_rule(y) for y, _ in y_names)
   return tag(
     'div',
     _image(names, height),
-    _image([*grid, *shapes], height, summary),
+    _image([*bands, *grid, *shapes], height, summary),
     tag('div'),
     _axis(x_names),
     class_='panel',

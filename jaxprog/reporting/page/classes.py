@@ -84,7 +84,7 @@ def _accuracies(found: Mapping[str, Any]) -> Html:
     if count
   ]
   if not counted:
-    return render('Not known.')
+    return join(tag('h4', 'Accuracy by class'), render('Not known.'))
   if len(counted) <= _MAX_LISTED:
     return _bar_list('Accuracy by class', counted)
   ordered = sorted(counted, key=lambda x: x[1])

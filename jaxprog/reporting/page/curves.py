@@ -131,7 +131,7 @@ def _events(
   run: RunFiles, spans: Sequence[timeline.Span]
 ) -> Iterator[tuple[str, float, str]]:
   """Yields style, place and text of each; rollbacks of an old log once."""
-  logged = [x for x in run.incidents if x.get('step') is not None]
+  logged = [x for x in run.incidents or () if x.get('step') is not None]
   for span in spans:
     stage, name = span.stage, span.stage['name']
     for step in stage.get('resumed_at_steps') or ():

@@ -12,7 +12,7 @@ _VOID = frozenset(
   {'br', 'img', 'link', 'meta', 'line', 'rect', 'circle', 'path'}
 )
 # Longer texts need room in a table.
-_LONG = 30
+_LONG = 50
 # Facts that are typed or copied.
 _CODE = ('command', 'commit')
 

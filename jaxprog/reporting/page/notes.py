@@ -22,6 +22,8 @@ _INCIDENTS = (
 def notes(run: RunFiles) -> Iterator[Part]:
   """Yields notes and incidents; the page has a table of the last of these."""
   yield facts.notes(run) or 'Nothing to note.'
+  if run.incidents is None:
+    return
   yield Heading('Incidents')
   if not run.incidents:
     yield 'None were recorded.'

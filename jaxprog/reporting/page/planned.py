@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxprog import formats
-from jaxprog.reporting.parts import Column, Part, Table
+from jaxprog.reporting.parts import Column, Part, Table, Words
 from jaxprog.reporting.rundir import RunFiles
 
 
@@ -77,6 +77,7 @@ def planned(run: RunFiles) -> Iterator[Part]:
     found = [
       (x, trained[x['name']]) for x in plan['stages'] if x['name'] in trained
     ]
+    yield Words(['Planned against measured:'])
     yield Table(_MEASURED, found, 'Planned against measured')
   else:
     yield (

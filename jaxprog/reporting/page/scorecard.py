@@ -126,7 +126,7 @@ def _speeds(run: RunFiles, stage: Mapping[str, Any]) -> Iterator[str]:
   if not speed or (run.model, stage['image_size']) != ('resnet50', 224):
     return
   for device, (published, source) in baselines.SPEEDS.items():
-    if device in str(devices.get('kind')):
+    if device.lower() in str(devices.get('kind')).lower():
       yield (
         f'{stage["name"]}: {speed / devices.get("count", 1):,.0f} images/s a '
         f'device, published for {device}: {published:,} ({source})'
