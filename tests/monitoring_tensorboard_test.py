@@ -186,7 +186,7 @@ def test_the_server_has_hparams_of_every_stage(server):
 def test_the_server_shows_the_pictures_of_a_stage(server, trained, stage):
   record = next(s for s in trained[2]['stages'] if s['name'] == stage)
   found = record['diagnostics']
-  rows = -(-preview.MAX_IMAGES // 8)
+  rows = -(-preview._MAX_IMAGES // 8)
   lines = 2 if stage == 'three' else 1  # Both classes of a mixed image.
   step = pictures.TILE + pictures.GAP
   height = rows * (step + lines * pictures.LINE) + pictures.GAP

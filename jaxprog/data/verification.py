@@ -25,6 +25,7 @@ from jaxprog.data import (
   parts,
   preparation,
   preprocess,
+  shards,
 )
 from jaxprog.data import records as records_lib
 from jaxprog.data.records import Records

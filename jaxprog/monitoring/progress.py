@@ -108,7 +108,7 @@ class Progress:
   ):
     self._num_stages = num_stages
     self._clock = clock
-    self._plan: Sequence[Description] = ()
+    self._stages: Sequence[Description] = ()
     self._at: _Standing
     self._timer: _Timer
     console = console or rich.console.Console(markup=False)
@@ -119,10 +119,10 @@ class Progress:
       else _LiveView(console)
     )
 
-  def start_run(self, plan: Sequence[Description]) -> None:
-    """Shows what will be trained; `plan` lists the stages of this run."""
-    self._plan = plan
-    self._view.plan(plan)
+  def start_run(self, stages: Sequence[Description]) -> None:
+    """Shows what will be trained: the `stages` of this run."""
+    self._stages = stages
+    self._view.describe(stages)
 
   def start_stage(
     self,
@@ -214,10 +214,10 @@ class Progress:
     left = {'epoch': epoch, 'stage': stage}
     if at.index + 1 == self._num_stages:
       left['run'] = stage
-    elif self._plan:
+    elif self._stages:
       whole = at.total_steps * per_step + at.num_epochs * evaluation
-      ahead = sum(x.pixels for x in self._plan[at.index + 1 :])
-      left['run'] = stage + whole * ahead / self._plan[at.index].pixels
+      ahead = sum(x.pixels for x in self._stages[at.index + 1 :])
+      left['run'] = stage + whole * ahead / self._stages[at.index].pixels
     return left
 
 
@@ -264,8 +264,8 @@ class _PlainView:
     self._console = console
     self._next_line = 0.0
 
-  def plan(self, plan: Sequence[Description]) -> None:
-    for stage in plan:
+  def describe(self, stages: Sequence[Description]) -> None:
+    for stage in stages:
       values = stage._asdict()
       self._print(event='plan', stage=values.pop('name'), **values)
 
@@ -331,14 +331,14 @@ class _LiveView:
     self._columns: list[_Column] = []
     self._width = 0  # That the columns were chosen for.
 
-  def plan(self, plan: Sequence[Description]) -> None:
+  def describe(self, stages: Sequence[Description]) -> None:
     columns = [
-      _Column(title, max(len(title), *map(len, map(show, plan))), rank, show)
-      for title, rank, show in _PLAN_COLUMNS
+      _Column(title, max(len(title), *map(len, map(show, stages))), rank, show)
+      for title, rank, show in _STAGE_COLUMNS
     ]
     columns = _fit_columns(columns, self._console.width)
     self._line(_join(columns, [c.title for c in columns]), 'bold')
-    for stage in plan:
+    for stage in stages:
       self._line(_join(columns, [c.show(stage) for c in columns]))
     self._line('')
 
@@ -528,7 +528,7 @@ _ROW_COLUMNS = (
   ('time', 8, 5, 'seconds', ''),
 )
 
-_PLAN_COLUMNS: tuple[tuple[str, int, Callable[[Description], str]], ...] = (
+_STAGE_COLUMNS: tuple[tuple[str, int, Callable[[Description], str]], ...] = (
   ('stage', 0, lambda s: s.name),
   ('images', 2, lambda s: f'{s.num_train_images:,}'),
   ('classes', 3, lambda s: str(s.num_classes)),

@@ -27,6 +27,7 @@ class Writer:
     self._written: futures.Future[Any] | None = None
     if logdir is not None:
       self._written = self._pool.submit(_create_writer, logdir)
+    self._opened = self._written
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes `scalars` by their tags."""
@@ -52,8 +53,10 @@ class Writer:
     """Waits until all is written."""
     try:
       if self._written is not None:
-        self._written.result().close()
+        self._written.result()
     finally:
+      if self._opened is not None and not self._opened.exception():
+        self._opened.result().close()
       self._pool.shutdown()
 
   def _submit(self, write: Callable[[Any], None]) -> None:

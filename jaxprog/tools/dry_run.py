@@ -130,9 +130,11 @@ def _say(
   record: Mapping[str, Any], seconds: float, console: rich.console.Console
 ) -> None:
   source, (row, *_) = record['transfer']['from'], record['epochs']
+  count = row['global_step'] - record['first_step']
+  steps = '1 step' if count == 1 else f'{count} steps'
   start = f'weights of {source}' if source else 'fresh weights'
   console.print(
-    f'{record["name"]}: {start}, {_NUM_STEPS} steps {row["seconds"]:.1f} s, '
+    f'{record["name"]}: {start}, {steps} {row["seconds"]:.1f} s, '
     f'evaluation of {record["num_eval_images"]:,} images '
     f'{row["eval_seconds"]:.1f} s, saved; {seconds:.1f} s with all before it',
     highlight=False,

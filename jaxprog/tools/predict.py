@@ -1,6 +1,7 @@
 """Says what images show: classes and probabilities of saved weights."""
 
 import collections
+import contextlib
 import csv
 import functools
 import io
@@ -160,12 +161,12 @@ def _find_images(input: str | pathlib.Path) -> _Found:
   left_out: list[folders.LeftOut] = []
   paths = sorted(folders.walk(root, left_out))
   if not paths:
-    formats = ', '.join(preprocess.FORMATS)
+    known = ', '.join(preprocess.FORMATS)
     raise errors.UserError(
       f"There is no image in '{input}': "
       f'{folders.describe(left_out) or "it is empty"}.',
       '--input',
-      f'Images are {formats}; hidden files are left out.',
+      f'Images are {known}; hidden files are left out.',
     )
   return _Found(root, paths, left_out)
 
@@ -226,7 +227,10 @@ def _read_ahead(
   workers = trained.config.num_workers or len(os.sched_getaffinity(0))
   read = functools.partial(_read, trained)
   ahead: collections.deque = collections.deque()
-  with futures.ThreadPoolExecutor(workers, 'images') as pool:
+  with contextlib.ExitStack() as stack:
+    pool = futures.ThreadPoolExecutor(workers, 'images')
+    # Who leaves early does not wait for what is queued.
+    stack.callback(pool.shutdown, cancel_futures=True)
     for start in range(0, len(paths), count):
       part = paths[start : start + count]
       ahead.append((part, pool.map(read, part)))

@@ -42,7 +42,11 @@ class Feed:
     return batch
 
   def timing(self, num_images: int) -> dict[str, float]:
-    """Returns how long the open epoch has taken so far, and for what."""
+    """Returns how long the open epoch has taken so far, and for what.
+
+    `seconds`, `images_per_second` of all processes' `num_images`, and
+    `input_wait`, the part of the seconds spent waiting for batches.
+    """
     seconds = time.monotonic() - self._began
     return {
       'seconds': seconds,

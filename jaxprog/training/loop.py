@@ -248,7 +248,7 @@ class Evaluation(NamedTuple):
 
   # Means: loss, top1 and top5.
   scores: dict[str, float]
-  # What `steps.create_eval_step` says of each image, (n,) each.
+  # What `steps.create_eval_step` says of each image, by name, (n,) each.
   outcomes: dict[str, np.ndarray]
   # Name -> why it could not be decoded: it counts as wrong.
   bad: dict[str, str]
@@ -263,6 +263,9 @@ def evaluate(
   """Returns what came of every image of `split`, once.
 
   `on_batch` is told how many batches are done, and of how many.
+
+  Raises:
+    AssertionError: if not every image was seen once.
   """
   sums = jax.device_put(steps.zero_eval_sums(), task.shardings.replicated)
   reader = loader.eval_batches(

@@ -207,11 +207,12 @@ def _write_inputs(
       if was['name'] == stage['name']:
         plain['stages'][i] = {**stage, **was}
   if jax.process_index() == 0:
-    for pattern in ('.*.tmp', 'checkpoints/*/.*.tmp'):  # Of killed writes.
-      for path in workdir.glob(pattern):
-        path.unlink(missing_ok=True)
-    files.write_json(workdir / 'config.json', plain)
-    files.write_json(workdir / 'environment.json', environment.environment())
+    with preflight.writing(workdir):
+      for pattern in ('.*.tmp', 'checkpoints/*/.*.tmp'):  # Of killed writes.
+        for path in workdir.glob(pattern):
+          path.unlink(missing_ok=True)
+      files.write_json(workdir / 'config.json', plain)
+      files.write_json(workdir / 'environment.json', environment.environment())
   return plain
 
 

@@ -51,7 +51,7 @@ class Trained:
   variables: dict[str, Any]
   meta: checkpoints.Meta
   model_fn: setup.ModelFn
-  # What the history says of the stage, {} where it is not finished or asked.
+  # What done.json says of the stage; {} unless `export` has put it there.
   record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
@@ -97,7 +97,7 @@ class Trained:
   def create_apply(self, dtype: Any = None) -> Apply:
     """Returns apply(variables, images) -> logits, pure.
 
-    Images are uint8 RGB (N, S, S, 3), logits (N, classes).
+    Images are uint8 RGB (N, S, S, 3), logits f32 (N, classes).
     """
     model = self.create_model(dtype)
     pixels = self.config.mean_rgb, self.config.std_rgb

@@ -76,7 +76,8 @@ class Operator(NamedTuple):
 
   # How a record names it; {0} is the stage.
   title: str
-  # change(stage, params, fresh, grads) -> params, pure.
+  # change(stage, params, fresh, grads) -> params, pure; leaf by leaf: what it
+  # makes of a head that is not carried is dropped.
   change: Callable[[Stage, Params, Params, Params], Params]
   # Whether it looks at `fresh` weights of the whole network, else only those
   # of the head are drawn, and at `grads`, the mean gradient over the stage's
