@@ -80,6 +80,7 @@ def test_a_soft_limit_is_raised_to_what_is_needed(many_files, tmp_path):
 
 def test_a_low_hard_limit_is_three_lines(many_files, tmp_path):
   config = f'--config=tests/tiny_config.py:{many_files}'
+  (tmp_path / 'new').mkdir()  # Or its being new would be said, too.
   found = call(
     tmp_path,
     (256, 256),
