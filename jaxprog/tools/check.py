@@ -118,20 +118,7 @@ def _show_outlook(
     UserError: for any mistake in the config, the devices or the data.
   """
   config, cheap = seen.config, _cheap(seen)
-  run = seen.workdir or pathlib.Path(os.devnull)
-  if any(
-    x.name == 'latest' and x.status == 'damaged' for x in seen.checkpoints
-  ):
-    # Training sets it aside first; below no folder no stage has begun.
-    run = pathlib.Path(os.devnull)
-  setup = setup_lib.create_setup(
-    cheap,
-    only=seen.only,
-    skip=seen.skip,
-    model=seen.model,
-    holdout_rules=history_lib.holdout_rules(run_lib.read_history(run)),
-  )
-  tasks = run_lib.create_tasks(setup, run)
+  tasks = _create_tasks(seen, cheap)
   rates = {
     task.stage.name: described.sample_learning_rate(task) for task in tasks
   }
@@ -173,6 +160,26 @@ def _show_outlook(
     plots.plot_learning_rates(rates, epochs, image)
     files.write_json(seen.workdir / 'plan.json', figures)
     outlook.say(f'\n{seen.workdir / "plan.json"}\n{image}', console)
+
+
+def _create_tasks(
+  seen: inspection.Inspection, config: config_dict.ConfigDict
+) -> tuple[setup_lib.Task, ...]:
+  """Returns the stages of `config` as they will go on in the workdir."""
+  run = seen.workdir or pathlib.Path(os.devnull)
+  if any(
+    x.name == 'latest' and x.status == 'damaged' for x in seen.checkpoints
+  ):
+    # Training sets it aside first; below no folder no stage has begun.
+    run = pathlib.Path(os.devnull)
+  setup = setup_lib.create_setup(
+    config,
+    only=seen.only,
+    skip=seen.skip,
+    model=seen.model,
+    holdout_rules=history_lib.holdout_rules(run_lib.read_history(run)),
+  )
+  return run_lib.create_tasks(setup, run)
 
 
 def _show_rates(

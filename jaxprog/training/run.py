@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -92,10 +92,7 @@ def open_run(
   console = rich.console.Console(quiet=not writes, markup=False)
   progress = progress_lib.Progress(len(setup.chosen), console=console)
   stack.enter_context(progress)
-  log = workdir / 'incidents.jsonl' if writes else None
-  incidents = incidents_lib.Incidents(log)
-  if owner.taken_over:
-    incidents.add('lock', owner.taken_over)
+  incidents = _open_incidents(workdir, owner)
 
   def note(kind, message, **fields):
     incidents.add(kind, message, **fields)
@@ -115,10 +112,7 @@ def open_run(
   peers.wait_for_all('config')  # One of them replaces it.
   plain = _write_inputs(config, workdir, before)
   history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
-  logdir = workdir / 'tensorboard' if config.tensorboard and writes else None
-  writer = tensorboard.Writer(logdir)
-  stack.enter_context(contextlib.closing(writer))
-  writer.write_hparams(tensorboard.flatten_config(plain))
+  writer = stack.enter_context(_writing(config, workdir, plain))
   dog = watchdog.Watchdog(
     config.watchdog_minutes,
     log=workdir / 'watchdog.log',
@@ -143,6 +137,31 @@ def open_run(
     ),
     before=before,
   )
+
+
+@contextlib.contextmanager
+def _writing(
+  config: config_dict.ConfigDict, workdir: pathlib.Path, plain: dict[str, Any]
+) -> Iterator[tensorboard.Writer]:
+  """Lets TensorBoard's writer write; only process 0 does."""
+  writes = config.tensorboard and jax.process_index() == 0
+  writer = tensorboard.Writer(workdir / 'tensorboard' if writes else None)
+  with contextlib.closing(writer):
+    writer.write_hparams(tensorboard.flatten_config(plain))
+    yield writer
+
+
+def _open_incidents(
+  workdir: pathlib.Path, owner: lock.Lock
+) -> incidents_lib.Incidents:
+  """Returns the log of incidents; only process 0 writes it."""
+  writes = jax.process_index() == 0
+  found = incidents_lib.Incidents(
+    workdir / 'incidents.jsonl' if writes else None
+  )
+  if owner.taken_over:
+    found.add('lock', owner.taken_over)
+  return found
 
 
 def create_tasks(
