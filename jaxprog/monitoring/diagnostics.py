@@ -11,7 +11,7 @@ from PIL import Image
 from jaxprog.data import preprocess
 
 # Enough for all mix-ups of twenty classes, and the worst ones of a thousand.
-MAX_CONFUSIONS = 400
+_MAX_CONFUSIONS = 400
 _MAX_WORST = 24
 _THUMBNAIL_SIZE = 96
 _CALIBRATION_BINS = 15
@@ -38,7 +38,7 @@ def diagnose(
   calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3, with
   _CALIBRATION_BINS equal bins); calibration, [count, mean confidence, accuracy]
   of each bin; per_class, [count, right] of each class; confusions, how often a
-  label was taken for what was predicted: the MAX_CONFUSIONS most frequent
+  label was taken for what was predicted: the _MAX_CONFUSIONS most frequent
   mix-ups, most frequent first, then the right ones of each class.
 
   Args:
@@ -93,7 +93,7 @@ def _confusions(
   wrong = (rank < num_classes) & (predicted != labels)
   pairs = labels[wrong].astype(np.int64) * num_classes + predicted[wrong]
   values, counts = np.unique(pairs, return_counts=True)
-  order = np.argsort(-counts, kind='stable')[:MAX_CONFUSIONS]
+  order = np.argsort(-counts, kind='stable')[:_MAX_CONFUSIONS]
   rights = np.bincount(labels[rank < 1], minlength=num_classes)
   found = [
     (*divmod(int(values[i]), num_classes), int(counts[i])) for i in order
