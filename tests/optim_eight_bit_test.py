@@ -114,7 +114,7 @@ def test_shapes_that_do_not_fill_their_blocks():
 
 
 @pytest.mark.parametrize('nesterov', [False, True])
-def test_small_parameters_get_the_bits_of_optax(nesterov):
+def test_small_parameters_get_the_updates_of_optax(nesterov):
   grads = {
     'kernel': jax.random.normal(jax.random.key(0), (10, 64, 64)),
     'bias': jax.random.normal(jax.random.key(1), (10, 64)),
@@ -124,7 +124,8 @@ def test_small_parameters_get_the_bits_of_optax(nesterov):
     (eight_bit.trace_8bit(0.9, nesterov), optax.trace(0.9, nesterov)),
   ):
     found, expected = update_all(ours, grads), update_all(theirs, grads)
-    np.testing.assert_array_equal(found['bias'], expected['bias'])
+    # The same bits with jax 0.10; 0.12 fuses the two otherwise.
+    np.testing.assert_allclose(found['bias'], expected['bias'], 0, 1e-6)
     assert not np.array_equal(found['kernel'], expected['kernel'])
     # The first update comes before anything has been rounded.
     np.testing.assert_allclose(
