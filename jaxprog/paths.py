@@ -4,8 +4,10 @@ A config keeps what was written, because it may be read on another machine and
 by somebody else; whoever opens a path asks here.
 """
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 from ml_collections import config_dict
 
@@ -73,3 +75,16 @@ def _readable(path: str | os.PathLike[str], where: str) -> pathlib.Path:
       'Choose a name that is.',
     ) from None
   return expanded
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+  """Raises UserError where a file within cannot be written to `workdir`."""
+  try:
+    yield
+  except OSError as e:
+    raise errors.UserError(
+      f'Cannot write to the workdir: {e.strerror}.',
+      f'--workdir={workdir}',
+      'Name a directory that you may write to.',
+    ) from None

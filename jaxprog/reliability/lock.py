@@ -32,7 +32,7 @@ import time
 import uuid
 from typing import Any
 
-from jaxprog import errors, files
+from jaxprog import errors, files, paths
 
 _BEAT_SECONDS = 20.0
 _STALE_SECONDS = 90.0
@@ -80,17 +80,11 @@ class Lock:
     """
     self._me = _describe_process()
     self.taken_over, self._lost = None, None
-    try:
-      with contextlib.ExitStack() as stack:
-        stack.enter_context(files.folder(self._path.parent))
-        self._file = self._acquire()
-        self._resources = stack.pop_all()
-    except OSError as e:
-      raise errors.UserError(
-        f'Cannot write to the workdir: {e.strerror}.',
-        f'--workdir={self._path.parent}',
-        'Name a directory that you may write to.',
-      ) from None
+    workdir = self._path.parent
+    with paths.writing(workdir), contextlib.ExitStack() as stack:
+      stack.enter_context(files.folder(workdir))
+      self._file = self._acquire()
+      self._resources = stack.pop_all()
     _held.add(self._me['token'])
     self._ended = threading.Event()
     thread = threading.Thread(target=self._beat, name='run.lock', daemon=True)

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -126,22 +126,9 @@ def check_workdir(workdir: pathlib.Path) -> None:
   """
   refuse_bucket(workdir, '--workdir')
   probe = workdir / f'.probe.{socket.gethostname()}.{os.getpid()}'
-  with writing(workdir), files.folder(workdir):
+  with paths.writing(workdir), files.folder(workdir):
     files.write_bytes(probe, b'probe')
     probe.unlink()
-
-
-@contextlib.contextmanager
-def writing(workdir: pathlib.Path) -> Iterator[None]:
-  """Raises UserError where a file within cannot be written to `workdir`."""
-  try:
-    yield
-  except OSError as e:
-    raise errors.UserError(
-      f'Cannot write to the workdir: {e.strerror}.',
-      f'--workdir={workdir}',
-      'Name a directory that you may write to.',
-    ) from None
 
 
 def bytes_to_write(

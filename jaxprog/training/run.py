@@ -12,7 +12,7 @@ import rich.console
 from ml_collections import config_dict
 
 from jaxprog import config as config_lib
-from jaxprog import files, stages
+from jaxprog import files, paths, stages
 from jaxprog.monitoring import environment, tensorboard
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents as incidents_lib
@@ -226,7 +226,7 @@ def _write_inputs(
       if was['name'] == stage['name']:
         plain['stages'][i] = {**stage, **was}
   if jax.process_index() == 0:
-    with preflight.writing(workdir):
+    with paths.writing(workdir):
       for pattern in ('.*.tmp', 'checkpoints/*/.*.tmp'):  # Of killed writes.
         for path in workdir.glob(pattern):
           path.unlink(missing_ok=True)
