@@ -240,6 +240,13 @@ class ConfigFields:
     '~/.cache/jaxprog/xla', free=True, local=True
   )
 
+  # Where this machine keeps what it reads of a data_dir in a bucket; '': in
+  # $JAXPROG_CACHE_DIR, or else in ~/.cache/jaxprog.
+  cache_dir: str = field('', free=True, local=True)
+  # Where a run on this machine's disk is kept too, s3://BUCKET/PATH or gs://...:
+  # the same command goes on from there on another machine; '': nowhere.
+  mirror: str = field('', free=True, local=True)
+
   # XLA's flags: 'none'; 'overlap' sums gradients while others are computed;
   # 'deterministic' gives the same bits in every run on GPUs. Flags that the
   # environment sets win.

@@ -1,4 +1,4 @@
-"""Paths as people write them: ~ is a home.
+"""Paths as people write them: ~ is a home, gs://BUCKET/PATH a copy of it here.
 
 A config keeps what was written, because it may be read on another machine and
 by somebody else; whoever opens a path asks here.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from ml_collections import config_dict
 
-from jaxprog import errors
+from jaxprog import buckets, errors
 
 
 def expand(path: str | os.PathLike[str], where: str = '') -> pathlib.Path:
@@ -32,7 +32,7 @@ def expand(path: str | os.PathLike[str], where: str = '') -> pathlib.Path:
 
 
 def workdir(path: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns the directory of a run.
+  """Returns the directory of a run; of one in a bucket, that of its copy.
 
   Raises:
     UserError: if it has no name.
@@ -43,12 +43,22 @@ def workdir(path: str | os.PathLike[str]) -> pathlib.Path:
       "workdir=''",
       'Name a directory for what the run writes: --workdir=runs/first.',
     )
-  return _readable(path, f'--workdir={path}')
+  where = f'--workdir={path}'
+  return _copy(path) if buckets.is_url(path) else _readable(path, where)
 
 
 def data_dir(config: config_dict.ConfigDict) -> pathlib.Path:
-  """Returns where the config has its datasets."""
-  return _readable(config.data_dir, f'config.data_dir={config.data_dir}')
+  """Returns where the config has its datasets; of a bucket, their copy."""
+  path, where = config.data_dir, f'config.data_dir={config.data_dir}'
+  if buckets.is_url(path):
+    return _copy(path, config.cache_dir)
+  return _readable(path, where)
+
+
+def _copy(url: str | os.PathLike[str], cache: str = '') -> pathlib.Path:
+  """Returns where what lies at `url` is kept on this machine."""
+  home = os.environ.get('JAXPROG_CACHE_DIR') or '~/.cache/jaxprog'
+  return buckets.copy_of(buckets.normalise(url), expand(cache or home))
 
 
 def cache_dir(config: config_dict.ConfigDict) -> pathlib.Path | None:

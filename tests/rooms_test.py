@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).parent.parent / 'jaxprog'
 # From the ground up; rooms of one row know nothing of each other.
 ROWS = (
   ('errors', 'version'),
-  ('files', 'formats', 'fields', 'named'),
+  ('buckets', 'files', 'formats', 'fields', 'named'),
   ('paths', 'stages'),
   ('epochs', 'config'),
   ('models', 'data', 'optim', 'reliability'),
