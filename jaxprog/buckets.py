@@ -142,7 +142,7 @@ class Bucket:
     """
     path = self._path(name)
     try:
-      self._write(path, self._files.pipe_file, path, data, mode='create')
+      self._write(path, self._create, path, data)
     except FileExistsError:
       return self.read(name) == data
     return True
@@ -245,6 +245,14 @@ class Bucket:
       self._try(self._files.ls, self.name)
     except FileNotFoundError:
       raise self._no_bucket() from None
+
+  def _create(self, path: str, data: bytes) -> None:
+    if self._scheme not in ('file', 'local'):
+      self._files.pipe_file(path, data, mode='create')
+      return
+    # There fsspec looks first and then writes.
+    with self._files.open(path, 'xb') as file:
+      file.write(data)
 
   def _write(
     self, path: str, call: Callable[..., Any], *args: Any, **options: Any
