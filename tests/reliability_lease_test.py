@@ -26,8 +26,9 @@ from jaxprog.reliability import lease, owners
 me = {**owners.describe_process(), 'host': sys.argv[2]}
 with lease.Lease(buckets.Bucket(sys.argv[1]), me, print, 0.2, 1.0) as held:
   print('taken', flush=True)
-  threading.Thread(target=lambda: sys.stdin.read() or ended.set()).start()
   ended = threading.Event()
+  def wait(): sys.stdin.read(); ended.set()
+  threading.Thread(target=wait, daemon=True).start()
   for _ in range(400):
     if ended.wait(0.05):
       break
