@@ -25,6 +25,7 @@ _URL = re.compile(r'([a-z][a-z0-9]*):/+(.+)', re.DOTALL)
 _ABSOLUTE = ('file', 'local', 'memory')
 # Of the local file system, as the copy of a bucket lies in it.
 _COPY = re.compile(r'.*/(([a-z][a-z0-9]*):/.+)', re.DOTALL)
+_IN_TEXT = re.compile(r'[^\s\'"=]*/([a-z][a-z0-9]*):/(?=[^\s/])')
 # Packages that fsspec reads a scheme with, by the extra of ours that has them.
 _EXTRAS = {'gs': 'gcs', 'gcs': 'gcs', 's3': 's3'}
 _CREDENTIALS = {
@@ -72,9 +73,13 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
   return normalise(found[1]) if found else None
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-  """Returns `path` as people know it: the URL where it is in a copy."""
-  return url_of(path) or os.fspath(path)
+def shown(text: str | os.PathLike[str]) -> str:
+  """Returns a path or a text with URLs in place of the paths of copies."""
+
+  def name(found):
+    return f'{found[1]}:{"///" if found[1] in _ABSOLUTE else "//"}'
+
+  return _IN_TEXT.sub(name, os.fspath(text))
 
 
 class Bucket:

@@ -173,6 +173,13 @@ def to_json(config: config_dict.ConfigDict) -> dict[str, Any]:
   return json.loads(json.dumps(_plain(config)))
 
 
+def without_mirror(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Returns a copy of `config` for a run that is part of something larger."""
+  config = config.copy_and_resolve_references()
+  config.get('base', config).mirror = ''
+  return config
+
+
 def config_hash(config: config_dict.ConfigDict) -> str:
   """Returns 16 hex digits that change whenever the result might."""
   plain = {k: v for k, v in to_json(config).items() if k not in _FREE}

@@ -13,9 +13,10 @@ import numpy as np
 import rich.console
 from ml_collections import config_dict
 
+from jaxprog import config as config_lib
 from jaxprog import paths
 from jaxprog.data.records import Records
-from jaxprog.reliability import checkpoints, lock, peers, signals
+from jaxprog.reliability import checkpoints, copies, lock, peers, signals
 from jaxprog.training import ladder
 from jaxprog.training import setup as setup_lib
 
@@ -24,6 +25,7 @@ _NUM_STEPS = 2
 _EVAL_BATCHES = 1.5
 
 
+@copies.in_bucket()
 def dry_run(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path,
@@ -65,7 +67,7 @@ def dry_run(
       _begin(workdir, folder)
     peers.wait_for_all('dry_run')
     history = ladder.train(
-      config,
+      config_lib.without_mirror(config),
       folder,
       only=only,
       skip=skip,

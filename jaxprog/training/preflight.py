@@ -124,7 +124,6 @@ def check_workdir(workdir: pathlib.Path) -> None:
 
   Leaves nothing behind, not even folders.
   """
-  refuse_bucket(workdir, '--workdir')
   probe = workdir / f'.probe.{socket.gethostname()}.{os.getpid()}'
   with paths.writing(workdir), files.folder(workdir):
     files.write_bytes(probe, b'probe')
