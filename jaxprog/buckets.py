@@ -3,7 +3,7 @@
 An object is written whole or not at all; there is no rename, no append and no
 lock, but of many who create the same one a single one succeeds. What the
 program works on lies on a disk: the copy of gs://BUCKET/PATH at
-CACHE/gs:/BUCKET/PATH, so that either name tells the other.
+CACHE/@gs/BUCKET/PATH, so that either name tells the other.
 """
 
 import base64
@@ -23,9 +23,10 @@ from jaxprog import errors
 _URL = re.compile(r'([a-z][a-z0-9]*):/+(.+)', re.DOTALL)
 # Schemes whose paths begin with a slash.
 _ABSOLUTE = ('file', 'local', 'memory')
-# Of the local file system, as the copy of a bucket lies in it.
-_COPY = re.compile(r'.*/(([a-z][a-z0-9]*):/.+)', re.DOTALL)
-_IN_TEXT = re.compile(r'[^\s\'"=]*/([a-z][a-z0-9]*):/(?=[^\s/])')
+# Of the local file system, as the copy of a bucket lies in it. epath changes
+# gs:/ wherever it finds it.
+_COPY = re.compile(r'.*?/@([a-z][a-z0-9]*)/(.+)', re.DOTALL)
+_IN_TEXT = re.compile(r'[^\s\'"=]*/@([a-z][a-z0-9]*)/(?=[^\s/])')
 # Packages that fsspec reads a scheme with, by the extra of ours that has them.
 _EXTRAS = {'gs': 'gcs', 'gcs': 'gcs', 's3': 's3'}
 _CREDENTIALS = {
@@ -64,13 +65,13 @@ def normalise(url: str | os.PathLike[str]) -> str:
 def copy_of(url: str, cache: pathlib.Path) -> pathlib.Path:
   """Returns where below `cache` what lies at `url` is kept."""
   scheme, _, rest = normalise(url).partition('://')
-  return cache / f'{scheme}:' / rest.lstrip('/')
+  return cache / f'@{scheme}' / rest.lstrip('/')
 
 
 def url_of(path: str | os.PathLike[str]) -> str | None:
   """Returns the URL of which `path` is in a copy, None for other paths."""
   found = _COPY.fullmatch(os.fspath(path))
-  return normalise(found[1]) if found else None
+  return normalise(f'{found[1]}://{found[2]}') if found else None
 
 
 def shown(text: str | os.PathLike[str]) -> str:

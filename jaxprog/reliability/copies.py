@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from jaxprog import buckets, errors, files, formats, paths
-from jaxprog.reliability import integrity, lock
+from jaxprog.reliability import integrity, lease, lock
 
 # From so many bytes on it is said that they are being fetched.
 _MANY_BYTES = 10_000_000
@@ -114,7 +114,7 @@ def _is_ahead(folder: pathlib.Path, bucket: buckets.Bucket) -> bool:
   except errors.UserError:  # A run is under way there.
     return True
   token = read_token(folder, bucket)
-  return bool(token) and token == (lock.read_lease(bucket) or {}).get('token')
+  return bool(token) and token == (lease.read_newest(bucket) or {}).get('token')
 
 
 def fetch(

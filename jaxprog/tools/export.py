@@ -191,8 +191,8 @@ def _random_images(trained: trained_lib.Trained) -> np.ndarray:
 
 def _report(path: pathlib.Path, difference: float) -> None:
   print(
-    f'{buckets.shown(path)}: read back, logits differ by {difference:.1e} at most '
-    f'({_NUM_IMAGES} random images)'
+    f'{buckets.shown(path)}: read back, logits differ by {difference:.1e} at '
+    f'most ({_NUM_IMAGES} random images)'
   )
 
 
