@@ -154,9 +154,11 @@ class Mirror:
     for name in others:
       self._put([name], found)
     if is_whole:
-      for part in copies.sort(dict.fromkeys(gone, (0, 0)))[0]:
-        self._bucket.remove(part[1])  # In pieces it is none any more.
-      self._bucket.remove(gone)
+      steps, others = copies.sort(dict.fromkeys(gone, (0, 0)))
+      for content, manifest in steps:
+        self._bucket.remove(manifest)  # In pieces it is none any more.
+        others += content
+      self._bucket.remove(others)
       self._there -= gone
 
   def _put(
