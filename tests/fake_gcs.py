@@ -572,16 +572,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if kind != 'multipart':
       return {}, self.body, content_type
     boundary = re.search('boundary="?([^";]+)', content_type)[1].encode()
-    # Some end their lines with \n alone.
-    parts = re.compile(
-      rb'\r?\n?--%b\r?\n(.*?)\r?\n\r?\n(.*?)\r?\n--%b\r?\n(.*?)\r?\n\r?\n'
-      % (re.escape(boundary), re.escape(boundary)),
+    # Some end their lines with \n alone; what the data ends with stays then.
+    parts = re.match(
+      rb'\s*--%b(\r?\n)(.*?)\1\1(.*?)\1--%b\1(.*?)\1\1(.*)\1--%b--'
+      % ((re.escape(boundary),) * 3),
+      self.body,
       re.DOTALL,
-    ).match(self.body)
-    end = self.body.rindex(b'--' + boundary + b'--')
-    data = self.body[parts.end() : end].removesuffix(b'\n').removesuffix(b'\r')
-    inner = re.search(rb'(?i)content-type: *([^\r\n]+)', parts[3])
-    return json.loads(parts[2]), data, inner[1].decode() if inner else ''
+    )
+    inner = re.search(rb'(?i)content-type: *([^\r\n]+)', parts[4])
+    return json.loads(parts[3]), parts[5], inner[1].decode() if inner else ''
 
   def _write(self, data: bytes, content_type: str, metadata: dict) -> Answer:
     """Writes the object where its preconditions hold and its sums are right."""
