@@ -153,7 +153,11 @@ class Bucket:
 
   def write(self, name: str, data: bytes) -> None:
     """Writes an object, in the place of what was there."""
-    self._write(name, lambda path: self._files.pipe_file(path, data))
+    options = {}
+    if self._scheme in _GOOGLE and data.endswith(b'\r'):
+      # In one piece gcsfs sends it with \n behind it, and both would go.
+      options['chunksize'] = len(data)
+    self._write(name, lambda to: self._files.pipe_file(to, data, **options))
 
   def create(self, name: str, data: bytes) -> bool:
     """Writes an object that is not there yet; False: it is, by another.

@@ -142,6 +142,16 @@ def test_names(server, bucket, tmp_path, name):
   assert bucket.list() == {}
 
 
+@pytest.mark.parametrize('end', [b'\r', b'\n', b'\r\n', b'\n\r', b'--==0==--'])
+def test_any_last_bytes_arrive(server, bucket, tmp_path, end):
+  (tmp_path / 'data').write_bytes(b'data' + end)
+  bucket.upload(tmp_path / 'data', 'uploaded')
+  bucket.write('written', b'data' + end)
+  found = server.objects('test-bucket')
+  assert {*found.values()} == {b'data' + end}
+  assert len(found) == 2
+
+
 def test_a_long_listing_comes_whole(server, bucket):
   for i in range(2100):
     server.put('test-bucket', f'runs/a/{i}', b'')

@@ -46,7 +46,9 @@ def in_bucket(
   it asks for no checkpoint.
   """
 
-  def decorate(function):
+  def decorate(
+    function: Callable[_Params, _Result],
+  ) -> Callable[_Params, _Result]:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
