@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import re
 import sqlite3
 import time
 
 import fake_gcs
 import pytest
+import runs
 
 from jaxprog import buckets, errors
 from jaxprog.reliability import copies, integrity, lock, mirror
@@ -82,7 +84,7 @@ def test_a_bucket_follows_a_folder_in_an_order_that_a_crash_could_leave(
   with held(folder) as following:
     save(folder, 'latest', 1)
     save(folder, 'best', 1)
-    (folder / 'history').write_text('1')
+    (folder / 'history.json').write_text('1')
     following.flush()
     names = written(server)
     step = 'checkpoints/ten/{}/1/{}'
@@ -92,15 +94,15 @@ def test_a_bucket_follows_a_folder_in_an_order_that_a_crash_could_leave(
     }
     assert names[2] == step.format('best', 'manifest.json')
     assert names[5] == step.format('latest', 'manifest.json')
-    assert names[6:] == ['history']
+    assert names[6:] == ['history.json']
     save(folder, 'latest', 2)
     integrity.remove(folder / 'checkpoints/ten/latest', 1)
-    (folder / 'history').write_text('2')
-    (folder / 'done').write_text('2')
+    (folder / 'history.json').write_text('2')
+    (folder / 'done.json').write_text('2')
     following.flush()
     names = written(server)
     assert names[2] == 'checkpoints/ten/latest/2/manifest.json'
-    assert names[3:5] == ['history', 'done']
+    assert names[3:5] == ['history.json', 'done.json']
     assert names[5] == '-checkpoints/ten/latest/1/manifest.json'
     assert len(names) == 8
   assert objects(server) == contents(folder)
@@ -147,42 +149,42 @@ def test_who_had_the_lease_last_has_the_newest_files(server, tmp_path, capfd):
   one, two = tmp_path / 'one', tmp_path / 'two'
   with held(one):
     save(one, 'latest', 1)
-    (one / 'history').write_text('one')
+    (one / 'history.json').write_text('one')
   # Killed before it could upload this, it is still the newest.
-  (one / 'history').write_text('one, later')
+  (one / 'history.json').write_text('one, later')
   save(one, 'latest', 2)
   with held(one) as following:
     following.flush()
     assert contents(one) == objects(server)
-    assert objects(server)['history'] == b'one, later'
-  (one / 'history').write_text('one, lost')
+    assert objects(server)['history.json'] == b'one, later'
+  (one / 'history.json').write_text('one, lost')
   save(one, 'latest', 3)
   with held(two):
-    assert (two / 'history').read_text() == 'one, later'
-    (two / 'history').write_text('two')
+    assert (two / 'history.json').read_text() == 'one, later'
+    (two / 'history.json').write_text('two')
     integrity.remove(two / 'checkpoints/ten/latest', 1)
   with held(one):  # Another one went on meanwhile.
     assert contents(one) == contents(two) == objects(server)
-    assert (one / 'history').read_text() == 'two'
+    assert (one / 'history.json').read_text() == 'two'
 
 
 def test_a_mirror_is_of_one_run(server, tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
   one.mkdir()
-  (one / 'history').write_text('begun without a mirror')
+  (one / 'history.json').write_text('begun without a mirror')
   with held(one):
     pass
   assert objects(server) == contents(one)
   two.mkdir()
-  (two / 'history').write_text('another run')
+  (two / 'history.json').write_text('another run')
   with pytest.raises(errors.UserError, match='different runs'), held(two):
     pass
-  assert (two / 'history').read_text() == 'another run'
+  assert (two / 'history.json').read_text() == 'another run'
   assert objects(server) == contents(one)
   # The copy of a URL is nobody's own.
   copy = buckets.copy_of(URL, tmp_path / 'cache')
   copy.mkdir(parents=True)
-  (copy / 'history').write_text('of a run that was removed')
+  (copy / 'history.json').write_text('of a run that was removed')
   with held(copy):
     assert contents(copy) == contents(one)
 
@@ -195,10 +197,10 @@ def test_a_bucket_that_fails_is_said_once_and_caught_up_with(
   folder = tmp_path / 'run'
   with held(folder):
     server.forbid('test-bucket')
-    (folder / 'history').write_text('1')
+    (folder / 'history.json').write_text('1')
     until(lambda: sum(x.status == 403 for x in server.requests) > 2)
     server.heal()
-    until(lambda: 'history' in objects(server))
+    until(lambda: 'history.json' in objects(server))
   err = capfd.readouterr().err
   assert err.count('The run goes on') == 1
   assert 'You may not do that in gs://test-bucket' in err
@@ -211,7 +213,7 @@ def test_what_could_not_be_uploaded_ends_the_run_with_an_error(
 
   def run():
     with held(folder):
-      (folder / 'history').write_text('1')
+      (folder / 'history.json').write_text('1')
       server.forbid('test-bucket')
 
   with pytest.raises(RuntimeError, match='lacks what was written'):
@@ -219,21 +221,23 @@ def test_what_could_not_be_uploaded_ends_the_run_with_an_error(
   server.heal()
   with held(folder):
     pass
-  assert objects(server)['history'] == b'1'
+  assert objects(server)['history.json'] == b'1'
 
 
 def test_events_are_uploaded_now_and_then(server, tmp_path, monkeypatch):
   monkeypatch.setattr(mirror, '_LOOK_SECONDS', 0.02)
   folder = tmp_path / 'run'
-  events = folder / 'events.out.tfevents.1'
+  events = folder / 'tensorboard' / 'events.out.tfevents.1'
+  name = f'tensorboard/{events.name}'
+  events.parent.mkdir(parents=True)
   with held(folder):
     events.write_text('1')
-    until(lambda: events.name in objects(server))
+    until(lambda: name in objects(server))
     events.write_text('12')
-    (folder / 'history').write_text('1')
-    until(lambda: 'history' in objects(server))
-    assert objects(server)[events.name] == b'1'
-  assert objects(server)[events.name] == b'12'
+    (folder / 'history.json').write_text('1')
+    until(lambda: 'history.json' in objects(server))
+    assert objects(server)[name] == b'1'
+  assert objects(server)[name] == b'12'
 
 
 def test_a_search_that_is_written_to_is_uploaded_as_of_one_moment(
@@ -260,13 +264,13 @@ def test_who_looks_fetches_what_it_needs_and_uploads_what_it_wrote(
   run = tmp_path / 'run'
   with held(run):
     save(run, 'best', 1)
-    (run / 'history').write_text('1')
+    (run / 'history.json').write_text('1')
   copy = buckets.copy_of(URL, tmp_path / 'cache')
   with copies.read(URL, weights=False) as folder:
     assert folder == copy
-    assert [*contents(folder)] == ['history']
-    (folder / 'report').write_text('good')
-  assert objects(server)['report'] == b'good'
+    assert [*contents(folder)] == ['history.json']
+    (folder / 'report.html').write_text('good')
+  assert objects(server)['report.html'] == b'good'
   with copies.read(URL) as folder:
     assert contents(folder) == objects(server)
     assert len(contents(folder)) == 5
@@ -275,19 +279,19 @@ def test_who_looks_fetches_what_it_needs_and_uploads_what_it_wrote(
     pass
   assert 'read' not in {x.what for x in server.clear() if 'lease' not in x.name}
   with held(copy):  # Its files are newer than those of the bucket.
-    (copy / 'history').write_text('2')
+    (copy / 'history.json').write_text('2')
     with copies.read(URL) as folder:
-      assert (folder / 'history').read_text() == '2'
+      assert (folder / 'history.json').read_text() == '2'
 
 
 def test_what_may_not_be_uploaded_is_said_and_kept(server, tmp_path, capfd):
   with held(tmp_path / 'run'):
-    (tmp_path / 'run' / 'history').write_text('1')
+    (tmp_path / 'run' / 'history.json').write_text('1')
   server.forbid('test-bucket')
   with copies.read(URL, weights=False) as folder:
-    (folder / 'report').write_text('good')
+    (folder / 'report.html').write_text('good')
   assert 'What was written is in' in capfd.readouterr().err
-  assert (folder / 'report').read_text() == 'good'
+  assert (folder / 'report.html').read_text() == 'good'
 
 
 def test_a_token_of_another_url_is_none(server, tmp_path):
@@ -296,6 +300,37 @@ def test_a_token_of_another_url_is_none(server, tmp_path):
   assert copies.read_token(tmp_path, buckets.Bucket(f'{URL}b')) == ''
   (tmp_path / '.mirror.json').write_text(json.dumps([1])[:-1])
   assert copies.read_token(tmp_path, buckets.Bucket(URL)) == ''
+
+
+def test_what_else_lies_there_is_left_alone(server, tmp_path):
+  for name in ('data/images', 'lease.tar', 'notes/a.txt'):
+    server.put('test-bucket', f'{PREFIX}{name}', b'of others')
+  folder = tmp_path / 'run'
+  (folder / '.venv').mkdir(parents=True)
+  (folder / '.venv' / 'a.json').write_text('not of the run')
+  (folder / 'src').mkdir()
+  (folder / 'src' / 'a.json').write_text('not of the run')
+  with held(folder):
+    (folder / 'history.json').write_text('1')
+  assert [*objects(server)] == [
+    'data/images',
+    'history.json',
+    'lease.tar',
+    'notes/a.txt',
+  ]
+  with copies.read(URL) as copy:
+    assert [*contents(copy)] == ['history.json']
+
+
+def test_every_folder_that_is_written_to_is_of_the_run():
+  pattern = re.compile(r"workdir / f?'(\w+)(?:/[^']*)?'")
+  found = {
+    name
+    for path in (runs.ROOT / 'jaxprog').rglob('*.py')
+    for name in pattern.findall(path.read_text())
+  }
+  assert found >= {'eval', 'tensorboard', 'export'}
+  assert found <= {*copies.FOLDERS}
 
 
 def until(condition):

@@ -23,11 +23,29 @@ from jaxprog.reliability import integrity, lease, lock
 _MANY_BYTES = 10_000_000
 _STATE = '.mirror.json'
 _STEP = re.compile(r'((?:.*/)?checkpoints/[^/]+/([^/]+)/\d+)/.+', re.DOTALL)
-# Of others, of this machine alone, or not whole.
-_LEFT_OUT = re.compile(
-  r'(?:.*/)?\..*|lease/.*|(?:.*/)?run\.lock|.*\.orbax-checkpoint-tmp.*|'
-  r'.*\.db-(?:journal|shm|wal)',
+# What the program writes into a workdir: other things lie there too, where that
+# is a bucket itself, or the folder that one stands in.
+FOLDERS = (
+  'cells',
+  'checkpoints',
+  'eval',
+  'export',
+  'lr_find',
+  'outcomes',
+  'predictions',
+  'tensorboard',
+  'timing',
+  'trials',
+  'tuning',
+)
+_OF_RUN = re.compile(
+  rf'(?:{"|".join(FOLDERS)})/.*|'
+  r'[^/]+\.(?:csv|db|html|json|jsonl|log|png|txt)',
   re.DOTALL,
+)
+# Of this machine alone, or not whole.
+_LEFT_OUT = re.compile(
+  r'(?:.*/)?\..*|(?:.*/)?run\.lock|.*\.orbax-checkpoint-tmp.*', re.DOTALL
 )
 
 # Size in bytes and time of writing in ns.
@@ -194,7 +212,7 @@ def _download(
 
 def is_of_run(name: str) -> bool:
   """Returns whether a file or an object belongs to what a run has written."""
-  return not _LEFT_OUT.fullmatch(name)
+  return bool(_OF_RUN.fullmatch(name)) and not _LEFT_OUT.fullmatch(name)
 
 
 def is_here(path: pathlib.Path, entry: buckets.Entry) -> bool:

@@ -167,6 +167,7 @@ class Mirror:
     """Returns whether files were uploaded; False: one of them is gone."""
 
     def put(name):
+      self._owner.check()
       path = self._folder / name
       if '/checkpoints/' in f'/{name}':  # Large, and never written again.
         self._bucket.upload(path, name)
