@@ -229,8 +229,8 @@ def test_events_are_uploaded_now_and_then(server, tmp_path, monkeypatch):
   folder = tmp_path / 'run'
   events = folder / 'tensorboard' / 'events.out.tfevents.1'
   name = f'tensorboard/{events.name}'
-  events.parent.mkdir(parents=True)
   with held(folder):
+    events.parent.mkdir()
     events.write_text('1')
     until(lambda: name in objects(server))
     events.write_text('12')
