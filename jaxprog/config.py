@@ -173,10 +173,12 @@ def to_json(config: config_dict.ConfigDict) -> dict[str, Any]:
   return json.loads(json.dumps(_plain(config)))
 
 
-def without_mirror(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """Returns a copy of `config` for a run that is part of something larger."""
+def with_mirror(
+  config: config_dict.ConfigDict, url: str = ''
+) -> config_dict.ConfigDict:
+  """Returns a copy of `config` whose runs are kept at `url`, '' for nowhere."""
   config = config.copy_and_resolve_references()
-  config.get('base', config).mirror = ''
+  config.get('base', config).mirror = url
   return config
 
 

@@ -109,7 +109,8 @@ class Mirror:
     token = copies.read_token(self._folder, self._bucket)
     if token in before:
       return token == before[-1]
-    if buckets.url_of(self._folder) or not copies.scan(self._folder):
+    is_copy = buckets.url_of(self._folder) == self._bucket.url
+    if is_copy or not copies.scan(self._folder):
       return False
     if not any(map(copies.is_of_run, there)):
       return True  # The run began without a bucket.

@@ -51,7 +51,7 @@ def tune(
   if isinstance(config, str):
     config = config_lib.load_config(config)
   workdir, url = mirror.locate(workdir, config.base.mirror)
-  config = config_lib.without_mirror(config)
+  config = config_lib.with_mirror(config)
   space = create_space(config)
   preflight.launch(stages.complete(config.base), workdir, only=config.only)
   with signals.StopRequest(), mirror.hold(workdir, url):

@@ -15,8 +15,8 @@ import jax
 import rich.table
 from ml_collections import config_dict
 
-from jaxprog import config as config_lib
 from jaxprog import buckets, errors, files, formats, named, paths
+from jaxprog import config as config_lib
 from jaxprog import stages as stages_lib
 from jaxprog.data import preparation
 from jaxprog.monitoring import history as history_lib
