@@ -6,7 +6,7 @@
 --config=FILE[:ARG]   or one of your own; without any, the one that WORKDIR was
                       trained with serves
 --config.FIELD=VALUE  overrides one field: --config.stages[0].num_epochs=3
---workdir=DIR         a directory for everything a run writes
+--workdir=DIR         a directory for everything a run writes, or gs://BUCKET/PATH
 --version, --help     -h too; with --mode=MODE: its flags and an example
 --mode=MODE           one of
 """
@@ -25,7 +25,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 import jaxprog
-from jaxprog import errors, fields, paths, version
+from jaxprog import buckets, errors, fields, paths, version
 from jaxprog.reliability import signals
 
 Flags = flags.FlagValues
@@ -254,7 +254,7 @@ def main(argv: Sequence[str]) -> int:
     with signals.StopRequest(owns_process=True), _processes(asked):
       return run(asked, overrides)
   except errors.UserError as e:
-    print(e, file=sys.stderr)
+    print(buckets.shown(str(e)), file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     return 128 + signal.SIGINT
@@ -433,14 +433,17 @@ def _saved_config(asked: Flags) -> str:
       f'--mode={asked.mode}',
       'Begin with --config=quickstart.',
     )
+  from jaxprog.reliability import copies
   from jaxprog.reporting import rundir
 
-  workdir = paths.workdir(asked.workdir)
-  rundir.check(workdir)
-  path = workdir / 'config.json'
+  if buckets.is_url(asked.workdir):
+    path = copies.fetch_config(asked.workdir)
+  else:
+    rundir.check(paths.workdir(asked.workdir))
+    path = paths.workdir(asked.workdir) / 'config.json'
   if not path.is_file():
     raise errors.UserError(
-      f'The run in {workdir} has no config.json.',
+      f'The run in {asked.workdir} has no config.json.',
       f'--mode={asked.mode}',
       'Name the --config that it was trained with.',
     )
@@ -457,7 +460,9 @@ def _write_traceback(workdir: str) -> str:
       path = paths.workdir(workdir) / 'error.log'
       with open(path, 'a', errors='backslashreplace') as file:
         traceback.print_exc(file=file)
-      return f'Traceback: {path}'
+      if buckets.is_url(workdir):
+        buckets.Bucket(workdir).upload(path, path.name)
+      return f'Traceback: {buckets.shown(path)}'
   return traceback.format_exc().rstrip()
 
 

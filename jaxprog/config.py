@@ -173,6 +173,15 @@ def to_json(config: config_dict.ConfigDict) -> dict[str, Any]:
   return json.loads(json.dumps(_plain(config)))
 
 
+def with_mirror(
+  config: config_dict.ConfigDict, url: str = ''
+) -> config_dict.ConfigDict:
+  """Returns a copy of `config` whose runs are kept at `url`, '' for nowhere."""
+  config = config.copy_and_resolve_references()
+  config.get('base', config).mirror = url
+  return config
+
+
 def config_hash(config: config_dict.ConfigDict) -> str:
   """Returns 16 hex digits that change whenever the result might."""
   plain = {k: v for k, v in to_json(config).items() if k not in _FREE}

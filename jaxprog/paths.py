@@ -44,21 +44,23 @@ def workdir(path: str | os.PathLike[str]) -> pathlib.Path:
       'Name a directory for what the run writes: --workdir=runs/first.',
     )
   where = f'--workdir={path}'
-  return _copy(path) if buckets.is_url(path) else _readable(path, where)
+  return copy(path) if buckets.is_url(path) else _readable(path, where)
 
 
 def data_dir(config: config_dict.ConfigDict) -> pathlib.Path:
   """Returns where the config has its datasets; of a bucket, their copy."""
   path, where = config.data_dir, f'config.data_dir={config.data_dir}'
   if buckets.is_url(path):
-    return _copy(path, config.cache_dir)
+    return copy(path, config.cache_dir)
   return _readable(path, where)
 
 
-def _copy(url: str | os.PathLike[str], cache: str = '') -> pathlib.Path:
-  """Returns where what lies at `url` is kept on this machine."""
+def copy(
+  url: str | os.PathLike[str], cache: str = '', part: str = ''
+) -> pathlib.Path:
+  """Returns where what lies at `url` is kept on this machine, or its `part`."""
   home = os.environ.get('JAXPROG_CACHE_DIR') or '~/.cache/jaxprog'
-  return buckets.copy_of(buckets.normalise(url), expand(cache or home))
+  return buckets.copy_of(buckets.normalise(url), expand(cache or home) / part)
 
 
 def cache_dir(config: config_dict.ConfigDict) -> pathlib.Path | None:

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 from packaging import requirements, specifiers
 
-from jaxprog import errors, formats, paths
+from jaxprog import buckets, errors, formats, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import builders, folders, preparation, records, signatures
 from jaxprog.optim import optimizers
-from jaxprog.reliability import checkpoints, integrity
+from jaxprog.reliability import checkpoints, integrity, lease
 from jaxprog.training import devices, preflight
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
@@ -348,6 +348,13 @@ def _check_workdir(seen: Inspection) -> Iterator[Finding]:
   if seen.workdir:
     preflight.claim_workdir(seen.workdir)
     yield Finding(True, f'workdir: {seen.workdir} can be written to')
+    if url := buckets.url_of(seen.workdir) or seen.config.mirror:
+      bucket = buckets.Bucket(url)
+      if owner := lease.check_free(bucket):
+        yield Finding(None, owner)
+      bucket.write('.probe', b'probe')
+      bucket.remove(['.probe'])
+      yield Finding(True, f'workdir: {url} can be written to')
 
 
 def _check_run(seen: Inspection) -> Iterator[Finding]:

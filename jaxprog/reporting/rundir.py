@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxprog import errors
+from jaxprog import buckets, errors
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents as incidents_lib
 
@@ -77,8 +77,8 @@ def check(workdir: str | os.PathLike[str]) -> None:
   workdir = pathlib.Path(workdir)
   if not _is_run(workdir):
     raise errors.UserError(
-      f'There is no run in {workdir}.',
-      f'--workdir={workdir}',
+      f'There is no run in {buckets.shown(workdir)}.',
+      f'--workdir={buckets.shown(workdir)}',
       _describe_near(workdir),
     )
 

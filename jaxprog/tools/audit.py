@@ -11,14 +11,16 @@ import rich.console
 import rich.table
 from ml_collections import config_dict
 
-from jaxprog import files, paths, stages
+from jaxprog import buckets, files, paths, stages
 from jaxprog.data import leaks, preparation
 from jaxprog.data.records import Dataset
 from jaxprog.monitoring import bars
+from jaxprog.reliability import copies
 
 _NUM_EXAMPLES = 10
 
 
+@copies.in_bucket(weights=False)
 def audit(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path | None = None,
@@ -50,7 +52,7 @@ def audit(
   if workdir:
     path = workdir / 'audit.json'
     files.write_json(path, _summary(datasets, absent, found))
-    console.print(str(path), soft_wrap=True)
+    console.print(buckets.shown(path), soft_wrap=True)
   excluded = sum(int(x.sum()) for x in found.excluded.values())
   console.print(_verdict(excluded, config.exclude_leaks), soft_wrap=True)
   return int(excluded > 0 and not config.exclude_leaks)

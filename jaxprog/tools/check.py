@@ -12,10 +12,11 @@ import rich.console
 import rich.text
 from ml_collections import config_dict
 
-from jaxprog import errors, files, formats, paths, stages
+from jaxprog import buckets, errors, files, formats, paths, stages
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import progress as progress_lib
 from jaxprog.planning import costs, inspection, outlook, timing
+from jaxprog.reliability import copies
 from jaxprog.reporting import plots
 from jaxprog.training import described, preflight
 from jaxprog.training import run as run_lib
@@ -34,6 +35,7 @@ _MARKS = {
 }
 
 
+@copies.in_bucket()
 def check(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path | None = None,
@@ -159,7 +161,8 @@ def _show_outlook(
     epochs = {task.stage.name: task.stage.num_epochs for task in tasks}
     plots.plot_learning_rates(rates, epochs, image)
     files.write_json(seen.workdir / 'plan.json', figures)
-    outlook.say(f'\n{seen.workdir / "plan.json"}\n{image}', console)
+    paths = f'{seen.workdir / "plan.json"}\n{image}'
+    outlook.say(f'\n{buckets.shown(paths)}', console)
 
 
 def _create_tasks(

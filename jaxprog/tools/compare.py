@@ -17,8 +17,8 @@ import rich.console
 import rich.text
 from ml_collections import config_dict
 
+from jaxprog import buckets, errors, files
 from jaxprog import config as config_lib
-from jaxprog import errors, files, paths
 from jaxprog.comparison import (
   budgets,
   cells,
@@ -35,7 +35,7 @@ from jaxprog.comparison.runs import Planned
 from jaxprog.comparison.statistics import Record
 from jaxprog.data import workers
 from jaxprog.monitoring import environment
-from jaxprog.reliability import lock, signals
+from jaxprog.reliability import mirror, signals
 from jaxprog.training import preflight
 from jaxprog.training import run as run_lib
 
@@ -194,9 +194,10 @@ def compare(
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
   workers.leave_if_starting()
-  workdir = paths.workdir(workdir)
   if isinstance(config, str):
     config = config_lib.load_config(config)
+  workdir, url = mirror.locate(workdir, config.base.mirror)
+  config = config_lib.with_mirror(config)
   chosen = cells.create_cells(config)
   if jax.process_count() > 1:
     raise errors.UserError('A comparison runs in one process.')
@@ -207,7 +208,7 @@ def compare(
     comparison.say(f'comparison: {len(chosen)} cells, the costs of their steps')
     planned = _plan_all(comparison)
     console.print(tables.to_rich(_plan_table(planned)))
-    with lock.Lock(workdir):
+    with mirror.hold(workdir, url):
       files.write_json(workdir / 'config.json', config_lib.to_json(config))
       _tune(comparison)
       result = _run_all(comparison, _time_cells(comparison))
@@ -439,7 +440,8 @@ def _conclude(comparison: Comparison, result: Mapping[str, Any]) -> None:
   files.write_bytes(workdir / 'comparison.txt', text.getvalue().encode())
   page.write_page(workdir)
   comparison.say(
-    f'Written: {workdir}/comparison.json, .txt, report.html, {picture.name}'
+    f'Written: {buckets.shown(workdir)}/comparison.json, .txt, report.html, '
+    f'{picture.name}'
   )
 
 

@@ -13,9 +13,11 @@ import numpy as np
 import rich.console
 from ml_collections import config_dict
 
+from jaxprog import buckets
+from jaxprog import config as config_lib
 from jaxprog import paths
 from jaxprog.data.records import Records
-from jaxprog.reliability import checkpoints, lock, peers, signals
+from jaxprog.reliability import checkpoints, copies, lock, peers, signals
 from jaxprog.training import ladder
 from jaxprog.training import setup as setup_lib
 
@@ -24,6 +26,7 @@ _NUM_STEPS = 2
 _EVAL_BATCHES = 1.5
 
 
+@copies.in_bucket()
 def dry_run(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path,
@@ -46,6 +49,9 @@ def dry_run(
   workdir = paths.workdir(workdir)
   beside = workdir.absolute().with_name(f'.{workdir.name}.dry_run')
   folder = beside / 'run'
+  kept_at = buckets.url_of(workdir) or config.mirror
+  # Other hosts can see a bucket alone.
+  url = f'{kept_at}.dry_run' if kept_at and jax.process_count() > 1 else ''
   seconds: dict[str, float] = {}
   began = left = time.monotonic()
 
@@ -63,9 +69,11 @@ def dry_run(
       stack.enter_context(lock.Lock(beside))  # Another dry run is refused.
       stack.callback(shutil.rmtree, beside, ignore_errors=True)
       _begin(workdir, folder)
+      _remove(url)  # Of one that was killed.
+      stack.callback(_remove, url)
     peers.wait_for_all('dry_run')
     history = ladder.train(
-      config,
+      config_lib.with_mirror(config, url),
       folder,
       only=only,
       skip=skip,
@@ -101,6 +109,13 @@ def _begin(workdir: pathlib.Path, folder: pathlib.Path) -> None:
         checkpoints.stage_directory(folder, name),
         ignore=shutil.ignore_patterns('latest'),
       )
+
+
+def _remove(url: str) -> None:
+  """Removes what other processes could read."""
+  if url:
+    bucket = buckets.Bucket(url)
+    bucket.remove(bucket.list())
 
 
 def _shorten(task: setup_lib.Task) -> setup_lib.Task:

@@ -14,12 +14,13 @@ import rich.console
 import rich.progress
 from ml_collections import config_dict
 
+from jaxprog import buckets, epochs, errors, files, stages
 from jaxprog import config as config_lib
-from jaxprog import epochs, errors, files, stages
 from jaxprog import paths as paths_lib
 from jaxprog.data import preparation
 from jaxprog.data.records import Dataset
 from jaxprog.monitoring import diagnostics
+from jaxprog.reliability import copies
 from jaxprog.reporting import scores
 from jaxprog.training import alike, devices, loop
 from jaxprog.training import setup as setup_lib
@@ -28,6 +29,7 @@ from jaxprog.training import trained as trained_lib
 _CSV_FIELDS = ('class', 'name', 'images', 'right', 'top1')
 
 
+@copies.in_bucket()
 def evaluate(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path,
@@ -87,7 +89,7 @@ def evaluate(
   paths = _write(workdir, found, dataset)
   scores.show(found, console)
   for path in paths:
-    console.print(str(path), soft_wrap=True)
+    console.print(buckets.shown(path), soft_wrap=True)
   return found
 
 

@@ -20,11 +20,11 @@ import safetensors.numpy
 from flax import linen as nn
 from ml_collections import config_dict
 
+from jaxprog import buckets, files, version
 from jaxprog import config as config_lib
-from jaxprog import files, version
 from jaxprog import paths as paths_lib
 from jaxprog.models import conv, interchange, resnet
-from jaxprog.reliability import checkpoints
+from jaxprog.reliability import checkpoints, copies
 from jaxprog.reporting import facts
 from jaxprog.training import state as state_lib
 from jaxprog.training import trained as trained_lib
@@ -50,6 +50,7 @@ class _Score(NamedTuple):
   split: str
 
 
+@copies.in_bucket()
 def export(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path,
@@ -190,8 +191,8 @@ def _random_images(trained: trained_lib.Trained) -> np.ndarray:
 
 def _report(path: pathlib.Path, difference: float) -> None:
   print(
-    f'{path}: read back, logits differ by {difference:.1e} at most '
-    f'({_NUM_IMAGES} random images)'
+    f'{buckets.shown(path)}: read back, logits differ by {difference:.1e} at '
+    f'most ({_NUM_IMAGES} random images)'
   )
 
 

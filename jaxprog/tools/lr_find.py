@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from jaxprog import errors, files, paths, stages
+from jaxprog.reliability import copies
 from jaxprog.reporting import plots
 from jaxprog.training import feed as feed_lib
 from jaxprog.training import preflight
@@ -23,6 +24,7 @@ _DIVERGED = 4.0
 _SMOOTHING = 0.9
 
 
+@copies.in_bucket()
 def lr_find(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path,

@@ -8,14 +8,16 @@ from typing import Any
 import rich.console
 from ml_collections import config_dict
 
-from jaxprog import files, formats, paths
+from jaxprog import buckets, files, formats, paths
 from jaxprog.planning import chips, elsewhere, outlook
+from jaxprog.reliability import copies
 from jaxprog.reporting.page import planned
 from jaxprog.training import preflight
 
 FILE = 'hardware_plan.json'
 
 
+@copies.in_bucket(weights=False)
 def plan(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path | None = None,
@@ -61,7 +63,7 @@ def plan(
   if workdir:
     path = workdir / FILE
     files.write_json(path, figures)
-    console.print(f'\n{path}', highlight=False, soft_wrap=True)
+    console.print(f'\n{buckets.shown(path)}', highlight=False, soft_wrap=True)
   return figures
 
 

@@ -19,9 +19,10 @@ import rich.progress
 from ml_collections import config_dict
 from PIL import Image, UnidentifiedImageError
 
-from jaxprog import errors, files, formats
+from jaxprog import buckets, errors, files, formats
 from jaxprog import paths as paths_lib
 from jaxprog.data import folders, preprocess
+from jaxprog.reliability import copies
 from jaxprog.reporting import contact_sheet
 from jaxprog.training import devices
 from jaxprog.training import setup as setup_lib
@@ -56,6 +57,7 @@ class _Read(NamedTuple):
   turned: bool = False
 
 
+@copies.in_bucket()
 def predict(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path,
@@ -341,9 +343,9 @@ def _show(
     _print(f'{file:<{widths[0]}}  {percent:>{widths[1]}}  {rest}'.rstrip())
   more = len(predictions) - len(rows)
   if more:
-    _print(f'... and {more:,} more in {paths[0]}')
-  _print(f'CSV: {paths[0]}')
-  _print(f'Contact sheet: {paths[1]}')
+    _print(f'... and {more:,} more in {buckets.shown(paths[0])}')
+  _print(f'CSV: {buckets.shown(paths[0])}')
+  _print(f'Contact sheet: {buckets.shown(paths[1])}')
 
 
 def _row(x: Prediction, base: pathlib.Path) -> tuple[str, str, str]:

@@ -1,12 +1,13 @@
 """Makes the reports of runs anew; puts several runs side by side."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Sequence
 
-from jaxprog import errors, files
-from jaxprog import paths as paths_lib
+from jaxprog import buckets, errors, files
 from jaxprog.comparison import page
+from jaxprog.reliability import copies
 from jaxprog.reporting import outputs, rundir
 from jaxprog.reporting.page import side_by_side
 
@@ -25,7 +26,14 @@ def write_report(
   """
   if isinstance(workdirs, str | os.PathLike):
     workdirs = [workdirs]
-  folders = [paths_lib.workdir(x) for x in workdirs]
+  with contextlib.ExitStack() as stack:
+    folders = [
+      stack.enter_context(copies.read(x, weights=False)) for x in workdirs
+    ]
+    _write(folders)
+
+
+def _write(folders: list[pathlib.Path]) -> None:
   for folder in folders:
     rundir.check(folder)
   comparisons = [x for x in folders if (x / 'comparison.json').exists()]
@@ -40,8 +48,8 @@ def write_report(
   except OSError as e:
     raise errors.UserError(
       f'Cannot write a report: {e.strerror}.',
-      str(e.filename or workdirs[0]),
+      str(e.filename or folders[0]),
       'Name directories that you may write to.',
     ) from None
   for path in paths:
-    print(path)
+    print(buckets.shown(path))

@@ -21,13 +21,13 @@ from ml_collections import config_dict
 from optuna import distributions
 from optuna.trial import TrialState
 
+from jaxprog import buckets, errors, files, formats, stages
 from jaxprog import config as config_lib
-from jaxprog import errors, files, formats, paths, stages
 from jaxprog.comparison import statistics, tables
 from jaxprog.data import workers
 from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
-from jaxprog.reliability import lock, signals
+from jaxprog.reliability import mirror, signals
 from jaxprog.training import ladder, loop, preflight
 
 _Distribution = distributions.BaseDistribution
@@ -48,12 +48,13 @@ def tune(
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
   workers.leave_if_starting()
-  workdir = paths.workdir(workdir)
   if isinstance(config, str):
     config = config_lib.load_config(config)
+  workdir, url = mirror.locate(workdir, config.base.mirror)
+  config = config_lib.with_mirror(config)
   space = create_space(config)
   preflight.launch(stages.complete(config.base), workdir, only=config.only)
-  with signals.StopRequest(), lock.Lock(workdir):
+  with signals.StopRequest(), mirror.hold(workdir, url):
     study = _open_study(config, workdir)
     _check_same_search(config, study, workdir)
     _enqueue_unfinished(study)
@@ -361,7 +362,7 @@ def _show(
     f'{found["num_images"]:,} evaluation images do not tell {alike} from the '
     'best. The best of many is partly luck: train it with other seeds before '
     'you believe it.\n'
-    f'{workdir / "best_config.json"}',
+    f'{buckets.shown(workdir / "best_config.json")}',
     highlight=False,
     markup=False,
     soft_wrap=True,

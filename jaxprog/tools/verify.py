@@ -11,14 +11,16 @@ import rich.console
 import rich.table
 from ml_collections import config_dict
 
-from jaxprog import errors, files, paths, stages
+from jaxprog import buckets, errors, files, paths, stages
 from jaxprog.data import verification
 from jaxprog.monitoring import bars
+from jaxprog.reliability import copies
 
 # Problems of one kind that are printed; the JSON has all.
 _SHOWN = 10
 
 
+@copies.in_bucket(weights=False)
 def verify(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path | None = None,
@@ -163,7 +165,7 @@ def _write(
 ) -> None:
   try:
     files.write_json(path, found)
-    text = str(path)
+    text = buckets.shown(path)
   except OSError as e:  # Data may be read-only; what was found is printed.
     text = f'{path} was not written: {e.strerror}'
   console.print(text, soft_wrap=True)

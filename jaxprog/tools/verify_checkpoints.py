@@ -10,12 +10,13 @@ import rich.table
 import rich.text
 
 from jaxprog import errors, paths
-from jaxprog.reliability import checkpoints, integrity
+from jaxprog.reliability import checkpoints, copies, integrity
 from jaxprog.reporting import rundir
 
 _STYLES = {'intact': 'green', 'damaged': 'bold red', 'unfinished': 'yellow'}
 
 
+@copies.in_bucket()
 def verify_checkpoints(workdir: str | pathlib.Path) -> int:
   """Returns 0 if no checkpoint of `workdir` is damaged, else 1.
 

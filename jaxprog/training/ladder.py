@@ -10,11 +10,11 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
-from jaxprog import errors, paths
+from jaxprog import errors
 from jaxprog.data import workers
 from jaxprog.monitoring import diagnostics, pictures
 from jaxprog.monitoring import history as history_lib
-from jaxprog.reliability import checkpoints, lock, peers, signals
+from jaxprog.reliability import checkpoints, mirror, peers, signals
 from jaxprog.reporting import facts, report
 from jaxprog.training import alike, described, loop, preflight, resume
 from jaxprog.training import run as run_lib
@@ -48,16 +48,14 @@ def train(
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
   workers.leave_if_starting()
-  workdir = paths.workdir(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.StopRequest())
     stack.enter_context(peers.join(stop))
+    workdir, url = mirror.locate(workdir, config.mirror)
     preflight.launch(config, workdir, only=only, skip=skip)
     peers.wait_for_all('preflight')  # It removes folders that it made.
-    owner = lock.Lock(workdir)
-    if jax.process_index() == 0:
-      stack.enter_context(owner)
-    alike.check_workdir(workdir)
+    owner = stack.enter_context(mirror.hold(workdir, url))
+    alike.check_workdir(workdir, url)
     setup = setup_lib.create_setup(
       config,
       only=only,

@@ -15,8 +15,8 @@ import jax
 import rich.table
 from ml_collections import config_dict
 
+from jaxprog import buckets, errors, files, formats, named, paths
 from jaxprog import config as config_lib
-from jaxprog import errors, files, formats, named, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import preparation
 from jaxprog.monitoring import history as history_lib
@@ -112,8 +112,10 @@ def quick(
       f'--workdir={workdir}',
       'Free some, or name a --workdir on a larger disk.',
     )
+  url = buckets.url_of(path)
   return [
     f'devices: {devices.describe()}',
+    *([f'workdir: {url}, on this machine in {path}'] if url else []),
     f'disk: {formats.size(need)} to be written, {formats.size(free)} free',
     *describe_run(path),
   ]
@@ -124,7 +126,6 @@ def check_workdir(workdir: pathlib.Path) -> None:
 
   Leaves nothing behind, not even folders.
   """
-  refuse_bucket(workdir, '--workdir')
   probe = workdir / f'.probe.{socket.gethostname()}.{os.getpid()}'
   with paths.writing(workdir), files.folder(workdir):
     files.write_bytes(probe, b'probe')

@@ -1,0 +1,231 @@
+"""A run, and the bucket that it is kept in.
+
+The run lives in a folder on a disk, as any other. A thread looks at the folder
+every few seconds and lets the bucket follow: first checkpoints that are whole,
+then all other files, in the order in which they were written; then what has
+gone goes there too. So whatever ends the run, the bucket holds one that a crash
+could have left on the disk a little earlier.
+
+Whoever had the lease last has the newest files: .mirror.json says whether that
+was this folder. If not, the bucket's are fetched before anything else.
+"""
+
+import contextlib
+import functools
+import os
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
+
+from jaxprog import buckets, errors, paths
+from jaxprog.reliability import copies, lock, peers
+
+_LOOK_SECONDS = 5.0
+# TensorBoard's files grow with every point, and each look would write them all.
+_EVENTS_SECONDS = 30.0
+# Seconds before a bucket that failed is written to again.
+_PAUSE_SECONDS = 30.0
+
+
+class Mirror:
+  """Lets a bucket follow a folder; a context manager for who has the lease.
+
+  A bucket that cannot be written to is said and tried again; the run goes on.
+  """
+
+  def __init__(
+    self, folder: pathlib.Path, bucket: buckets.Bucket, owner: lock.Lock
+  ) -> None:
+    self._folder, self._bucket, self._owner = folder, bucket, owner
+    # Objects that there are, and how files looked when they were as these.
+    self._there: set[str] = set()
+    self._known: dict[str, copies.Look] = {}
+    self._ended = threading.Event()
+    self._turn = threading.Lock()
+    self._thread = threading.Thread(
+      target=self._follow, name='mirror', daemon=True
+    )
+
+  def __enter__(self) -> 'Mirror':
+    """Fetches what is newer in the bucket.
+
+    Raises:
+      UserError: if the folder holds another run than the bucket.
+    """
+    there = self._bucket.list()
+    if not self._is_newest(there):
+      copies.write_token(self._folder, self._bucket, '')
+      there = {**there, **copies.fetch(self._folder, self._bucket)}
+    copies.write_token(self._folder, self._bucket, self._token)
+    for name, look in copies.scan(self._folder).items():
+      if name in there and copies.is_here(self._folder / name, there[name]):
+        self._known[name] = look
+    self._there = {x for x in there if copies.is_of_run(x)}
+    self._thread.start()
+    return self
+
+  def __exit__(self, kind: object, error: object, trace: object) -> None:
+    """Uploads what is left.
+
+    Raises:
+      RuntimeError: if that cannot be, and nothing else has ended the run.
+    """
+    self._ended.set()
+    self._thread.join()
+    try:
+      self.flush()
+    except Exception as e:
+      text = (
+        f'{self._bucket.url} lacks what was written last, which is in '
+        f'{self._folder}: {copies.describe(e)}'
+      )
+      if error is None or isinstance(error, errors.Stopped):
+        raise RuntimeError(text) from e
+      print(text, file=sys.stderr)
+
+  def flush(self) -> None:
+    """Returns once the bucket holds all that the folder does.
+
+    Raises:
+      RuntimeError: if another run has taken over.
+      UserError: if the bucket cannot be written to.
+    """
+    with self._turn:
+      self._upload(copies.scan(self._folder))
+
+  @property
+  def _token(self) -> str:
+    assert self._owner.lease is not None
+    return self._owner.lease.token
+
+  def _is_newest(self, there: copies.Listing) -> bool:
+    """Returns whether the folder holds all that the bucket does, or more."""
+    assert self._owner.lease is not None
+    before = self._owner.lease.before
+    token = copies.read_token(self._folder, self._bucket)
+    if token in before:
+      return token == before[-1]
+    is_copy = buckets.url_of(self._folder) == self._bucket.url
+    if is_copy or not copies.scan(self._folder):
+      return False
+    if not any(map(copies.is_of_run, there)):
+      return True  # The run began without a bucket.
+    raise errors.UserError(
+      f'{self._folder} and {self._bucket.url} hold different runs.',
+      f'config.mirror={self._bucket.url}',
+      'Name a --workdir that is empty, or another mirror.',
+    )
+
+  def _follow(self) -> None:
+    """Lets the bucket follow until the run ends."""
+    pause, events_at = _LOOK_SECONDS, time.monotonic()
+    while not self._ended.wait(pause):
+      found, now = copies.scan(self._folder), time.monotonic()
+      if now < events_at + _EVENTS_SECONDS:
+        for name in [x for x in found if 'tfevents' in x and x in self._known]:
+          found[name] = self._known[name]
+      else:
+        events_at = now
+      try:
+        with self._turn:
+          self._upload(found)
+        pause = _LOOK_SECONDS
+      except Exception as e:
+        if pause == _LOOK_SECONDS:
+          text = f'{copies.describe(e)} The run goes on, and tries it again.'
+          print(text, file=sys.stderr)
+        pause = _PAUSE_SECONDS
+
+  def _upload(self, found: Mapping[str, copies.Look]) -> None:
+    """Lets the bucket follow the files that were `found`."""
+    changed = {k: v for k, v in found.items() if self._known.get(k) != v}
+    gone = self._there - found.keys()
+    if not changed and not gone:
+      return
+    self._owner.check()
+    steps, others = copies.sort(changed)
+    # Else a checkpoint has gone since, and what replaces it is not there yet.
+    is_whole = True
+    for content, manifest in steps:
+      is_whole &= self._put(content, found) and self._put(manifest, found)
+    for name in others:
+      self._put([name], found)
+    if is_whole:
+      steps, others = copies.sort(dict.fromkeys(gone, (0, 0)))
+      for content, manifest in steps:
+        self._bucket.remove(manifest)  # In pieces it is none any more.
+        others += content
+      self._bucket.remove(others)
+      self._there -= gone
+
+  def _put(
+    self, names: Iterable[str], found: Mapping[str, copies.Look]
+  ) -> bool:
+    """Returns whether files were uploaded; False: one of them is gone."""
+
+    def put(name):
+      self._owner.check()
+      path = self._folder / name
+      if '/checkpoints/' in f'/{name}':  # Large, and never written again.
+        self._bucket.upload(path, name)
+      else:
+        self._bucket.write(name, copies.read_file(path))
+      self._known[name] = found[name]
+      self._there.add(name)
+
+    try:
+      buckets.at_once(put, names)
+    except FileNotFoundError:
+      return False
+    return True
+
+
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path, url: str) -> Iterator[lock.Lock]:
+  """Lets this run alone write into `workdir`, and keeps it in the bucket `url`.
+
+  '' is no bucket. Of many processes the first one has the lock; the others see
+  what it had written at the last `peers.wait_for_files`.
+
+  Raises:
+    UserError: if another run has it, or one may not write there.
+  """
+  bucket = buckets.Bucket(url) if url else None
+  owner = lock.Lock(workdir, bucket)
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(owner)
+      if bucket:
+        mirror = stack.enter_context(Mirror(workdir, bucket, owner))
+        stack.enter_context(peers.share(publish=mirror.flush))
+    elif bucket:
+      fetch = functools.partial(copies.fetch, workdir, bucket)
+      stack.enter_context(peers.share(fetch=fetch))
+    yield owner
+
+
+def locate(
+  workdir: str | os.PathLike[str], mirror: str = ''
+) -> tuple[pathlib.Path, str]:
+  """Returns the folder of a run in this process, and its bucket's URL or ''.
+
+  Raises:
+    UserError: if `mirror`, of config.mirror, is no URL.
+  """
+  folder = paths.workdir(workdir)
+  url = os.fspath(workdir) if buckets.is_url(workdir) else mirror
+  if not url:
+    return folder, ''
+  if not buckets.is_url(url):
+    raise errors.UserError(
+      f'{url!r} is no URL.',
+      f'config.mirror={url}',
+      'Write s3://BUCKET/PATH, gs://BUCKET/PATH or another that fsspec knows.',
+    )
+  if jax.process_index() > 0:
+    folder = paths.copy(url, part=f'process-{jax.process_index()}')
+  return folder, buckets.normalise(url)
