@@ -203,6 +203,8 @@ def test_a_changed_config_is_shown_as_a_table_and_refused(
 def hold_lock(workdir, data_dir):
   owner = {'host': 'elsewhere', 'pid': 7, 'since': 'now', 'token': 'another'}
   files.write_json(workdir / 'run.lock', owner)
+  # For as long as it is not closed.
+  files.lock(os.open(workdir / 'run.lock', os.O_RDWR))
 
 
 def damage_history(workdir, data_dir):

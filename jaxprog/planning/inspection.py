@@ -346,7 +346,8 @@ def leaks_are_known(config: config_dict.ConfigDict) -> bool:
 
 def _check_workdir(seen: Inspection) -> Iterator[Finding]:
   if seen.workdir:
-    preflight.claim_workdir(seen.workdir)
+    if owner := preflight.claim_workdir(seen.workdir):
+      yield Finding(None, owner)
     yield Finding(True, f'workdir: {seen.workdir} can be written to')
     if url := buckets.url_of(seen.workdir) or seen.config.mirror:
       bucket = buckets.Bucket(url)

@@ -115,7 +115,7 @@ class Checkpoints:
   def wait(self) -> None:
     """Waits until every save has committed and has its manifest."""
     self._await(self._pending)
-    peers.wait_for_all('saved')  # The manifest is process 0's.
+    peers.wait_for_files('saved')  # The manifest is process 0's.
 
   def mark_done(self, meta: Meta) -> None:
     """Declares the stage finished, once every save has committed."""
@@ -251,7 +251,7 @@ def _on_first_process(change: Callable[[], None]) -> None:
   """Lets one process change files, and the others see them only then."""
   if jax.process_index() == 0:
     change()
-  peers.wait_for_all('checkpoints')
+  peers.wait_for_files('checkpoints')
 
 
 def _quarantine_latest(stage: pathlib.Path, on_incident: _OnIncident) -> None:

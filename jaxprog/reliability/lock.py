@@ -2,218 +2,222 @@
 
 What is promised:
 
-- On one host, whenever the file system knows flock: never two runs at once.
-  The kernel frees the lock when its owner dies, `kill -9` included; the next
-  run takes it over at once.
-- Between hosts of which each sees the other's flock (NFS 4): the same, but a
-  dead owner is waited for 90 s.
-- Between hosts that do not (NFS without locks, gcsfuse), and where there is no
-  flock at all: the owner touches the file every 20 s, and another run refuses
-  until it is 90 s old. On one host, a process that has ended is not waited for.
+- Never two runs at once on one host, nor on hosts that see each other's flock
+  (NFS 4). The kernel frees the lock when its owner dies, `kill -9` included.
+- What a run of this host has left is taken over at once. What one of another
+  host has left is watched for 60 s: a living owner touches the file every 20 s,
+  and is found even where its flock is not seen here.
+- Where there is no flock a folder is refused. Named as a URL, file:// too, it
+  has a lease, as every bucket has.
 
-What is not promised there: two runs that start within the same second may both
-begin. Within 20 s, one of them finds the other's name in the file and fails in
-`Lock.check`. The same happens to an owner that was suspended for longer than
-90 s, once another one has taken over. Saves of those seconds may mix.
+What is not promised: two hosts that do not see each other's flock may both
+begin within the same seconds. The one whose name is not in the file then fails
+before its first save.
 """
 
 import contextlib
-import datetime
 import fcntl
 import json
 import os
 import pathlib
-import platform
-import shlex
-import sys
-import tempfile
 import threading
 import time
-import uuid
-from typing import Any
+from collections.abc import Callable, Iterator
 
-from jaxprog import errors, files, paths
-
-_BEAT_SECONDS = 20.0
-_STALE_SECONDS = 90.0
-
-# Tokens of the locks that this process holds.
-_held: set[str] = set()
-
-_Owner = dict[str, Any]
+from jaxprog import buckets, errors, files, paths
+from jaxprog.reliability import lease as lease_lib
+from jaxprog.reliability import owners, signals
 
 
 class Lock:
-  """The right to write into a workdir; a context manager.
+  """The right to write into a workdir, and into its bucket if it has one.
 
-  In a run of many processes only the first one takes it.
+  A context manager. In a run of many processes only the first one takes it.
 
   Attributes:
     taken_over: a sentence about the dead run that had the lock, or None.
+    lease: that of the bucket, or None.
   """
 
   def __init__(
     self,
     workdir: str | os.PathLike[str],
+    bucket: buckets.Bucket | None = None,
+    say: Callable[[str], object] = signals.say,
     *,
-    beat_seconds: float = _BEAT_SECONDS,
+    beat_seconds: float = lease_lib.BEAT_SECONDS,
+    patience_seconds: float = lease_lib.PATIENCE_SECONDS,
   ) -> None:
     self._path = pathlib.Path(workdir) / 'run.lock'
+    self._bucket, self._say = bucket, say
     self._beat_seconds = beat_seconds
+    self._patience_seconds = patience_seconds
     self._resources = contextlib.ExitStack()
-    self._lost: str | None = None
     self.taken_over: str | None = None
+    self.lease: lease_lib.Lease | None = None
 
   def check(self) -> None:
-    """Raises a RuntimeError if another run has taken the lock over.
+    """Raises a RuntimeError if another run has taken over.
 
-    Called before each save, it keeps one run from spoiling the other's.
+    Called before each save, it keeps one run from spoiling the other's. It
+    waits for no bucket: the disk is this run's own meanwhile.
     """
-    if self._lost is not None:
-      raise RuntimeError(self._lost)
+    owner = _read(self._path)
+    if owner and not self._is_mine(owner):
+      raise RuntimeError(owners.describe_successor(owner, self._place))
+    if self.lease is not None and self.lease.lost:
+      raise RuntimeError(self.lease.lost)
 
   def __enter__(self) -> 'Lock':
-    """Takes the lock.
+    """Takes the lock, then the lease.
 
     Raises:
-      UserError: if another run has it, or the workdir cannot be written to.
+      UserError: if another run has one of them, or the workdir or the bucket
+        cannot be written to.
     """
-    self._me = _describe_process()
-    self.taken_over, self._lost = None, None
+    self._me = owners.describe_process()
+    self.taken_over, self.lease = None, None
     workdir = self._path.parent
-    with paths.writing(workdir), contextlib.ExitStack() as stack:
-      stack.enter_context(files.folder(workdir))
-      self._file = self._acquire()
+    with contextlib.ExitStack() as stack:
+      with paths.writing(workdir):
+        stack.enter_context(files.folder(workdir))
+        file = self._acquire()
+      stack.callback(self._free, file)
+      stack.enter_context(self._beating(file))
+      if self._bucket is not None:
+        self.lease = lease_lib.Lease(
+          self._bucket,
+          self._me,
+          self._say,
+          self._beat_seconds,
+          self._patience_seconds,
+        )
+        stack.enter_context(self.lease)
+        self.taken_over = self.lease.taken_over or self.taken_over
       self._resources = stack.pop_all()
-    _held.add(self._me['token'])
-    self._ended = threading.Event()
-    thread = threading.Thread(target=self._beat, name='run.lock', daemon=True)
-    thread.start()
-    self._resources.callback(self._free)
-    self._resources.callback(thread.join)
-    self._resources.callback(self._ended.set)
     return self
 
   def __exit__(self, *exc_info: object) -> None:
-    """Gives the lock back and removes its file; an empty workdir goes too."""
+    """Gives all back and removes the file; an empty workdir goes too."""
     self._resources.close()
 
-  def _free(self) -> None:
-    _held.discard(self._me['token'])
+  @property
+  def _place(self) -> str:
+    return buckets.shown(self._path.parent)
+
+  def _free(self, file: int) -> None:
     with contextlib.suppress(OSError):
       # Before it is unlocked: nobody may take a file that then goes.
       if self._is_mine(_read(self._path)):
         self._path.unlink()
-    os.close(self._file)
+    os.close(file)
 
   def _acquire(self) -> int:
     """Returns the open file, locked and with our name in it."""
     while True:
       file = _open(self._path)
       try:
-        state = _flock(file)
-        if not _is_at(file, self._path):  # Its owner has just removed it.
-          os.close(file)
-          continue
-        owner, age = _read_dead(file, self._path, state)
-        if owner:
-          self.taken_over = _describe_dead(owner, age)
-        _write(file, self._me)
-        return file
+        _claim(file, self._path)
+        self._await_dead()
+        if _is_at(file, self._path):  # Its owner has not just removed it.
+          _write(file, self._me)
+          return file
       except BaseException:
         os.close(file)
         raise
+      os.close(file)
 
-  def _beat(self) -> None:
-    while not self._ended.wait(self._beat_seconds) and not self._lost:
-      # A file server that does not answer now may do so the next time.
-      with contextlib.suppress(OSError):
-        self._touch()
+  def _await_dead(self) -> None:
+    """Returns once the owner in the file, locked by us, is known dead.
 
-  def _touch(self) -> None:
-    """Shows that the owner lives, or finds that it is another one now."""
-    owner = _read(self._path)
-    if self._is_mine(owner):
-      os.utime(self._path)
-    elif owner:
-      self._lose(owner)
-    else:  # Somebody has removed it.
-      try:
-        old, self._file = self._file, self._acquire()
-      except errors.UserError:
-        self._lose(_read(self._path))
-      else:
-        os.close(old)
+    Raises:
+      UserError: if it lives, on a host whose flock is not seen here.
+    """
+    owner, first = _read(self._path), _look(self._path)
+    if owner and not owners.is_here(owner):
+      seconds = self._patience_seconds
+      self._say(owners.describe_wait(owner, self._place, seconds))
+      if owners.watch(lambda: _look(self._path), first, seconds) != first:
+        owner = _read(self._path)
+        if owner:
+          raise owners.refusal(owner, _where(self._path))
+    self.taken_over = owners.describe_dead(owner) if owner else None
 
-  def _is_mine(self, owner: _Owner) -> bool:
+  @contextlib.contextmanager
+  def _beating(self, file: int) -> Iterator[None]:
+    """Touches the file every few seconds."""
+    ended = threading.Event()
+
+    def beat():
+      while not ended.wait(self._beat_seconds):
+        # A file server that does not answer now may do so the next time.
+        with contextlib.suppress(OSError):
+          os.utime(file)
+
+    thread = threading.Thread(target=beat, name='run.lock', daemon=True)
+    thread.start()
+    try:
+      yield
+    finally:
+      ended.set()
+      thread.join()
+
+  def _is_mine(self, owner: owners.Owner) -> bool:
     return owner.get('token') == self._me['token']
 
-  def _lose(self, owner: _Owner) -> None:
-    self._lost = (
-      f'Process {owner.get("pid", "?")} on {owner.get("host", "?")} has taken '
-      f'over {self._path.parent}; this run must not write there any more.'
-    )
 
+def check_free(workdir: str | os.PathLike[str]) -> str:
+  """Returns a sentence about an owner that may be alive, '' if there is none.
 
-def check_free(workdir: str | os.PathLike[str]) -> None:
-  """Raises UserError if another run has the lock, which stays as it is."""
+  It is one look: nobody is waited for and nothing is changed.
+
+  Raises:
+    UserError: if another run has the lock.
+  """
   path = pathlib.Path(workdir) / 'run.lock'
   try:
     file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
   except OSError:  # Nobody has; or who takes it will be told.
-    return
+    return ''
   try:
     # Shared, and given back at once: nobody is refused for long.
-    _read_dead(file, path, _flock(file, fcntl.LOCK_SH))
+    _claim(file, path, fcntl.LOCK_SH)
+    owner = _read(path)
   finally:
     os.close(file)
+  if not owner or owners.is_here(owner):
+    return ''
+  place = buckets.shown(workdir)
+  return owners.describe_wait(owner, place, lease_lib.PATIENCE_SECONDS)
 
 
-def _read_dead(
-  file: int, path: pathlib.Path, state: str
-) -> tuple[_Owner, float]:
-  """Returns the dead owner in a lock file, {} if there is none, and its age.
+def _claim(file: int, path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> None:
+  """Locks an open file.
 
   Raises:
-    UserError: if the owner may be alive.
+    UserError: if another run has, or the file system knows no locks.
   """
-  age = _age(file, path.parent)
-  owner = _read(path, patience=1 if state == 'ours' else 5)
-  if state == 'busy' or _may_be_alive(owner, age, state):
-    raise _refusal(path, owner, age, state)
-  return owner, age
-
-
-def _refusal(
-  path: pathlib.Path, owner: _Owner, age: float, state: str
-) -> errors.UserError:
-  pid, host = owner.get('pid', '?'), owner.get('host', '?')
-  if state == 'busy' or _is_here(owner):
-    suggestion = f'Stop it (kill {pid} on {host}), or use another --workdir.'
+  try:
+    if files.lock(file, kind, wait=False):
+      return
+  except BlockingIOError:
+    raise owners.refusal(_read(path, patience=5), _where(path)) from None
+  workdir = path.parent.absolute()
+  if buckets.url_of(workdir):
+    mend = 'Let JAXPROG_CACHE_DIR name a folder on a disk of this machine.'
   else:
-    left = max(0, round(_STALE_SECONDS - age))
-    suggestion = (
-      f'If it is dead, its lock can be taken over in {left} s, or at once '
-      f'after: rm {shlex.quote(str(path))}'
-    )
-  return errors.UserError(
-    f'Process {pid} on {host} has been using this workdir since '
-    f'{owner.get("since", "?")}.',
-    f'--workdir={path.parent}',
-    suggestion,
+    mend = f'--workdir=file://{workdir} works on a copy and needs none.'
+  raise errors.UserError(
+    'The file system of the workdir knows no locks.', _where(path), mend
   )
+
+
+def _where(path: pathlib.Path) -> str:
+  return f'--workdir={buckets.shown(path.parent)}'
 
 
 def _open(path: pathlib.Path) -> int:
   return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-
-
-def _flock(file: int, kind: int = fcntl.LOCK_EX) -> str:
-  """Returns 'ours', 'busy', or 'unknown' where there is no flock."""
-  try:
-    return 'ours' if files.lock(file, kind, wait=False) else 'unknown'
-  except BlockingIOError:
-    return 'busy'
 
 
 def _is_at(file: int, path: pathlib.Path) -> bool:
@@ -224,16 +228,29 @@ def _is_at(file: int, path: pathlib.Path) -> bool:
     return False
 
 
-def _read(path: pathlib.Path, patience: int = 5) -> _Owner:
+def _look(path: pathlib.Path) -> tuple[int, bytes]:
+  """Returns when a file was touched last and what it says.
+
+  Opening it asks a file server anew.
+  """
+  try:
+    with open(path, 'rb') as file:
+      data = file.read()
+      return os.fstat(file.fileno()).st_mtime_ns, data
+  except FileNotFoundError:
+    return 0, b''
+
+
+def _read(path: pathlib.Path, patience: int = 1) -> owners.Owner:
   """Returns what a lock file says; {} if it is empty, unreadable or gone.
 
-  An owner that is about to write into it is given a tenth of a second.
+  An owner that is about to write into it is given `patience` times 20 ms.
   """
   for _ in range(patience):
     try:
       owner = json.loads(path.read_bytes())
-    except FileNotFoundError:
-      return {}
+    except OSError:
+      break
     except ValueError:
       time.sleep(0.02)
       continue
@@ -241,115 +258,9 @@ def _read(path: pathlib.Path, patience: int = 5) -> _Owner:
   return {}
 
 
-def _write(file: int, owner: _Owner) -> None:
+def _write(file: int, owner: owners.Owner) -> None:
   """Writes in place: under a new name it would be another file's lock."""
   data = f'{json.dumps(owner)}\n'.encode()
   os.pwrite(file, data, 0)
   os.ftruncate(file, len(data))
-  os.fsync(file)  # gcsfuse shows it to others only then.
-
-
-def _age(file: int, workdir: pathlib.Path) -> float:
-  """Returns seconds since the last beat, by the file system's own clock.
-
-  By this host's, where one may only read.
-  """
-  now = time.time()
-  with (
-    contextlib.suppress(OSError),
-    tempfile.TemporaryFile(dir=workdir) as probe,
-  ):
-    now = os.fstat(probe.fileno()).st_mtime
-  return now - os.fstat(file).st_mtime
-
-
-def _may_be_alive(owner: _Owner, age: float, state: str) -> bool:
-  """Returns whether somebody who has not locked the file may yet own it."""
-  if not owner or owner.get('token') in _held:
-    return bool(owner)
-  if not _is_here(owner):
-    return age < _STALE_SECONDS
-  if _sees(owner):
-    # Locked by us and alive: two mounts of one bucket do not share locks.
-    return _is_running(owner) and age < _STALE_SECONDS
-  return state == 'unknown' and age < _STALE_SECONDS
-
-
-def _is_here(owner: _Owner) -> bool:
-  """Returns whether `owner` ran on this host, started as it is now."""
-  return (owner.get('host'), owner.get('boot')) == (platform.node(), _boot())
-
-
-def _sees(owner: _Owner) -> bool:
-  """Returns whether its pid means the same here as it did there."""
-  return owner.get('pid_namespace') == _pid_namespace()
-
-
-def _is_running(owner: _Owner) -> bool:
-  """Returns whether its process is there, and is not one with its old pid.
-
-  A process that holds no lock any more is not counted: this one, if it could
-  not remove its file.
-  """
-  pid = owner.get('pid')
-  if not isinstance(pid, int) or pid == os.getpid():
-    return False
-  try:
-    os.kill(pid, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:
-    pass
-  return owner.get('start') == _start_time(pid)
-
-
-def _describe_dead(owner: _Owner, age: float) -> str:
-  return (
-    f'Took over from process {owner.get("pid", "?")} on '
-    f'{owner.get("host", "?")}, which began {owner.get("since", "?")} and died '
-    f'without giving its lock back; last seen {max(0, age):.0f} s ago.'
-  )
-
-
-def _describe_process() -> _Owner:
-  """Returns what others may want to know of this process."""
-  now = datetime.datetime.now(datetime.UTC)
-  return {
-    'host': platform.node(),
-    'pid': os.getpid(),
-    'since': now.isoformat(timespec='seconds'),
-    'start': _start_time(os.getpid()),
-    'boot': _boot(),
-    'pid_namespace': _pid_namespace(),
-    'command': shlex.join(sys.orig_argv),
-    'token': uuid.uuid4().hex,
-  }
-
-
-def _start_time(pid: int) -> int | None:
-  """Returns when a process started, in clock ticks since the host did.
-
-  None where there is no /proc, and for a process that has ended.
-  """
-  try:
-    text = pathlib.Path(f'/proc/{pid}/stat').read_text()
-  except OSError:
-    return None
-  # The name in brackets may hold anything: state is the first word after it.
-  state, *fields = text.rpartition(')')[2].split()
-  return None if state in 'ZX' else int(fields[18])
-
-
-def _boot() -> str:
-  """Returns what is another one after each start of this host, else ''."""
-  try:
-    return pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
-  except OSError:
-    return ''
-
-
-def _pid_namespace() -> str:
-  try:
-    return os.readlink('/proc/self/ns/pid')
-  except OSError:
-    return ''
+  os.fsync(file)  # Other hosts may see it only then.

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import jax
 
 from jaxprog import buckets, errors, paths
-from jaxprog.reliability import copies, lock, peers
+from jaxprog.reliability import copies, lease, lock, peers
 
 _LOOK_SECONDS = 5.0
 # TensorBoard's files grow with every point, and each look would write them all.
@@ -60,7 +60,7 @@ class Mirror:
     if not self._is_newest(there):
       copies.write_token(self._folder, self._bucket, '')
       there = {**there, **copies.fetch(self._folder, self._bucket)}
-    copies.write_token(self._folder, self._bucket, self._token)
+    copies.write_token(self._folder, self._bucket, self._lease.token)
     for name, look in copies.scan(self._folder).items():
       if name in there and copies.is_here(self._folder / name, there[name]):
         self._known[name] = look
@@ -98,14 +98,13 @@ class Mirror:
       self._upload(copies.scan(self._folder))
 
   @property
-  def _token(self) -> str:
+  def _lease(self) -> lease.Lease:
     assert self._owner.lease is not None
-    return self._owner.lease.token
+    return self._owner.lease
 
   def _is_newest(self, there: copies.Listing) -> bool:
     """Returns whether the folder holds all that the bucket does, or more."""
-    assert self._owner.lease is not None
-    before = self._owner.lease.before
+    before = self._lease.before
     token = copies.read_token(self._folder, self._bucket)
     if token in before:
       return token == before[-1]
@@ -146,7 +145,7 @@ class Mirror:
     gone = self._there - found.keys()
     if not changed and not gone:
       return
-    self._owner.check()
+    self._lease.check()
     steps, others = copies.sort(changed)
     # Else a checkpoint has gone since, and what replaces it is not there yet.
     is_whole = True
@@ -168,7 +167,7 @@ class Mirror:
     """Returns whether files were uploaded; False: one of them is gone."""
 
     def put(name):
-      self._owner.check()
+      self._lease.check()
       path = self._folder / name
       if '/checkpoints/' in f'/{name}':  # Large, and never written again.
         self._bucket.upload(path, name)

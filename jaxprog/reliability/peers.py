@@ -52,6 +52,11 @@ _LOST = re.compile(
 
 # The one of this process; inner ones are the outer one again.
 _active: 'Peers | None' = None
+# What process 0 does before, and the others do after, they meet at its files.
+_shared: tuple[Callable[[], object], Callable[[], object]] = (
+  lambda: None,
+  lambda: None,
+)
 # How often each barrier was passed: its name must be a new one every time.
 _passed: Counter[str] = Counter()
 
@@ -74,6 +79,35 @@ def wait_for_all(name: str) -> None:
   if jax.process_count() > 1:
     _passed[name] += 1
     _client().wait_at_barrier(f'{_PREFIX}/{name}/{_passed[name]}', _FOREVER_MS)
+
+
+def wait_for_files(name: str) -> None:
+  """Returns once each process has called this and sees the files of process 0.
+
+  On a shared disk it is `wait_for_all`.
+  """
+  if jax.process_count() > 1:
+    publish, fetch = _shared
+    publish()
+    wait_for_all(name)
+    fetch()
+
+
+@contextlib.contextmanager
+def share(
+  publish: Callable[[], object] = lambda: None,
+  fetch: Callable[[], object] = lambda: None,
+) -> Iterator[None]:
+  """Says how files reach the other processes where there is no shared disk.
+
+  Process 0 is to `publish` what it has written, the others are to `fetch` it.
+  """
+  global _shared
+  outer, _shared = _shared, (publish, fetch)
+  try:
+    yield
+  finally:
+    _shared = outer
 
 
 def _client() -> Any:
@@ -357,7 +391,7 @@ def _difference(
     return errors.UserError(
       f'The workdir of process {index} is not the one of process 0.',
       where,
-      'Name a directory that all hosts share: NFS, or a bucket under gcsfuse.',
+      'Name a directory that all hosts share, or a bucket: gs://BUCKET/PATH.',
     )
   texts = [
     f'{name} is {other.get(name, "not there")} on process {index} and '

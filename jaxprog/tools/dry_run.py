@@ -13,9 +13,8 @@ import numpy as np
 import rich.console
 from ml_collections import config_dict
 
-from jaxprog import buckets
+from jaxprog import buckets, paths
 from jaxprog import config as config_lib
-from jaxprog import paths
 from jaxprog.data.records import Records
 from jaxprog.reliability import checkpoints, copies, lock, peers, signals
 from jaxprog.training import ladder

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 import jax
 from ml_collections import config_dict
 
+from jaxprog import buckets, fields, files, stages, version
 from jaxprog import config as config_lib
-from jaxprog import fields, files, stages, version
 from jaxprog.data import jpeg
 from jaxprog.data.records import Dataset
-from jaxprog.reliability import peers
+from jaxprog.reliability import lease, peers
 
-# Seconds for a shared workdir to show what process 0 has written: NFS and
-# gcsfuse remember for a while what was not there.
+# Seconds for a shared workdir to show what process 0 has written: NFS remembers
+# for a while what was not there.
 _VISIBLE_SECONDS = 20.0
 # Fields in which hosts may differ: where data lies and what reads it.
 _LOCAL = {'stage_defaults', *fields.names(fields.CONFIG, 'local')}
@@ -48,14 +48,16 @@ def check_alike(
   peers.compare('run', described)
 
 
-def check_workdir(workdir: pathlib.Path) -> None:
+def check_workdir(workdir: pathlib.Path, url: str = '') -> None:
   """Raises UserError in all processes unless `workdir` is the same to all.
 
-  Process 0 has locked it: all must see its name there.
+  Process 0 has locked it, and its bucket `url` if there is one: all must see
+  its name there.
   """
   if peers.joined():
-    peers.wait_for_all('locked')
-    peers.compare('workdir', {'the workdir': _describe_owner(workdir)})
+    peers.wait_for_files('locked')
+    owner = _describe_lease(url) if url else _describe_owner(workdir)
+    peers.compare('workdir', {'the workdir': owner})
 
 
 def _describe_config(config: config_dict.ConfigDict) -> dict[str, str]:
@@ -84,6 +86,12 @@ def _describe_data(dataset: Dataset) -> dict[str, str]:
 def _hash_code() -> str:
   root = pathlib.Path(__file__).parents[1]
   return files.digest_parts(*map(files.digest, sorted(root.rglob('*.py'))))[:16]
+
+
+def _describe_lease(url: str) -> str:
+  """Returns whose a bucket is."""
+  owner = lease.read_newest(buckets.Bucket(url)) or {}
+  return str(owner.get('token', 'not locked'))
 
 
 def _describe_owner(workdir: pathlib.Path) -> str:

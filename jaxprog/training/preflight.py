@@ -58,8 +58,12 @@ def launch(
   claim_workdir(pathlib.Path(workdir))
 
 
-def claim_workdir(workdir: pathlib.Path) -> None:
-  """Raises UserError if no run can begin or go on in `workdir`."""
+def claim_workdir(workdir: pathlib.Path) -> str:
+  """Raises UserError if no run can begin or go on in `workdir`.
+
+  Returns a sentence about an owner that a run would wait for, or ''.
+  """
+  owner = ''
   if '[' in os.path.realpath(workdir):
     raise errors.UserError(
       'Checkpoints cannot be saved below a folder with [ in its name.',
@@ -67,8 +71,9 @@ def claim_workdir(workdir: pathlib.Path) -> None:
       'orbax takes it for a pattern: choose another --workdir.',
     )
   if jax.process_index() == 0:  # It takes the lock: it knows its host's dead.
-    lock.check_free(workdir)
+    owner = lock.check_free(workdir)
   check_workdir(workdir)
+  return owner
 
 
 def find_data_dir(config: config_dict.ConfigDict) -> pathlib.Path:
