@@ -123,6 +123,13 @@ class Bucket:
       if info['type'] == 'file' and not name.endswith('/')
     }
 
+  def holds(self, name: str) -> bool:
+    """Returns whether there is an object or a folder of that name."""
+    try:
+      return bool(self._try(self._files.ls, self._path(name), detail=False))
+    except FileNotFoundError:
+      return False
+
   def read(self, name: str) -> bytes | None:
     """Returns an object's bytes, None where there is none."""
     try:
@@ -174,7 +181,7 @@ class Bucket:
       UserError: if what comes is not what `entry` says, twice.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{entry.md5 or entry.size}.part')
+    part = part_of(path, entry)
     for _ in range(2):
       with open(part, 'ab') as file:
         on_bytes(file.tell())
@@ -321,6 +328,11 @@ def at_once(call: Callable[[Any], Any], items: Iterable[Any]) -> None:
     finally:
       for x in waiting:
         x.cancel()
+
+
+def part_of(path: pathlib.Path, entry: Entry) -> pathlib.Path:
+  """Returns where a broken download of an object leaves what has come."""
+  return path.with_name(f'.{path.name}.{entry.md5 or entry.size}.part')
 
 
 def is_same(path: pathlib.Path, entry: Entry) -> bool:
