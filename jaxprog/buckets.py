@@ -39,6 +39,10 @@ _PART = 32 << 20
 _PAUSES = (1.0, 4.0)
 
 
+class ForbiddenError(errors.UserError):
+  """One may not do that in this bucket, or it asks who one is."""
+
+
 class Entry(NamedTuple):
   """An object: its size in bytes and its MD5 in hex, '' if nobody tells."""
 
@@ -298,12 +302,12 @@ class Bucket:
     kind = type(error).__name__
     how = _CREDENTIALS.get(self._scheme, 'See the documentation of fsspec.')
     if code == '401' or 'Credentials' in kind:
-      return errors.UserError(
+      return ForbiddenError(
         f'{self._scheme}://{self.name} asks who you are.', self._where, how
       )
     forbidden = isinstance(error, PermissionError) or code == '403'
     if forbidden or text.startswith('Forbidden'):
-      return errors.UserError(
+      return ForbiddenError(
         f'You may not do that in {self._scheme}://{self.name}: {text[:120]}',
         self._where,
         f'Ask for the permission, or be someone else: {how}.',

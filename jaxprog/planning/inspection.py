@@ -256,7 +256,7 @@ def _check_dataset(
     UserError: if it is missing or not what the stage asks for.
   """
   seen.data[stage.name] = Data()
-  data_dir = preflight.find_data_dir(seen.config)
+  data_dir = paths.data_dir(seen.config)
   if preparation.check_dataset(stage.dataset, data_dir) == 'prepared':
     dataset = setup_lib.load_dataset(data_dir, stage, 'prepared')
     seen.data[stage.name] = Data(dataset=dataset)

@@ -46,7 +46,7 @@ def launch(
   """
   chosen = stages_lib.select(stages_lib.create_stages(config), only, skip)
   devices.check_platform(config.platform)
-  data_dir = find_data_dir(config)
+  data_dir = paths.data_dir(config)
   for stage in chosen:
     if preparation.is_here(stage.dataset, data_dir):
       continue
@@ -71,17 +71,10 @@ def claim_workdir(workdir: pathlib.Path) -> None:
   check_workdir(workdir)
 
 
-def find_data_dir(config: config_dict.ConfigDict) -> pathlib.Path:
-  """Returns where the config has its datasets, which must be a folder."""
-  refuse_bucket(config.data_dir, 'config.data_dir')
-  return paths.data_dir(config)
-
-
 def refuse_bucket(path: str | os.PathLike[str], where: str) -> None:
   """Raises UserError for gs://BUCKET and its like.
 
-  Records are read by position, and a save ends with a rename under a lock:
-  that needs a file system.
+  A save ends with a rename under a lock: that needs a file system.
   """
   found = re.match(r'([a-z][a-z0-9]+):/+([^/]*)', str(path))
   if found:
