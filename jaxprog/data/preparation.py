@@ -287,7 +287,7 @@ def folder_config(dataset: str) -> str:
   folder = paths.dataset_folder(dataset)
   if folder is None:
     return ''
-  path = os.path.abspath(folder)
+  path = buckets.shown(os.path.abspath(folder))
   if not folders.is_utf8(path):
     what = 'The path of the folder is not UTF-8.'
     raise errors.UserError(what, path, 'Rename it.')
@@ -504,20 +504,21 @@ def _check_source(
 
 def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
   source, _, rest = dataset.partition(':')
-  if source == 'folder':
-    return errors.UserError(
-      f'There is no folder {rest!r}.',
-      f'looked in {pathlib.Path.cwd()}',
-      'Its images belong into PATH/{train,val}/CLASS/.',
-    )
-  known = named.find(dataset)
-  raw = [data_dir / x for x in known.folders]
+  raw = _raw_folders(dataset, data_dir)
   if found := next((x for x in raw if remote.holds(x)), None):
     return errors.UserError(
       f'{dataset!r} is not prepared.',
       f'its raw images are in {buckets.shown(found)}',
       'Prepare it, once, where there is room for both: --mode=prepare',
     )
+  if source == 'folder':
+    is_url = buckets.is_url(rest)
+    return errors.UserError(
+      f'There is no folder {rest!r}.',
+      f'dataset {dataset!r}' if is_url else f'looked in {pathlib.Path.cwd()}',
+      'Its images belong into PATH/{train,val}/CLASS/.',
+    )
+  known = named.find(dataset)
   looked = list(map(buckets.shown, raw))
   if known.tfds or buckets.url_of(data_dir):
     looked.append(buckets.shown(data_dir / 'prepared'))

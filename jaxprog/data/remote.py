@@ -267,7 +267,7 @@ def fetch_folder(
   """
   if buckets.url_of(path) is None or path.exists():
     return False
-  bucket = _bucket(path, path.parent)
+  bucket = buckets.Bucket(buckets.shown(path))
   part = path.with_name(f'.{path.name}.part')
   objects = _list_objects(bucket, part)
   if not objects:
@@ -282,7 +282,8 @@ def fetch_folder(
     def download(x: _Object, on_bytes: Callable[[int], object]) -> None:
       _download(bucket, x, on_bytes)
 
-    _fetch(objects, str(path), download, progress, buckets.at_once)
+    if objects:
+      _fetch(objects, str(path), download, progress, buckets.at_once)
     part.rename(path)
   return True
 
@@ -291,7 +292,7 @@ def holds(path: pathlib.Path) -> bool:
   """Returns whether the bucket has that of which `path` is the copy."""
   if buckets.url_of(path) is None:
     return False
-  return _bucket(path.parent, path.parent).holds(path.name)
+  return buckets.Bucket(buckets.shown(path.parent)).holds(path.name)
 
 
 def lost(path: str | os.PathLike[str]) -> errors.UserError:
