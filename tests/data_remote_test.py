@@ -141,15 +141,17 @@ def test_two_processes_fetch_a_file_once(server, bucket, tmp_path):
 def test_another_dataset_in_the_bucket_replaces_the_copy(
   server, bucket, tmp_path
 ):
-  data_dir = copy(bucket, tmp_path / 'cache')
-  old = preparation.load_dataset('imagenette', data_dir)
-  old.train.source.fetch()
-  write_class_folders(tmp_path / 'imagenette2', train=30, val=3)
-  preparation.prepare('imagenette', tmp_path)
-  put(server, 'on-disk', tmp_path / 'prepared', 'data/prepared')
-  remote._brought.clear()  # As a new process has it.
+  data_dir = copy(bucket, tmp_path / 'a')
+  preparation.load_dataset('imagenette', data_dir).train.source.fetch()
+  # On another machine; its files are as large.
+  other = copy(bucket, tmp_path / 'b')
+  write_class_folders(other / 'imagenette2', ('m01', 'm02', 'm03'), 80, 8)
+  preparation.prepare('imagenette', other)
+  preparation.upload('imagenette', other)
+  remote._brought.clear()  # As in a new process.
   new = preparation.load_dataset('imagenette', data_dir)
-  assert (len(new.train), len(list(read_all(new.train)))) == (90, 90)
+  assert new.classes == ('m01', 'm02', 'm03')
+  assert {x['file_name'][0] for x in read_all(new.train)} == {'m'}
 
 
 def test_prepare_fetches_raw_images_and_uploads_the_whole_last(

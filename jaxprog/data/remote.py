@@ -22,9 +22,10 @@ from jaxprog.data import parts
 
 # In DATA_DIR/prepared of a copy: what the bucket has there, name -> Entry.
 _LIST = '.objects.json'
-# It comes last of its folder: who finds it finds all. Where it is another one,
-# so is all else.
+# It comes last of its folder: who finds it finds all.
 _MARKERS = ('dataset_info.json', 'pack.json')
+# They tell of images by their sums: where one differs, so does all else.
+_IDENTITY = (*_MARKERS, 'metadata.json')
 # What only those need who read images or compare them.
 _LARGE = re.compile(
   r'.+\.array_record.*|images\.bin|offsets\.npy|sizes\.npy|signatures-.+'
@@ -84,9 +85,10 @@ def _put_in_step(bucket: buckets.Bucket, objects: Sequence[_Object]) -> None:
   objects = [x for x in objects if not _OURS.fullmatch(x.path.name)]
   markers = [x for x in objects if x.path.name in _MARKERS]
   large = [x for x in objects if _LARGE.fullmatch(x.path.name)]
-  for x in markers:
+  for x in [x for x in objects if x.path.name in _IDENTITY]:
     if x.path.exists() and not buckets.is_same(x.path, x.entry):
-      x.path.unlink()
+      for marker in _MARKERS:  # First, or what is left would look whole.
+        x.path.with_name(marker).unlink(missing_ok=True)
       shutil.rmtree(x.path.parent)
   for x in large:
     if not _has_size(x):
@@ -235,20 +237,26 @@ def _compare(
 ) -> tuple[list[str], list[str]]:
   """Returns what the bucket lacks of `folder`, and what it has beyond it.
 
-  Where the marker is the same, only sizes are compared of what is large: to
+  Where the images are the same, only sizes are compared of what is large: to
   hash ImageNet takes minutes. And what is beyond it may be another machine's.
   """
   here = [
     x.relative_to(folder) for x in sorted(folder.rglob('*')) if x.is_file()
   ]
   names = [x.as_posix() for x in here if not any(map(_OURS.fullmatch, x.parts))]
-  same = marker in there and buckets.is_same(folder / marker, there[marker])
+  same = all(
+    x in there and buckets.is_same(folder / x, there[x])
+    for x in names
+    if x in _IDENTITY
+  )
 
   def is_there(name: str) -> bool:
     if name not in there:
       return False
     if same and _LARGE.fullmatch(name):
       return (folder / name).stat().st_size == there[name].size
+    if name == marker and not same:
+      return False
     return buckets.is_same(folder / name, there[name])
 
   stale = [] if same else sorted(set(there) - set(names))
