@@ -70,9 +70,18 @@ def cache_dir(config: config_dict.ConfigDict) -> pathlib.Path | None:
 
 
 def dataset_folder(dataset: str) -> pathlib.Path | None:
-  """Returns the folder that folder:PATH names, None for other datasets."""
+  """Returns the folder that folder:PATH names, None for other datasets.
+
+  Of folder:gs://BUCKET/PATH it is the copy.
+  """
   source, _, path = dataset.partition(':')
-  return expand(path, f'dataset {dataset!r}') if source == 'folder' else None
+  if source != 'folder':
+    return None
+  return (
+    _copy(path)
+    if buckets.is_url(path)
+    else expand(path, f'dataset {dataset!r}')
+  )
 
 
 def _readable(path: str | os.PathLike[str], where: str) -> pathlib.Path:
