@@ -78,7 +78,7 @@ def dataset_folder(dataset: str) -> pathlib.Path | None:
   if source != 'folder':
     return None
   return (
-    _copy(path)
+    copy(path)
     if buckets.is_url(path)
     else expand(path, f'dataset {dataset!r}')
   )
