@@ -78,9 +78,7 @@ def dataset_folder(dataset: str) -> pathlib.Path | None:
   if source != 'folder':
     return None
   return (
-    copy(path)
-    if buckets.is_url(path)
-    else expand(path, f'dataset {dataset!r}')
+    copy(path) if buckets.is_url(path) else expand(path, f'dataset {dataset!r}')
   )
 
 
@@ -105,7 +103,18 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
     yield
   except OSError as e:
     raise errors.UserError(
-      f'Cannot write to the workdir: {e.strerror}.',
-      f'--workdir={workdir}',
-      'Name a directory that you may write to.',
+      f'Cannot write to the workdir: {e.strerror}.', *place(workdir)
     ) from None
+
+
+def place(workdir: pathlib.Path) -> tuple[str, str]:
+  """Returns what has put a workdir where it is, and how to have another."""
+  url = buckets.url_of(workdir)
+  if url is None:
+    return f'--workdir={workdir}', 'Name a directory that you may write to.'
+  copy = buckets.copy_of(url, pathlib.Path())
+  cache = workdir.parents[len(copy.parts) - 1]
+  return (
+    f'JAXPROG_CACHE_DIR={cache}, where the copy of {url} is',
+    'Let it name a folder on another disk, which you may write to.',
+  )

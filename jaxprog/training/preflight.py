@@ -89,11 +89,12 @@ def quick(
   states = [(task.stage, task.state_shapes) for task in tasks]
   need, free = bytes_to_write(path, states), free_bytes(path)
   if need > free:
+    where, how = paths.place(path)
     raise errors.UserError(
       f'The run needs {formats.size(need)} of disk; {formats.size(free)} are '
       'free.',
-      f'--workdir={workdir}',
-      'Free some, or name a --workdir on a larger disk.',
+      where,
+      f'Free some, or: {how}',
     )
   url = buckets.url_of(path)
   lines = [
