@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 
+import fake_gcs
 import pytest
 import runs
 
 from jaxprog import config as config_lib
 from jaxprog import errors, fields
 from jaxprog.reliability import cluster, integrity, lock, peers
-from jaxprog.training import alike, preflight
+from jaxprog.training import alike
 
 CONFIG = 'tests/tiny_config.py'
 # 54 steps of the first stage.
@@ -29,6 +30,29 @@ PATIENCE = 600
 # On CPU devices all six epochs had the same bits: of two numbers the order of
 # the sum does not matter. This is what another compiler may do.
 TOLERANCE = 1e-5
+# Each has a copy of its own, and reads what the first one has written.
+SHARING = """
+import sys
+from jaxprog import errors
+from jaxprog.reliability import cluster, mirror, peers, signals
+from jaxprog.training import alike
+port, index, url = sys.argv[1:]
+place = cluster.Place(f'localhost:{port}', 2, int(index))
+try:
+  with signals.StopRequest(), cluster.processes(place, '', 60):
+    folder, url = mirror.locate(url)
+    with mirror.hold(folder, url):
+      alike.check_workdir(folder, url)
+      for turn in range(3):
+        if index == '0':
+          (folder / 'config.json').write_text(str(turn))
+        peers.wait_for_files('turn')
+        print((folder / 'config.json').read_text(), flush=True)
+        peers.wait_for_all('read')
+except errors.UserError as e:
+  print(e, flush=True)
+  signals.leave(2)
+"""
 
 
 def free_port():
@@ -93,6 +117,26 @@ def start_counting(how):
       text=True,
     )
     for index in range(2)
+  ]
+
+
+def start_sharing(server, folder, urls):
+  """Starts two processes of `SHARING`, as if each had a host of its own."""
+  port = free_port()
+  return [
+    subprocess.Popen(
+      [sys.executable, '-c', SHARING, str(port), str(index), url],
+      cwd=runs.ROOT,
+      env={
+        **os.environ,
+        **server.environ,
+        'JAXPROG_CACHE_DIR': str(folder / f'host{index}'),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index, url in enumerate(urls)
   ]
 
 
@@ -334,6 +378,25 @@ def test_a_locked_workdir_refuses_all(config, tmp_path):
     assert f'Process {os.getpid()} on' in output
 
 
+def test_the_others_see_in_a_bucket_what_the_first_process_writes(tmp_path):
+  with fake_gcs.serve() as server:
+    pair = start_sharing(server, tmp_path, 2 * ['gs://test-bucket/run'])
+    for code, output in end(pair):
+      assert code == 0, output
+      assert output.splitlines() == ['0', '1', '2']
+    objects = server.objects('test-bucket')
+  assert objects['run/config.json'] == b'2'
+  assert b'"released": true' in objects['run/lease/000001.json']
+
+
+def test_buckets_that_differ_are_refused(tmp_path):
+  urls = 'gs://test-bucket/run', 'gs://test-bucket/other'
+  with fake_gcs.serve() as server:
+    for code, output in end(start_sharing(server, tmp_path, urls)):
+      assert code == 2, output
+      assert 'workdir of process 1 is not the one of process 0' in output
+
+
 def test_a_coordinator_that_is_not_there(config, tmp_path):
   process = start(
     config,
@@ -414,13 +477,6 @@ def test_whose_beat_has_stopped():
     watch.look({0: str(now), 1: 'the same'})
   assert watch.silent(3.0) == [1]
   assert watch.silent(5.0) == []
-
-
-@pytest.mark.parametrize('path', ['gs://bucket/runs', 'gs:/bucket/runs'])
-def test_a_bucket_is_no_workdir(path):
-  with pytest.raises(errors.UserError, match='gcsfuse --implicit-dirs bucket'):
-    preflight.refuse_bucket(path, '--workdir')
-  preflight.refuse_bucket('/mnt/gs/bucket', '--workdir')
 
 
 def test_launch_scripts_are_bash():
