@@ -89,18 +89,18 @@ def start(*arguments, devices=1, **environment):
   )
 
 
-def start_pair(*arguments, second=(), first=()):
-  """Starts two processes with a device each; `second` only the second gets."""
+def start_pair(*arguments, environments=({}, {})):
+  """Starts two processes with a device each."""
   port = free_port()
   return [
     start(
       *arguments,
-      *extra,
       f'--coordinator=localhost:{port}',
       '--process_count=2',
       f'--process_id={index}',
+      **environment,
     )
-    for index, extra in enumerate((first, second))
+    for index, environment in enumerate(environments)
   ]
 
 
@@ -130,6 +130,7 @@ def start_sharing(server, folder, urls):
       env={
         **os.environ,
         **server.environ,
+        'JAX_PLATFORMS': 'cpu',
         'JAXPROG_CACHE_DIR': str(folder / f'host{index}'),
       },
       stdout=subprocess.PIPE,
@@ -307,6 +308,36 @@ def test_the_others_of_a_killed_first_process_end():
 def test_processes_wait_for_each_other_at_the_end():
   (code, _), (other, _) = end(start_counting('finish'))
   assert (code, other) == (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk(
+  story, config, tmp_path, victim
+):
+  """Killed, they go on with nothing but the bucket, as on other machines."""
+
+  def start(name):
+    hosts = [
+      {**server.environ, 'JAXPROG_CACHE_DIR': str(tmp_path / name / str(index))}
+      for index in range(2)
+    ]
+    return start_pair(config, *FLAGS, f'--workdir={url}', environments=hosts)
+
+  url, copy = 'gs://test-bucket/run', '@gs/test-bucket/run'
+  with fake_gcs.serve() as server:
+    pair = start('first')
+    wait_for_step(pair, tmp_path / 'first' / '0' / copy, 20)
+    pair[victim].kill()
+    for code, output in end(pair):
+      assert code != 0, output
+    kept = server.objects('test-bucket')
+    for code, output in end(start('second')):
+      assert code == 0, output
+  assert any('/latest/' in x for x in kept)
+  finished = tmp_path / 'second' / '0' / copy
+  assert len(stage_of(finished)['resumed_at_steps']) == 1
+  assert runs.bits(finished, 'three') == runs.bits(story['one'], 'three')
 
 
 @pytest.mark.slow
