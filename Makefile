@@ -2,7 +2,7 @@
 # make test:       install and run the tests
 # make test-faults: kill real runs, 20 of them at random moments (FAULTS=N),
 #                   comparisons and pairs of processes; an hour
-# make lint:       install and check style and types
+# make lint:       install and check style, types and the scripts of launch/
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -32,6 +32,7 @@ lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck launch/*.sh launch/*.sbatch
 
 format: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check --fix .

@@ -63,6 +63,10 @@ _PASSING = (408, 409, 429)
 _TIMEOUTS = {'sock_connect': 10.0, 'sock_read': 30.0, 'total': 600.0}
 
 
+class ForbiddenError(errors.UserError):
+  """One may not do that in this bucket, or it asks who one is."""
+
+
 class Entry(NamedTuple):
   """An object: its size in bytes and its MD5 in hex, '' if nobody tells."""
 
@@ -156,6 +160,13 @@ class Bucket:
       return {k: x._replace(md5='') for k, x in entries.items()}
     return entries
 
+  def holds(self, name: str) -> bool:
+    """Returns whether there is an object or a folder of that name."""
+    try:
+      return bool(self._try(self._files.ls, self._path(name), detail=False))
+    except FileNotFoundError:
+      return False
+
   def read(self, name: str) -> bytes | None:
     """Returns an object's bytes, None where there is none."""
     try:
@@ -219,7 +230,7 @@ class Bucket:
       UserError: if what comes is not what `entry` says, twice.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{entry.md5 or entry.size}.part')
+    part = part_of(path, entry)
     if not entry.md5:
       part.unlink(missing_ok=True)
     for _ in range(2):
@@ -397,12 +408,13 @@ class Bucket:
       return errors.UserError(what, self._where, suggestion)
 
     if status == 401 or 'Credentials' in kind:
-      return tell(f'{bucket} asks who you are.', how), False
+      what = f'{bucket} asks who you are.'
+      return ForbiddenError(what, self._where, how), False
     forbidden = isinstance(error, PermissionError) or status == 403
     if forbidden or text.startswith('Forbidden'):
       what = f'You may not do that in {bucket}: {text}'
       how = f'Ask for the permission, or be someone else: {how}.'
-      return tell(what, how), False
+      return ForbiddenError(what, self._where, how), False
     if 400 <= status < 500 and status not in _PASSING:
       return tell(f'{bucket} refuses that.', f'{kind}: {text}'), False
     reason = text or 'no answer in time'
@@ -440,6 +452,11 @@ def at_once(call: Callable[[Any], Any], items: Iterable[Any]) -> None:
     ended.set()
   if failed:
     raise failed[0]
+
+
+def part_of(path: pathlib.Path, entry: Entry) -> pathlib.Path:
+  """Returns where a broken download of an object leaves what has come."""
+  return path.with_name(f'.{path.name}.{entry.md5 or entry.size}.part')
 
 
 def is_same(path: pathlib.Path, entry: Entry) -> bool:

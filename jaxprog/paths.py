@@ -70,9 +70,16 @@ def cache_dir(config: config_dict.ConfigDict) -> pathlib.Path | None:
 
 
 def dataset_folder(dataset: str) -> pathlib.Path | None:
-  """Returns the folder that folder:PATH names, None for other datasets."""
+  """Returns the folder that folder:PATH names, None for other datasets.
+
+  Of folder:gs://BUCKET/PATH it is the copy.
+  """
   source, _, path = dataset.partition(':')
-  return expand(path, f'dataset {dataset!r}') if source == 'folder' else None
+  if source != 'folder':
+    return None
+  return (
+    copy(path) if buckets.is_url(path) else expand(path, f'dataset {dataset!r}')
+  )
 
 
 def _readable(path: str | os.PathLike[str], where: str) -> pathlib.Path:
@@ -96,7 +103,18 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
     yield
   except OSError as e:
     raise errors.UserError(
-      f'Cannot write to the workdir: {e.strerror}.',
-      f'--workdir={workdir}',
-      'Name a directory that you may write to.',
+      f'Cannot write to the workdir: {e.strerror}.', *place(workdir)
     ) from None
+
+
+def place(workdir: pathlib.Path) -> tuple[str, str]:
+  """Returns what has put a workdir where it is, and how to have another."""
+  url = buckets.url_of(workdir)
+  if url is None:
+    return f'--workdir={workdir}', 'Name a directory that you may write to.'
+  copy = buckets.copy_of(url, pathlib.Path())
+  cache = workdir.parents[len(copy.parts) - 1]
+  return (
+    f'JAXPROG_CACHE_DIR={cache}, where the copy of {url} is',
+    'Let it name a folder on another disk, which you may write to.',
+  )

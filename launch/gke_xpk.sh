@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # GKE with xpk: run where xpk is, starts one process on each host of a slice.
-#   CLUSTER=my-cluster TPU_TYPE=v5litepod-16 IMAGE=gcr.io/my/jaxprog \
-#     DATA=/mnt/data WORKDIR=/mnt/runs/first launch/gke_xpk.sh [FLAG ...]
-# DATA and WORKDIR are folders in the containers: volumes that xpk attaches,
-# such as Filestore or a bucket (xpk storage attach ... --type=gcsfuse).
+#   CLUSTER=my-cluster TPU_TYPE=v5litepod-16 \
+#     IMAGE=us-docker.pkg.dev/my-project/images/jaxprog:tpu \
+#     DATA=gs://my-bucket/data WORKDIR=gs://my-bucket/runs/first \
+#     launch/gke_xpk.sh [FLAG ...]
 set -euo pipefail
 
 : "${CLUSTER:?the name of the cluster}"
 : "${TPU_TYPE:?such as v5litepod-16}"
-: "${IMAGE:?a container image with this checkout as its working directory}"
-: "${DATA:?a folder with the datasets}"
-: "${WORKDIR:?a folder that all hosts share}"
+: "${IMAGE:?the image that the Dockerfile makes with EXTRA=tpu}"
+: "${DATA:?the datasets: gs://BUCKET/PATH}"
+: "${WORKDIR:?gs://BUCKET/PATH}"
 XPK=${XPK:-xpk}
 NAME=${NAME:-jaxprog}
 
@@ -21,7 +21,13 @@ arguments=''
 if (($#)); then
   arguments=$(printf ' %q' "$@")
 fi
-# The pods know each other by TPU_WORKER_HOSTNAMES, which GKE sets.
+# The pods know each other by TPU_WORKER_HOSTNAMES, which GKE sets. A run that a
+# signal ended (143) is started again, and so are those that lost it (1); not
+# after a mistake (2). exec: what xpk puts around the command passes signals on
+# to one process, which must be the run.
 exec "$XPK" workload create --cluster="$CLUSTER" --workload="$NAME" \
   --tpu-type="$TPU_TYPE" --num-slices="${NUM_SLICES:-1}" \
-  --docker-image="$IMAGE" --command="${variables}launch/tpu_vm.sh$arguments"
+  --max-restarts="${RESTARTS:-20}" --restart-on-exit-codes=1 \
+  --termination-grace-period-seconds="${GRACE:-120}" \
+  --docker-image="$IMAGE" \
+  --command="exec env ${variables}launch/tpu_vm.sh$arguments"

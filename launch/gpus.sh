@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # One box with any number of GPUs: one process sees all of them.
 #   DATA=/data WORKDIR=runs/first launch/gpus.sh [FLAG ...]
+# With --config.mirror=s3://my-bucket/runs/first (or gs://) the run is kept in a
+# bucket too, and the same command goes on from there on another machine.
 # PROCESSES=8 starts one process a GPU instead, for boxes whose cores one
 # Python process cannot keep busy.
 set -euo pipefail
 
-: "${DATA:?a folder with the datasets}"
-: "${WORKDIR:?a folder for what the run writes}"
+: "${DATA:?a folder with the datasets, or gs:// or s3://BUCKET/PATH}"
+: "${WORKDIR:?a folder for what the run writes, or BUCKET/PATH likewise}"
 CONFIG=${CONFIG:-progressive}
 PYTHON=${PYTHON:-python3}
 PROCESSES=${PROCESSES:-1}

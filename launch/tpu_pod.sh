@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # A Cloud TPU pod slice: run where gcloud is, starts one process on each host.
-#   TPU=my-slice ZONE=us-west4-a DATA=/mnt/data WORKDIR=/mnt/runs/first \
-#     launch/tpu_pod.sh [FLAG ...]
-# The checkout lies in REPO on every host; DATA may be a local disk, WORKDIR is
-# one folder for all: Filestore, or a bucket mounted with gcsfuse.
+#   TPU=my-slice ZONE=us-west4-a DATA=gs://my-bucket/data \
+#     WORKDIR=gs://my-bucket/runs/first launch/tpu_pod.sh [FLAG ...]
+# On every host the checkout lies in REPO; PYTHON may be relative to it. What the
+# hosts print comes through this connection: start it in tmux, or the like.
 set -euo pipefail
 
 : "${TPU:?the name of the slice}"
 : "${ZONE:?its zone}"
-: "${DATA:?a folder with the datasets, the same path on each host}"
-: "${WORKDIR:?a folder that all hosts share}"
+: "${DATA:?the datasets: gs://BUCKET/PATH, or a folder on each host}"
+: "${WORKDIR:?gs://BUCKET/PATH, or a folder that all hosts share}"
 REPO=${REPO:-jaxprog}
 GCLOUD=${GCLOUD:-gcloud}
 

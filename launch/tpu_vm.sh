@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # One Cloud TPU VM (v5e-1 to v5e-8, v6e-8): run on the VM itself.
-#   DATA=/mnt/data WORKDIR=/mnt/runs/first launch/tpu_vm.sh [FLAG ...]
+#   DATA=gs://my-bucket/data WORKDIR=gs://my-bucket/runs/first \
+#     launch/tpu_vm.sh [FLAG ...]
 set -euo pipefail
 
-: "${DATA:?a folder with the datasets}"
-: "${WORKDIR:?a folder on a disk that outlives the VM}"
+: "${DATA:?the datasets: gs://BUCKET/PATH, or a folder}"
+: "${WORKDIR:?gs://BUCKET/PATH, or a folder that outlives the VM}"
 CONFIG=${CONFIG:-progressive}
 PYTHON=${PYTHON:-python3}
 

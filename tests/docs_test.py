@@ -1,7 +1,8 @@
 """Every command that the documentation shows is run, on small data.
 
 A command that needs more says so in a comment: `# needs a TPU`. Those of
-several hosts are run by reliability_peers_test.
+several hosts are run by reliability_peers_test, those with a $BUCKET nowhere;
+their flags are read.
 """
 
 import pathlib
@@ -12,7 +13,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from jaxprog import cli
+from jaxprog import cli, fields
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ('README.md', *sorted(f'docs/{p.name}' for p in ROOT.glob('docs/*.md')))
@@ -81,6 +82,19 @@ def test_the_command_works(page, command, data_dir, root, monkeypatch):
     pytest.skip(f'run elsewhere, or for hardware: {command}')
   monkeypatch.chdir(ROOT)
   assert cli.main(adapt(command, data_dir, root)) == 0
+
+
+@pytest.mark.parametrize(
+  ('page', 'command'),
+  [x for x in unique_commands() if any(mark in x[1] for mark in ELSEWHERE)],
+)
+def test_the_flags_of_other_commands_are_some(page, command):
+  words = shlex.split(command.replace('$i', '0').rstrip(' &'), comments=True)
+  asked = cli.create_flags()
+  overrides = cli.parse_flags(asked, words)
+  cli.check_flags(asked)
+  names = {re.split(r'[.[]', path)[0] for path in overrides}
+  assert names <= {*fields.CONFIG, 'stages', 'stage_defaults', 'base'}
 
 
 @pytest.mark.parametrize('page', PAGES)

@@ -224,6 +224,13 @@ def test_what_could_not_be_uploaded_ends_the_run_with_an_error(
   assert objects(server)['history.json'] == b'1'
 
 
+def test_of_a_run_that_never_began_nothing_is_left(server, tmp_path):
+  with held(tmp_path / 'run'):
+    pass
+  assert not server.objects('test-bucket')
+  assert not [*(tmp_path / 'run').iterdir()]
+
+
 def test_events_are_uploaded_now_and_then(server, tmp_path, monkeypatch):
   monkeypatch.setattr(mirror, '_LOOK_SECONDS', 0.02)
   folder = tmp_path / 'run'

@@ -313,7 +313,7 @@ def test_processes_wait_for_each_other_at_the_end():
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
 def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk(
-  story, config, tmp_path, victim
+  story, data_dir, tmp_path, victim
 ):
   """Killed, they go on with nothing but the bucket, as on other machines."""
 
@@ -322,10 +322,18 @@ def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk(
       {**server.environ, 'JAXPROG_CACHE_DIR': str(tmp_path / name / str(index))}
       for index in range(2)
     ]
-    return start_pair(config, *FLAGS, f'--workdir={url}', environments=hosts)
+    arguments = (
+      f'--config={CONFIG}:gs://test-bucket/data',
+      f'--workdir={url}',
+      *FLAGS,
+    )
+    return start_pair(*arguments, environments=hosts)
 
   url, copy = 'gs://test-bucket/run', '@gs/test-bucket/run'
   with fake_gcs.serve() as server:
+    for path in (x for x in data_dir.rglob('*') if x.is_file()):
+      name = f'data/{path.relative_to(data_dir)}'
+      server.put('test-bucket', name, path.read_bytes())
     pair = start('first')
     wait_for_step(pair, tmp_path / 'first' / '0' / copy, 20)
     pair[victim].kill()
@@ -508,59 +516,3 @@ def test_whose_beat_has_stopped():
     watch.look({0: str(now), 1: 'the same'})
   assert watch.silent(3.0) == [1]
   assert watch.silent(5.0) == []
-
-
-def test_launch_scripts_are_bash():
-  scripts = sorted((runs.ROOT / 'launch').iterdir())
-  assert len(scripts) == 5
-  for path in scripts:
-    subprocess.run(['bash', '-n', path], check=True)
-
-
-@pytest.mark.parametrize(
-  ('script', 'tool', 'own'),
-  [
-    ('tpu_pod.sh', 'GCLOUD', {'TPU': 'slice', 'ZONE': 'zone'}),
-    (
-      'gke_xpk.sh',
-      'XPK',
-      {'CLUSTER': 'a', 'TPU_TYPE': 'v5litepod-16', 'IMAGE': 'b'},
-    ),
-  ],
-)
-def test_what_a_launch_script_runs_on_each_host(tmp_path, script, tool, own):
-  """The command that it hands to gcloud or xpk is run, with echo as Python."""
-  given = {'DATA': str(tmp_path), 'WORKDIR': '/mnt/a run', 'PYTHON': 'echo'}
-  said = subprocess.run(
-    ['bash', f'launch/{script}', '--only=a', '--config.seed=3'],
-    cwd=runs.ROOT,
-    env={**os.environ, **given, **own, 'REPO': str(runs.ROOT), tool: 'echo'},
-    capture_output=True,
-    text=True,
-    check=True,
-  ).stdout
-  command = said[said.index('--command=') + len('--command=') :]
-  result = subprocess.run(
-    ['bash', '-c', command],
-    cwd=runs.ROOT,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert result.stdout.strip() == (
-    f'-m jaxprog --config=progressive --workdir=/mnt/a run '
-    f'--config.data_dir={tmp_path} --config.platform=tpu --only=a '
-    '--config.seed=3'
-  )
-
-
-def test_a_launch_script_says_what_it_needs():
-  result = subprocess.run(
-    ['bash', 'launch/gpus.sh'],
-    cwd=runs.ROOT,
-    env={k: v for k, v in os.environ.items() if k not in ('DATA', 'WORKDIR')},
-    capture_output=True,
-    text=True,
-  )
-  assert result.returncode != 0
-  assert 'a folder with the datasets' in result.stderr

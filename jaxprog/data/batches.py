@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprog import errors
 from jaxprog.data import policies, preprocess
 from jaxprog.data.records import Records
 from jaxprog.epochs import Steps
@@ -230,6 +231,8 @@ def _read(
     crop(read(index), out=out)
   except preprocess.BadImageError as e:
     return str(e).removeprefix(': ')
+  except errors.UserError:  # It names the file.
+    raise
   except Exception as e:
     raise RecordError(
       f'Record {records.positions[index]} of the {records.name} split in '

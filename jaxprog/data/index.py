@@ -99,6 +99,7 @@ def _read_all(
     text = np.frombuffer(b'\0'.join(names), np.uint8)
     return {'labels': np.array(labels, np.int32), 'names': text}
 
+  source.fetch()
   folder = directory / f'incomplete.index-{split}'
   found = list(parts.read_parts(folder, len(source), _PART, read, progress))
   labels = np.concatenate(

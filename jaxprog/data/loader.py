@@ -30,6 +30,7 @@ def train_batches(
   `seed` must be another one in each stage. `num_workers` threads or processes
   read ahead, 0 reads when asked; the batches are the same.
   """
+  split.stored.fetch()
   batches = batches_lib.TrainBatches(
     split,
     stage,
@@ -60,6 +61,7 @@ def eval_batches(
   Their size is the stage's, rounded up to a multiple of `num_shards`, the
   number of devices of all processes.
   """
+  split.source.fetch()
   batches = batches_lib.EvalBatches(
     split,
     stage,

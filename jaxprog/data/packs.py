@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from jaxprog import errors, files
-from jaxprog.data import jpeg, parts, preprocess
+from jaxprog.data import jpeg, parts, preprocess, remote
 from jaxprog.stages import Storage
 
 # Of which the size of a pack is guessed before it is written.
@@ -42,6 +42,16 @@ class Pack:
   def name(self) -> str:
     """What it adds to the version of the dataset: raw.256."""
     return self.path.name.partition('+')[2]
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """What is read of it."""
+    names = 'images.bin', 'offsets.npy', 'sizes.npy'
+    return tuple(str(self.path / x) for x in names)
+
+  def fetch(self, progress: parts.Progress | None = None) -> None:
+    """Brings what is in a bucket alone; it must come before it is read."""
+    remote.fetch(self.paths, progress)
 
   @functools.cached_property
   def offsets(self) -> np.ndarray:
@@ -96,7 +106,9 @@ def open_pack(path: pathlib.Path, fingerprint: str) -> Pack | None:
 def is_intact(path: pathlib.Path) -> bool:
   """Returns whether the images are those that were written, to the bit."""
   try:
-    expected = json.loads((path / 'pack.json').read_text())['sha256']
+    info = json.loads((path / 'pack.json').read_text())
+    Pack(path, info['kind']).fetch()
+    expected = info['sha256']
     return files.digest(path / 'images.bin') == expected
   except (OSError, ValueError, KeyError):
     return False

@@ -16,12 +16,13 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming, read_only_builder
 
-from jaxprog import errors, files, named, paths
-from jaxprog.data import builders, folders, packs, parts, shards
+from jaxprog import buckets, errors, files, named, paths
+from jaxprog.data import builders, folders, packs, parts, remote, shards
 from jaxprog.data import records as records_lib
 from jaxprog.data.records import Dataset, Records
 from jaxprog.stages import Storage
@@ -199,9 +200,15 @@ def _find_current(
 
 def _find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
   """Returns the raw folder of a dataset, if there is one."""
+  folders = _raw_folders(dataset, data_dir)
+  return next((x for x in folders if x.is_dir()), None)
+
+
+def _raw_folders(dataset: str, data_dir: pathlib.Path) -> list[pathlib.Path]:
+  """Returns where a dataset may lie raw."""
   folder = paths.dataset_folder(dataset)
   known = [data_dir / name for name in named.find(dataset).folders]
-  return next((x for x in ([folder] if folder else known) if x.is_dir()), None)
+  return [folder] if folder else known
 
 
 def is_here(dataset: str, data_dir: pathlib.Path) -> bool:
@@ -211,6 +218,56 @@ def is_here(dataset: str, data_dir: pathlib.Path) -> bool:
     or _find_raw(dataset, data_dir)
     or find_prepared(dataset, data_dir)
   )
+
+
+def fetch_raw(
+  dataset: str,
+  data_dir: pathlib.Path,
+  progress: parts.Progress | None = None,
+) -> None:
+  """Brings what a dataset can be prepared from, where a bucket has it.
+
+  Nothing comes where the dataset is here already. `progress` is told of bytes.
+  """
+  if not is_here(dataset, data_dir):
+    known = named.find(dataset)
+    sources = _raw_folders(dataset, data_dir)
+    if known.manual:
+      sources.append(data_dir / 'downloads' / 'manual')
+    any(remote.fetch_folder(x, progress) for x in sources)
+
+
+def drop_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
+  """Removes a raw folder that a bucket has as well, and returns it."""
+  folder = _find_raw(dataset, data_dir)
+  if folder is None or not remote.holds(folder):
+    return None
+  shutil.rmtree(folder)
+  return folder
+
+
+def upload(
+  dataset: str,
+  data_dir: pathlib.Path,
+  progress: parts.Progress | None = None,
+  **options: Any,
+) -> bool:
+  """Brings what is prepared of a dataset to the bucket of its copy.
+
+  `progress` is told of bytes; `options` are those of `remote.upload`. Returns
+  whether anything was missing there.
+
+  Raises:
+    UserError: if the bucket cannot be written to.
+  """
+  prepared = find_prepared(dataset, data_dir)
+  if prepared is None:
+    return False
+  folder = pathlib.Path(prepared.data_dir)
+  done = [
+    remote.upload(x, progress, **options) for x in (folder, *list_packs(folder))
+  ]
+  return any(done)
 
 
 def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
@@ -230,7 +287,7 @@ def folder_config(dataset: str) -> str:
   folder = paths.dataset_folder(dataset)
   if folder is None:
     return ''
-  path = os.path.abspath(folder)
+  path = buckets.shown(os.path.abspath(folder))
   if not folders.is_utf8(path):
     what = 'The path of the folder is not UTF-8.'
     raise errors.UserError(what, path, 'Rename it.')
@@ -244,6 +301,7 @@ def find_prepared(
   """Returns the prepared dataset: of a local folder first, then of tfds."""
   root = data_dir / 'prepared'
   path = root / builders.prepared_name(dataset) / folder_config(dataset)
+  remote.bring(root, path.relative_to(root).as_posix())
   path /= str(builders.Images.VERSION)
   if os.path.isfile(path / 'dataset_info.json'):
     return tfds.builder_from_directory(path)
@@ -251,9 +309,10 @@ def find_prepared(
   if not spec or _find_raw(dataset, data_dir):
     return None
   try:
-    naming.parse_builder_name_kwargs(spec)
+    name, _ = naming.parse_builder_name_kwargs(spec)
   except ValueError as e:
     raise _refused_by_tfds(dataset, e) from e
+  remote.bring(root, str(name))
   try:
     return read_only_builder.builder_from_files(spec, data_dir=root)
   except tfds.core.registered.DatasetNotFoundError:
@@ -445,19 +504,27 @@ def _check_source(
 
 def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
   source, _, rest = dataset.partition(':')
+  raw = _raw_folders(dataset, data_dir)
+  if found := next((x for x in raw if remote.holds(x)), None):
+    return errors.UserError(
+      f'{dataset!r} is not prepared.',
+      f'its raw images are in {buckets.shown(found)}',
+      'Prepare it, once, where there is room for both: --mode=prepare',
+    )
   if source == 'folder':
+    is_url = buckets.is_url(rest)
     return errors.UserError(
       f'There is no folder {rest!r}.',
-      f'looked in {pathlib.Path.cwd()}',
+      f'dataset {dataset!r}' if is_url else f'looked in {pathlib.Path.cwd()}',
       'Its images belong into PATH/{train,val}/CLASS/.',
     )
   known = named.find(dataset)
-  looked = [str(data_dir / x) for x in known.folders]
-  if known.tfds:
-    looked.append(str(data_dir / 'prepared'))
+  looked = list(map(buckets.shown, raw))
+  if known.tfds or buckets.url_of(data_dir):
+    looked.append(buckets.shown(data_dir / 'prepared'))
   advice = 'Put the unpacked folder there.'
   if known.manual:
-    looked.append(str(data_dir / 'downloads/manual' / known.manual))
+    looked.append(buckets.shown(data_dir / 'downloads/manual' / known.manual))
   elif known.tfds:
     advice = 'Put it there, or download it with --mode=prepare.'
   return errors.UserError(
@@ -469,7 +536,8 @@ def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
 
 def say_new(data_dir: pathlib.Path) -> None:
   """Says where data_dir lies; a mistyped one is made like any other."""
-  print(f'data_dir is new: {data_dir.absolute()}', file=sys.stderr)
+  if buckets.url_of(data_dir) is None:
+    print(f'data_dir is new: {data_dir.absolute()}', file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -540,6 +608,7 @@ def store(
         _remove(path)
         if is_locked:
           _remove_leftovers(path.parent)
+        records.source.fetch()
         packs.write_pack(
           path,
           records.at,

@@ -79,6 +79,11 @@ class Records:
     record = self[index]
     return f'{record["wnid"]}/{record["file_name"]}'
 
+  @property
+  def stored(self) -> shards.Shards | packs.Pack:
+    """The files that `image` reads, and what brings them from a bucket."""
+    return self.pack or self.source
+
   def names(self) -> list[str]:
     """Returns the file name of every record; kept beside them."""
     names = index.read_names(self.source, self.directory, self.name)
@@ -116,6 +121,14 @@ class Dataset:
   def selection(self) -> Records:
     """What is evaluated while a stage trains."""
     return self.holdout or self.eval
+
+  @property
+  def stored(self) -> dict[str, shards.Shards | packs.Pack]:
+    """What training and evaluation read, by a name of the split."""
+    splits = {self.eval.name: self.eval, self.train.name: self.train}
+    if self.holdout:
+      splits['hold-out'] = self.holdout
+    return {name: split.stored for name, split in splits.items()}
 
   @property
   def version(self) -> str:

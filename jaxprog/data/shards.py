@@ -7,7 +7,7 @@ import pathlib
 import resource
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -17,6 +17,7 @@ from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxprog import errors
+from jaxprog.data import parts, remote
 
 # Of one file. Reading by index keeps each of them open, and tfds would make
 # 1,024 of ImageNet's 138 GB: all that a login shell may open.
@@ -63,8 +64,16 @@ class Shards:
   thread-safe.
   """
 
-  def __init__(self, key: _Key, paths: Sequence[str], counts: Sequence[int]):
+  def __init__(
+    self,
+    key: _Key,
+    paths: Sequence[str],
+    counts: Sequence[int],
+    places: Mapping[str, str],
+  ):
     self._key, self.paths, self._counts = key, tuple(paths), tuple(counts)
+    # Path -> where it is read; only of what was fetched.
+    self._places = dict(places)
     self._ends = tuple(itertools.accumulate(counts))
     self._readers: list[Any] = [None] * len(paths)
     self._lock = threading.Lock()
@@ -82,18 +91,34 @@ class Shards:
     return record
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return _share, (self._key, self.paths, self._counts)
+    return _share, (self._key, self.paths, self._counts, self._places)
+
+  def fetch(self, progress: parts.Progress | None = None) -> None:
+    """Brings what is in a bucket alone; else each file comes when it is read.
+
+    What the disk has no room for is read in the bucket from now on.
+    """
+    absent = [x for x in self.paths if x not in self._places]
+    self._places |= remote.fetch(absent, progress)
 
   def _reader(self, i: int) -> Any:
     if self._readers[i] is None:
       with self._lock:
         if self._readers[i] is None:
-          self._readers[i] = array_record_module.ArrayRecordReader(
-            self.paths[i],
-            options='readahead_buffer_size:0',
-            file_reader_buffer_size=32768,
-          )
+          self._readers[i] = self._open(self.paths[i])
     return self._readers[i]
+
+  def _open(self, path: str) -> Any:
+    if path not in self._places:
+      self._places |= remote.fetch([path])
+    reader = array_record_module.ArrayRecordReader(
+      self._places[path],
+      options='readahead_buffer_size:0',
+      file_reader_buffer_size=32768,
+    )
+    if not reader.num_records():  # It says so of what is not there, too.
+      raise remote.lost(path)
+    return reader
 
 
 def open_shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:
@@ -122,17 +147,21 @@ def open_shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:
     (str(directory), split, prepared),
     tuple(os.fspath(x) for x in found.filepaths),
     tuple(found.shard_lengths),
+    {},
   )
 
 
 def _share(
-  key: _Key, paths: tuple[str, ...], counts: tuple[int, ...]
+  key: _Key,
+  paths: tuple[str, ...],
+  counts: tuple[int, ...],
+  places: Mapping[str, str],
 ) -> Shards:
   """Returns what reads a split in this process, with room for its files."""
   with _lock:
     shards = _shared.get(key)
     if shards is None:
-      shards = Shards(key, paths, counts)
+      shards = Shards(key, paths, counts, places)
       count = sum(len(x.paths) for x in (shards, *_shared.values()))
       if not allow(count):
         raise too_many(count, key[0])

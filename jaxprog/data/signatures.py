@@ -16,7 +16,7 @@ import uuid
 import numpy as np
 from PIL import Image
 
-from jaxprog.data import parts, preprocess
+from jaxprog.data import parts, preprocess, remote
 from jaxprog.data.records import Records
 
 # Side of a thumbnail, in pixels: a quarter of the smallest copies, so that
@@ -60,6 +60,8 @@ def read_signatures(
   images done and in all.
   """
   file = _cache_file(records)
+  if remote.is_known(file):
+    remote.fetch([file])
   table = _load(file, len(records.source))
   return _compute(records, file, progress) if table is None else table
 
@@ -130,6 +132,7 @@ def _compute(
     found = [sign(records.at(position)) for position in part]
     return {'signatures': np.array(found, SIGNATURE)}
 
+  records.source.fetch()
   folder = file.with_name(f'incomplete.{file.stem}')
   whole = file.with_name(f'{folder.name}.{uuid.uuid4().hex}.npy')
   count, start = len(records.source), 0
@@ -174,7 +177,7 @@ def _remove_others(file: pathlib.Path) -> None:
 
 def is_kept(records: Records) -> bool:
   """Returns whether these images were described before."""
-  return _cache_file(records).is_file()
+  return remote.is_known(_cache_file(records))
 
 
 def _cache_file(records: Records) -> pathlib.Path:
@@ -187,8 +190,9 @@ def _cache_file(records: Records) -> pathlib.Path:
   for name in ('dataset_info.json', 'metadata.json'):
     with contextlib.suppress(OSError):
       digest.update((records.directory / name).read_bytes())
-  for file in sorted(records.directory.glob(f'*-{records.name}.array_record*')):
-    digest.update(f'{file.name}\0{file.stat().st_size}\0'.encode())
+  for path in sorted(records.source.paths):
+    name = os.path.basename(path)
+    digest.update(f'{name}\0{remote.size(path)}\0'.encode())
   key = digest.hexdigest()[:16]
   return records.directory / f'signatures-{records.name}-{key}.npy'
 

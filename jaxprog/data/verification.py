@@ -171,6 +171,8 @@ def _open_prepared(dataset: str, data_dir: pathlib.Path) -> Images:
   builder = preparation.find_prepared(dataset, data_dir)
   assert builder is not None
   opened = records_lib.open_dataset(dataset, builder)
+  for records in (opened.train, opened.eval):
+    records.source.fetch()
   names = builder.info.features['label'].names
   return Images(
     kind='prepared',

@@ -10,18 +10,22 @@ import rich.progress
 
 @contextlib.contextmanager
 def progress_bars(
-  console: rich.console.Console, *, count: bool = True
+  console: rich.console.Console, *, count: bool = True, size: bool = False
 ) -> Iterator[Callable[[str, int, int], None]]:
   """Yields a function that shows of what how much is done, and of how much.
 
   Nothing is shown before it is called, or where the output is no terminal.
-  `count` shows both numbers rather than their ratio.
+  `count` shows both numbers rather than their ratio, `size` as bytes.
   """
-  ratio = rich.progress.TaskProgressColumn()
+  shown: rich.progress.ProgressColumn = rich.progress.TaskProgressColumn()
+  if size:
+    shown = rich.progress.DownloadColumn()
+  elif count:
+    shown = rich.progress.MofNCompleteColumn()
   bar = rich.progress.Progress(
     rich.progress.TextColumn('{task.description}'),
     rich.progress.BarColumn(),
-    rich.progress.MofNCompleteColumn() if count else ratio,
+    shown,
     rich.progress.TimeRemainingColumn(),
     console=console,
     disable=not console.is_terminal,
@@ -43,8 +47,12 @@ def progress_bars(
 
 @contextlib.contextmanager
 def progress_bar(
-  console: rich.console.Console, title: str, *, count: bool = True
+  console: rich.console.Console,
+  title: str,
+  *,
+  count: bool = True,
+  size: bool = False,
 ) -> Iterator[Callable[[int, int], None]]:
   """Yields the same for one thing, `title`."""
-  with progress_bars(console, count=count) as show:
+  with progress_bars(console, count=count, size=size) as show:
     yield functools.partial(show, title)

@@ -18,7 +18,14 @@ from packaging import requirements, specifiers
 
 from jaxprog import buckets, errors, formats, paths
 from jaxprog import stages as stages_lib
-from jaxprog.data import builders, folders, preparation, records, signatures
+from jaxprog.data import (
+  builders,
+  folders,
+  packs,
+  preparation,
+  records,
+  signatures,
+)
 from jaxprog.optim import optimizers
 from jaxprog.reliability import checkpoints, integrity, lease
 from jaxprog.training import devices, preflight
@@ -77,10 +84,25 @@ class Inspection:
 
   def is_stored(self, stage: stages_lib.Stage) -> bool:
     """Returns whether a stage's training images lie there as it reads them."""
+    return self._find_pack(stage) is not None
+
+  def _find_pack(self, stage: stages_lib.Stage) -> packs.Pack | None:
     dataset = self.data[stage.name].dataset
     if dataset is None or stage.stored.kind == 'original':
-      return False
-    return preparation.find_pack(dataset.train, stage.stored) is not None
+      return None
+    return preparation.find_pack(dataset.train, stage.stored)
+
+  def list_images(self) -> set[str]:
+    """Returns the files of images that the chosen stages read."""
+    found: set[str] = set()
+    for stage in self.chosen:
+      if dataset := self.data[stage.name].dataset:
+        found.update(dataset.eval.source.paths)
+        pack = self._find_pack(stage)
+        if pack is None or stage.holdout_part:
+          found.update(dataset.train.source.paths)
+        found.update(pack.paths if pack else ())
+    return found
 
 
 def inspect(
@@ -256,7 +278,7 @@ def _check_dataset(
     UserError: if it is missing or not what the stage asks for.
   """
   seen.data[stage.name] = Data()
-  data_dir = preflight.find_data_dir(seen.config)
+  data_dir = paths.data_dir(seen.config)
   if preparation.check_dataset(stage.dataset, data_dir) == 'prepared':
     dataset = setup_lib.load_dataset(data_dir, stage, 'prepared')
     seen.data[stage.name] = Data(dataset=dataset)
@@ -401,6 +423,12 @@ def _check_disk(seen: Inspection) -> Iterator[Finding]:
   if raw and not os.access(nearest, os.W_OK):
     fix = 'Set config.data_dir to a folder that you may write to.'
     yield Finding(False, f'data: {data_dir} cannot be written to', fix)
+  if found := preflight.to_fetch(
+    seen.config, seen.list_images(), seen.workdir, run
+  ):
+    line, fits = found
+    fix = '' if fits else preflight.MOVE
+    yield Finding(fits, f'data: {line}', fix)
   needs = [(data_dir, 'prepared data', prepared)]
   if seen.workdir:
     needs.append((seen.workdir, 'results', run))

@@ -78,24 +78,28 @@ class Mirror:
     self._thread.join()
     try:
       self.flush()
+      if not self._there:
+        self._lease.was_of_use = False
+        copies.forget(self._folder)
     except Exception as e:
-      text = (
-        f'{self._bucket.url} lacks what was written last, which is in '
-        f'{self._folder}: {copies.describe(e)}'
-      )
       if error is None or isinstance(error, errors.Stopped):
-        raise RuntimeError(text) from e
-      print(text, file=sys.stderr)
+        raise
+      print(copies.describe(e), file=sys.stderr)
 
   def flush(self) -> None:
     """Returns once the bucket holds all that the folder does.
 
     Raises:
-      RuntimeError: if another run has taken over.
-      UserError: if the bucket cannot be written to.
+      RuntimeError: if it cannot be written to, or another run has taken over.
     """
-    with self._turn:
-      self._upload(copies.scan(self._folder))
+    try:
+      with self._turn:
+        self._upload(copies.scan(self._folder))
+    except errors.UserError as e:  # No mistake of the user's hours later.
+      raise RuntimeError(
+        f'{self._bucket.url} lacks what was written last, which is in '
+        f'{self._folder}: {copies.describe(e)}'
+      ) from e
 
   @property
   def _lease(self) -> lease.Lease:

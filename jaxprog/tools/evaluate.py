@@ -22,7 +22,7 @@ from jaxprog.data.records import Dataset
 from jaxprog.monitoring import diagnostics
 from jaxprog.reliability import copies
 from jaxprog.reporting import scores
-from jaxprog.training import alike, devices, loop
+from jaxprog.training import alike, devices, fetching, loop
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import trained as trained_lib
 
@@ -199,6 +199,7 @@ def _score(
   """
   task, split = create_task(trained, dataset), dataset.eval
   variables = jax.device_put(trained.variables, task.shardings.replicated)
+  fetching.fetch(dataset.name, {split.name: split.source})
   with rich.progress.Progress(
     console=console, transient=True, disable=not console.is_terminal
   ) as bar:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import rich.console
 from ml_collections import config_dict
 
-from jaxprog import errors, named, paths, stages
+from jaxprog import buckets, errors, named, paths, stages
 from jaxprog.data import archives, preparation
 from jaxprog.monitoring import bars
 from jaxprog.tools import audit
@@ -56,9 +56,11 @@ def prepare(
   if is_new and data_dir.is_dir():
     preparation.say_new(data_dir)
   for dataset in datasets:
+    with bars.progress_bar(console, f'fetch {dataset}', size=True) as show:
+      preparation.fetch_raw(dataset, data_dir, show)
     with bars.progress_bar(console, dataset) as show:
       left_out = preparation.prepare(dataset, data_dir, progress=show)
-    console.print(f'{dataset}: prepared in {data_dir}/prepared')
+    console.print(f'{dataset}: prepared in {data_dir}/prepared', soft_wrap=True)
     if left_out:
       text = errors.printable(f'{dataset}: left out: {left_out}')
       console.print(text, style='yellow', highlight=False, soft_wrap=True)
@@ -70,6 +72,28 @@ def prepare(
     found = audit.find_leaks(*present, console)
     excluded = sum(int(x.sum()) for x in found.excluded.values())
     console.print(f'leaks: {excluded:,} training images will be left out')
+  if url := buckets.url_of(data_dir):
+    for dataset in datasets:
+      _upload(dataset, data_dir, url, console)
+
+
+def _upload(
+  dataset: str, data_dir: pathlib.Path, url: str, console: rich.console.Console
+) -> None:
+  """Brings what is prepared to its bucket, and lets go of raw images there."""
+  try:
+    with bars.progress_bar(console, f'upload {dataset}', size=True) as show:
+      is_new = preparation.upload(dataset, data_dir, show)
+  except buckets.ForbiddenError as e:
+    console.print(f'{dataset}: it is here alone. {e.what}', soft_wrap=True)
+    return
+  what = 'uploaded to' if is_new else 'is already in'
+  console.print(f'{dataset}: {what} {url}/prepared', soft_wrap=True)
+  if dropped := preparation.drop_raw(dataset, data_dir):
+    console.print(
+      f'{dataset}: {dropped} is removed; {buckets.shown(dropped)} stays',
+      soft_wrap=True,
+    )
 
 
 def _store(

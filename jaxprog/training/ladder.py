@@ -160,6 +160,9 @@ def _run_stage(
     run.progress.message(f'{name}: done before, not trained again')
     run.save_stages()
     return None
+  with run.dog.pause():  # A dataset may come for hours.
+    run.fetcher.fetch(index)
+    peers.wait_for_all('images')
   directory = checkpoints.stage_directory(run.workdir, name)
   with (
     run.stop.deferred(),  # Outermost: saves under way are waited for.

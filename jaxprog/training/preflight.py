@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import re
 import shlex
 import shutil
 import socket
@@ -18,7 +17,7 @@ from ml_collections import config_dict
 from jaxprog import buckets, errors, files, formats, named, paths
 from jaxprog import config as config_lib
 from jaxprog import stages as stages_lib
-from jaxprog.data import preparation
+from jaxprog.data import preparation, remote
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import checkpoints, integrity, lock
 from jaxprog.training import devices
@@ -27,6 +26,8 @@ from jaxprog.training import state as state_lib
 
 # TensorBoard's files, plots and reports of one run, in bytes.
 _REPORTS = 20_000_000
+# What helps where a bucket's data have no room.
+MOVE = 'Free some, or name a folder on a larger disk: --config.cache_dir=DIR.'
 # Beside the numbers a checkpoint holds their names and shapes; and file
 # systems round up.
 OVERHEAD = 1.05
@@ -46,7 +47,7 @@ def launch(
   """
   chosen = stages_lib.select(stages_lib.create_stages(config), only, skip)
   devices.check_platform(config.platform)
-  data_dir = find_data_dir(config)
+  data_dir = paths.data_dir(config)
   for stage in chosen:
     if preparation.is_here(stage.dataset, data_dir):
       continue
@@ -76,29 +77,6 @@ def claim_workdir(workdir: pathlib.Path) -> str:
   return owner
 
 
-def find_data_dir(config: config_dict.ConfigDict) -> pathlib.Path:
-  """Returns where the config has its datasets, which must be a folder."""
-  refuse_bucket(config.data_dir, 'config.data_dir')
-  return paths.data_dir(config)
-
-
-def refuse_bucket(path: str | os.PathLike[str], where: str) -> None:
-  """Raises UserError for gs://BUCKET and its like.
-
-  Records are read by position, and a save ends with a rename under a lock:
-  that needs a file system.
-  """
-  found = re.match(r'([a-z][a-z0-9]+):/+([^/]*)', str(path))
-  if found:
-    scheme, bucket = found.groups()
-    raise errors.UserError(
-      f'{scheme}://{bucket} is no folder.',
-      f'{where}={path}',
-      f'Mount it: gcsfuse --implicit-dirs {bucket} /mnt/{bucket}, then name '
-      f'/mnt/{bucket}.',
-    )
-
-
 def quick(
   tasks: Sequence[setup_lib.Task], workdir: str | os.PathLike[str]
 ) -> list[str]:
@@ -111,19 +89,63 @@ def quick(
   states = [(task.stage, task.state_shapes) for task in tasks]
   need, free = bytes_to_write(path, states), free_bytes(path)
   if need > free:
+    where, how = paths.place(path)
     raise errors.UserError(
       f'The run needs {formats.size(need)} of disk; {formats.size(free)} are '
       'free.',
-      f'--workdir={workdir}',
-      'Free some, or name a --workdir on a larger disk.',
+      where,
+      f'Free some, or: {how}',
     )
   url = buckets.url_of(path)
-  return [
+  lines = [
     f'devices: {devices.describe()}',
     *([f'workdir: {url}, on this machine in {path}'] if url else []),
     f'disk: {formats.size(need)} to be written, {formats.size(free)} free',
-    *describe_run(path),
   ]
+  to_come = [
+    task for task in tasks if not checkpoints.is_done(path, task.stage.name)
+  ]
+  images = {
+    file
+    for task in to_come
+    for stored in task.dataset.stored.values()
+    for file in stored.paths
+  }
+  if to_come and (found := to_fetch(tasks[0].config, images, path, need)):
+    line, fits = found
+    if not fits:
+      where = f'config.data_dir={tasks[0].config.data_dir}'
+      raise errors.UserError(f'There is no room for data: {line}.', where, MOVE)
+    lines.append(f'data: {line}')
+  return lines + describe_run(path)
+
+
+def to_fetch(
+  config: config_dict.ConfigDict,
+  images: Iterable[str],
+  workdir: pathlib.Path | None,
+  results: int,
+) -> tuple[str, bool] | None:
+  """Returns what is said of files still in a bucket, and whether they may come.
+
+  None if all are here. `results` are the bytes that the run will write.
+  """
+  data_dir = paths.data_dir(config)
+  if not (need := remote.missing(images)):
+    return None
+  nearest = nearest_folder(data_dir)
+  free = remote.free_bytes(nearest)
+  if workdir and _disk(workdir) == _disk(data_dir):
+    free = max(0, free - results)
+  line = (
+    f'{formats.size(need)} to be fetched from {config.data_dir}, '
+    f'{formats.size(free)} free at {nearest}'
+  )
+  if need <= free:
+    return line, True
+  if all(map(remote.reads_directly, images)):
+    return f'{line}: what has no room is read there, which is slower', True
+  return line, False
 
 
 def check_workdir(workdir: pathlib.Path) -> None:
@@ -285,6 +307,10 @@ def _folder_bytes(workdir: pathlib.Path, stage: str) -> int:
 def free_bytes(path: pathlib.Path) -> int:
   """Returns what the disk that `path` is or will be on still takes."""
   return shutil.disk_usage(nearest_folder(path)).free
+
+
+def _disk(path: pathlib.Path) -> int:
+  return nearest_folder(path).stat().st_dev
 
 
 def nearest_folder(path: pathlib.Path) -> pathlib.Path:

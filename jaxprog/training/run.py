@@ -19,7 +19,7 @@ from jaxprog.monitoring import incidents as incidents_lib
 from jaxprog.monitoring import progress as progress_lib
 from jaxprog.reliability import checkpoints, lock, peers, signals, watchdog
 from jaxprog.reporting import outputs
-from jaxprog.training import preflight, resume
+from jaxprog.training import fetching, preflight, resume
 from jaxprog.training import setup as setup_lib
 from jaxprog.training.transfer import handover, pretrained
 
@@ -40,6 +40,8 @@ class Run:
   note: Callable[..., None]
   owner: lock.Lock
   dog: watchdog.Watchdog
+  # Brings the images of the stages from where they are.
+  fetcher: fetching.Fetcher
   # Compiles the next stage while this one trains.
   compiler: futures.Executor
   # Told the name of a stage and each row of its history.
@@ -113,6 +115,7 @@ def open_run(
   plain = _write_inputs(config, workdir, before)
   history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
   writer = stack.enter_context(_writing(config, workdir, plain))
+  fetcher = fetching.Fetcher(config, [x.dataset for x in tasks])
   dog = watchdog.Watchdog(
     config.watchdog_minutes,
     log=workdir / 'watchdog.log',
@@ -130,6 +133,7 @@ def open_run(
     note=note,
     owner=owner,
     dog=stack.enter_context(dog),
+    fetcher=stack.enter_context(contextlib.closing(fetcher)),
     compiler=_create_executor('compiler', stack),
     on_epoch=on_epoch,
     reporter=outputs.Reporter(

@@ -1,0 +1,451 @@
+"""Datasets of a bucket: what of them is on this machine, and the way back.
+
+The copy of gs://BUCKET/data has from the start what a dataset is known by, and
+its images once somebody is about to read them: what a path of the copy lacks,
+its own name tells where to find. Other paths are left alone.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from jaxprog import buckets, errors, files, formats
+from jaxprog.data import parts
+
+# In DATA_DIR/prepared of a copy: what the bucket has there, name -> Entry.
+_LIST = '.objects.json'
+# It comes last of its folder: who finds it finds all.
+_MARKERS = ('dataset_info.json', 'pack.json')
+# They tell of images by their sums: where one differs, so does all else.
+_IDENTITY = (*_MARKERS, 'metadata.json')
+# What only those need who read images or compare them.
+_LARGE = re.compile(
+  r'.+\.array_record.*|images\.bin|offsets\.npy|sizes\.npy|signatures-.+'
+)
+# How a raw folder looks on one machine says nothing on another; and what is
+# under way.
+_OURS = re.compile(r'raw_folder\.json|\..*|incomplete\..*')
+# What can be read where it is, by position.
+_DIRECT = re.compile(r'gs://.+\.array_record.*')
+# A list is believed for so many seconds.
+_FRESH = 60.0
+# Bytes that stay free, for what else comes to that disk.
+_MARGIN = 1 << 30
+
+# When the small files of each dataset were brought, by the monotonic clock.
+_brought: dict[pathlib.Path, float] = {}
+_lock = threading.Lock()
+
+
+class _Object(NamedTuple):
+  """What a bucket, of which `root` is the copy, has under a name."""
+
+  root: pathlib.Path
+  name: str
+  entry: buckets.Entry
+
+  @property
+  def path(self) -> pathlib.Path:
+    return self.root / self.name
+
+
+def bring(root: pathlib.Path, name: str) -> None:
+  """Brings what a dataset is known by into the copy.
+
+  It is in the folder `name` of `root`, DATA_DIR/prepared. What the bucket has
+  not stays as it is; what is of another dataset than the bucket's goes.
+
+  Raises:
+    UserError: if the bucket cannot be read.
+  """
+  if buckets.url_of(root) is None:
+    return
+  folder = root / name
+  with _lock:
+    if time.monotonic() - _brought.get(folder, -_FRESH) < _FRESH:
+      return
+    bucket = _bucket(root, root.parent)
+    objects = _list_objects(bucket, root)
+    with _writing(root), _locked(root / _LIST):
+      _put_in_step(bucket, [x for x in objects if folder in x.path.parents])
+      files.write_json(root / _LIST, {x.name: x.entry for x in objects})
+    _brought[folder] = time.monotonic()
+
+
+def _put_in_step(bucket: buckets.Bucket, objects: Sequence[_Object]) -> None:
+  """Makes the small files of a dataset those of the bucket."""
+  objects = [x for x in objects if not _OURS.fullmatch(x.path.name)]
+  markers = [x for x in objects if x.path.name in _MARKERS]
+  large = [x for x in objects if _LARGE.fullmatch(x.path.name)]
+  for x in [x for x in objects if x.path.name in _IDENTITY]:
+    if x.path.exists() and not buckets.is_same(x.path, x.entry):
+      for marker in _MARKERS:  # First, or what is left would look whole.
+        x.path.with_name(marker).unlink(missing_ok=True)
+      shutil.rmtree(x.path.parent)
+  for x in large:
+    if not _has_size(x):
+      x.path.unlink(missing_ok=True)
+
+  def download(x: _Object) -> None:
+    if not buckets.is_same(x.path, x.entry):
+      _download(bucket, x)
+
+  buckets.at_once(download, set(objects) - {*markers, *large})
+  buckets.at_once(download, markers)
+
+
+def is_known(path: str | os.PathLike[str]) -> bool:
+  """Returns whether a file is here or in the bucket."""
+  return os.path.isfile(path) or _find(path) is not None
+
+
+def size(path: str | os.PathLike[str]) -> int:
+  """Returns the bytes of a file that is here or in the bucket.
+
+  Raises:
+    UserError: if it is in neither.
+  """
+  try:
+    return os.stat(path).st_size
+  except FileNotFoundError:
+    if found := _find(path):
+      return found.entry.size
+  raise lost(path)
+
+
+def missing(paths: Iterable[str | os.PathLike[str]]) -> int:
+  """Returns how many bytes of `paths` are still in the bucket alone.
+
+  Raises:
+    UserError: if some of them are nowhere.
+  """
+  return _bytes_to_come(_find_missing(paths))
+
+
+def free_bytes(path: pathlib.Path) -> int:
+  """Returns how much may be fetched to the disk of `path`, which exists."""
+  return max(0, shutil.disk_usage(path).free - _MARGIN)
+
+
+def reads_directly(path: str | os.PathLike[str]) -> bool:
+  """Returns whether a file of a copy can be read in the bucket as well."""
+  return _DIRECT.fullmatch(buckets.shown(path)) is not None
+
+
+def fetch(
+  paths: Iterable[str | os.PathLike[str]],
+  progress: parts.Progress | None = None,
+  *,
+  at_once: Callable[..., object] = buckets.at_once,
+) -> dict[str, str]:
+  """Brings files that are in the bucket alone; returns where to read each.
+
+  That is its path, or its URL where the disk has no room for all of them and
+  they can be read where they are. `progress` is told of bytes. What another
+  process is fetching is waited for.
+
+  Raises:
+    UserError: if there is no room, or the bucket has not what it had.
+  """
+  names = [os.fspath(x) for x in paths]
+  places = dict(zip(names, names, strict=True))
+  objects = _find_missing(names)
+  if not objects:
+    return places
+  root, need = objects[0].root, _bytes_to_come(objects)
+  folder = os.path.commonpath([x.path.parent for x in objects])
+  if need <= free_bytes(root):
+    bucket = _bucket(root, root.parent)
+
+    def download(x: _Object, on_bytes: Callable[[int], object]) -> None:
+      with _locked(x.path):
+        if x.path.exists():  # Another one was as fast.
+          on_bytes(x.entry.size)
+        else:
+          _download(bucket, x, on_bytes)
+
+    _fetch(objects, folder, download, progress, at_once)
+    return places
+  if not all(reads_directly(x.path) for x in objects):
+    raise _no_room(folder, need)
+  _say(
+    f'{formats.size(need)} of {buckets.shown(folder)} have no room in {root}: '
+    'they are read from the bucket, which is slower'
+  )
+  return places | {str(x.path): buckets.shown(x.path) for x in objects}
+
+
+def upload(
+  folder: pathlib.Path,
+  progress: parts.Progress | None = None,
+  *,
+  at_once: Callable[..., object] = buckets.at_once,
+) -> bool:
+  """Brings a prepared dataset or a pack of a copy to its bucket.
+
+  What is there already stays; last comes the file that says that it is whole.
+  `progress` is told of bytes. Returns whether anything was to be brought.
+
+  Raises:
+    UserError: if the bucket cannot be written to.
+  """
+  if (root := _root(folder)) is None:
+    return False
+  marker = next((x for x in _MARKERS if (folder / x).is_file()), '')
+  start = folder.relative_to(root).as_posix() + '/'
+  known = {
+    name.removeprefix(start): entry
+    for name, entry in _read_list(root).items()
+    if name.startswith(start)
+  }
+  if not marker or not any(_compare(folder, marker, known)):
+    return False
+  bucket = _bucket(folder, root.parent)
+  # Another machine may have been as fast.
+  there = {x.name: x.entry for x in _list_objects(bucket, folder)}
+  todo, stale = _compare(folder, marker, there)
+  if marker in todo and marker in there:
+    bucket.remove([marker])  # Or it would speak of what is half replaced.
+  sizes = {x: (folder / x).stat().st_size for x in todo}
+  done, lock = 0, threading.Lock()
+
+  def send(name: str) -> None:
+    nonlocal done
+    bucket.upload(folder / name, name)
+    with lock:
+      done += sizes[name]
+      if progress:
+        progress(done, sum(sizes.values()))
+
+  at_once(send, [x for x in todo if x != marker])
+  bucket.remove(stale)
+  if marker in todo:
+    send(marker)
+  return bool(todo)
+
+
+def _compare(
+  folder: pathlib.Path, marker: str, there: Mapping[str, buckets.Entry]
+) -> tuple[list[str], list[str]]:
+  """Returns what the bucket lacks of `folder`, and what it has beyond it.
+
+  Where the images are the same, only sizes are compared of what is large: to
+  hash ImageNet takes minutes. And what is beyond it may be another machine's.
+  """
+  here = [
+    x.relative_to(folder) for x in sorted(folder.rglob('*')) if x.is_file()
+  ]
+  names = [x.as_posix() for x in here if not any(map(_OURS.fullmatch, x.parts))]
+  same = all(
+    x in there and buckets.is_same(folder / x, there[x])
+    for x in names
+    if x in _IDENTITY
+  )
+
+  def is_there(name: str) -> bool:
+    if name not in there:
+      return False
+    if same and _LARGE.fullmatch(name):
+      return (folder / name).stat().st_size == there[name].size
+    if name == marker and not same:
+      return False
+    return buckets.is_same(folder / name, there[name])
+
+  stale = [] if same else sorted(set(there) - set(names))
+  return [x for x in names if not is_there(x)], stale
+
+
+def fetch_folder(
+  path: pathlib.Path, progress: parts.Progress | None = None
+) -> bool:
+  """Brings a folder of raw files into a copy; it is whole or not there.
+
+  Returns False if there is nothing to bring. `progress` is told of bytes.
+
+  Raises:
+    UserError: if there is no room, or the bucket cannot be read.
+  """
+  if buckets.url_of(path) is None or path.exists():
+    return False
+  bucket = buckets.Bucket(buckets.shown(path))
+  part = path.with_name(f'.{path.name}.part')
+  objects = _list_objects(bucket, part)
+  if not objects:
+    return False
+  with _writing(path.parent), _locked(path):
+    if path.exists():  # Another process was as fast.
+      return True
+    objects = [x for x in objects if not _has_size(x)]
+    if _bytes_to_come(objects) > free_bytes(path.parent):
+      raise _no_room(str(path), _bytes_to_come(objects))
+
+    def download(x: _Object, on_bytes: Callable[[int], object]) -> None:
+      _download(bucket, x, on_bytes)
+
+    if objects:
+      _fetch(objects, str(path), download, progress, buckets.at_once)
+    part.rename(path)
+  return True
+
+
+def holds(path: pathlib.Path) -> bool:
+  """Returns whether the bucket has that of which `path` is the copy."""
+  if buckets.url_of(path) is None:
+    return False
+  return buckets.Bucket(buckets.shown(path.parent)).holds(path.name)
+
+
+def lost(path: str | os.PathLike[str]) -> errors.UserError:
+  """Returns what is said of records that are not where they were prepared."""
+  return errors.UserError(
+    'Prepared records are gone.',
+    buckets.shown(path),
+    'Put them back, or remove the dataset from prepared/ and prepare it again.',
+  )
+
+
+def _fetch(
+  objects: Sequence[_Object],
+  folder: str,
+  download: Callable[[_Object, Callable[[int], object]], None],
+  progress: parts.Progress | None,
+  at_once: Callable[..., object],
+) -> None:
+  """Brings all `objects` by `download`; says what it does."""
+  total, done, lock = sum(x.entry.size for x in objects), 0, threading.Lock()
+  count = f'{len(objects):,} file{"s" * (len(objects) > 1)}'
+  _say(
+    f'fetching {formats.size(_bytes_to_come(objects))} in {count} from '
+    f'{buckets.shown(folder)}'
+  )
+
+  def on_bytes(count: int) -> None:
+    nonlocal done
+    with lock:
+      done += count
+      if progress:
+        progress(done, total)
+
+  with _writing(objects[0].root):
+    at_once(lambda x: download(x, on_bytes), objects)
+
+
+def _download(
+  bucket: buckets.Bucket,
+  x: _Object,
+  on_bytes: Callable[[int], object] = lambda count: None,
+) -> None:
+  try:
+    bucket.download(x.name, x.entry, x.path, on_bytes)
+  except FileNotFoundError:
+    raise lost(x.path) from None
+
+
+def _find_missing(paths: Iterable[str | os.PathLike[str]]) -> list[_Object]:
+  """Returns the objects of those `paths` that are not here.
+
+  Raises:
+    UserError: if there is none.
+  """
+  found = []
+  for path in dict.fromkeys(paths):
+    if not os.path.exists(path) and _root(pathlib.Path(path)):
+      if (x := _find(path)) is None:
+        raise lost(path)
+      found.append(x)
+  return found
+
+
+def _find(path: str | os.PathLike[str]) -> _Object | None:
+  """Returns the object of a path in a copy, None where there is none."""
+  path = pathlib.Path(path)
+  if (root := _root(path)) is None:
+    return None
+  name = path.relative_to(root).as_posix()
+  entry = _read_list(root).get(name)
+  return entry and _Object(root, name, entry)
+
+
+def _root(path: pathlib.Path) -> pathlib.Path | None:
+  """Returns the folder with the list that tells of a path in a copy."""
+  if buckets.url_of(path) is None:
+    return None
+  return next((x for x in path.parents if (x / _LIST).is_file()), None)
+
+
+def _read_list(root: pathlib.Path) -> dict[str, buckets.Entry]:
+  found = json.loads((root / _LIST).read_text())
+  return {name: buckets.Entry(*x) for name, x in found.items()}
+
+
+def _list_objects(bucket: buckets.Bucket, root: pathlib.Path) -> list[_Object]:
+  """Returns all that is in `bucket`, of which `root` becomes the copy."""
+  return [
+    _Object(root, name, entry)
+    for name, entry in bucket.list().items()
+    if '..' not in name.split('/')  # It would be written elsewhere.
+  ]
+
+
+def _has_size(x: _Object) -> bool:
+  with contextlib.suppress(FileNotFoundError):
+    return x.path.stat().st_size == x.entry.size
+  return False
+
+
+def _bytes_to_come(objects: Iterable[_Object]) -> int:
+  """Returns the bytes of objects, less those of broken downloads."""
+  total = 0
+  for x in objects:
+    total += x.entry.size
+    with contextlib.suppress(FileNotFoundError):
+      total -= buckets.part_of(x.path, x.entry).stat().st_size
+  return total
+
+
+def _no_room(folder: str, need: int) -> errors.UserError:
+  return errors.UserError(
+    f'{formats.size(need)} of {buckets.shown(folder)} have no room here.',
+    f'{folder}; {formats.size(_MARGIN)} stay free there',
+    'Make room, or name a folder on another disk: --config.cache_dir=DIR.',
+  )
+
+
+@contextlib.contextmanager
+def _writing(root: pathlib.Path) -> Iterator[None]:
+  """Raises UserError where the disk does not take the copy."""
+  try:
+    yield
+  except OSError as e:
+    raise errors.UserError(
+      f'Cannot write the copy of {buckets.shown(root)}: {e.strerror}.',
+      str(root),
+      'Name a folder that you may write to, with room: --config.cache_dir=DIR.',
+    ) from e
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+  """Lets one thread of one process at a time see to `path`."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path.with_name(f'.{path.name}.lock'), 'w') as file:
+    files.lock(file.fileno())
+    yield
+
+
+def _bucket(path: pathlib.Path, data_dir: pathlib.Path) -> buckets.Bucket:
+  """Returns what `path` is the copy of."""
+  where = f'config.data_dir={buckets.shown(data_dir)}'
+  return buckets.Bucket(buckets.shown(path), where)
+
+
+def _say(text: str) -> None:
+  print(text, file=sys.stderr)

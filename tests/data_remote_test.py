@@ -1,0 +1,356 @@
+import json
+import pathlib
+import subprocess
+import sys
+
+import fake_gcs
+import numpy as np
+import pytest
+from data_fixtures import read_all, write_class_folders
+
+import jaxprog
+from jaxprog import buckets, errors, stages, start_from
+from jaxprog.data import batches, loader, packs, preparation, remote
+from jaxprog.epochs import count_steps
+
+FOLDER = 'data/prepared/imagenette_folder/1.0.0'
+RECORDS = f'{FOLDER}/imagenette_folder-%s.array_record-00000-of-00001'
+
+
+@pytest.fixture(scope='module')
+def server():
+  names = 'on-disk', 'raw-only', 'forbidden', 'shared', 'small'
+  with pytest.MonkeyPatch.context() as patch, fake_gcs.serve(names) as server:
+    for key, value in server.environ.items():
+      patch.setenv(key, value)
+    yield server
+
+
+@pytest.fixture(autouse=True)
+def healed(server):
+  yield
+  server.heal()
+
+
+@pytest.fixture(scope='module')
+def on_disk(tmp_path_factory):
+  """A data_dir with 240 + 24 images, prepared."""
+  path = tmp_path_factory.mktemp('disk')
+  write_class_folders(path / 'imagenette2', train=80, val=8)
+  preparation.prepare('imagenette', path)
+  return path
+
+
+def put(server, bucket, path, name):
+  """Copies a folder to a bucket, as people do."""
+  for file in path.rglob('*'):
+    if file.is_file():
+      key = f'{name}/{file.relative_to(path).as_posix()}'
+      server.put(bucket, key, file.read_bytes())
+
+
+@pytest.fixture
+def bucket(server, on_disk):
+  """The URL of the same data in a bucket, without the raw images."""
+  server.bucket('on-disk').clear()
+  put(server, 'on-disk', on_disk / 'prepared', 'data/prepared')
+  server.clear()
+  return 'gs://on-disk/data'
+
+
+def copy(url, cache):
+  return buckets.copy_of(url, cache)
+
+
+def reads(server):
+  """Returns the name of each object that was read, without its folder."""
+  return [x.name.split('/')[-1] for x in server.requests if x.what == 'read']
+
+
+def make_config(url, cache, **fields):
+  config = start_from('default')
+  config.data_dir, config.cache_dir = str(url), str(cache)
+  stage = {'name': 'a', 'dataset': 'imagenette', 'image_size': 16}
+  config.stages = [stage | fields]
+  return config
+
+
+def make_stage():
+  (stage,) = stages.create_stages(
+    make_config('data', '', batch_size=32, num_epochs=2)
+  )
+  return stage
+
+
+def read_epochs(dataset, **workers):
+  stage = make_stage()
+  steps = count_steps(stage, len(dataset.train))
+  reader = loader.train_batches(
+    dataset.train, stage, seed=3, steps=steps, **workers
+  )
+  found = [{k: x.copy() for k, x in batch.items()} for batch in reader]
+  reader.close()
+  return found
+
+
+@pytest.mark.parametrize('kind', ['thread', 'process'])
+def test_batches_and_identity_are_those_of_a_disk(
+  server, bucket, on_disk, tmp_path, kind
+):
+  there = preparation.load_dataset('imagenette', copy(bucket, tmp_path))
+  here = preparation.load_dataset('imagenette', on_disk)
+  assert (there.fingerprint, there.version) == (here.fingerprint, here.version)
+  assert there.train.names() == here.train.names()
+  # What a dataset is known by needs no images.
+  assert not [x for x in reads(server) if 'array_record' in x]
+  assert server.counts()['list'] == 1
+  expected = read_epochs(here)
+  found = read_epochs(there, num_workers=2, worker_kind=kind)
+  for a, b in zip(expected, found, strict=True):
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name])
+  # Nothing is asked of a bucket for an epoch of what was fetched.
+  server.clear()
+  read_epochs(there, num_workers=2, worker_kind=kind)
+  again = preparation.load_dataset('imagenette', copy(bucket, tmp_path))
+  assert list(read_all(again.eval))
+  assert [x for x in server.requests if x.what != 'read'] == []
+  assert len(reads(server)) == 1  # The evaluation split.
+
+
+READ = """
+import pathlib, sys
+from jaxprog.data import preparation
+path = pathlib.Path(sys.argv[1])
+print(len(preparation.load_dataset('imagenette', path).train[0]['image']))
+"""
+
+
+def test_two_processes_fetch_a_file_once(server, bucket, tmp_path):
+  server.order('slow', match='array_record', seconds=1)
+  command = [sys.executable, '-c', READ, copy(bucket, tmp_path)]
+  running = [
+    subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)
+  ]
+  sizes = {x.communicate(timeout=60)[0] for x in running}
+  assert len(sizes) == 1
+  assert sizes != {b''}
+  assert reads(server).count(pathlib.Path(RECORDS % 'train').name) == 1
+
+
+def test_another_dataset_in_the_bucket_replaces_the_copy(
+  server, bucket, tmp_path
+):
+  data_dir = copy(bucket, tmp_path / 'a')
+  preparation.load_dataset('imagenette', data_dir).train.source.fetch()
+  # On another machine; its files are as large.
+  other = copy(bucket, tmp_path / 'b')
+  write_class_folders(other / 'imagenette2', ('m01', 'm02', 'm03'), 80, 8)
+  preparation.prepare('imagenette', other)
+  preparation.upload('imagenette', other)
+  remote._brought.clear()  # As in a new process.
+  new = preparation.load_dataset('imagenette', data_dir)
+  assert new.classes == ('m01', 'm02', 'm03')
+  assert {x['file_name'][0] for x in read_all(new.train)} == {'m'}
+
+
+def test_prepare_fetches_raw_images_and_uploads_the_whole_last(
+  server, on_disk, tmp_path, capsys
+):
+  put(server, 'raw-only', on_disk / 'imagenette2', 'data/imagenette2')
+  url = 'gs://raw-only/data'
+  with pytest.raises(errors.UserError) as info:
+    preparation.load_dataset('imagenette', copy(url, tmp_path / 'a'))
+  assert info.value.where == f'its raw images are in {url}/imagenette2'
+  assert '--mode=prepare' in info.value.suggestion
+  server.clear()
+  # It breaks off, and goes on.
+  fault = server.order('403', what='write', match='labels-train')
+  jaxprog.prepare(make_config(url, tmp_path / 'a'))
+  assert 'imagenette: it is here alone. You may not' in capsys.readouterr().out
+  server.heal()
+  assert fault.kind == '403'
+  server.clear()
+  jaxprog.prepare(make_config(url, tmp_path / 'a', storage='raw:16'))
+  written = [x.name for x in server.requests if x.what == 'write']
+  of_dataset = [x for x in written if x.startswith(FOLDER + '/')]
+  assert of_dataset[-1] == f'{FOLDER}/dataset_info.json'
+  assert written[-1].endswith('packed/1.0.0+raw.16/pack.json')
+  assert not any('raw_folder' in x for x in server.objects('raw-only'))
+  shown = capsys.readouterr().out
+  assert f'imagenette: uploaded to {url}/prepared' in shown
+  assert f'{url}/imagenette2 stays' in ' '.join(shown.split())
+  assert not (copy(url, tmp_path / 'a') / 'imagenette2').exists()
+  # Another machine has it all, and what it is told of the images is the same.
+  (stage,) = stages.create_stages(
+    make_config(url, tmp_path / 'b', storage='raw:16')
+  )
+  there = preparation.load_dataset('imagenette', copy(url, tmp_path / 'b'))
+  here = preparation.load_dataset('imagenette', on_disk)
+  assert there.fingerprint == here.fingerprint
+  server.clear()
+  pack = preparation.store(there, stage.stored).train
+  assert 'images.bin' not in reads(server)
+  pack.stored.fetch()
+  assert packs.is_intact(pack.pack.path)
+  # Nothing is left to be uploaded, and nothing is written.
+  jaxprog.prepare(make_config(url, tmp_path / 'b', storage='raw:16'))
+  assert 'is already in' in capsys.readouterr().out
+  assert 'write' not in server.counts()
+
+
+def test_what_one_may_not_upload_stays_in_the_copy(
+  server, on_disk, tmp_path, capsys
+):
+  put(server, 'forbidden', on_disk / 'imagenette2', 'data/imagenette2')
+  server.forbid('forbidden')
+  url = 'gs://forbidden/data'
+  jaxprog.prepare(make_config(url, tmp_path))
+  assert 'imagenette: it is here alone.' in capsys.readouterr().out
+  dataset = preparation.load_dataset('imagenette', copy(url, tmp_path))
+  assert len(list(read_all(dataset.train))) == 240
+
+
+@pytest.mark.parametrize('damage', ['delete', 'flip'])
+def test_records_that_are_lost_or_damaged_are_named(
+  server, bucket, tmp_path, damage
+):
+  dataset = preparation.load_dataset('imagenette', copy(bucket, tmp_path))
+  getattr(server, damage)('on-disk', RECORDS % 'train')
+  stage = make_stage()
+  todo = batches.TrainBatches(
+    dataset.train, stage, seed=0, steps=count_steps(stage, 240)
+  )
+  with pytest.raises(errors.UserError) as info:
+    batches.read_batch(todo, 0)
+  assert info.value.where == f'gs://on-disk/{RECORDS % "train"}'
+
+
+def test_a_name_does_not_lead_out_of_the_copy(server, bucket, tmp_path):
+  server.put('on-disk', 'data/prepared/imagenette_folder/../../../../x', b'x')
+  preparation.load_dataset('imagenette', copy(bucket, tmp_path / 'a/b'))
+  assert not list(tmp_path.rglob('x'))
+
+
+def test_what_is_wrong_with_a_bucket_names_the_field(server, tmp_path):
+  with pytest.raises(errors.UserError) as info:
+    preparation.find_prepared('digits', copy('gs://typo/data', tmp_path))
+  assert str(info.value).splitlines() == [
+    "There is no bucket 'typo'.",
+    'config.data_dir=gs://typo/data',
+    'Create it first, or mend its name.',
+  ]
+  with pytest.raises(errors.UserError, match='gs://shared/data/imagenette2,'):
+    preparation.check_dataset('imagenette', copy('gs://shared/data', tmp_path))
+  server.forbid('shared', 'read')
+  with pytest.raises(errors.UserError, match='You may not do that') as info:
+    preparation.find_prepared(
+      'digits', copy('gs://shared/data', tmp_path / 'b')
+    )
+  assert info.value.where == 'config.data_dir=gs://shared/data'
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of 4 MB."""
+  path = tmp_path / 'disk'
+  path.mkdir()
+  command = ['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', str(path)]
+  try:
+    subprocess.run(command, check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip('Only root can mount a small disk.')
+  yield path
+  subprocess.run(['umount', '-l', str(path)], check=True)
+
+
+def test_without_room_records_are_read_in_the_bucket(
+  server, bucket, on_disk, small_disk, capsys
+):
+  there = preparation.load_dataset('imagenette', copy(bucket, small_disk))
+  here = preparation.load_dataset('imagenette', on_disk)
+  there.train.source.fetch()
+  shown = capsys.readouterr().err
+  assert 'no room' in shown
+  assert 'read from the bucket, which is slower' in shown
+  for a, b in zip(
+    read_epochs(here),
+    read_epochs(there, num_workers=2, worker_kind='process'),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a['image'], b['image'])
+  assert not list(small_disk.rglob('*.array_record*'))
+  # A missing object is as empty as a missing file to what reads it.
+  server.delete('on-disk', RECORDS % 'validation')
+  with pytest.raises(errors.UserError, match=RECORDS % 'validation'):
+    there.eval[0]
+
+
+def test_without_room_other_files_are_three_lines(
+  server, on_disk, small_disk, tmp_path
+):
+  preparation.prepare('imagenette', on_disk)
+  dataset = preparation.load_dataset('imagenette', on_disk)
+  (stage,) = stages.create_stages(make_config('', '', storage='raw:16'))
+  preparation.store(dataset, stage.stored)
+  put(server, 'small', on_disk / 'prepared', 'data/prepared')
+  url = 'gs://small/data'
+  there = preparation.load_dataset('imagenette', copy(url, small_disk))
+  pack = preparation.store(there, stage.stored).train.pack
+  with pytest.raises(errors.UserError, match='have no room here') as info:
+    pack.fetch()
+  assert 'config.cache_dir' in info.value.suggestion
+  # What no reader of ArrayRecord knows must come, too.
+  url = f'file://{on_disk}'
+  there = preparation.load_dataset('imagenette', copy(url, small_disk))
+  with pytest.raises(errors.UserError, match='have no room here'):
+    there.train.source.fetch()
+
+
+def test_a_folder_of_a_bucket_is_a_dataset(
+  server, on_disk, tmp_path, monkeypatch
+):
+  put(server, 'shared', on_disk / 'imagenette2', 'photos')
+  monkeypatch.setenv('JAXPROG_CACHE_DIR', str(tmp_path / 'cache'))
+  name = 'folder:gs://shared/photos'
+  with pytest.raises(errors.UserError, match='is not prepared'):
+    preparation.load_dataset(name, tmp_path / 'data')
+  jaxprog.prepare(make_config(tmp_path / 'data', '', dataset=name))
+  first = preparation.load_dataset(name, tmp_path / 'data')
+  assert len(first.train) == 240
+  # It is the same wherever it is kept.
+  monkeypatch.setenv('JAXPROG_CACHE_DIR', str(tmp_path / 'other'))
+  again = preparation.load_dataset(name, tmp_path / 'data')
+  assert again.fingerprint == first.fingerprint
+
+
+@pytest.mark.slow
+def test_a_run_prepares_uploads_and_fetches_ahead(server, run_main, tmp_path):
+  server.bucket('shared').clear()
+  flags = (
+    '--config=tests/tiny_config.py:gs://shared/data',
+    f'--config.cache_dir={tmp_path}/cache',
+  )
+  done = run_main(*flags, f'--workdir={tmp_path}/run')
+  assert done.returncode == 0, done.stderr
+  assert 'data/prepared/scikit_learn_digits/1.0.0/dataset_info.json' in (
+    server.objects('shared')
+  )
+  # From a bucket that may only be read, on an empty machine, the same run.
+  server.forbid('shared')
+  server.clear()
+  flags = flags[0], f'--config.cache_dir={tmp_path}/other'
+  again = run_main(*flags, f'--workdir={tmp_path}/again')
+  assert (again.returncode, 'Forbidden' in again.stderr) == (0, False)
+  assert not [x for x in server.requests if x.status >= 400]
+  losses = [
+    [
+      row['train_loss']
+      for stage in json.loads(
+        (tmp_path / run / 'training_history.json').read_text()
+      )['stages']
+      for row in stage['epochs']
+    ]
+    for run in ('run', 'again')
+  ]
+  assert losses[0] == losses[1]
