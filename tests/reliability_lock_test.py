@@ -318,6 +318,11 @@ def test_an_owner_learns_that_another_has_taken_over(tmp_path):
   assert json.loads(path.read_text()) == other
 
 
+def test_who_has_never_taken_it_has_not_lost_it(tmp_path):
+  with owner(tmp_path):
+    lock.Lock(tmp_path).check()  # By another process of the run, on its host.
+
+
 def test_a_removed_file_that_another_has_written_anew(tmp_path):
   with lock.Lock(tmp_path) as held:
     (tmp_path / 'run.lock').unlink()

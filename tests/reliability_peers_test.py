@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 
+import fake_gcs
 import pytest
 import runs
 
 from jaxprog import config as config_lib
 from jaxprog import errors, fields
 from jaxprog.reliability import cluster, integrity, lock, peers
-from jaxprog.training import alike, preflight
+from jaxprog.training import alike
 
 CONFIG = 'tests/tiny_config.py'
 # 54 steps of the first stage.
@@ -29,6 +30,29 @@ PATIENCE = 600
 # On CPU devices all six epochs had the same bits: of two numbers the order of
 # the sum does not matter. This is what another compiler may do.
 TOLERANCE = 1e-5
+# Each has a copy of its own, and reads what the first one has written.
+SHARING = """
+import sys
+from jaxprog import errors
+from jaxprog.reliability import cluster, mirror, peers, signals
+from jaxprog.training import alike
+port, index, url = sys.argv[1:]
+place = cluster.Place(f'localhost:{port}', 2, int(index))
+try:
+  with signals.StopRequest(), cluster.processes(place, '', 60):
+    folder, url = mirror.locate(url)
+    with mirror.hold(folder, url):
+      alike.check_workdir(folder, url)
+      for turn in range(3):
+        if index == '0':
+          (folder / 'config.json').write_text(str(turn))
+        peers.wait_for_files('turn')
+        print((folder / 'config.json').read_text(), flush=True)
+        peers.wait_for_all('read')
+except errors.UserError as e:
+  print(e, flush=True)
+  signals.leave(2)
+"""
 
 
 def free_port():
@@ -65,18 +89,18 @@ def start(*arguments, devices=1, **environment):
   )
 
 
-def start_pair(*arguments, second=(), first=()):
-  """Starts two processes with a device each; `second` only the second gets."""
+def start_pair(*arguments, environments=({}, {})):
+  """Starts two processes with a device each."""
   port = free_port()
   return [
     start(
       *arguments,
-      *extra,
       f'--coordinator=localhost:{port}',
       '--process_count=2',
       f'--process_id={index}',
+      **environment,
     )
-    for index, extra in enumerate((first, second))
+    for index, environment in enumerate(environments)
   ]
 
 
@@ -93,6 +117,27 @@ def start_counting(how):
       text=True,
     )
     for index in range(2)
+  ]
+
+
+def start_sharing(server, folder, urls):
+  """Starts two processes of `SHARING`, as if each had a host of its own."""
+  port = free_port()
+  return [
+    subprocess.Popen(
+      [sys.executable, '-c', SHARING, str(port), str(index), url],
+      cwd=runs.ROOT,
+      env={
+        **os.environ,
+        **server.environ,
+        'JAX_PLATFORMS': 'cpu',
+        'JAXPROG_CACHE_DIR': str(folder / f'host{index}'),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index, url in enumerate(urls)
   ]
 
 
@@ -266,6 +311,44 @@ def test_processes_wait_for_each_other_at_the_end():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk(
+  story, data_dir, tmp_path, victim
+):
+  """Killed, they go on with nothing but the bucket, as on other machines."""
+
+  def start(name):
+    hosts = [
+      {**server.environ, 'JAXPROG_CACHE_DIR': str(tmp_path / name / str(index))}
+      for index in range(2)
+    ]
+    arguments = (
+      f'--config={CONFIG}:gs://test-bucket/data',
+      f'--workdir={url}',
+      *FLAGS,
+    )
+    return start_pair(*arguments, environments=hosts)
+
+  url, copy = 'gs://test-bucket/run', '@gs/test-bucket/run'
+  with fake_gcs.serve() as server:
+    for path in (x for x in data_dir.rglob('*') if x.is_file()):
+      name = f'data/{path.relative_to(data_dir)}'
+      server.put('test-bucket', name, path.read_bytes())
+    pair = start('first')
+    wait_for_step(pair, tmp_path / 'first' / '0' / copy, 20)
+    pair[victim].kill()
+    for code, output in end(pair):
+      assert code != 0, output
+    kept = server.objects('test-bucket')
+    for code, output in end(start('second')):
+      assert code == 0, output
+  assert any('/latest/' in x for x in kept)
+  finished = tmp_path / 'second' / '0' / copy
+  assert len(stage_of(finished)['resumed_at_steps']) == 1
+  assert runs.bits(finished, 'three') == runs.bits(story['one'], 'three')
+
+
+@pytest.mark.slow
 def test_two_processes_evaluate_every_image_once(story, config):
   workdir = story['two']
   pair = start_pair(config, '--mode=eval', f'--workdir={workdir}')
@@ -332,6 +415,25 @@ def test_a_locked_workdir_refuses_all(config, tmp_path):
   for code, output in results:
     assert code == 2, output
     assert f'Process {os.getpid()} on' in output
+
+
+def test_the_others_see_in_a_bucket_what_the_first_process_writes(tmp_path):
+  with fake_gcs.serve() as server:
+    pair = start_sharing(server, tmp_path, 2 * ['gs://test-bucket/run'])
+    for code, output in end(pair):
+      assert code == 0, output
+      assert output.splitlines() == ['0', '1', '2']
+    objects = server.objects('test-bucket')
+  assert objects['run/config.json'] == b'2'
+  assert b'"released": true' in objects['run/lease/000001.json']
+
+
+def test_buckets_that_differ_are_refused(tmp_path):
+  urls = 'gs://test-bucket/run', 'gs://test-bucket/other'
+  with fake_gcs.serve() as server:
+    for code, output in end(start_sharing(server, tmp_path, urls)):
+      assert code == 2, output
+      assert 'workdir of process 1 is not the one of process 0' in output
 
 
 def test_a_coordinator_that_is_not_there(config, tmp_path):
@@ -414,10 +516,3 @@ def test_whose_beat_has_stopped():
     watch.look({0: str(now), 1: 'the same'})
   assert watch.silent(3.0) == [1]
   assert watch.silent(5.0) == []
-
-
-@pytest.mark.parametrize('path', ['gs://bucket/runs', 'gs:/bucket/runs'])
-def test_a_bucket_is_no_workdir(path):
-  with pytest.raises(errors.UserError, match='gcsfuse --implicit-dirs bucket'):
-    preflight.refuse_bucket(path, '--workdir')
-  preflight.refuse_bucket('/mnt/gs/bucket', '--workdir')

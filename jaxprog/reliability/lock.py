@@ -32,7 +32,8 @@ from jaxprog.reliability import owners, signals
 class Lock:
   """The right to write into a workdir, and into its bucket if it has one.
 
-  A context manager. In a run of many processes only the first one takes it.
+  A context manager. In a run of many processes only the first one takes it;
+  the others, which write nothing, lose nothing.
 
   Attributes:
     taken_over: a sentence about the dead run that had the lock, or None.
@@ -53,6 +54,7 @@ class Lock:
     self._beat_seconds = beat_seconds
     self._patience_seconds = patience_seconds
     self._resources = contextlib.ExitStack()
+    self._me: owners.Owner = {}
     self.taken_over: str | None = None
     self.lease: lease_lib.Lease | None = None
 
@@ -63,7 +65,7 @@ class Lock:
     waits for no bucket: the disk is this run's own meanwhile.
     """
     owner = _read(self._path)
-    if owner and not self._is_mine(owner):
+    if self._me and owner and not self._is_mine(owner):
       raise RuntimeError(owners.describe_successor(owner, self._place))
     if self.lease is not None and self.lease.lost:
       raise RuntimeError(self.lease.lost)
