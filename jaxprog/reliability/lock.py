@@ -35,6 +35,7 @@ class Lock:
   A context manager. In a run of many processes only the first one takes it.
 
   Attributes:
+    url: of the bucket, '' if there is none.
     taken_over: a sentence about the dead run that had the lock, or None.
     lease: that of the bucket, or None.
   """
@@ -50,6 +51,7 @@ class Lock:
   ) -> None:
     self._path = pathlib.Path(workdir) / 'run.lock'
     self._bucket, self._say = bucket, say
+    self.url = bucket.url if bucket else ''
     self._beat_seconds = beat_seconds
     self._patience_seconds = patience_seconds
     self._resources = contextlib.ExitStack()
