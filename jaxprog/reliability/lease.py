@@ -62,6 +62,7 @@ class Lease:
     self.lost: str | None = None
     # The number of its object, how often it was written, the MD5 of that.
     self._number, self._count, self._md5 = 0, 0, ''
+    self._is_forgotten = False
     # When the last beat began that came through.
     self._alive_at = 0.0
     self._turn = threading.Lock()
@@ -82,6 +83,10 @@ class Lease:
       self._beat()
     if self.lost:
       raise RuntimeError(self.lost)
+
+  def forget(self) -> None:
+    """Leaves no object behind, where there was no owner before this one."""
+    self._is_forgotten = True
 
   def __enter__(self) -> 'Lease':
     """Takes the lease.
@@ -108,7 +113,10 @@ class Lease:
     self._thread.join(_FAREWELL_SECONDS)
     if not self.lost and not self._thread.is_alive():
       with contextlib.suppress(errors.UserError):
-        self._bucket.write(_name(self._number), self._text(released=True))
+        if self._is_forgotten and self._number == 1:
+          self._bucket.remove([_name(self._number)])
+        else:
+          self._bucket.write(_name(self._number), self._text(released=True))
 
   def _take(self) -> None:
     """Creates the object after the newest one, which must be nobody's."""
