@@ -72,7 +72,7 @@ def load_dataset(
     raise errors.UserError(
       f'num_classes is {num_classes}, but {dataset!r} has '
       f'{loaded.num_classes} classes.',
-      f'{where}, {folder}' if where else str(folder),
+      ', '.join(x for x in (where, buckets.shown(folder)) if x),
       'Is the folder complete? If so, set num_classes to what it has.',
     )
   return loaded

@@ -20,7 +20,8 @@ from typing import NamedTuple
 from jaxprog import buckets, errors, files, formats
 from jaxprog.data import parts
 
-# In DATA_DIR/prepared of a copy: what the bucket has there, name -> Entry.
+# In DATA_DIR/prepared and DATA_DIR/manifests of a copy: what the bucket has
+# there, name -> Entry.
 _LIST = '.objects.json'
 # It comes last of its folder: who finds it finds all.
 _MARKERS = ('dataset_info.json', 'pack.json')
@@ -60,8 +61,9 @@ class _Object(NamedTuple):
 def bring(root: pathlib.Path, name: str) -> None:
   """Brings what a dataset is known by into the copy.
 
-  It is in the folder `name` of `root`, DATA_DIR/prepared. What the bucket has
-  not stays as it is; what is of another dataset than the bucket's goes.
+  It is in the folder `name` of `root`, DATA_DIR/prepared; '' brings all of it.
+  What the bucket has not stays as it is; what is of another dataset than the
+  bucket's goes.
 
   Raises:
     UserError: if the bucket cannot be read.
@@ -230,6 +232,18 @@ def upload(
   if marker in todo:
     send(marker)
   return bool(todo)
+
+
+def send(path: pathlib.Path) -> None:
+  """Brings a file of what `bring` was told of to its bucket, if it may.
+
+  Raises:
+    UserError: if the bucket cannot be reached.
+  """
+  if (root := _root(path)) is not None:
+    with contextlib.suppress(buckets.ForbiddenError):
+      name = path.relative_to(root).as_posix()
+      _bucket(root, root.parent).upload(path, name)
 
 
 def _compare(

@@ -11,8 +11,8 @@ import rich.console
 import rich.table
 from ml_collections import config_dict
 
-from jaxprog import errors, files, paths, stages
-from jaxprog.data import verification
+from jaxprog import buckets, errors, files, paths, stages
+from jaxprog.data import remote, verification
 from jaxprog.monitoring import bars
 
 # Problems of one kind that are printed; the JSON has all.
@@ -90,7 +90,8 @@ def _print_report(
   def say(text: str, style: str = '') -> None:
     console.print(errors.printable(text), style=style, soft_wrap=True)
 
-  about = f'{report["kind"]}, {report["path"]}' if 'kind' in report else '-'
+  path = buckets.shown(report.get('path', ''))
+  about = f'{report["kind"]}, {path}' if 'kind' in report else '-'
   say(f'{report["dataset"]}: {about}', 'bold')
   if report['splits']:
     console.print(_table(report['splits']))
@@ -163,7 +164,8 @@ def _write(
 ) -> None:
   try:
     files.write_json(path, found)
-    text = str(path)
+    remote.send(path)
+    text = buckets.shown(path)
   except OSError as e:  # Data may be read-only; what was found is printed.
     text = f'{path} was not written: {e.strerror}'
   console.print(text, soft_wrap=True)
