@@ -3,30 +3,45 @@
 An object is written whole or not at all; there is no rename, no append and no
 lock, but of many who create the same one a single one succeeds. What the
 program works on lies on a disk: the copy of gs://BUCKET/PATH at
-CACHE/gs:/BUCKET/PATH, so that either name tells the other.
+CACHE/@gs/BUCKET/PATH, so that either name tells the other.
 """
 
 import base64
-import concurrent.futures
+import collections
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
 import pathlib
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from jaxprog import errors
 
-_URL = re.compile(r'([a-z][a-z0-9]*):/+(.+)', re.DOTALL)
+# Not folder:PATH, the name of a dataset, nor a drive of one letter.
+_URL = re.compile(r'(?!folder:)([a-z][a-z0-9]+):/+(.+)', re.DOTALL)
 # Schemes whose paths begin with a slash.
-_ABSOLUTE = ('file', 'local', 'memory')
-# Of the local file system, as the copy of a bucket lies in it.
-_COPY = re.compile(r'.*/(([a-z][a-z0-9]*):/.+)', re.DOTALL)
+_LOCAL = ('file', 'local')
+_ABSOLUTE = (*_LOCAL, 'memory')
+# Of the local file system, as the copy of a bucket lies in it. epath changes
+# gs:/ wherever it finds it.
+_COPY = re.compile(r'.*?/@([a-z][a-z0-9]+)/(.+)', re.DOTALL)
+_IN_TEXT = re.compile(r'[^\s\'"=]*/@([a-z][a-z0-9]+)/(?=[^\s/])')
 # Packages that fsspec reads a scheme with, by the extra of ours that has them.
 _EXTRAS = {'gs': 'gcs', 'gcs': 'gcs', 's3': 's3'}
+_GOOGLE = ('gs', 'gcs')
+_LIBRARIES = (
+  'aiobotocore',
+  'botocore',
+  'fsspec',
+  'gcsfs',
+  'google.auth',
+  's3fs',
+)
 _CREDENTIALS = {
   'gs': 'gcloud auth application-default login, or a service account',
   's3': 'AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials',
@@ -35,8 +50,17 @@ _CREDENTIALS = {
 _TRANSFERS = 8
 # Bytes of one request: what a broken connection loses.
 _PART = 32 << 20
-# Seconds before a request is tried again, after what the library itself tries.
+# Of what is written in pieces, where the MD5 does not depend on them.
+_CHUNK = 16 << 20
+# Seconds before a request is tried again, after what the library itself tries,
+# where the bucket was reached before and this took no longer than patience.
 _PAUSES = (1.0, 4.0)
+_PATIENCE = 60.0
+# Of the statuses 4xx: a slow request, a conflict with another, too many.
+_PASSING = (408, 409, 429)
+# Seconds for a connection, without a byte of an answer, and for a request: a
+# chunk on the slowest line.
+_TIMEOUTS = {'sock_connect': 10.0, 'sock_read': 30.0, 'total': 600.0}
 
 
 class ForbiddenError(errors.UserError):
@@ -67,18 +91,22 @@ def normalise(url: str | os.PathLike[str]) -> str:
 def copy_of(url: str, cache: pathlib.Path) -> pathlib.Path:
   """Returns where below `cache` what lies at `url` is kept."""
   scheme, _, rest = normalise(url).partition('://')
-  return cache / f'{scheme}:' / rest.lstrip('/')
+  return cache / f'@{scheme}' / rest.lstrip('/')
 
 
 def url_of(path: str | os.PathLike[str]) -> str | None:
   """Returns the URL of which `path` is in a copy, None for other paths."""
   found = _COPY.fullmatch(os.fspath(path))
-  return normalise(found[1]) if found else None
+  return normalise(f'{found[1]}://{found[2]}') if found else None
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-  """Returns `path` as people know it: the URL where it is in a copy."""
-  return url_of(path) or os.fspath(path)
+def shown(text: str | os.PathLike[str]) -> str:
+  """Returns a path or a text with URLs in place of the paths of copies."""
+
+  def name(found):
+    return f'{found[1]}:{"///" if found[1] in _ABSOLUTE else "//"}'
+
+  return _IN_TEXT.sub(name, os.fspath(text))
 
 
 class Bucket:
@@ -100,6 +128,8 @@ class Bucket:
     self._scheme, _, rest = self.url.partition('://')
     self._where = where or self.url
     self.name = rest.lstrip('/').partition('/')[0]
+    self._reached = False
+    self._has_sums: bool | None = None
     self._files = self._open()
     self._root = str(self._files._strip_protocol(self.url)).rstrip('/')
 
@@ -121,11 +151,14 @@ class Bucket:
     if not found and not under:
       self._check_bucket()
     start = len(self._root) + 1
-    return {
+    entries = {
       name[start:]: Entry(int(info['size'] or 0), _md5(info))
       for name, info in found.items()
-      if info['type'] == 'file' and not name.endswith('/')
+      if info['type'] == 'file' and name[start:] and not name.endswith('/')
     }
+    if entries and not self._tells_sums(next(iter(entries))):
+      return {k: x._replace(md5='') for k, x in entries.items()}
+    return entries
 
   def holds(self, name: str) -> bool:
     """Returns whether there is an object or a folder of that name."""
@@ -143,17 +176,27 @@ class Bucket:
 
   def write(self, name: str, data: bytes) -> None:
     """Writes an object, in the place of what was there."""
-    path = self._path(name)
-    self._write(path, self._files.pipe_file, path, data)
+    options = {}
+    if self._scheme in _GOOGLE and data.endswith(b'\r'):
+      # In one piece gcsfs sends it with \n behind it, and both would go.
+      options['chunksize'] = len(data)
+    self._write(name, lambda to: self._files.pipe_file(to, data, **options))
 
   def create(self, name: str, data: bytes) -> bool:
     """Writes an object that is not there yet; False: it is, by another.
 
     `data` must be unlike what others write: an answer may be lost on its way.
     """
-    path = self._path(name)
+
+    def create(path: str) -> None:
+      if self._scheme in _LOCAL:  # Where fsspec looks first and then writes.
+        with open(path, 'xb') as file:
+          file.write(data)
+      else:
+        self._files.pipe_file(path, data, mode='create')
+
     try:
-      self._write(path, self._files.pipe_file, path, data, mode='create')
+      self._write(name, create, in_place=True)
     except FileExistsError:
       return self.read(name) == data
     return True
@@ -164,9 +207,11 @@ class Bucket:
     Raises:
       FileNotFoundError: if it is gone.
     """
-    path.stat()
-    target = self._path(name)
-    self._write(target, self._files.put_file, str(path), target)
+    if path.stat().st_size <= _CHUNK:
+      self.write(name, path.read_bytes())  # It may be growing.
+      return
+    options = {'chunksize': _CHUNK} if self._scheme in _GOOGLE else {}
+    self._write(name, lambda to: self._files.put_file(str(path), to, **options))
 
   def download(
     self,
@@ -177,8 +222,8 @@ class Bucket:
   ) -> None:
     """Writes an object to `path`, which is whole or not there.
 
-    What a broken download has left is gone on with. `on_bytes` is told how
-    many came, several times.
+    What a broken download has left is gone on with, where an MD5 tells that it
+    is of the same object. `on_bytes` is told how many came, several times.
 
     Raises:
       FileNotFoundError: if there is no such object.
@@ -186,24 +231,22 @@ class Bucket:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path, entry)
+    if not entry.md5:
+      part.unlink(missing_ok=True)
     for _ in range(2):
       with open(part, 'ab') as file:
-        on_bytes(file.tell())
-        while file.tell() < entry.size:
-          start = file.tell()
-          end = min(start + _PART, entry.size)
-          data = self._try(
-            self._files.cat_file, self._path(name), start=start, end=end
-          )
-          if not data:
-            break
-          file.write(data)
-          on_bytes(len(data))
-      if is_same(part, entry):
-        os.replace(part, path)
-        return
-      on_bytes(-part.stat().st_size)
-      part.unlink()
+        with contextlib.suppress(OSError):  # A mount without locks.
+          fcntl.flock(file, fcntl.LOCK_EX)
+        if is_same(path, entry):  # Another process was faster.
+          part.unlink(missing_ok=True)
+          on_bytes(entry.size)
+          return
+        self._download(name, entry, file, on_bytes)
+        if is_same(part, entry):
+          os.replace(part, path)
+          return
+        on_bytes(-file.tell())
+        part.unlink(missing_ok=True)
     raise errors.UserError(
       'An object is not what its bucket says that it is.',
       f'{self.url}/{name}',
@@ -219,6 +262,42 @@ class Bucket:
 
     at_once(remove, names)
 
+  def _download(
+    self,
+    name: str,
+    entry: Entry,
+    file: BinaryIO,
+    on_bytes: Callable[[int], object],
+  ) -> None:
+    """Appends what `file` has not yet of an object."""
+    on_bytes(file.tell())
+    with contextlib.suppress(EOFError):  # It is another one by now.
+      while (start := file.tell()) < entry.size:
+        end = min(start + _PART, entry.size)
+        data = self._try(
+          self._files.cat_file, self._path(name), start=start, end=end
+        )
+        if not data:
+          break
+        file.write(data)
+        on_bytes(len(data))
+    file.flush()
+
+  def _tells_sums(self, name: str) -> bool:
+    """Returns whether what a listing has as an MD5 is one, by one object.
+
+    S3 has other sums, which look alike, of what is encrypted by a key of KMS.
+    """
+    if self._scheme == 's3' and self._has_sums is None:
+      with contextlib.suppress(FileNotFoundError):
+        bucket, _, key = self._path(name).partition('/')
+        about = self._try(
+          self._files.call_s3, 'head_object', Bucket=bucket, Key=key
+        )
+        kind = about.get('ServerSideEncryption', '')
+        self._has_sums = not kind.startswith('aws:kms')
+    return self._has_sums is not False
+
   def _path(self, name: str) -> str:
     return f'{self._root}/{name}'
 
@@ -228,11 +307,16 @@ class Bucket:
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
     import fsspec
 
-    for name in ('gcsfs', 's3fs', 'fsspec', 'aiobotocore', 'botocore'):
+    for name in _LIBRARIES:
       # They log with tracebacks what they raise.
       logging.getLogger(name).setLevel(logging.CRITICAL)
-    options = {'consistency': 'md5'} if self._scheme in ('gs', 'gcs') else {}
+    options: dict[str, Any] = {}
     try:
+      if self._scheme in _GOOGLE:
+        import aiohttp
+
+        options['consistency'] = 'md5'
+        options['requests_timeout'] = aiohttp.ClientTimeout(**_TIMEOUTS)
       return fsspec.filesystem(
         self._scheme, use_listings_cache=False, **options
       )
@@ -258,15 +342,22 @@ class Bucket:
       raise self._no_bucket() from None
 
   def _write(
-    self, path: str, call: Callable[..., Any], *args: Any, **options: Any
+    self, name: str, put: Callable[[str], object], in_place: bool = False
   ) -> None:
-    """Calls what writes the object at `path`."""
+    """Has `put` write an object to a path, or beside it if it is seen there."""
+    path = target = self._path(name)
     if self._scheme in _ABSOLUTE:
-      self._files.makedirs(os.path.dirname(path), exist_ok=True)
+      self._try(self._files.makedirs, os.path.dirname(path), exist_ok=True)
+    if self._scheme in _LOCAL and not in_place:
+      target = f'{path}.{os.getpid()}-{threading.get_ident()}.part'
     try:
-      self._try(call, *args, **options)
-    except FileNotFoundError:
+      self._try(put, target)
+    except FileNotFoundError as e:
+      if e.filename:  # A file of this machine.
+        raise
       raise self._no_bucket() from None
+    if target != path:
+      os.replace(target, path)
 
   def _no_bucket(self) -> errors.UserError:
     return errors.UserError(
@@ -281,57 +372,86 @@ class Bucket:
     Raises:
       FileNotFoundError: if there is no such object.
       FileExistsError: if there is one that must not be.
+      EOFError: if it ends before what was asked for.
       UserError: for all else.
     """
+    began = time.monotonic()
     for pause in (*_PAUSES, None):
       try:
-        return call(*args, **options)
+        result = call(*args, **options)
       except (FileNotFoundError, FileExistsError):
+        self._reached = True
         raise
       except Exception as e:
-        error = self._explain(e)
-        if pause is None or not error.what.endswith('be reached.'):
+        if _status(e) == 412:
+          raise FileExistsError(*args[:1]) from e
+        if _status(e) == 416:
+          raise EOFError(*args[:1]) from e
+        error, may_pass = self._explain(e)
+        is_late = time.monotonic() - began > _PATIENCE
+        if pause is None or is_late or not (may_pass and self._reached):
           raise error from e
+      else:
+        self._reached = True
+        return result
       time.sleep(pause)
     raise AssertionError
 
-  def _explain(self, error: Exception) -> errors.UserError:
-    """Returns what people are told of a library's error."""
-    text = ' '.join(str(error).split())
-    code = str(getattr(error, 'code', ''))
-    kind = type(error).__name__
+  def _explain(self, error: Exception) -> tuple[errors.UserError, bool]:
+    """Returns what people are told of a library's error, and if it may pass."""
+    text = ' '.join(str(error).split())[:160]
+    kind, status = type(error).__name__, _status(error)
+    bucket = f'{self._scheme}://{self.name}'
     how = _CREDENTIALS.get(self._scheme, 'See the documentation of fsspec.')
-    if code == '401' or 'Credentials' in kind:
-      return ForbiddenError(
-        f'{self._scheme}://{self.name} asks who you are.', self._where, how
-      )
-    forbidden = isinstance(error, PermissionError) or code == '403'
+
+    def tell(what: str, suggestion: str) -> errors.UserError:
+      return errors.UserError(what, self._where, suggestion)
+
+    if status == 401 or 'Credentials' in kind:
+      what = f'{bucket} asks who you are.'
+      return ForbiddenError(what, self._where, how), False
+    forbidden = isinstance(error, PermissionError) or status == 403
     if forbidden or text.startswith('Forbidden'):
-      return ForbiddenError(
-        f'You may not do that in {self._scheme}://{self.name}: {text[:120]}',
-        self._where,
-        f'Ask for the permission, or be someone else: {how}.',
-      )
-    return errors.UserError(
-      f'{self._scheme}://{self.name} cannot be reached.',
-      self._where,
-      f'{kind}: {text[:160]}',
-    )
+      what = f'You may not do that in {bucket}: {text}'
+      how = f'Ask for the permission, or be someone else: {how}.'
+      return ForbiddenError(what, self._where, how), False
+    if 400 <= status < 500 and status not in _PASSING:
+      return tell(f'{bucket} refuses that.', f'{kind}: {text}'), False
+    reason = text or 'no answer in time'
+    return tell(f'{bucket} cannot be reached.', f'{kind}: {reason}'), True
 
 
 def at_once(call: Callable[[Any], Any], items: Iterable[Any]) -> None:
   """Calls `call` for all `items`, several at a time; raises the first error.
 
-  What has not begun by then is left.
+  What has not begun by then is left. Nothing of it holds up the program's end,
+  as the threads of a pool would, with all that waits for them.
   """
-  with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
-    waiting = [pool.submit(call, item) for item in items]
-    try:
-      for x in waiting:
-        x.result()
-    finally:
-      for x in waiting:
-        x.cancel()
+  left, failed, ended = collections.deque(items), [], threading.Event()
+
+  def work():
+    while not ended.is_set():
+      try:
+        item = left.popleft()
+      except IndexError:
+        return
+      try:
+        call(item)
+      except BaseException as e:
+        failed.append(e)
+        ended.set()
+
+  count = min(_TRANSFERS, len(left))
+  threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+  try:
+    for x in threads:
+      x.start()
+    for x in threads:
+      x.join()
+  finally:
+    ended.set()
+  if failed:
+    raise failed[0]
 
 
 def part_of(path: pathlib.Path, entry: Entry) -> pathlib.Path:
@@ -349,6 +469,13 @@ def is_same(path: pathlib.Path, entry: Entry) -> bool:
   except FileNotFoundError:
     return False
   return not entry.md5 or found == entry.md5
+
+
+def _status(error: Exception) -> int:
+  """Returns the HTTP status that a library's error tells, 0 if none."""
+  of_s3 = getattr(error.__cause__, 'response', {}).get('ResponseMetadata', {})
+  found = getattr(error, 'code', None) or of_s3.get('HTTPStatusCode')
+  return int(found) if str(found).isdigit() else 0
 
 
 def _md5(info: Mapping[str, Any]) -> str:
