@@ -145,8 +145,6 @@ def reads_directly(path: str | os.PathLike[str]) -> bool:
 def fetch(
   paths: Iterable[str | os.PathLike[str]],
   progress: parts.Progress | None = None,
-  *,
-  at_once: Callable[..., object] = buckets.at_once,
 ) -> dict[str, str]:
   """Brings files that are in the bucket alone; returns where to read each.
 
@@ -165,16 +163,7 @@ def fetch(
   root, need = objects[0].root, _bytes_to_come(objects)
   folder = os.path.commonpath([x.path.parent for x in objects])
   if need <= free_bytes(root):
-    bucket = _bucket(root, root.parent)
-
-    def download(x: _Object, on_bytes: Callable[[int], object]) -> None:
-      with _locked(x.path):
-        if x.path.exists():  # Another one was as fast.
-          on_bytes(x.entry.size)
-        else:
-          _download(bucket, x, on_bytes)
-
-    _fetch(objects, folder, download, progress, at_once)
+    _fetch(_bucket(root, root.parent), objects, folder, progress)
     return places
   if not all(reads_directly(x.path) for x in objects):
     raise _no_room(folder, need)
@@ -186,10 +175,7 @@ def fetch(
 
 
 def upload(
-  folder: pathlib.Path,
-  progress: parts.Progress | None = None,
-  *,
-  at_once: Callable[..., object] = buckets.at_once,
+  folder: pathlib.Path, progress: parts.Progress | None = None
 ) -> bool:
   """Brings a prepared dataset or a pack of a copy to its bucket.
 
@@ -227,7 +213,7 @@ def upload(
       if progress:
         progress(done, sum(sizes.values()))
 
-  at_once(send, [x for x in todo if x != marker])
+  buckets.at_once(send, [x for x in todo if x != marker])
   bucket.remove(stale)
   if marker in todo:
     send(marker)
@@ -300,12 +286,8 @@ def fetch_folder(
     objects = [x for x in objects if not _has_size(x)]
     if _bytes_to_come(objects) > free_bytes(path.parent):
       raise _no_room(str(path), _bytes_to_come(objects))
-
-    def download(x: _Object, on_bytes: Callable[[int], object]) -> None:
-      _download(bucket, x, on_bytes)
-
     if objects:
-      _fetch(objects, str(path), download, progress, buckets.at_once)
+      _fetch(bucket, objects, str(path), progress)
     part.rename(path)
   return True
 
@@ -327,13 +309,12 @@ def lost(path: str | os.PathLike[str]) -> errors.UserError:
 
 
 def _fetch(
+  bucket: buckets.Bucket,
   objects: Sequence[_Object],
   folder: str,
-  download: Callable[[_Object, Callable[[int], object]], None],
   progress: parts.Progress | None,
-  at_once: Callable[..., object],
 ) -> None:
-  """Brings all `objects` by `download`; says what it does."""
+  """Brings all `objects`; says what it does."""
   total, done, lock = sum(x.entry.size for x in objects), 0, threading.Lock()
   count = f'{len(objects):,} file{"s" * (len(objects) > 1)}'
   _say(
@@ -349,7 +330,7 @@ def _fetch(
         progress(done, total)
 
   with _writing(objects[0].root):
-    at_once(lambda x: download(x, on_bytes), objects)
+    buckets.at_once(lambda x: _download(bucket, x, on_bytes), objects)
 
 
 def _download(
