@@ -242,6 +242,18 @@ def test_records_that_are_lost_or_damaged_are_named(
   assert info.value.where == f'gs://on-disk/{RECORDS % "train"}'
 
 
+def test_what_has_no_md5_is_checked_too(server, bucket, tmp_path):
+  # As gcloud leaves files that it has sent in parts.
+  server.bucket('on-disk')[RECORDS % 'train'].sums['md5Hash'] = ''
+  dataset = preparation.load_dataset('imagenette', copy(bucket, tmp_path))
+  server.order('flip', what='read', match='-train.array_record')
+  with pytest.raises(errors.UserError, match='not what its bucket says'):
+    dataset.train.source.fetch()
+  server.heal()
+  dataset.train.source.fetch()
+  assert len(list(read_all(dataset.train))) == 240
+
+
 def test_a_name_does_not_lead_out_of_the_copy(server, bucket, tmp_path):
   server.put('on-disk', 'data/prepared/imagenette_folder/../../../../x', b'x')
   preparation.load_dataset('imagenette', copy(bucket, tmp_path / 'a/b'))
