@@ -11,6 +11,7 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import io
 import logging
 import os
 import pathlib
@@ -67,8 +68,15 @@ class ForbiddenError(errors.UserError):
   """One may not do that in this bucket, or it asks who one is."""
 
 
+# What stands before a sum that is no MD5.
+_CRC32C = 'crc32c-'
+
+
 class Entry(NamedTuple):
-  """An object: its size in bytes and its MD5 in hex, '' if nobody tells."""
+  """An object: its size in bytes and its MD5 in hex, '' if nobody tells.
+
+  In the place of an MD5 may stand crc32c- and that sum.
+  """
 
   size: int
   md5: str
@@ -465,7 +473,7 @@ def is_same(path: pathlib.Path, entry: Entry) -> bool:
     if path.stat().st_size != entry.size:
       return False
     with open(path, 'rb') as file:
-      found = hashlib.file_digest(file, 'md5').hexdigest()
+      found = _sum(file, entry.md5)
   except FileNotFoundError:
     return False
   return not entry.md5 or found == entry.md5
@@ -478,10 +486,23 @@ def _status(error: Exception) -> int:
   return int(found) if str(found).isdigit() else 0
 
 
+def _sum(file: io.BufferedReader, like: str) -> str:
+  """Returns the sum of a file, of the kind that `like` is."""
+  if not like.startswith(_CRC32C):
+    return hashlib.file_digest(file, 'md5').hexdigest()
+  import google_crc32c  # It comes with gcsfs.
+
+  checksum = google_crc32c.Checksum()
+  collections.deque(checksum.consume(file, 1 << 20), maxlen=0)
+  return _CRC32C + checksum.digest().hex()
+
+
 def _md5(info: Mapping[str, Any]) -> str:
-  """Returns the MD5 that a listing tells, '' if it tells none."""
-  if 'md5Hash' in info:  # Google Cloud Storage.
+  """Returns the sum that a listing tells, '' if it tells none."""
+  if info.get('md5Hash'):  # Google Cloud Storage.
     return base64.b64decode(info['md5Hash']).hex()
+  if info.get('crc32c'):  # Of what was put together of parts, as gcloud does.
+    return _CRC32C + base64.b64decode(info['crc32c']).hex()
   # S3, where an object came in one piece and without a key of its own.
   etag = str(info.get('ETag', '')).strip('"')
   return etag if re.fullmatch('[0-9a-f]{32}', etag) else ''
