@@ -24,7 +24,6 @@ def write_run(logdir):
   pixels = rng.integers(0, 256, (2, 20, 30, 3), np.uint8)
   with contextlib.closing(tensorboard.Writer(logdir)) as writer:
     writer.write_hparams(HPARAMS)
-    writer.forget_after(0)
     for step in range(1, 7):
       writer.write_scalars(step, {'train/loss': 1 / 3, 'a b/ü': 10**step})
       writer.write_images(step, lambda: {'images/a': pixels[0]})
