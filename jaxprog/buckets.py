@@ -329,13 +329,14 @@ class Bucket:
         self._scheme, use_listings_cache=False, **options
       )
     except ValueError:
-      what = f'Nothing here reads {self._scheme}://.'
-      suggestion = 'Name a folder, gs://BUCKET/PATH or s3://BUCKET/PATH.'
+      raise errors.UserError(
+        f'Nothing here reads {self._scheme}://.',
+        self._where,
+        'Name a folder, gs://BUCKET/PATH or s3://BUCKET/PATH.',
+      ) from None
     except ImportError as e:
-      what = f'{self._scheme}:// needs a package that is not installed: {e}.'
-      extra = _EXTRAS.get(self._scheme)
-      suggestion = f"pip install 'jaxprog[{extra}]'" if extra else ''
-    raise errors.UserError(what, self._where, suggestion) from None
+      what, extra = f'{self._scheme}://', _EXTRAS.get(self._scheme, '')
+      raise errors.not_installed(what, self._where, e, extra) from None
 
   def _check_bucket(self) -> None:
     """Raises UserError if there is no such bucket.
