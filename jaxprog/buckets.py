@@ -16,6 +16,8 @@ import logging
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -215,11 +217,23 @@ class Bucket:
     Raises:
       FileNotFoundError: if it is gone.
     """
-    if path.stat().st_size <= _CHUNK:
-      self.write(name, path.read_bytes())  # It may be growing.
+    size = path.stat().st_size
+    if size <= _CHUNK:
+      self.write(name, path.read_bytes())
       return
     options = {'chunksize': _CHUNK} if self._scheme in _GOOGLE else {}
-    self._write(name, lambda to: self._files.put_file(str(path), to, **options))
+
+    def put(source: str) -> None:
+      self._write(name, lambda to: self._files.put_file(source, to, **options))
+
+    try:
+      put(str(path))
+    except errors.UserError:
+      if path.stat().st_size == size:
+        raise
+      # It has grown on the way; a copy does not.
+      with tempfile.TemporaryDirectory() as folder:
+        put(shutil.copy(path, folder))
 
   def download(
     self,
