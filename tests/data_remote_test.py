@@ -19,6 +19,7 @@ from jaxprog.data import (
   verification,
 )
 from jaxprog.epochs import count_steps
+from jaxprog.planning import inspection
 
 FOLDER = 'data/prepared/imagenette_folder/1.0.0'
 RECORDS = f'{FOLDER}/imagenette_folder-%s.array_record-00000-of-00001'
@@ -333,6 +334,26 @@ def test_without_room_other_files_are_three_lines(
   there = preparation.load_dataset('imagenette', copy(url, small_disk))
   with pytest.raises(errors.UserError, match='have no room here'):
     there.train.source.fetch()
+
+
+def test_check_counts_what_is_to_come(bucket, on_disk, small_disk, tmp_path):
+  def find(url, cache):
+    config = make_config(url, cache, batch_size=8)
+    config.update(model='resnet10', num_filters=4)
+    found = inspection.inspect(config).findings
+    return [x for x in found if x.what.startswith('data: ')]
+
+  (fits,) = find(bucket, tmp_path)
+  assert fits.ok
+  assert f'data: 524 kB to be fetched from {bucket}, ' in fits.what
+  (direct,) = find(bucket, small_disk)
+  assert direct.ok
+  assert direct.what.endswith('is read there, which is slower')
+  (too_large,) = find(f'file://{on_disk}', small_disk)
+  assert not too_large.ok
+  assert '--config.cache_dir' in too_large.fix
+  # Nothing is said of what is here.
+  assert not find(on_disk, tmp_path)
 
 
 def test_a_folder_of_a_bucket_is_a_dataset(
