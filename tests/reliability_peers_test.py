@@ -317,7 +317,7 @@ def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk(
 ):
   """Killed, they go on with nothing but the bucket, as on other machines."""
 
-  def start(name):
+  def start(name, *flags):
     hosts = [
       {**server.environ, 'JAXPROG_CACHE_DIR': str(tmp_path / name / str(index))}
       for index in range(2)
@@ -325,7 +325,7 @@ def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk(
     arguments = (
       f'--config={CONFIG}:gs://test-bucket/data',
       f'--workdir={url}',
-      *FLAGS,
+      *flags,
     )
     return start_pair(*arguments, environments=hosts)
 
@@ -334,14 +334,18 @@ def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk(
     for path in (x for x in data_dir.rglob('*') if x.is_file()):
       name = f'data/{path.relative_to(data_dir)}'
       server.put('test-bucket', name, path.read_bytes())
-    pair = start('first')
+    pair = start('first', *FLAGS)
     wait_for_step(pair, tmp_path / 'first' / '0' / copy, 20)
     pair[victim].kill()
     for code, output in end(pair):
       assert code != 0, output
     kept = server.objects('test-bucket')
-    for code, output in end(start('second')):
+    for code, output in end(start('second', *FLAGS)):
       assert code == 0, output
+    if victim:
+      for code, output in end(start('third', '--mode=eval')):
+        assert code == 0, output
+      assert any('run/eval/' in x for x in server.objects('test-bucket'))
   assert any('/latest/' in x for x in kept)
   finished = tmp_path / 'second' / '0' / copy
   assert len(stage_of(finished)['resumed_at_steps']) == 1
