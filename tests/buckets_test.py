@@ -252,6 +252,7 @@ def test_many_may_want_the_same_object(server, bucket, tmp_path, monkeypatch):
     lambda i: bucket.download('x', entry_of(data), tmp_path / 'x'), range(8)
   )
   assert (tmp_path / 'x').read_bytes() == data
+  bucket.download('x', entry_of(data), tmp_path / 'x')
   assert sum(x.sent for x in server.requests) == 5000
   assert list(tmp_path.iterdir()) == [tmp_path / 'x']
 
@@ -295,6 +296,19 @@ def test_answers_of_503_change_nothing(server, bucket, tmp_path):
   for name, data in names.items():
     assert (tmp_path / f'{name}.copy').read_bytes() == data
   assert any(x.status == 503 for x in server.requests)
+
+
+def test_half_an_object_is_not_seen_in_a_folder(tmp_path):
+  bucket = buckets.Bucket(f'file://{tmp_path}')
+  bucket.write('x', b'old')
+
+  def fail(path):
+    pathlib.Path(path).write_bytes(b'ne')
+    raise OSError(28, 'No space left on device')
+
+  with pytest.raises(errors.UserError, match='No space'):
+    bucket._write('x', fail)
+  assert bucket.read('x') == b'old'
 
 
 def test_a_file_may_be_gone(bucket, tmp_path):
