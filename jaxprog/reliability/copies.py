@@ -45,7 +45,8 @@ _OF_RUN = re.compile(
 )
 # Of this machine alone, or not whole.
 _LEFT_OUT = re.compile(
-  r'(?:.*/)?\..*|(?:.*/)?run\.lock|.*\.orbax-checkpoint-tmp.*', re.DOTALL
+  r'(?:.*/)?\..*|(?:.*/)?run\.lock|.*\.orbax-checkpoint-tmp.*|.*\.part',
+  re.DOTALL,
 )
 
 # Size in bytes and time of writing in ns.
