@@ -13,8 +13,8 @@ WORKDIR ?= runs/quickstart
 quickstart: $(VENV)/installed
 	$(RUN) main.py --config=configs/quickstart.py --workdir=$(WORKDIR)
 
-# PARITY=1 adds PyTorch, timm and the compiler for TPUs, and fails if a
-# comparison with them is skipped.
+# PARITY=1 adds PyTorch, timm, TensorFlow and the compiler for TPUs, and fails if
+# a comparison with them is skipped.
 ifdef PARITY
 test: $(VENV)/installed-parity
 	JAXPROG_PARITY=1 $(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)

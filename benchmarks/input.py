@@ -6,7 +6,8 @@ Reads full-size JPEGs, takes random resized crops of 224 pixels and batches
 them. Every contestant lives in a process of its own on as many cores as it is
 given, and all take turns: a round is --seconds of each. Ours and PyTorch's
 batches are uint8; tf.data's are flipped, normalised and bfloat16, as JAX
-programs write that pipeline. Nothing is trained meanwhile.
+programs write that pipeline. Nothing is trained meanwhile. The others are what
+`pip install 'jaxprog[parity]'` brings.
 """
 
 import argparse

@@ -11,10 +11,13 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import io
 import logging
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -67,8 +70,15 @@ class ForbiddenError(errors.UserError):
   """One may not do that in this bucket, or it asks who one is."""
 
 
+# What stands before a sum that is no MD5.
+_CRC32C = 'crc32c-'
+
+
 class Entry(NamedTuple):
-  """An object: its size in bytes and its MD5 in hex, '' if nobody tells."""
+  """An object: its size in bytes and its MD5 in hex, '' if nobody tells.
+
+  In the place of an MD5 may stand crc32c- and that sum.
+  """
 
   size: int
   md5: str
@@ -207,11 +217,23 @@ class Bucket:
     Raises:
       FileNotFoundError: if it is gone.
     """
-    if path.stat().st_size <= _CHUNK:
-      self.write(name, path.read_bytes())  # It may be growing.
+    size = path.stat().st_size
+    if size <= _CHUNK:
+      self.write(name, path.read_bytes())
       return
     options = {'chunksize': _CHUNK} if self._scheme in _GOOGLE else {}
-    self._write(name, lambda to: self._files.put_file(str(path), to, **options))
+
+    def put(source: str) -> None:
+      self._write(name, lambda to: self._files.put_file(source, to, **options))
+
+    try:
+      put(str(path))
+    except errors.UserError:
+      if path.stat().st_size == size:
+        raise
+      # It has grown on the way; a copy does not.
+      with tempfile.TemporaryDirectory() as folder:
+        put(shutil.copy(path, folder))
 
   def download(
     self,
@@ -321,13 +343,14 @@ class Bucket:
         self._scheme, use_listings_cache=False, **options
       )
     except ValueError:
-      what = f'Nothing here reads {self._scheme}://.'
-      suggestion = 'Name a folder, gs://BUCKET/PATH or s3://BUCKET/PATH.'
+      raise errors.UserError(
+        f'Nothing here reads {self._scheme}://.',
+        self._where,
+        'Name a folder, gs://BUCKET/PATH or s3://BUCKET/PATH.',
+      ) from None
     except ImportError as e:
-      what = f'{self._scheme}:// needs a package that is not installed: {e}.'
-      extra = _EXTRAS.get(self._scheme)
-      suggestion = f"pip install 'jaxprog[{extra}]'" if extra else ''
-    raise errors.UserError(what, self._where, suggestion) from None
+      what, extra = f'{self._scheme}://', _EXTRAS.get(self._scheme, '')
+      raise errors.not_installed(what, self._where, e, extra) from None
 
   def _check_bucket(self) -> None:
     """Raises UserError if there is no such bucket.
@@ -465,7 +488,7 @@ def is_same(path: pathlib.Path, entry: Entry) -> bool:
     if path.stat().st_size != entry.size:
       return False
     with open(path, 'rb') as file:
-      found = hashlib.file_digest(file, 'md5').hexdigest()
+      found = _sum(file, entry.md5)
   except FileNotFoundError:
     return False
   return not entry.md5 or found == entry.md5
@@ -478,10 +501,23 @@ def _status(error: Exception) -> int:
   return int(found) if str(found).isdigit() else 0
 
 
+def _sum(file: io.BufferedReader, like: str) -> str:
+  """Returns the sum of a file, of the kind that `like` is."""
+  if not like.startswith(_CRC32C):
+    return hashlib.file_digest(file, 'md5').hexdigest()
+  import google_crc32c  # It comes with gcsfs.
+
+  checksum = google_crc32c.Checksum()
+  collections.deque(checksum.consume(file, 1 << 20), maxlen=0)
+  return _CRC32C + checksum.digest().hex()
+
+
 def _md5(info: Mapping[str, Any]) -> str:
-  """Returns the MD5 that a listing tells, '' if it tells none."""
-  if 'md5Hash' in info:  # Google Cloud Storage.
+  """Returns the sum that a listing tells, '' if it tells none."""
+  if info.get('md5Hash'):  # Google Cloud Storage.
     return base64.b64decode(info['md5Hash']).hex()
+  if info.get('crc32c'):  # Of what was put together of parts, as gcloud does.
+    return _CRC32C + base64.b64decode(info['crc32c']).hex()
   # S3, where an object came in one piece and without a key of its own.
   etag = str(info.get('ETag', '')).strip('"')
   return etag if re.fullmatch('[0-9a-f]{32}', etag) else ''

@@ -234,7 +234,7 @@ def create_flags() -> Flags:
 
 def main(argv: Sequence[str]) -> int:
   """Returns 0, or 1: it failed, 2: the user's mistake, 128 + n: signal n."""
-  # TensorFlow, which only writes TensorBoard's files, has much to say.
+  # TensorFlow, which can write TensorBoard's files, has much to say.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   # tfds warns that it does not know the configuration of folder:PATH.

@@ -35,6 +35,20 @@ class Stopped(Exception):  # noqa: N818, nothing went wrong.
     self.exit_code = 128 + signum
 
 
+def not_installed(
+  what: str, where: str, error: ImportError, extra: str
+) -> UserError:
+  """Returns the mistake of asking for `what` without its packages.
+
+  `extra` is that of ours that has them, '' if none has.
+  """
+  return UserError(
+    f'{what} needs a package that is not installed: {error}.',
+    where,
+    f"pip install 'jaxprog[{extra}]'" if extra else '',
+  )
+
+
 def printable(text: str) -> str:
   """Returns a line with what no terminal should see or can show escaped."""
   return ''.join(x if x.isprintable() else _escape(x) for x in text)

@@ -276,7 +276,7 @@ class ConfigFields:
   # Without a step, an evaluated batch or a save for so long, a run prints what
   # all its threads are doing and ends; 0: never.
   watchdog_minutes: float = field(30.0, unit='minutes', free=True, local=True)
-  # Write WORKDIR/tensorboard; without, TensorFlow is not even imported.
+  # Write WORKDIR/tensorboard, for TensorBoard.
   tensorboard: bool = field(True, free=True)
   # Steps between two points of a training curve in TensorBoard.
   log_every_steps: int = field(20, unit='steps', within='[1, inf)', free=True)

@@ -10,8 +10,16 @@ from data_fixtures import read_all, write_class_folders
 
 import jaxprog
 from jaxprog import buckets, errors, stages, start_from
-from jaxprog.data import batches, loader, packs, preparation, remote
+from jaxprog.data import (
+  batches,
+  loader,
+  packs,
+  preparation,
+  remote,
+  verification,
+)
 from jaxprog.epochs import count_steps
+from jaxprog.planning import inspection
 
 FOLDER = 'data/prepared/imagenette_folder/1.0.0'
 RECORDS = f'{FOLDER}/imagenette_folder-%s.array_record-00000-of-00001'
@@ -165,18 +173,17 @@ def test_prepare_fetches_raw_images_and_uploads_the_whole_last(
   assert '--mode=prepare' in info.value.suggestion
   server.clear()
   # It breaks off, and goes on.
-  fault = server.order('403', what='write', match='labels-train')
+  server.order('403', what='write', match='labels-train')
   jaxprog.prepare(make_config(url, tmp_path / 'a'))
   assert 'imagenette: it is here alone. You may not' in capsys.readouterr().out
   server.heal()
-  assert fault.kind == '403'
-  server.clear()
   jaxprog.prepare(make_config(url, tmp_path / 'a', storage='raw:16'))
-  written = [x.name for x in server.requests if x.what == 'write']
+  there = server.bucket('raw-only')
+  written = sorted(there, key=lambda x: there[x].generation)
   of_dataset = [x for x in written if x.startswith(FOLDER + '/')]
   assert of_dataset[-1] == f'{FOLDER}/dataset_info.json'
   assert written[-1].endswith('packed/1.0.0+raw.16/pack.json')
-  assert not any('raw_folder' in x for x in server.objects('raw-only'))
+  assert not any('raw_folder' in x for x in written)
   shown = capsys.readouterr().out
   assert f'imagenette: uploaded to {url}/prepared' in shown
   assert f'{url}/imagenette2 stays' in ' '.join(shown.split())
@@ -211,6 +218,16 @@ def test_what_one_may_not_upload_stays_in_the_copy(
   assert len(list(read_all(dataset.train))) == 240
 
 
+def test_what_verify_has_seen_is_held_against_other_machines(
+  server, bucket, on_disk, tmp_path
+):
+  for name, status in ('a', 'written'), ('b', 'matches'):
+    data_dir = copy(bucket, tmp_path / name)
+    report = verification.verify_dataset('imagenette', data_dir)
+    assert report['manifest']['status'] == status
+  assert report['manifest']['path'] == f'{bucket}/manifests/imagenette.sha256'
+
+
 @pytest.mark.parametrize('damage', ['delete', 'flip'])
 def test_records_that_are_lost_or_damaged_are_named(
   server, bucket, tmp_path, damage
@@ -224,6 +241,18 @@ def test_records_that_are_lost_or_damaged_are_named(
   with pytest.raises(errors.UserError) as info:
     batches.read_batch(todo, 0)
   assert info.value.where == f'gs://on-disk/{RECORDS % "train"}'
+
+
+def test_what_has_no_md5_is_checked_too(server, bucket, tmp_path):
+  # As gcloud leaves files that it has sent in parts.
+  server.bucket('on-disk')[RECORDS % 'train'].sums['md5Hash'] = ''
+  dataset = preparation.load_dataset('imagenette', copy(bucket, tmp_path))
+  server.order('flip', what='read', match='-train.array_record')
+  with pytest.raises(errors.UserError, match='not what its bucket says'):
+    dataset.train.source.fetch()
+  server.heal()
+  dataset.train.source.fetch()
+  assert len(list(read_all(dataset.train))) == 240
 
 
 def test_a_name_does_not_lead_out_of_the_copy(server, bucket, tmp_path):
@@ -305,6 +334,26 @@ def test_without_room_other_files_are_three_lines(
   there = preparation.load_dataset('imagenette', copy(url, small_disk))
   with pytest.raises(errors.UserError, match='have no room here'):
     there.train.source.fetch()
+
+
+def test_check_counts_what_is_to_come(bucket, on_disk, small_disk, tmp_path):
+  def find(url, cache):
+    config = make_config(url, cache, batch_size=8)
+    config.update(model='resnet10', num_filters=4)
+    found = inspection.inspect(config).findings
+    return [x for x in found if x.what.startswith('data: ')]
+
+  (fits,) = find(bucket, tmp_path)
+  assert fits.ok
+  assert f'data: 524 kB to be fetched from {bucket}, ' in fits.what
+  (direct,) = find(bucket, small_disk)
+  assert direct.ok
+  assert direct.what.endswith('is read there, which is slower')
+  (too_large,) = find(f'file://{on_disk}', small_disk)
+  assert not too_large.ok
+  assert '--config.cache_dir' in too_large.fix
+  # Nothing is said of what is here.
+  assert not find(on_disk, tmp_path)
 
 
 def test_a_folder_of_a_bucket_is_a_dataset(

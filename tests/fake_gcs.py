@@ -633,6 +633,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
       start, total = int(given[1] or 0), given[3]
       if given[1] and start > len(data):
         return refuse(400, f'{start} is not where the upload is: {len(data)}')
+      if given[1] and total != '*' and start + len(self.body) > int(total):
+        return refuse(400, f'{given[0]}: more than there is')
       if given[1]:
         data += self.body[len(data) - start :]
       if total != '*' and len(data) == int(total):

@@ -2,19 +2,12 @@
 
 import contextlib
 import io
-import json
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 
 import jax
 import numpy as np
 import pytest
+import tensorboard_server
 from PIL import Image
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.util import tensor_util
@@ -25,7 +18,7 @@ from jaxprog.monitoring import profile as profile_lib
 from jaxprog.training import preview
 from tests import tiny_config
 
-# Its server and TensorFlow take a minute to start.
+# Its server, and TensorFlow where there is one, take a minute to start.
 pytestmark = pytest.mark.slow
 
 SCALARS = {
@@ -76,54 +69,10 @@ def trained(data_dir, tmp_path_factory):
   return config, workdir, jaxprog.train(config, workdir)
 
 
-class Server:
-  """TensorBoard, answering at a free port."""
-
-  def __init__(self, logdir):
-    with contextlib.closing(socket.socket()) as probe:
-      probe.bind(('localhost', 0))
-      port = probe.getsockname()[1]
-    self._url = f'http://localhost:{port}/'
-    self._process = subprocess.Popen(
-      [
-        *(sys.executable, '-m', 'tensorboard.main', '--logdir', str(logdir)),
-        *('--port', str(port), '--load_fast=false', '--reload_interval=1'),
-      ],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-    )
-
-  def get(self, path, body=None, **query):
-    url = self._url + path + '?' + urllib.parse.urlencode(query)
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(
-      url, data, {'Content-Type': 'application/json'}
-    )
-    with urllib.request.urlopen(request, timeout=10) as answer:
-      return answer.headers['Content-Type'], answer.read()
-
-  def get_json(self, path, body=None, **query):
-    return json.loads(self.get(path, body, **query)[1])
-
-  def wait_for_tag(self, tag):
-    """Waits until all is read: `tag` is the last one that was written."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-      with contextlib.suppress(urllib.error.URLError, ConnectionError):
-        if tag in self.get_json('data/plugin/images/tags').get('.', {}):
-          return
-      assert self._process.poll() is None, self._process.communicate()[0]
-      time.sleep(0.2)
-    raise AssertionError('TensorBoard does not show the run.')
-
-  def close(self):
-    self._process.terminate()
-    self._process.communicate(timeout=20)
-
-
 @pytest.fixture(scope='module')
 def server(trained):
-  with contextlib.closing(Server(trained[1] / 'tensorboard')) as running:
+  logdir = trained[1] / 'tensorboard'
+  with contextlib.closing(tensorboard_server.Server(logdir)) as running:
     running.wait_for_tag('images/ten/confusion')
     yield running
 
@@ -167,19 +116,11 @@ def test_scalars_are_those_of_the_history_on_a_step_over_all_stages(
 
 
 def test_the_server_has_hparams_of_every_stage(server):
-  body = {
-    'experimentName': '',
-    'allowedStatuses': ['STATUS_UNKNOWN', 'STATUS_RUNNING', 'STATUS_SUCCESS'],
-    'colParams': [],
-    'startIndex': 0,
-    'sliceSize': 10,
-  }
-  path = 'data/plugin/hparams/session_groups'
-  (group,) = server.get_json(path, body)['sessionGroups']
-  assert group['hparams']['num_filters'] == 4
-  assert group['hparams']['three.mixup_alpha'] == 0.4
-  assert group['hparams']['three.classes'] == '1 3 5'
-  assert group['hparams']['ten.optimizer'] == 'adamw'
+  hparams = server.get_hparams()
+  assert hparams['num_filters'] == 4
+  assert hparams['three.mixup_alpha'] == 0.4
+  assert hparams['three.classes'] == '1 3 5'
+  assert hparams['ten.optimizer'] == 'adamw'
 
 
 @pytest.mark.parametrize('stage', ['three', 'ten'])
@@ -197,12 +138,7 @@ def test_the_server_shows_the_pictures_of_a_stage(server, trained, stage):
   }
   for name, shape in expected.items():
     tag = f'images/{stage}/{name}'
-    (info,) = server.get_json(
-      'data/plugin/images/images', run='.', tag=tag, sample=0
-    )
-    path = 'data/plugin/images/individualImage'
-    kind, encoded = server.get(f'{path}?{info["query"]}&')
-    assert kind == 'image/png'
+    encoded = server.get_picture(tag)
     image = Image.open(io.BytesIO(encoded))
     assert (image.height, image.width) == shape
     if name != 'augmented':

@@ -1,11 +1,11 @@
-"""PyTorch's side of comparisons, where it is installed."""
+"""What others do, to compare with, where they are installed."""
 
 import importlib
 from types import ModuleType
 
 import pytest
 
-REASON = 'make test PARITY=1 installs torch, torchvision and timm'
+REASON = 'make test PARITY=1 installs torch, torchvision, timm and TensorFlow'
 
 
 def import_module(name: str) -> ModuleType:

@@ -150,12 +150,14 @@ def test_what_is_written_before_training_is_a_warning(config, tmp_path):
 def test_versions_out_of_bounds_are_named(tmp_path):
   (tmp_path / 'pyproject.toml').write_text(
     '[project]\nrequires-python = ">=3.9,<3.10"\n'
+    '[project.optional-dependencies]\n'
+    'tune = ["absent_as_well>=1", "pytest>=99"]\nlint = ["ruff>=99"]\n'
   )
   (tmp_path / 'requirements.txt').write_text(
     '# A comment.\nnumpy>=99\njax>=0.1\nno_such_package>=1,<2\n'
     'absent_too>=1; sys_platform == "plan9"\n'
   )
-  python, numpy, missing = inspection._check_versions(root=tmp_path)
+  python, numpy, missing, extra = inspection._check_versions(root=tmp_path)
   assert python.ok is None
   assert 'is not >=3.9,<3.10' in python.what
   assert numpy.ok is None
@@ -165,6 +167,24 @@ def test_versions_out_of_bounds_are_named(tmp_path):
     'no_such_package>=1,<2',
     'no_such_package<2,>=1',
   )
+  assert extra.ok is None
+  assert f'pytest {pytest.__version__} is not >=99' in extra.what
+
+
+def test_what_a_wheel_says_of_extras(tmp_path, monkeypatch):
+  folder = tmp_path / 'jaxprog-9.dist-info'
+  folder.mkdir()
+  (folder / 'METADATA').write_text(
+    'Metadata-Version: 2.4\nName: jaxprog\nVersion: 9\n'
+    'Requires-Python: >=3.9\nRequires-Dist: numpy>=1\n'
+    'Requires-Dist: absent>=1; extra == "tune"\n'
+    'Requires-Dist: pytest>=99; extra == "s3"\n'
+    'Requires-Dist: ruff>=99; extra == "lint"\n'
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  (found,) = inspection._check_versions(root=tmp_path)
+  assert found.ok is None
+  assert f'pytest {pytest.__version__} is not >=99' in found.what
 
 
 def test_the_disk_is_the_same_before_and_after_data_is_loaded(config, tmp_path):

@@ -189,6 +189,34 @@ def test_a_mirror_is_of_one_run(server, tmp_path):
     assert contents(copy) == contents(one)
 
 
+def test_a_folder_that_was_being_fetched_is_fetched_again(server, tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  with held(one):
+    save(one, 'latest', 1)
+    (one / 'history').write_text('1')
+  two.mkdir()
+  (two / 'history').write_text('1')
+  copies.write_token(two, buckets.Bucket(URL), '')  # And then it was killed.
+  with held(two):
+    assert contents(two) == contents(one)
+
+
+def test_a_run_that_never_began_leaves_nothing(server, tmp_path):
+  folder = tmp_path / 'a' / 'run'
+
+  def run():
+    with (
+      lock.Lock(folder, buckets.Bucket(URL)) as owner,
+      mirror.Mirror(folder, buckets.Bucket(URL), owner),
+    ):
+      raise errors.UserError('A mistake.')
+
+  with pytest.raises(errors.UserError, match='A mistake'):
+    run()
+  assert not (tmp_path / 'a').exists()
+  assert not server.objects('test-bucket')
+
+
 def test_a_bucket_that_fails_is_said_once_and_caught_up_with(
   server, tmp_path, monkeypatch, capfd
 ):
@@ -304,9 +332,9 @@ def test_what_may_not_be_uploaded_is_said_and_kept(server, tmp_path, capfd):
 def test_a_token_of_another_url_is_none(server, tmp_path):
   copies.write_token(tmp_path, buckets.Bucket(URL), 'abc')
   assert copies.read_token(tmp_path, buckets.Bucket(URL)) == 'abc'
-  assert copies.read_token(tmp_path, buckets.Bucket(f'{URL}b')) == ''
+  assert copies.read_token(tmp_path, buckets.Bucket(f'{URL}b')) is None
   (tmp_path / '.mirror.json').write_text(json.dumps([1])[:-1])
-  assert copies.read_token(tmp_path, buckets.Bucket(URL)) == ''
+  assert copies.read_token(tmp_path, buckets.Bucket(URL)) is None
 
 
 def test_what_else_lies_there_is_left_alone(server, tmp_path):

@@ -2,6 +2,8 @@ import csv
 import json
 import signal
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 import runs
@@ -168,3 +170,22 @@ def test_a_workdir_may_have_any_name(tmp_path):
   tune._open_study(create_config(), workdir)
   assert [x.name for x in workdir.iterdir()] == ['tune.db']
   assert [x.name for x in tmp_path.iterdir()] == [workdir.name]
+
+
+def test_a_search_without_optuna_names_the_extra(tmp_path):
+  code = (
+    'import sys; sys.modules["optuna"] = None; from jaxprog import cli; '
+    'sys.exit(cli.main(sys.argv))'
+  )
+  command = [sys.executable, '-c', code, '--mode=tune', '--config=tune_digits']
+  told = subprocess.run(
+    [*command, f'--workdir={tmp_path}'],
+    cwd=runs.ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert told.returncode == 2
+  what, where, how = told.stderr.splitlines()
+  assert 'needs a package that is not installed' in what
+  assert where == '--mode=tune'
+  assert how == "pip install 'jaxprog[tune]'"

@@ -1,5 +1,7 @@
 """What is installed: one package, which carries its configs."""
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -8,6 +10,9 @@ import sysconfig
 import zipfile
 
 import pytest
+import runs
+import tensorboard_server
+from PIL import Image
 from runs import ROOT
 
 pytest.importorskip('setuptools', minversion='77')
@@ -43,11 +48,7 @@ def test_every_package_is_within_one():
 
 @pytest.mark.slow
 def test_a_wheel_works_beside_configs_of_ones_own(data_dir, tmp_path):
-  source = tmp_path / 'source'
-  for name in ('configs', 'jaxprog'):
-    shutil.copytree(ROOT / name, source / name)
-  for name in ('README.md', 'pyproject.toml', 'requirements.txt', 'setup.py'):
-    shutil.copy(ROOT / name, source)
+  source = copy_source(tmp_path / 'source')
   run([sys.executable, '-m', 'pip', 'wheel', '--no-deps', '-q',
        '--no-build-isolation', '-w', tmp_path, source], tmp_path)  # fmt: skip
   (wheel,) = tmp_path.glob('*.whl')
@@ -79,6 +80,68 @@ def test_a_wheel_works_beside_configs_of_ones_own(data_dir, tmp_path):
   told = run([python, '-c', code], mine)
   assert str(ROOT) not in told
   assert 'site-packages' in told
+
+
+@pytest.mark.slow
+def test_the_ladder_needs_no_extra(tmp_path):
+  run([sys.executable, '-m', 'venv', tmp_path / 'new'], tmp_path)
+  python = tmp_path / 'new' / 'bin' / 'python'
+  source = copy_source(tmp_path / 'source')
+  run([python, '-m', 'pip', 'install', '-q', '--editable', source], tmp_path)
+  for name in ('tensorflow', 'optuna'):
+    found = run([python, '-m', 'pip', 'list'], tmp_path).lower().split()
+    assert not {name, f'{name}-cpu', f'{name}_cpu'} & {*found}
+
+  def jaxprog(*arguments):
+    command = [python.with_name('jaxprog'), '--workdir=run', *arguments]
+    return run(command, tmp_path)
+
+  config = '--config=quickstart', '--config.stages[*].num_epochs=2'
+  assert '0 to mend' in jaxprog(*config, '--mode=check')
+  jaxprog(*config)
+  jaxprog('--mode=eval')
+  jaxprog('--mode=predict', f'--input={ROOT / "docs" / "digit.png"}')
+  jaxprog('--mode=export')
+  jaxprog('--mode=report')
+  checked = jaxprog('--mode=check')
+  assert '0 warnings, 0 to mend' in checked, checked
+
+  server = tensorboard_server.Server(tmp_path / 'run' / 'tensorboard', python)
+  with contextlib.closing(server):
+    server.wait_for_tag('images/ten_large/confusion')
+    found = server.get_json(
+      'data/plugin/scalars/scalars', run='.', tag='train/epoch_loss'
+    )
+    picture = Image.open(io.BytesIO(server.get_picture('images/ten/worst')))
+    hparams = server.get_hparams()
+  stages = runs.read_history(tmp_path / 'run')['stages']
+  epochs = [row for stage in stages for row in stage['epochs']]
+  assert [(step, value) for _, step, value in found] == [
+    (row['global_step'], pytest.approx(row['train_loss'], rel=1e-6))
+    for row in epochs
+  ]
+  assert picture.mode == 'RGB'
+  assert hparams['ten.num_epochs'] == 2
+
+  search = '--config=tune_digits', '--mode=tune', '--workdir=search'
+  told = subprocess.run(
+    [python.with_name('jaxprog'), *search], cwd=tmp_path, capture_output=True
+  )
+  assert told.returncode == 2
+  assert told.stderr.decode().splitlines() == [
+    "A search needs a package that is not installed: No module named 'optuna'.",
+    '--mode=tune',
+    "pip install 'jaxprog[tune]'",
+  ]
+
+
+def copy_source(folder):
+  """Returns `folder`, with what a checkout installs."""
+  for name in ('configs', 'jaxprog'):
+    shutil.copytree(ROOT / name, folder / name)
+  for name in ('README.md', 'pyproject.toml', 'requirements.txt', 'setup.py'):
+    shutil.copy(ROOT / name, folder)
+  return folder
 
 
 def run(command, folder):

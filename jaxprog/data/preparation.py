@@ -16,7 +16,6 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming, read_only_builder
@@ -72,7 +71,7 @@ def load_dataset(
     raise errors.UserError(
       f'num_classes is {num_classes}, but {dataset!r} has '
       f'{loaded.num_classes} classes.',
-      f'{where}, {folder}' if where else str(folder),
+      ', '.join(x for x in (where, buckets.shown(folder)) if x),
       'Is the folder complete? If so, set num_classes to what it has.',
     )
   return loaded
@@ -247,15 +246,11 @@ def drop_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
 
 
 def upload(
-  dataset: str,
-  data_dir: pathlib.Path,
-  progress: parts.Progress | None = None,
-  **options: Any,
+  dataset: str, data_dir: pathlib.Path, progress: parts.Progress | None = None
 ) -> bool:
   """Brings what is prepared of a dataset to the bucket of its copy.
 
-  `progress` is told of bytes; `options` are those of `remote.upload`. Returns
-  whether anything was missing there.
+  `progress` is told of bytes. Returns whether anything was missing there.
 
   Raises:
     UserError: if the bucket cannot be written to.
@@ -264,9 +259,7 @@ def upload(
   if prepared is None:
     return False
   folder = pathlib.Path(prepared.data_dir)
-  done = [
-    remote.upload(x, progress, **options) for x in (folder, *list_packs(folder))
-  ]
+  done = [remote.upload(x, progress) for x in (folder, *list_packs(folder))]
   return any(done)
 
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 from jaxprog import buckets, errors, files, formats
 from jaxprog.data import parts
 
-# In DATA_DIR/prepared of a copy: what the bucket has there, name -> Entry.
+# In DATA_DIR/prepared and DATA_DIR/manifests of a copy: what the bucket has
+# there, name -> Entry.
 _LIST = '.objects.json'
 # It comes last of its folder: who finds it finds all.
 _MARKERS = ('dataset_info.json', 'pack.json')
@@ -60,8 +61,9 @@ class _Object(NamedTuple):
 def bring(root: pathlib.Path, name: str) -> None:
   """Brings what a dataset is known by into the copy.
 
-  It is in the folder `name` of `root`, DATA_DIR/prepared. What the bucket has
-  not stays as it is; what is of another dataset than the bucket's goes.
+  It is in the folder `name` of `root`, DATA_DIR/prepared; '' brings all of it.
+  What the bucket has not stays as it is; what is of another dataset than the
+  bucket's goes.
 
   Raises:
     UserError: if the bucket cannot be read.
@@ -143,8 +145,6 @@ def reads_directly(path: str | os.PathLike[str]) -> bool:
 def fetch(
   paths: Iterable[str | os.PathLike[str]],
   progress: parts.Progress | None = None,
-  *,
-  at_once: Callable[..., object] = buckets.at_once,
 ) -> dict[str, str]:
   """Brings files that are in the bucket alone; returns where to read each.
 
@@ -163,16 +163,7 @@ def fetch(
   root, need = objects[0].root, _bytes_to_come(objects)
   folder = os.path.commonpath([x.path.parent for x in objects])
   if need <= free_bytes(root):
-    bucket = _bucket(root, root.parent)
-
-    def download(x: _Object, on_bytes: Callable[[int], object]) -> None:
-      with _locked(x.path):
-        if x.path.exists():  # Another one was as fast.
-          on_bytes(x.entry.size)
-        else:
-          _download(bucket, x, on_bytes)
-
-    _fetch(objects, folder, download, progress, at_once)
+    _fetch(_bucket(root, root.parent), objects, folder, progress)
     return places
   if not all(reads_directly(x.path) for x in objects):
     raise _no_room(folder, need)
@@ -184,10 +175,7 @@ def fetch(
 
 
 def upload(
-  folder: pathlib.Path,
-  progress: parts.Progress | None = None,
-  *,
-  at_once: Callable[..., object] = buckets.at_once,
+  folder: pathlib.Path, progress: parts.Progress | None = None
 ) -> bool:
   """Brings a prepared dataset or a pack of a copy to its bucket.
 
@@ -225,11 +213,23 @@ def upload(
       if progress:
         progress(done, sum(sizes.values()))
 
-  at_once(send, [x for x in todo if x != marker])
+  buckets.at_once(send, [x for x in todo if x != marker])
   bucket.remove(stale)
   if marker in todo:
     send(marker)
   return bool(todo)
+
+
+def send(path: pathlib.Path) -> None:
+  """Brings a file of what `bring` was told of to its bucket, if it may.
+
+  Raises:
+    UserError: if the bucket cannot be reached.
+  """
+  if (root := _root(path)) is not None:
+    with contextlib.suppress(buckets.ForbiddenError):
+      name = path.relative_to(root).as_posix()
+      _bucket(root, root.parent).upload(path, name)
 
 
 def _compare(
@@ -286,12 +286,8 @@ def fetch_folder(
     objects = [x for x in objects if not _has_size(x)]
     if _bytes_to_come(objects) > free_bytes(path.parent):
       raise _no_room(str(path), _bytes_to_come(objects))
-
-    def download(x: _Object, on_bytes: Callable[[int], object]) -> None:
-      _download(bucket, x, on_bytes)
-
     if objects:
-      _fetch(objects, str(path), download, progress, buckets.at_once)
+      _fetch(bucket, objects, str(path), progress)
     part.rename(path)
   return True
 
@@ -313,13 +309,12 @@ def lost(path: str | os.PathLike[str]) -> errors.UserError:
 
 
 def _fetch(
+  bucket: buckets.Bucket,
   objects: Sequence[_Object],
   folder: str,
-  download: Callable[[_Object, Callable[[int], object]], None],
   progress: parts.Progress | None,
-  at_once: Callable[..., object],
 ) -> None:
-  """Brings all `objects` by `download`; says what it does."""
+  """Brings all `objects`; says what it does."""
   total, done, lock = sum(x.entry.size for x in objects), 0, threading.Lock()
   count = f'{len(objects):,} file{"s" * (len(objects) > 1)}'
   _say(
@@ -335,7 +330,7 @@ def _fetch(
         progress(done, total)
 
   with _writing(objects[0].root):
-    at_once(lambda x: download(x, on_bytes), objects)
+    buckets.at_once(lambda x: _download(bucket, x, on_bytes), objects)
 
 
 def _download(

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxprog import errors, files, named
+from jaxprog import buckets, errors, files, named
 from jaxprog.data import (
   builders,
   folders,
@@ -25,6 +25,7 @@ from jaxprog.data import (
   parts,
   preparation,
   preprocess,
+  remote,
   shards,
 )
 from jaxprog.data import records as records_lib
@@ -129,7 +130,10 @@ def verify_dataset(
       _problem('left out', images.path, images.left_out)
     )
   path = manifest_path(dataset, data_dir)
+  remote.bring(path.parent, '')
   manifest, changes = _hold_against_manifest(path, seen)
+  if manifest['status'] == 'written':
+    remote.send(path)
   report['manifest'] = manifest
   problems += changes
   report['counts'] = _check_counts(report['splits'])
@@ -331,13 +335,14 @@ def _hold_against_manifest(
 ) -> tuple[dict[str, str], list[Problem]]:
   """Returns the manifest's path and status, and what differs from it."""
   found = {_escape(x.name): x.sha256 for x in seen if x.sha256}
+  shown = buckets.shown(path)
   try:
     known = _read_manifest(path)
   except (FileNotFoundError, NotADirectoryError):
-    return {'path': str(path), 'status': _write_manifest(path, seen)}, []
+    return {'path': shown, 'status': _write_manifest(path, seen)}, []
   except (OSError, ValueError) as e:
-    problem = _problem('manifest', str(path), _reason(e))
-    return {'path': str(path), 'status': 'unreadable'}, [problem]
+    problem = _problem('manifest', shown, _reason(e))
+    return {'path': shown, 'status': 'unreadable'}, [problem]
   changes = [
     _problem('changed', x, f'{known[x]} is now {found[x]}')
     for x in sorted(known.keys() & found.keys())
@@ -349,7 +354,7 @@ def _hold_against_manifest(
   ):
     changes += [_problem(kind, x, detail) for x in sorted(names)]
   status = 'differs' if changes else 'matches'
-  return {'path': str(path), 'status': status}, changes
+  return {'path': shown, 'status': status}, changes
 
 
 def _write_manifest(path: pathlib.Path, seen: Sequence[Seen]) -> str:

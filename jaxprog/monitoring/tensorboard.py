@@ -14,9 +14,9 @@ Images = Mapping[str, np.ndarray]
 class Writer:
   """Writes what clu's SummaryWriter writes, in order; close it.
 
-  TensorFlow, which that is made of, takes 4 s to import. The thread does so
-  while the first stage compiles; nothing waits for it but `close`. Each call
-  raises what the thread has met in an earlier one.
+  TensorFlow, which that is made of, takes 4 s to import where it is installed.
+  The thread does so while the first stage compiles; nothing waits for it but
+  `close`. Each call raises what the thread has met in an earlier one.
   """
 
   def __init__(self, logdir: pathlib.Path | None):
@@ -97,11 +97,23 @@ def _plain(value: Any) -> bool | int | float | str:
 
 
 def _create_writer(logdir: pathlib.Path) -> Any:
-  import tensorflow as tf
-  from clu import metric_writers
+  """Returns clu's writer where TensorFlow is installed, else one like it."""
+  from jaxprog.monitoring import events
+
+  try:
+    import tensorflow as tf
+    from clu import metric_writers
+  except ImportError:
+    return events.Writer(logdir)
+
+  class Writer(metric_writers.SummaryWriter):
+    def write_event(self, event):
+      # Neither clu nor tf.summary writes events other than summaries.
+      resource = self._summary_writer._resource
+      tf.raw_ops.ImportEvent(writer=resource, event=event.SerializeToString())
 
   tf.config.set_visible_devices([], 'GPU')  # It would take all their memory.
-  return metric_writers.SummaryWriter(str(logdir))
+  return Writer(str(logdir))
 
 
 def _write_restart(writer: Any, step: int) -> None:
@@ -109,11 +121,8 @@ def _write_restart(writer: Any, step: int) -> None:
 
   Its reader takes the first mark of a run for the run's start: there are two.
   """
-  import tensorflow as tf
   from tensorboard.compat.proto import event_pb2
 
   log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-  event = event_pb2.Event(step=step, session_log=log).SerializeToString()
   for _ in range(2):
-    # Neither clu nor tf.summary writes events other than summaries.
-    tf.raw_ops.ImportEvent(writer=writer._summary_writer._resource, event=event)
+    writer.write_event(event_pb2.Event(step=step, session_log=log))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import os
 import pathlib
 import platform
@@ -34,6 +35,9 @@ from jaxprog.training import state as state_lib
 
 # Where requirements.txt and pyproject.toml lie in a checkout.
 _ROOT = pathlib.Path(__file__).parents[2]
+# Extras whose packages the program imports: wrong ones count, missing ones not.
+_EXTRAS = ('gcs', 's3', 'tensorflow', 'tune')
+_Packages = list[requirements.Requirement]
 # Of a stage that no dataset is known for, to size its head.
 _CLASSES = 1000
 
@@ -165,44 +169,50 @@ def _check_versions(
 ) -> Iterator[Finding]:
   """Yields what is missing or of a version that was not tried."""
   del seen
-  python, packages = _read_requirements(root)
+  python, needed, extra = _read_requirements(root)
   version = platform.python_version()
   wrong = []
   if not specifiers.SpecifierSet(python).contains(version, prereleases=True):
     wrong.append(Finding(None, f'Python {version} is not {python}'))
-  for package in packages:
+  for package in [*needed, *extra]:
     name, bounds = package.name, package.specifier
     fix = shlex.join(['pip', 'install', f'{name}{bounds}'])
     try:
       found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      wrong.append(Finding(False, f'{name} is not installed', fix))
+      if package in needed:
+        wrong.append(Finding(False, f'{name} is not installed', fix))
       continue
     if not bounds.contains(found, prereleases=True):
       wrong.append(Finding(None, f'{name} {found} is not {bounds}', fix))
-  what = f'Python {version}, {len(packages)} packages within their bounds'
+  what = f'Python {version}, {len(needed)} packages within their bounds'
   yield from wrong or [Finding(True, what)]
 
 
-def _read_requirements(
-  root: pathlib.Path,
-) -> tuple[str, list[requirements.Requirement]]:
-  """Returns the bounds on Python and on the packages that apply here."""
+def _read_requirements(root: pathlib.Path) -> tuple[str, _Packages, _Packages]:
+  """Returns the bounds on Python, on all packages and on those of extras."""
   try:
     project = tomllib.loads((root / 'pyproject.toml').read_text())['project']
     python = project['requires-python']
-    lines = (root / 'requirements.txt').read_text().splitlines()
+    lines = project.get('optional-dependencies', {})
+    lines[''] = (root / 'requirements.txt').read_text().splitlines()
   except OSError:  # Installed, not a checkout.
     python = importlib.metadata.metadata('jaxprog')['Requires-Python']
-    lines = importlib.metadata.requires('jaxprog') or []
-  packages = [
-    requirements.Requirement(line)
-    for line in lines
-    if line.strip() and not line.startswith('#')
-  ]
-  return python, [
-    x for x in packages if not x.marker or x.marker.evaluate({'extra': ''})
-  ]
+    found = importlib.metadata.requires('jaxprog') or []
+    lines = dict.fromkeys(('', *_EXTRAS), found)
+
+  def parse(extra):
+    packages = [
+      requirements.Requirement(line)
+      for line in lines.get(extra, ())
+      if line.strip() and not line.startswith('#')
+    ]
+    return [
+      x for x in packages if not x.marker or x.marker.evaluate({'extra': extra})
+    ]
+
+  needed, more = parse(''), itertools.chain(*map(parse, _EXTRAS))
+  return python, needed, [x for x in more if x not in needed]
 
 
 def _check_devices(seen: Inspection) -> Iterator[Finding]:

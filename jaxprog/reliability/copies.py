@@ -21,7 +21,7 @@ from jaxprog.reliability import integrity, lease, lock
 
 # From so many bytes on it is said that they are being fetched.
 _MANY_BYTES = 10_000_000
-_STATE, _LOCK = '.mirror.json', '.fetch.lock'
+_STATE, _FETCHING = '.mirror.json', '.fetch.lock'
 _STEP = re.compile(r'((?:.*/)?checkpoints/[^/]+/([^/]+)/\d+)/.+', re.DOTALL)
 # What the program writes into a workdir: other things lie there too, where that
 # is a bucket itself, or the folder that one stands in.
@@ -157,7 +157,7 @@ def fetch(
   if not found and not folder.is_dir():
     return found
   folder.mkdir(parents=True, exist_ok=True)
-  with open(folder / _LOCK, 'w') as file:
+  with open(folder / _FETCHING, 'w') as file:
     files.lock(file.fileno())  # Of this machine's processes, one at a time.
     for _ in range(5):
       for name in scan(folder, unfinished=True):
@@ -278,12 +278,15 @@ def read_file(path: pathlib.Path) -> bytes:
     return database.serialize()
 
 
-def read_token(folder: pathlib.Path, bucket: buckets.Bucket) -> str:
-  """Returns under which lease of the bucket a folder was written, or ''."""
+def read_token(folder: pathlib.Path, bucket: buckets.Bucket) -> str | None:
+  """Returns under which lease of the bucket a folder was written.
+
+  '' is for one that was being fetched, None for one of something else.
+  """
   with contextlib.suppress(OSError, ValueError, KeyError):
     state = json.loads((folder / _STATE).read_bytes())
-    return state['token'] if state['url'] == bucket.url else ''
-  return ''
+    return str(state['token']) if state['url'] == bucket.url else None
+  return None
 
 
 def write_token(
@@ -294,8 +297,8 @@ def write_token(
 
 
 def forget(folder: pathlib.Path) -> None:
-  """Removes what was noted in a folder of which nothing came."""
-  for name in (_STATE, _LOCK):
+  """Removes what a folder knows of a bucket that holds no run."""
+  for name in (_STATE, _FETCHING):
     (folder / name).unlink(missing_ok=True)
 
 

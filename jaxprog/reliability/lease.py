@@ -41,7 +41,6 @@ class Lease:
     token: what tells this owner from all others.
     before: tokens of the owners before this one, oldest first.
     taken_over: a sentence about the dead run that had the lease, or None.
-    was_of_use: whether a run came of it; of a mistake nothing is left behind.
     lost: why this is not the owner any more, as far as the beats know; None
       while it is.
   """
@@ -60,10 +59,10 @@ class Lease:
     self.token = str(me['token'])
     self.before: tuple[str, ...] = ()
     self.taken_over: str | None = None
-    self.was_of_use = True
     self.lost: str | None = None
     # The number of its object, how often it was written, the MD5 of that.
     self._number, self._count, self._md5 = 0, 0, ''
+    self._is_forgotten = False
     # When the last beat began that came through.
     self._alive_at = 0.0
     self._turn = threading.Lock()
@@ -84,6 +83,10 @@ class Lease:
       self._beat()
     if self.lost:
       raise RuntimeError(self.lost)
+
+  def forget(self) -> None:
+    """Leaves no object behind, where there was no owner before this one."""
+    self._is_forgotten = True
 
   def __enter__(self) -> 'Lease':
     """Takes the lease.
@@ -109,12 +112,11 @@ class Lease:
     self._ended.set()
     self._thread.join(_FAREWELL_SECONDS)
     if not self.lost and not self._thread.is_alive():
-      name = _name(self._number)
       with contextlib.suppress(errors.UserError):
-        if self.was_of_use:
-          self._bucket.write(name, self._text(released=True))
+        if self._is_forgotten and self._number == 1:
+          self._bucket.remove([_name(self._number)])
         else:
-          self._bucket.remove([name])
+          self._bucket.write(_name(self._number), self._text(released=True))
 
   def _take(self) -> None:
     """Creates the object after the newest one, which must be nobody's."""

@@ -36,6 +36,7 @@ class Lock:
   the others, which write nothing, lose nothing.
 
   Attributes:
+    url: of the bucket, '' if there is none.
     taken_over: a sentence about the dead run that had the lock, or None.
     lease: that of the bucket, or None.
   """
@@ -51,6 +52,7 @@ class Lock:
   ) -> None:
     self._path = pathlib.Path(workdir) / 'run.lock'
     self._bucket, self._say = bucket, say
+    self.url = bucket.url if bucket else ''
     self._beat_seconds = beat_seconds
     self._patience_seconds = patience_seconds
     self._resources = contextlib.ExitStack()

@@ -78,9 +78,9 @@ class Mirror:
     self._thread.join()
     try:
       self.flush()
-      if not self._there:
-        self._lease.was_of_use = False
+      if not self._there:  # A mistake was found in time.
         copies.forget(self._folder)
+        self._lease.forget()
     except Exception as e:
       if error is None or isinstance(error, errors.Stopped):
         raise
@@ -117,6 +117,8 @@ class Mirror:
       return False
     if not any(map(copies.is_of_run, there)):
       return True  # The run began without a bucket.
+    if token is not None:
+      return False  # What was being fetched, or had the lease long ago.
     raise errors.UserError(
       f'{self._folder} and {self._bucket.url} hold different runs.',
       f'config.mirror={self._bucket.url}',

@@ -350,8 +350,9 @@ serve = jax.export.deserialize(bytearray(data))
 logits = serve.call(images)  # uint8 (any number, {size}, {size}, 3)
 ```
 The normalisation and the weights are in it; platforms: {', '.join(PLATFORMS)}.
-It needs JAX alone, of this release ({jax.__version__}) or one of the next six
-months. `init_from='{stage.name}.safetensors'` starts a stage of jaxprog."""
+It needs flatbuffers and JAX, of this release ({jax.__version__}) or one of the
+next six months. `init_from='{stage.name}.safetensors'` starts a stage of
+jaxprog."""
 
 
 def describe_timm(trained: trained_lib.Trained) -> str:

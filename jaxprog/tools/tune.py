@@ -14,12 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import optuna
 import rich.console
-import sqlalchemy
 from ml_collections import config_dict
-from optuna import distributions
-from optuna.trial import TrialState
 
 from jaxprog import buckets, errors, files, formats, stages
 from jaxprog import config as config_lib
@@ -29,6 +25,14 @@ from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import mirror, signals
 from jaxprog.training import ladder, loop, preflight
+
+try:
+  import optuna
+  import sqlalchemy
+  from optuna import distributions
+  from optuna.trial import TrialState
+except ImportError as e:
+  raise errors.not_installed('A search', '--mode=tune', e, 'tune') from None
 
 _Distribution = distributions.BaseDistribution
 _Space = dict[str, _Distribution]

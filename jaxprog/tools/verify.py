@@ -12,7 +12,7 @@ import rich.table
 from ml_collections import config_dict
 
 from jaxprog import buckets, errors, files, paths, stages
-from jaxprog.data import verification
+from jaxprog.data import remote, verification
 from jaxprog.monitoring import bars
 from jaxprog.reliability import copies
 
@@ -92,7 +92,8 @@ def _print_report(
   def say(text: str, style: str = '') -> None:
     console.print(errors.printable(text), style=style, soft_wrap=True)
 
-  about = f'{report["kind"]}, {report["path"]}' if 'kind' in report else '-'
+  path = buckets.shown(report.get('path', ''))
+  about = f'{report["kind"]}, {path}' if 'kind' in report else '-'
   say(f'{report["dataset"]}: {about}', 'bold')
   if report['splits']:
     console.print(_table(report['splits']))
@@ -165,6 +166,7 @@ def _write(
 ) -> None:
   try:
     files.write_json(path, found)
+    remote.send(path)
     text = buckets.shown(path)
   except OSError as e:  # Data may be read-only; what was found is printed.
     text = f'{path} was not written: {e.strerror}'

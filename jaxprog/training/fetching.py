@@ -3,8 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import rich.console
@@ -59,13 +58,13 @@ class Fetcher:
           self._upload(name)
       for dataset in self._datasets[start:]:
         for stored in dataset.stored.values():
-          remote.fetch(stored.paths, self._check, at_once=_one_by_one)
+          remote.fetch(stored.paths, self._check)
     except (errors.UserError, _Closed):
       pass  # Who needs it will say what is wrong.
 
   def _upload(self, name: str) -> None:
     with contextlib.suppress(errors.UserError):  # Most may only read.
-      preparation.upload(name, self._data_dir, self._check, at_once=_one_by_one)
+      preparation.upload(name, self._data_dir, self._check)
 
   def _check(self, done: int, total: int) -> None:
     if self._closing.is_set():
@@ -81,9 +80,3 @@ def fetch(name: str, stored: Mapping[str, shards.Shards | packs.Pack]) -> None:
         show(f'{name}, {split}', done, total)
 
       files.fetch(show_split)
-
-
-def _one_by_one(call: Callable[[Any], Any], items: Iterable[Any]) -> None:
-  """Calls `call` for all `items`; no other thread has to be waited for."""
-  for x in items:
-    call(x)

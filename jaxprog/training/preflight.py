@@ -14,8 +14,8 @@ import jax
 import rich.table
 from ml_collections import config_dict
 
-from jaxprog import buckets, errors, files, formats, named, paths
 from jaxprog import config as config_lib
+from jaxprog import errors, files, formats, named, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import preparation, remote
 from jaxprog.monitoring import history as history_lib
@@ -78,9 +78,13 @@ def claim_workdir(workdir: pathlib.Path) -> str:
 
 
 def quick(
-  tasks: Sequence[setup_lib.Task], workdir: str | os.PathLike[str]
+  tasks: Sequence[setup_lib.Task],
+  workdir: str | os.PathLike[str],
+  url: str = '',
 ) -> list[str]:
   """Returns lines on devices, disk and what `workdir` holds already.
+
+  `url` is that of its bucket, '' if it has none.
 
   Raises:
     UserError: if the disk is too small for what the run will write.
@@ -96,7 +100,6 @@ def quick(
       where,
       f'Free some, or: {how}',
     )
-  url = buckets.url_of(path)
   lines = [
     f'devices: {devices.describe()}',
     *([f'workdir: {url}, on this machine in {path}'] if url else []),

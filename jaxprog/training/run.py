@@ -106,7 +106,7 @@ def open_run(
     _show_changes(config, workdir)
   changes = preflight.check_changes(config, workdir, allow_config_change)
   tasks = create_tasks(setup, workdir, shorten)
-  for line in preflight.quick(tasks, workdir):
+  for line in preflight.quick(tasks, workdir, owner.url):
     progress.message(line)
   if changes:
     incidents.add('config_change', '; '.join(changes))

@@ -1,0 +1,104 @@
+"""TensorBoard's files without TensorFlow, beside those that clu writes."""
+
+import contextlib
+import io
+import subprocess
+import sys
+
+import numpy as np
+import parity
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.plugins.hparams import metadata
+from tensorboard.util import tensor_util
+
+from jaxprog.monitoring import events, tensorboard
+
+HPARAMS = {'seed': 1, 'ema': 0.5, 'on': True, 'ten.optimizer': 'adamw'}
+
+
+def write_run(logdir):
+  """Writes all there is: a run, resumed once and rolled back once."""
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (2, 20, 30, 3), np.uint8)
+  with contextlib.closing(tensorboard.Writer(logdir)) as writer:
+    writer.write_hparams(HPARAMS)
+    for step in range(1, 7):
+      writer.write_scalars(step, {'train/loss': 1 / 3, 'a b/ü': 10**step})
+      writer.write_images(step, lambda: {'images/a': pixels[0]})
+    writer.write_images(6, lambda: {'images/b': pixels[0]})
+  with contextlib.closing(tensorboard.Writer(logdir)) as writer:
+    writer.write_hparams(HPARAMS)
+    writer.forget_after(3)
+    writer.write_scalars(4, {'train/loss': float('nan')})
+    writer.write_scalars(5, {'train/loss': 2.0})
+    writer.forget_after(4)  # A rollback.
+    writer.write_scalars(5, {'train/loss': 3, 'perf/memory_bytes': 2**40})
+    writer.write_images(5, lambda: {'images/a': pixels[1]})
+
+
+def read_run(logdir):
+  """Returns what TensorBoard's reader in Python has, by tag."""
+  found = plugin_event_accumulator.EventAccumulator(str(logdir))
+  found.Reload()
+  values = {}
+  for tag in found.Tags()[plugin_event_accumulator.TENSORS]:
+    summary = found.SummaryMetadata(tag)
+    if tag == metadata.SESSION_START_INFO_TAG:
+      start = metadata.parse_session_start_info_plugin_data(
+        summary.plugin_data.content
+      )
+      start.ClearField('start_time_secs')
+      summary = start
+    points = [(x.step, read_value(x.tensor_proto)) for x in found.Tensors(tag)]
+    values[tag] = str(summary), points
+  return values
+
+
+def read_value(proto):
+  value = tensor_util.make_ndarray(proto)
+  if value.dtype != object:
+    return value.dtype.name, value.tolist()
+  width, height, *images = value
+  pixels = [np.asarray(Image.open(io.BytesIO(x))).tolist() for x in images]
+  return int(width), int(height), pixels
+
+
+@pytest.fixture
+def found(tmp_path):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tensorboard, '_create_writer', events.Writer)
+    write_run(tmp_path / 'ours')
+  return read_run(tmp_path / 'ours')
+
+
+def test_the_reader_has_what_was_written_and_not_trained_again(found):
+  steps = {tag: [x[0] for x in points] for tag, (_, points) in found.items()}
+  assert steps == {
+    metadata.SESSION_START_INFO_TAG: [0, 0],
+    'train/loss': [1, 2, 3, 4, 5],
+    'a b/ü': [1, 2, 3],
+    'images/a': [1, 2, 3, 5],
+    'images/b': [],
+    'perf/memory_bytes': [5],
+  }
+  assert found['train/loss'][1][-1] == (5, ('float32', 3.0))
+  assert 'adamw' in found[metadata.SESSION_START_INFO_TAG][0]
+
+
+def test_the_reader_finds_no_difference_to_clus(found, tmp_path):
+  pytest.importorskip('tensorflow', reason=parity.REASON)
+  write_run(tmp_path / 'clu')
+  (first, *_) = sorted((tmp_path / 'clu').iterdir())
+  assert first.name.endswith('.v2')  # As TensorFlow names its files.
+  # NaN is not NaN.
+  assert str(read_run(tmp_path / 'clu')) == str(found)
+
+
+def test_tensorflow_is_not_imported():
+  code = (
+    'import sys; from jaxprog.monitoring import events; '
+    'assert not {"tensorflow", "jax"} & sys.modules.keys()'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True)
