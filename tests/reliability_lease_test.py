@@ -168,7 +168,7 @@ def test_an_owner_elsewhere_that_lives_falls_silent_and_wakes(bucket):
       f'Waiting up to 20 s: process {process.pid} on elsewhere may be using '
       f'{bucket.url}.'
     ]
-    assert lease.check_free(bucket).startswith('Waiting up to 60 s: process')
+    assert 'on elsewhere may be using' in lease.check_free(bucket)
     process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     with create(bucket) as held:

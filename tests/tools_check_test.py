@@ -270,6 +270,20 @@ def test_what_train_refuses_is_what_check_finds(
   assert left == written
 
 
+def test_an_owner_that_a_run_would_wait_for_is_a_warning(config, tmp_path):
+  owner = {'host': 'elsewhere', 'pid': 7, 'since': 'now', 'token': 'another'}
+  files.write_json(tmp_path / 'run.lock', owner)
+  result = runs.call_main(
+    config,
+    '--mode=check',
+    f'--workdir={tmp_path}',
+    '--only=three',
+    '--config.check_steps=0',
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert '! Process 7 on elsewhere may be using' in result.stdout
+
+
 def test_an_allowed_change_of_the_config_is_a_warning(
   config, data_dir, tmp_path
 ):

@@ -228,7 +228,7 @@ def check_free(bucket: buckets.Bucket) -> str:
     raise owners.refusal(owner, bucket.url)
   if owners.is_running(owner) is False:
     return ''
-  return owners.describe_wait(owner, bucket.url, PATIENCE_SECONDS)
+  return owners.describe_doubt(owner, bucket.url, PATIENCE_SECONDS)
 
 
 def _read_newest(bucket: buckets.Bucket) -> tuple[int, bytes]:

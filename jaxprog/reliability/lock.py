@@ -192,7 +192,7 @@ def check_free(workdir: str | os.PathLike[str]) -> str:
   if not owner or owners.is_here(owner):
     return ''
   place = buckets.shown(workdir)
-  return owners.describe_wait(owner, place, lease_lib.PATIENCE_SECONDS)
+  return owners.describe_doubt(owner, place, lease_lib.PATIENCE_SECONDS)
 
 
 def _claim(file: int, path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> None:

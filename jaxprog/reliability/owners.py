@@ -89,6 +89,14 @@ def describe_wait(owner: Owner, place: str, seconds: float) -> str:
   )
 
 
+def describe_doubt(owner: Owner, place: str, seconds: float) -> str:
+  """Returns what is said of an owner that a run would watch."""
+  return (
+    f'Process {owner.get("pid", "?")} on {owner.get("host", "?")} may be using '
+    f'{place}: a run would watch it for {seconds:.0f} s.'
+  )
+
+
 def describe_dead(owner: Owner) -> str:
   """Returns what is said of an owner whose place has been taken."""
   return (
