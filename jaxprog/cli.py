@@ -264,7 +264,7 @@ def main(argv: Sequence[str]) -> int:
   except Exception as e:
     message = ' '.join(str(e).split())[:300]
     print(f'Failed: {type(e).__name__}: {message}', file=sys.stderr)
-    print(_write_traceback(asked['workdir'].value or ''), file=sys.stderr)
+    print(_write_traceback(e, asked['workdir'].value or ''), file=sys.stderr)
     return 1
 
 
@@ -450,20 +450,27 @@ def _saved_config(asked: Flags) -> str:
   return str(path)
 
 
-def _write_traceback(workdir: str) -> str:
+def _write_traceback(error: Exception, workdir: str) -> str:
   """Returns the traceback, or where it is: in WORKDIR/error.log.
 
   No workdir is made for it.
   """
-  if workdir:
-    with contextlib.suppress(OSError, errors.UserError):
-      path = paths.workdir(workdir) / 'error.log'
-      with open(path, 'a', errors='backslashreplace') as file:
-        traceback.print_exc(file=file)
-      if buckets.is_url(workdir):
-        buckets.Bucket(workdir).upload(path, path.name)
+  if not workdir:
+    return traceback.format_exc().rstrip()
+  try:
+    path = paths.workdir(workdir) / 'error.log'
+    with open(path, 'a', errors='backslashreplace') as file:
+      traceback.print_exc(file=file)
+  except (OSError, errors.UserError):
+    return traceback.format_exc().rstrip()
+  # What could not be uploaded just now cannot be either.
+  if buckets.is_url(workdir) and not isinstance(
+    error.__cause__, errors.UserError
+  ):
+    with contextlib.suppress(errors.UserError):
+      buckets.Bucket(workdir).upload(path, path.name)
       return f'Traceback: {buckets.shown(path)}'
-  return traceback.format_exc().rstrip()
+  return f'Traceback: {path}'
 
 
 def _use_huge_pages() -> None:

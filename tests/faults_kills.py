@@ -42,6 +42,7 @@ class Moment(NamedTuple):
   second_after: float | None = None
   devices: int = 1
   env: dict[str, str] = {}  # noqa: RUF012, a constant.
+  program: tuple[str, ...] = ('main.py',)
 
   @property
   def exit_codes(self) -> tuple[int, ...]:
@@ -68,13 +69,16 @@ NEVER = Moment('to the end', lambda seen: False)
 
 
 def run_until(
-  moment: Moment, workdir: pathlib.Path, arguments: list[str]
+  moment: Moment, workdir: pathlib.Path, arguments: list[str], url: str = ''
 ) -> Ended:
-  """Starts the run in `workdir` and signals it at `moment`."""
+  """Starts the run in `workdir`, the copy of `url`; signals it at `moment`."""
   count = len(list(workdir.parent.glob(f'{workdir.name}-*.txt')))
   path = workdir.parent / f'{workdir.name}-{count}.txt'
   began = time.monotonic()
-  with path.open('w') as file, _start(moment, workdir, arguments, file) as run:
+  with (
+    path.open('w') as file,
+    _start(moment, url or workdir, arguments, file) as run,
+  ):
     try:
       hit = _wait(run, moment, workdir, path, began)
       signalled = time.monotonic()
@@ -93,7 +97,7 @@ def run_until(
 def _start(moment, workdir, arguments, file):
   devices = f'--xla_force_host_platform_device_count={moment.devices}'
   return subprocess.Popen(
-    [sys.executable, 'main.py', f'--workdir={workdir}', *arguments],
+    [sys.executable, *moment.program, f'--workdir={workdir}', *arguments],
     cwd=runs.ROOT,
     env={**os.environ, 'XLA_FLAGS': devices, **moment.env},
     stdout=file,
