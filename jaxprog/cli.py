@@ -6,7 +6,7 @@
 --config=FILE[:ARG]   or one of your own; without any, the one that WORKDIR was
                       trained with serves
 --config.FIELD=VALUE  overrides one field: --config.stages[0].num_epochs=3
---workdir=DIR         a directory for everything a run writes, or gs://BUCKET/PATH
+--workdir=DIR         for everything a run writes, or gs://BUCKET/PATH
 --version, --help     -h too; with --mode=MODE: its flags and an example
 --mode=MODE           one of
 """

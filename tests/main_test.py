@@ -211,7 +211,7 @@ def test_only_and_skip(config, tmp_path):
     (['--workdir=\udcff'], 'is not UTF-8'),
     (['--workdir=runs/[a]'], 'a folder with [ in its name'),
     (['--config.data_dir=\udcff'], 'is not UTF-8'),
-    (['--config.data_dir=gs://bucket/data'], 'gcsfuse'),
+    (['--config.data_dir=abc://bucket/data'], 'Nothing here reads abc://'),
     (['--config.compilation_cache_dir=/proc/none'], 'compilation cache'),
     (['--config.stages[0].init_from=no.safetensors'], 'no such file'),
     (['--config.stages[0].eval_split=holdout:0.001%'], 'hold-out'),

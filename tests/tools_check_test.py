@@ -232,11 +232,11 @@ def begin_nothing(workdir, data_dir):
       (begin_nothing, argument, 2)
       for argument in (
         '--only=tree',
-        '--workdir=gs://bucket/run',
+        '--workdir=abc://bucket/run',
         '--workdir=README.md/run',
         '--config.batch_norm=groups:3',
         '--config.compilation_cache_dir=/proc/none',
-        '--config.data_dir=gs://bucket/data',
+        '--config.data_dir=abc://bucket/data',
         '--config.platform=tpu',
         '--config.stages[0].classes=1,nosuch',
         '--config.stages[0].dataset=imagenet_mini',

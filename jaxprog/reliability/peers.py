@@ -11,6 +11,8 @@ to stop at, and hear of each other's end; no device takes part in that.
 - A wish to stop or to save is a numbered request. Each process answers with
   how often it has asked `reached`; the request is due at the call after the
   last of these, which no process has passed.
+- What process 0 has written the others find on a disk that all share, or each
+  fetches it, at the barrier after which it is read.
 """
 
 import contextlib
