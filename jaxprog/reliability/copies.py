@@ -305,4 +305,4 @@ def forget(folder: pathlib.Path) -> None:
 
 def describe(error: Exception) -> str:
   """Returns what went wrong in a line."""
-  return '; '.join(str(error).split('\n'))
+  return '; '.join(x.rstrip('.') for x in str(error).split('\n')) + '.'
