@@ -116,11 +116,11 @@ def copy(server, url, to):
       server.put(BUCKET, other + name.removeprefix(path), data)
 
 
-def saved(server, url, stage='ten', kind='latest'):
+def saved(server, url, stage='ten'):
   """Returns the steps that are saved, with the names of their objects."""
   found = {}
   for name in machines.objects(server, url):
-    if step := re.match(rf'checkpoints/{stage}/{kind}/(\d+)/', name):
+    if step := re.match(rf'checkpoints/{stage}/latest/(\d+)/', name):
       found.setdefault(int(step[1]), []).append(name)
   return found
 
@@ -252,7 +252,8 @@ def test_a_damaged_state_is_not_gone_on_with(
   is_damage = 'quarantine' in incidents(two.copy(url))
   assert is_damage == (how != 'without manifest'), incidents(two.copy(url))
   assert_whole(server, url, two.copy(url), reference)
-  assert [*saved(server, url, kind='quarantine')] == [newest] * is_damage
+  there = machines.objects(server, url)
+  assert any('ten/quarantine/' in name for name in there) == is_damage
 
 
 def test_nothing_starts_over_where_all_states_are_damaged(
@@ -381,11 +382,15 @@ def test_a_bucket_that_is_away_in_the_end(
 def kill_once(machine, server, url, arguments, pattern):
   """Kills what a machine does as soon as an object's name matches."""
   with machine.start(*arguments, f'--workdir={url}') as process:
-    machines.until(
-      lambda: any(re.search(pattern, x) for x in machines.objects(server, url)),
-      120,
-    )
-    process.kill()
+    try:
+      machines.until(
+        lambda: any(
+          re.search(pattern, x) for x in machines.objects(server, url)
+        ),
+        120,
+      )
+    finally:
+      process.kill()
 
 
 @pytest.mark.parametrize(

@@ -92,21 +92,23 @@ def test_killed_here_it_goes_on_elsewhere_with_the_same_bits(
   arguments = config, f'--workdir={url}', '--config.checkpoint_every_steps=2'
   one = machines.Machine(tmp_path, 'one')
   with one.start(*arguments) as process:
-    machines.until(
-      lambda: any('seven/latest' in x for x in machines.objects(server, url))
-    )
-    # It is alive, but cannot end before it is looked at.
-    process.send_signal(signal.SIGSTOP)
-    before = server.objects(BUCKET)
-    monkeypatch.setattr('platform.node', lambda: one.host)
-    second = call(monkeypatch, machine, *arguments)
-    assert second.returncode == 2
-    what, where, how = second.stderr.splitlines()
-    assert f'Process {process.pid} on one has been using' in what
-    assert (where, how[:4]) == (url, 'Stop')
-    assert not machine.cache.exists()
-    assert server.objects(BUCKET) == before
-    process.kill()
+    try:
+      machines.until(
+        lambda: any('seven/latest' in x for x in machines.objects(server, url))
+      )
+      # It is alive, but cannot end before it is looked at.
+      process.send_signal(signal.SIGSTOP)
+      before = server.objects(BUCKET)
+      monkeypatch.setattr('platform.node', lambda: one.host)
+      second = call(monkeypatch, machine, *arguments)
+    finally:
+      process.kill()
+  assert second.returncode == 2
+  what, where, how = second.stderr.splitlines()
+  assert f'Process {process.pid} on one has been using' in what
+  assert (where, how[:4]) == (url, 'Stop')
+  assert not machine.cache.exists()
+  assert server.objects(BUCKET) == before
   again = call(monkeypatch, machine, *arguments)
   assert again.returncode == 0, again.stderr
   assert 'start="fresh weights"' not in again.stdout
