@@ -6,17 +6,22 @@ runs killed at random, JAXPROG_FAULTS_SEED draws other moments.
 """
 
 import collections
+import json
 import os
+import pathlib
 import random
 import re
 import signal
 import time
+import urllib.parse
+import urllib.request
 
 import fake_gcs
 import faults_kills as kills
 import machines
 import pytest
 import runs
+from tensorboard.backend.event_processing import event_accumulator
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
@@ -141,6 +146,18 @@ def assert_whole(server, url, folder, reference):
   assert [x for x in here if here[x] != there[x]] == []
 
 
+def in_training(seconds):
+  """Returns the moment so long after the first stage began."""
+  began = []
+
+  def is_now(seen):
+    if not began and 'event=stage ' in seen.output:
+      began.append(seen.seconds)
+    return bool(began) and seen.seconds >= began[0] + seconds
+
+  return kills.Moment('kill -9 at random', is_now)
+
+
 def starts(output):
   """Returns the stages of a start and from where each went on."""
   return re.findall(r'event=stage stage=(\w+) .*start="([^"]*)"', output)
@@ -167,7 +184,7 @@ def test_killed_at_random_moments(
       arguments, to = [*arguments, f'--config.mirror={url}'], ''
       folder = here.cache / 'run'
     folder.parent.mkdir(parents=True, exist_ok=True)
-    moment = kills.after(rng.uniform(6, 22)) if start < last else kills.NEVER
+    moment = in_training(rng.uniform(0, 12)) if start < last else kills.NEVER
     moment = moment._replace(program=here.program, env=here.environ)
     ended = kills.run_until(moment, folder, arguments, to)
     story.append(f'{ended.seconds:.1f} s: {ended.where}')
@@ -244,9 +261,12 @@ def test_nothing_starts_over_where_all_states_are_damaged(
   copy(server, stopped, url)
   for names in saved(server, url).values():
     damage(server, url, names)
-  ended = machine('two').call(config, f'--workdir={url}')
+  two = machine('two')
+  ended = two.call(config, f'--workdir={url}')
   assert ended.returncode == 1
   assert 'damaged' in ended.stderr
+  place = f'{url}/checkpoints/ten'
+  assert f'remove {place} and {two.copy(place)}' in ended.stderr
 
 
 def test_two_at_once(server, machine, config, url, say):
@@ -356,3 +376,69 @@ def test_a_bucket_that_is_away_in_the_end(
     assert again.returncode == 0, again.stderr
     assert 'event=step' not in again.stdout
     assert_whole(server, url, one.copy(url), reference)
+
+
+def kill_once(machine, server, url, arguments, pattern):
+  """Kills what a machine does as soon as an object's name matches."""
+  with machine.start(*arguments, f'--workdir={url}') as process:
+    machines.until(
+      lambda: any(re.search(pattern, x) for x in machines.objects(server, url)),
+      120,
+    )
+    process.kill()
+
+
+@pytest.mark.parametrize(
+  ('mode', 'until', 'result'),
+  [
+    ('tune', r'trials/0001/.*latest', 'tune.json'),
+    ('compare', r'cells/.*latest', 'comparison.json'),
+  ],
+)
+def test_many_runs_go_on_elsewhere(
+  server, machine, data_dir, url, mode, until, result
+):
+  arguments = [
+    f'--mode={mode}',
+    f'--config=tests/{mode}_config.py:{data_dir}',
+    *(['--config.num_trials=3'] if mode == 'tune' else []),
+  ]
+  one, two = machine('one'), machine('two')
+  kill_once(one, server, url, arguments, until)
+  ended = two.call(*arguments, f'--workdir={url}')
+  assert ended.returncode == 0, ended.stderr
+  there = machines.objects(server, url)
+  assert there == machines.contents(two.copy(url))
+  found = json.loads(there[result])
+  if mode == 'tune':
+    assert len(found['trials']) == 3
+  assert f'{url}/' in ended.stdout
+  left = ended.stdout.replace(f'on this machine in {two.copy(url)}', '')
+  assert str(two.cache) not in left
+
+
+def points(folder):
+  """Returns the steps of which TensorBoard shows a loss."""
+  events = event_accumulator.EventAccumulator(
+    str(folder), size_guidance={event_accumulator.TENSORS: 0}
+  ).Reload()
+  return [x.step for x in events.Tensors('train/loss')]
+
+
+def test_tensorboard_shows_each_step_once(
+  server, machine, reference, config, url, tmp_path
+):
+  one, two = machine('one'), machine('two')
+  kill_once(one, server, url, [config, often], r'ten/latest/4/manifest')
+  ended = two.call(config, f'--workdir={url}')
+  assert ended.returncode == 0, ended.stderr
+  assert 'Took over from process' in ended.stdout + ended.stderr
+  folder = tmp_path / 'events'
+  folder.mkdir()
+  for name in machines.objects(server, url):
+    if name.startswith('tensorboard/'):
+      path = urllib.parse.quote(f'{url.removeprefix("gs://")}/{name}')
+      with urllib.request.urlopen(f'{server.url}/{path}') as answer:
+        (folder / pathlib.Path(name).name).write_bytes(answer.read())
+  assert len(list(folder.iterdir())) == 2
+  assert points(folder) == points(reference / 'tensorboard')

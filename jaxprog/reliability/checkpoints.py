@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxprog import errors, files
+from jaxprog import buckets, errors, files
 from jaxprog.reliability import integrity, peers
 
 # A dataclass that is a pytree and has a `step`.
@@ -308,8 +308,14 @@ def lost_error(stage: pathlib.Path) -> integrity.DamagedError:
   """Returns the error that stops a run at a stage without an intact state."""
   return integrity.DamagedError(
     f'Stage {stage.name!r}: all saved states are damaged. Training does not '
-    f'start over silently; to start the stage anew, remove {stage}'
+    f'start over silently; to start the stage anew, remove {_places(stage)}'
   )
+
+
+def _places(path: pathlib.Path) -> str:
+  """Returns all that has to be removed for a folder to be gone."""
+  url = buckets.shown(path)
+  return url if url == str(path) else f'{url} and {path}'
 
 
 def verify_all(
@@ -438,7 +444,7 @@ def load_weights(
   if damage := integrity.find_damage(path):
     raise integrity.DamagedError(
       f'{_label(directory)}: step {steps[-1]} is damaged ({damage}). Use other '
-      f'weights, or train the stage anew: remove {directory.parent}'
+      f'weights, or train the stage anew: remove {_places(directory.parent)}'
     )
   return _read(path)
 
