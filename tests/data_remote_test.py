@@ -162,6 +162,19 @@ def test_another_dataset_in_the_bucket_replaces_the_copy(
   assert {x['file_name'][0] for x in read_all(new.train)} == {'m'}
 
 
+def test_what_the_bucket_has_no_longer_goes(server, bucket, tmp_path):
+  data_dir = copy(bucket, tmp_path)
+  preparation.load_dataset('imagenette', data_dir)
+  server.bucket('on-disk').clear()
+  remote._brought.clear()
+  with pytest.raises(errors.UserError, match='is missing'):
+    preparation.load_dataset('imagenette', data_dir)
+  # What was prepared here alone stays.
+  preparation.prepare('digits', data_dir)
+  remote._brought.clear()
+  assert preparation.check_dataset('digits', data_dir) == 'prepared'
+
+
 def test_prepare_fetches_raw_images_and_uploads_the_whole_last(
   server, on_disk, tmp_path, capsys
 ):

@@ -232,7 +232,6 @@ def begin_nothing(workdir, data_dir):
       (begin_nothing, argument, 2)
       for argument in (
         '--only=tree',
-        '--workdir=abc://bucket/run',
         '--workdir=README.md/run',
         '--config.batch_norm=groups:3',
         '--config.compilation_cache_dir=/proc/none',

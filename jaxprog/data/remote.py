@@ -62,8 +62,8 @@ def bring(root: pathlib.Path, name: str) -> None:
   """Brings what a dataset is known by into the copy.
 
   It is in the folder `name` of `root`, DATA_DIR/prepared; '' brings all of it.
-  What the bucket has not stays as it is; what is of another dataset than the
-  bucket's goes.
+  What the bucket never had stays as it is; what is of another dataset than the
+  bucket's, or of one that it has no longer, goes.
 
   Raises:
     UserError: if the bucket cannot be read.
@@ -76,9 +76,13 @@ def bring(root: pathlib.Path, name: str) -> None:
       return
     bucket = _bucket(root, root.parent)
     objects = _list_objects(bucket, root)
+    found = {x.name: x.entry for x in objects}
     with _writing(root), _locked(root / _LIST):
+      for gone in set(_read_list(root)) - set(found):
+        if folder in (path := root / gone).parents and path.name in _MARKERS:
+          _remove(path.parent)
       _put_in_step(bucket, [x for x in objects if folder in x.path.parents])
-      files.write_json(root / _LIST, {x.name: x.entry for x in objects})
+      files.write_json(root / _LIST, found)
     _brought[folder] = time.monotonic()
 
 
@@ -89,9 +93,7 @@ def _put_in_step(bucket: buckets.Bucket, objects: Sequence[_Object]) -> None:
   large = [x for x in objects if _LARGE.fullmatch(x.path.name)]
   for x in [x for x in objects if x.path.name in _IDENTITY]:
     if x.path.exists() and not buckets.is_same(x.path, x.entry):
-      for marker in _MARKERS:  # First, or what is left would look whole.
-        x.path.with_name(marker).unlink(missing_ok=True)
-      shutil.rmtree(x.path.parent)
+      _remove(x.path.parent)
   for x in large:
     if not _has_size(x):
       x.path.unlink(missing_ok=True)
@@ -102,6 +104,12 @@ def _put_in_step(bucket: buckets.Bucket, objects: Sequence[_Object]) -> None:
 
   buckets.at_once(download, set(objects) - {*markers, *large})
   buckets.at_once(download, markers)
+
+
+def _remove(folder: pathlib.Path) -> None:
+  for marker in _MARKERS:  # First, or what is left would look whole.
+    (folder / marker).unlink(missing_ok=True)
+  shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_known(path: str | os.PathLike[str]) -> bool:
@@ -194,18 +202,23 @@ def upload(
     for name, entry in _read_list(root).items()
     if name.startswith(start)
   }
-  if not marker or not any(_compare(folder, marker, known)):
+  if not marker:
+    return False
+  before, _ = _compare(folder, marker, known)
+  if not before:
     return False
   bucket = _bucket(folder, root.parent)
   # Another machine may have been as fast.
   there = {x.name: x.entry for x in _list_objects(bucket, folder)}
   todo, stale = _compare(folder, marker, there)
+  if marker in todo and marker not in before:
+    return False  # It has been prepared anew; what is here came from there.
   if marker in todo and marker in there:
     bucket.remove([marker])  # Or it would speak of what is half replaced.
   sizes = {x: (folder / x).stat().st_size for x in todo}
   done, lock = 0, threading.Lock()
 
-  def send(name: str) -> None:
+  def put(name: str) -> None:
     nonlocal done
     bucket.upload(folder / name, name)
     with lock:
@@ -213,10 +226,10 @@ def upload(
       if progress:
         progress(done, sum(sizes.values()))
 
-  buckets.at_once(send, [x for x in todo if x != marker])
+  buckets.at_once(put, [x for x in todo if x != marker])
   bucket.remove(stale)
   if marker in todo:
-    send(marker)
+    put(marker)
   return bool(todo)
 
 
@@ -377,7 +390,10 @@ def _root(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def _read_list(root: pathlib.Path) -> dict[str, buckets.Entry]:
-  found = json.loads((root / _LIST).read_text())
+  try:
+    found = json.loads((root / _LIST).read_text())
+  except FileNotFoundError:
+    return {}
   return {name: buckets.Entry(*x) for name, x in found.items()}
 
 

@@ -111,12 +111,14 @@ class Shards:
   def _open(self, path: str) -> Any:
     if path not in self._places:
       self._places |= remote.fetch([path])
+    place = self._places[path]
     reader = array_record_module.ArrayRecordReader(
-      self._places[path],
+      place,
       options='readahead_buffer_size:0',
       file_reader_buffer_size=32768,
     )
-    if not reader.num_records():  # It says so of what is not there, too.
+    # Of what is not there it says that it has none.
+    if not reader.num_records() and not os.path.exists(place):
       raise remote.lost(path)
     return reader
 
