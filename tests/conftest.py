@@ -21,11 +21,13 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # end together.
 LONGEST = (
   'main_test',
+  'main_bucket_test',
   'faults_checkpoints_test',
   'input_test',
   'tools_check_test',
   'controls_test',
   'faults_test',
+  'faults_bucket_test',
   'tools_tune_test',
   'tools_compare_test',
   'reliability_checkpoints_test',
