@@ -262,7 +262,7 @@ def main(argv: Sequence[str]) -> int:
     print(f'{e} The same command goes on from there.', file=sys.stderr)
     return e.exit_code
   except Exception as e:
-    message = ' '.join(str(e).split())[:300]
+    message = ' '.join(str(e).split())[:500]
     print(f'Failed: {type(e).__name__}: {message}', file=sys.stderr)
     print(_write_traceback(e, asked['workdir'].value or ''), file=sys.stderr)
     return 1
