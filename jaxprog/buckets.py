@@ -74,6 +74,10 @@ class ForbiddenError(errors.UserError):
 _CRC32C = 'crc32c-'
 
 
+class ChangedError(errors.UserError):
+  """An object is not what the listing said that it is."""
+
+
 class Entry(NamedTuple):
   """An object: its size in bytes and its MD5 in hex, '' if nobody tells.
 
@@ -269,7 +273,7 @@ class Bucket:
           return
         on_bytes(-file.tell())
         part.unlink(missing_ok=True)
-    raise errors.UserError(
+    raise ChangedError(
       'An object is not what its bucket says that it is.',
       f'{self.url}/{name}',
       'If it is being written now, try again.',

@@ -467,8 +467,10 @@ def _write_traceback(error: Exception, workdir: str) -> str:
   if buckets.is_url(workdir) and not isinstance(
     error.__cause__, errors.UserError
   ):
+    from jaxprog.reliability import copies
+
     with contextlib.suppress(errors.UserError):
-      buckets.Bucket(workdir).upload(path, path.name)
+      copies.send(workdir, path)
       return f'Traceback: {buckets.shown(path)}'
   return f'Traceback: {path}'
 

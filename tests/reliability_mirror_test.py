@@ -2,8 +2,13 @@
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import sqlite3
+import subprocess
+import sys
+import textwrap
 import time
 
 import fake_gcs
@@ -196,7 +201,7 @@ def test_a_folder_that_was_being_fetched_is_fetched_again(server, tmp_path):
     (one / 'history').write_text('1')
   two.mkdir()
   (two / 'history').write_text('1')
-  copies.write_token(two, buckets.Bucket(URL), '')  # And then it was killed.
+  copies.write_state(two, buckets.Bucket(URL), copies.State())  # It was killed.
   with held(two):
     assert contents(two) == contents(one)
 
@@ -329,12 +334,13 @@ def test_what_may_not_be_uploaded_is_said_and_kept(server, tmp_path, capfd):
   assert (folder / 'report.html').read_text() == 'good'
 
 
-def test_a_token_of_another_url_is_none(server, tmp_path):
-  copies.write_token(tmp_path, buckets.Bucket(URL), 'abc')
-  assert copies.read_token(tmp_path, buckets.Bucket(URL)) == 'abc'
-  assert copies.read_token(tmp_path, buckets.Bucket(f'{URL}b')) is None
+def test_what_a_folder_knows_is_of_one_url(server, tmp_path):
+  state = copies.State(('abc',), {'history.json': (1, 2)})
+  copies.write_state(tmp_path, buckets.Bucket(URL), state)
+  assert copies.read_state(tmp_path, buckets.Bucket(URL)) == state
+  assert copies.read_state(tmp_path, buckets.Bucket(f'{URL}b')) is None
   (tmp_path / '.mirror.json').write_text(json.dumps([1])[:-1])
-  assert copies.read_token(tmp_path, buckets.Bucket(URL)) is None
+  assert copies.read_state(tmp_path, buckets.Bucket(URL)) is None
 
 
 def test_what_else_lies_there_is_left_alone(server, tmp_path):
@@ -366,6 +372,149 @@ def test_every_folder_that_is_written_to_is_of_the_run():
   }
   assert found >= {'eval', 'tensorboard', 'export'}
   assert found <= {*copies.FOLDERS}
+
+
+def test_what_others_have_added_stays_on_both_sides(server, tmp_path):
+  folder, other = tmp_path / 'run', tmp_path / 'other'
+  with held(folder):
+    save(folder, 'latest', 1)
+    (folder / 'history.json').write_text('1')
+  server.put('test-bucket', f'{PREFIX}eval/x.json', b'of a laptop')
+  (folder / '.git' / 'refs').mkdir(parents=True)
+  (folder / 'notes.txt').write_text('of the owner')
+  with held(folder):
+    (folder / 'history.json').unlink()
+  assert 'eval/x.json' in objects(server)
+  assert 'history.json' not in objects(server)
+  server.delete('test-bucket', f'{PREFIX}notes.txt')
+  with held(other):
+    assert (other / 'eval' / 'x.json').exists()
+    (other / 'eval' / 'x.json').unlink()
+  (folder / 'mine.txt').write_text('of the owner')
+  with held(folder):
+    assert (folder / 'mine.txt').exists()
+    assert (folder / '.git' / 'refs').is_dir()
+  assert 'eval/x.json' not in objects(server)
+
+
+def test_who_has_written_nothing_makes_no_other_old(server, tmp_path):
+  folder, other = tmp_path / 'run', tmp_path / 'other'
+  with held(folder):
+    (folder / 'history.json').write_text('1')
+  (folder / 'history.json').write_text('2, not uploaded')
+  other.mkdir()
+  (other / 'history.json').write_text('another run')
+  with pytest.raises(errors.UserError, match='different runs'), held(other):
+    pass
+  server.order('403', what='list', match=f'^{PREFIX}$')
+  with pytest.raises(errors.UserError), held(folder):
+    pass
+  server.heal()
+  with held(folder):
+    assert (folder / 'history.json').read_text() == '2, not uploaded'
+  assert objects(server)['history.json'] == b'2, not uploaded'
+
+
+def test_where_no_sums_are_told_sizes_are_not_enough(tmp_path):
+  url = f'file://{tmp_path}/bucket'
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  for folder, text in ((one, 'step 100'), (two, 'step 200'), (one, 'step 300')):
+    with held(folder, url):
+      known = sorted(x.name for x in folder.glob('*.json'))
+      if known == ['history.json', 'seen.json']:
+        assert (folder / 'history.json').read_text() == 'step 200'
+      (folder / 'history.json').write_text(text)
+      (folder / 'seen.json').write_text(text)
+  written = tmp_path / 'bucket' / 'history.json'
+  assert written.read_text() == 'step 300'
+  before = written.stat().st_mtime_ns
+  with held(one, url):
+    pass
+  assert written.stat().st_mtime_ns == before
+
+
+def test_what_changes_while_it_is_fetched_is_listed_again(server, tmp_path):
+  with held(tmp_path / 'run'):
+    (tmp_path / 'run' / 'history.json').write_text('1')
+  server.order('flip', what='read', match='history', count=2)
+  with copies.read(URL) as folder:
+    assert (folder / 'history.json').read_text() == '1'
+
+
+def test_beside_a_run_a_reader_uploads_nothing(server, tmp_path):
+  copy = buckets.copy_of(URL, tmp_path / 'cache')
+  with held(copy):
+    server.clear()
+    with copies.read(URL) as folder:
+      (folder / 'report.html').write_text('good')
+    assert not written(server)
+  assert objects(server)['report.html'] == b'good'
+
+
+def test_a_step_that_is_saved_anew_is_none_until_it_is_whole(server, tmp_path):
+  folder = tmp_path / 'run'
+  with held(folder) as following:
+    save(folder, 'latest', 1)
+    following.flush()
+    shutil.rmtree(folder / 'checkpoints')
+    save(folder, 'latest', 1, text='other weights')
+    server.clear()
+    following.flush()
+    names = written(server)
+  manifest = 'checkpoints/ten/latest/1/manifest.json'
+  assert (names[0], names[-1]) == (f'-{manifest}', manifest)
+
+
+def test_a_database_of_others_is_no_search(server, tmp_path):
+  folder = tmp_path / 'run'
+  with held(folder):
+    (folder / 'thumbs.db').write_bytes(b'no SQLite')
+    (folder / 'zz.json').write_text('1')
+  assert objects(server)['zz.json'] == b'1'
+
+
+def test_a_copy_that_cannot_be_written_is_told(server, tmp_path, monkeypatch):
+  with held(tmp_path / 'run'):
+    (tmp_path / 'run' / 'history.json').write_text('1')
+  (tmp_path / 'file').write_text('')
+  monkeypatch.setenv('JAXPROG_CACHE_DIR', str(tmp_path / 'file'))
+  with (
+    pytest.raises(errors.UserError, match='Cannot write') as found,
+    copies.read(URL),
+  ):
+    pass
+  assert found.value.where.startswith('JAXPROG_CACHE_DIR=')
+
+
+def test_a_signal_waits_for_the_last_upload(server, tmp_path):
+  code = f"""
+    import os, pathlib, signal, sys, time
+    from jaxprog import errors
+    from jaxprog.reliability import mirror, signals
+    folder = pathlib.Path({str(tmp_path / 'run')!r})
+    try:
+      with signals.StopRequest(owns_process=True):
+        with mirror.hold(folder, {URL!r}):
+          (folder / 'history.json').write_text('1')
+          os.kill(os.getpid(), signal.SIGTERM)
+          time.sleep(60)
+    except errors.Stopped as e:
+      sys.exit(e.exit_code)
+  """
+  server.order('slow', what='write', match='history', seconds=2.5)
+  done = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(code)],
+    cwd=runs.ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+  assert done.returncode == 143, done.stderr
+  assert objects(server)['history.json'] == b'1'
+  (newest,) = [k for k in server.objects('test-bucket') if k.endswith('1.json')]
+  assert json.loads(server.objects('test-bucket')[newest])['released']
 
 
 def until(condition):

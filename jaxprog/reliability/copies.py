@@ -14,14 +14,19 @@ import re
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from jaxprog import buckets, errors, files, formats, paths
-from jaxprog.reliability import integrity, lease, lock
+from jaxprog.reliability import integrity, lock
 
+# How often what changes meanwhile is listed again.
+_ROUNDS = 5
 # From so many bytes on it is said that they are being fetched.
 _MANY_BYTES = 10_000_000
 _STATE, _FETCHING = '.mirror.json', '.fetch.lock'
+# The object with the token of who wrote last.
+_WRITER = 'lease/writer'
+_CHECKPOINT = re.compile(r'(?:.*/)?checkpoints/.+', re.DOTALL)
 _STEP = re.compile(r'((?:.*/)?checkpoints/[^/]+/([^/]+)/\d+)/.+', re.DOTALL)
 # What the program writes into a workdir: other things lie there too, where that
 # is a bucket itself, or the folder that one stands in.
@@ -52,6 +57,17 @@ _LEFT_OUT = re.compile(
 # Size in bytes and time of writing in ns.
 Look = tuple[int, int]
 Listing = Mapping[str, buckets.Entry]
+
+
+class State(NamedTuple):
+  """What a folder knows of its bucket; kept in .mirror.json."""
+
+  # Tokens of owners: what each of them has uploaded, the folder holds.
+  holds: tuple[str, ...] = ()
+  # How files looked as the bucket had the same ones.
+  known: dict[str, Look] = {}  # noqa: RUF012, nobody changes it.
+
+
 _Params = ParamSpec('_Params')
 _Result = TypeVar('_Result')
 
@@ -98,10 +114,16 @@ def read(
     yield folder
     return
   bucket = buckets.Bucket(workdir, f'--workdir={workdir}')
-  if not _is_ahead(folder, bucket):
-    fetch(folder, bucket, weights=weights, all_goes=False)
+  if _is_held(folder):
+    yield folder
+    return
+  with alone(folder):
+    if not _is_ahead(folder, bucket):
+      fetch(folder, bucket, weights=weights)
   before = scan(folder)
   yield folder
+  if _is_held(folder):  # The run that has begun uploads that too.
+    return
   after = scan(folder)
   try:
     for name in sort(after)[1]:
@@ -112,13 +134,25 @@ def read(
     print(text, file=sys.stderr)
 
 
+def send(workdir: str | os.PathLike[str], path: pathlib.Path) -> None:
+  """Uploads a file of a run that nobody has taken over since.
+
+  Raises:
+    UserError: if the bucket cannot be written to.
+  """
+  bucket = buckets.Bucket(workdir)
+  if _is_ahead(path.parent, bucket):
+    bucket.upload(path, path.name)
+
+
 def fetch_config(workdir: str | os.PathLike[str]) -> pathlib.Path:
   """Returns where the config of a run in a bucket is, or would be, here."""
   bucket = buckets.Bucket(workdir, f'--workdir={workdir}')
   path = paths.workdir(workdir) / '.config.json'
   data = bucket.read('config.json')
   if data is not None:
-    files.write_bytes(path, data)
+    with paths.writing(path.parent):
+      files.write_bytes(path, data)
   elif not bucket.list():
     raise errors.UserError(
       f'There is no run in {bucket.url}.',
@@ -128,49 +162,74 @@ def fetch_config(workdir: str | os.PathLike[str]) -> pathlib.Path:
   return path
 
 
-def _is_ahead(folder: pathlib.Path, bucket: buckets.Bucket) -> bool:
-  """Returns whether the folder has all that the bucket has, or more."""
+def _is_held(folder: pathlib.Path) -> bool:
+  """Returns whether a run is under way in a folder."""
   try:
     lock.check_free(folder)
-  except errors.UserError:  # A run is under way there.
+  except errors.UserError:
     return True
-  token = read_token(folder, bucket)
-  return bool(token) and token == (lease.read_newest(bucket) or {}).get('token')
+  return False
+
+
+def _is_ahead(folder: pathlib.Path, bucket: buckets.Bucket) -> bool:
+  """Returns whether the folder has all that the bucket has, or more."""
+  state = read_state(folder, bucket)
+  return state is not None and read_writer(bucket) in state.holds
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+  """Lets one process of this machine at a time fetch into `folder`.
+
+  Raises:
+    UserError: if one may not write there, or the disk is full.
+  """
+  with paths.writing(folder), files.folder(folder):
+    with open(folder / _FETCHING, 'w') as file:
+      files.lock(file.fileno())
+      yield
+    if not (folder / _STATE).exists():
+      (folder / _FETCHING).unlink(missing_ok=True)
 
 
 def fetch(
-  folder: pathlib.Path,
-  bucket: buckets.Bucket,
-  *,
-  weights: bool = True,
-  all_goes: bool = True,
-) -> Listing:
-  """Makes `folder` what the bucket holds, and returns that.
+  folder: pathlib.Path, bucket: buckets.Bucket, *, weights: bool = True
+) -> State:
+  """Makes `folder` what the bucket holds, and returns what is known then.
 
-  Of checkpoints what the bucket does not have goes, of other files too if
-  `all_goes`; without `weights` no checkpoint is looked at. What others change
-  meanwhile is listed again.
+  Of checkpoints what the bucket does not have goes, of other files what it
+  once had; without `weights` no checkpoint is looked at. What others change
+  meanwhile is listed again. Called within `alone`.
 
   Raises:
     UserError: if the bucket cannot be read.
   """
-  found = _list(bucket, weights=weights)
-  if not found and not folder.is_dir():
-    return found
-  folder.mkdir(parents=True, exist_ok=True)
-  with open(folder / _FETCHING, 'w') as file:
-    files.lock(file.fileno())  # Of this machine's processes, one at a time.
-    for _ in range(5):
-      for name in scan(folder, unfinished=True):
-        goes = weights if _STEP.fullmatch(name) else all_goes
-        if name not in found and goes:
-          (folder / name).unlink(missing_ok=True)
-      with contextlib.suppress(FileNotFoundError):
-        _download(folder, bucket, found)
-        _prune(folder)
-        return found
-      found = _list(bucket, weights=weights)
+  state = read_state(folder, bucket) or State()
+  for _ in range(_ROUNDS):
+    writer, found = read_writer(bucket), _list(bucket, weights=weights)
+    if not found and not state.known and not scan(folder, unfinished=True):
+      return State()
+    write_state(folder, bucket, State((), state.known))
+    for name in scan(folder, unfinished=True):
+      is_ours = name in state.known or _CHECKPOINT.fullmatch(name)
+      is_asked = weights or not _STEP.fullmatch(name)
+      if name not in found and is_ours and is_asked:
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError, buckets.ChangedError):
+      _download(folder, bucket, found)
+      _prune(folder)
+      known = {k: v for k, v in scan(folder).items() if k in found}
+      holds = (writer,) if writer and weights else ()
+      state = State(holds, known if weights else {**state.known, **known})
+      write_state(folder, bucket, state)
+      return state
   raise RuntimeError(f'{bucket.url} changes faster than it can be fetched.')
+
+
+def refresh(folder: pathlib.Path, bucket: buckets.Bucket) -> None:
+  """Makes `folder`, of a process that does not write, what the bucket holds."""
+  with alone(folder):
+    fetch(folder, bucket)
 
 
 def _list(bucket: buckets.Bucket, *, weights: bool = True) -> Listing:
@@ -221,10 +280,15 @@ def is_here(path: pathlib.Path, entry: buckets.Entry) -> bool:
   return bool(entry.md5) and buckets.is_same(path, entry)
 
 
+def is_checkpoint(name: str) -> bool:
+  """Returns whether a file of a run is of its checkpoints."""
+  return _CHECKPOINT.fullmatch(name) is not None
+
+
 def _prune(folder: pathlib.Path) -> None:
-  """Removes the folders within that hold nothing."""
-  for path, _, _ in os.walk(folder, topdown=False):
-    if path != os.fspath(folder):
+  """Removes the run's folders within that hold nothing."""
+  for name in FOLDERS:
+    for path, _, _ in os.walk(folder / name, topdown=False):
       with contextlib.suppress(OSError):
         os.rmdir(path)
 
@@ -238,17 +302,23 @@ def scan(folder: pathlib.Path, *, unfinished: bool = False) -> dict[str, Look]:
   """
   found: dict[str, Look] = {}
   for of_states in (True, False):
-    for path, _, names in os.walk(folder):
+    for path in _walk(folder):
       if of_states == ('/latest/' in path):
-        for name in (os.path.join(path, x) for x in names):
-          with contextlib.suppress(FileNotFoundError):
-            stat = os.stat(name)
-            found[os.path.relpath(name, folder)] = (
-              stat.st_size,
-              stat.st_mtime_ns,
-            )
+        with contextlib.suppress(OSError):  # It has just gone.
+          stat = os.stat(path)
+          name = os.path.relpath(path, folder)
+          found[name] = stat.st_size, stat.st_mtime_ns
   found = {k: v for k, v in found.items() if is_of_run(k)}
   return found if unfinished else _finished(found)
+
+
+def _walk(folder: pathlib.Path) -> Iterator[str]:
+  """Yields the files in a workdir where a run's can be."""
+  with contextlib.suppress(OSError):
+    yield from (x.path for x in os.scandir(folder) if x.is_file())
+  for name in FOLDERS:
+    for path, _, names in os.walk(folder / name):
+      yield from (os.path.join(path, x) for x in names)
 
 
 def sort(
@@ -272,33 +342,51 @@ def sort(
 
 
 def read_file(path: pathlib.Path) -> bytes:
-  """Returns a file's bytes of one moment; Optuna's storage is written to."""
-  if path.suffix != '.db':
+  """Returns a file's bytes of one moment; Optuna's storage is written to.
+
+  Raises:
+    FileNotFoundError: if it is gone.
+  """
+  if path.name != 'tune.db':
     return path.read_bytes()
-  with contextlib.closing(sqlite3.connect(path)) as database:
+  path.stat()
+  uri = f'{path.absolute().as_uri()}?mode=ro'
+  with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
     return database.serialize()
 
 
-def read_token(folder: pathlib.Path, bucket: buckets.Bucket) -> str | None:
-  """Returns under which lease of the bucket a folder was written.
+def read_writer(bucket: buckets.Bucket) -> str:
+  """Returns the token of who wrote to the bucket last, '' if nobody has."""
+  return (bucket.read(_WRITER) or b'').decode(errors='replace')
 
-  '' is for one that was being fetched, None for one of something else.
-  """
-  with contextlib.suppress(OSError, ValueError, KeyError):
+
+def write_writer(bucket: buckets.Bucket, token: str) -> None:
+  """Tells all other folders that they are not the newest any more."""
+  bucket.write(_WRITER, token.encode())
+
+
+def read_state(folder: pathlib.Path, bucket: buckets.Bucket) -> State | None:
+  """Returns what a folder knows of this very bucket, None if nothing."""
+  with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
     state = json.loads((folder / _STATE).read_bytes())
-    return str(state['token']) if state['url'] == bucket.url else None
+    if state['url'] == bucket.url:
+      known = {
+        name: (size, time) for name, (size, time) in state['known'].items()
+      }
+      return State(tuple(state['holds']), known)
   return None
 
 
-def write_token(
-  folder: pathlib.Path, bucket: buckets.Bucket, token: str
+def write_state(
+  folder: pathlib.Path, bucket: buckets.Bucket, state: State
 ) -> None:
-  """Notes that a folder holds all that was written under a lease."""
-  files.write_json(folder / _STATE, {'url': bucket.url, 'token': token})
+  """Keeps what a folder knows of a bucket."""
+  files.write_json(folder / _STATE, {'url': bucket.url, **state._asdict()})
 
 
-def forget(folder: pathlib.Path) -> None:
-  """Removes what a folder knows of a bucket that holds no run."""
+def forget(folder: pathlib.Path, bucket: buckets.Bucket) -> None:
+  """Removes what a folder and a bucket of no run know of each other."""
+  bucket.remove([_WRITER])
   for name in (_STATE, _FETCHING):
     (folder / name).unlink(missing_ok=True)
 

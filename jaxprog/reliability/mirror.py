@@ -6,8 +6,9 @@ then all other files, in the order in which they were written; then what has
 gone goes there too. So whatever ends the run, the bucket holds one that a crash
 could have left on the disk a little earlier.
 
-Whoever had the lease last has the newest files: .mirror.json says whether that
-was this folder. If not, the bucket's are fetched before anything else.
+An object in the bucket tells who wrote last, and .mirror.json whose uploads a
+folder holds. If it lacks some, they are fetched before anything else. Only what
+a folder once had in common with the bucket is removed, on either side.
 """
 
 import contextlib
@@ -17,12 +18,12 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import jax
 
 from jaxprog import buckets, errors, paths
-from jaxprog.reliability import copies, lease, lock, peers
+from jaxprog.reliability import copies, lease, lock, peers, signals
 
 _LOOK_SECONDS = 5.0
 # TensorBoard's files grow with every point, and each look would write them all.
@@ -41,9 +42,12 @@ class Mirror:
     self, folder: pathlib.Path, bucket: buckets.Bucket, owner: lock.Lock
   ) -> None:
     self._folder, self._bucket, self._owner = folder, bucket, owner
-    # Objects that there are, and how files looked when they were as these.
-    self._there: set[str] = set()
+    # How files looked as the bucket had the same, and what is to go if its file
+    # does.
     self._known: dict[str, copies.Look] = {}
+    self._there: set[str] = set()
+    # Whether the bucket knows that this folder is the newest one.
+    self._is_writer = False
     self._ended = threading.Event()
     self._turn = threading.Lock()
     self._thread = threading.Thread(
@@ -56,15 +60,19 @@ class Mirror:
     Raises:
       UserError: if the folder holds another run than the bucket.
     """
-    there = self._bucket.list()
-    if not self._is_newest(there):
-      copies.write_token(self._folder, self._bucket, '')
-      there = {**there, **copies.fetch(self._folder, self._bucket)}
-    copies.write_token(self._folder, self._bucket, self._lease.token)
-    for name, look in copies.scan(self._folder).items():
-      if name in there and copies.is_here(self._folder / name, there[name]):
-        self._known[name] = look
-    self._there = {x for x in there if copies.is_of_run(x)}
+    with copies.alone(self._folder):
+      there = self._bucket.list()
+      writer = copies.read_writer(self._bucket)
+      state = copies.read_state(self._folder, self._bucket)
+      if not self._is_newest(state, writer, there):
+        state = copies.fetch(self._folder, self._bucket)
+        writer = state.holds[0] if state.holds else ''
+      self._known = dict(state.known if state else {})
+      self._holds = (writer, self._lease.token)
+      self._note()
+      if not writer:  # Or a first run that is killed soon would begin anew.
+        self._become_writer()
+    self._there = {*self._known, *filter(copies.is_checkpoint, there)}
     self._thread.start()
     return self
 
@@ -79,7 +87,7 @@ class Mirror:
     try:
       self.flush()
       if not self._there:  # A mistake was found in time.
-        copies.forget(self._folder)
+        copies.forget(self._folder, self._bucket)
         self._lease.forget()
     except Exception as e:
       if error is None or isinstance(error, errors.Stopped):
@@ -106,36 +114,46 @@ class Mirror:
     assert self._owner.lease is not None
     return self._owner.lease
 
-  def _is_newest(self, there: copies.Listing) -> bool:
+  def _is_newest(
+    self, state: copies.State | None, writer: str, there: copies.Listing
+  ) -> bool:
     """Returns whether the folder holds all that the bucket does, or more."""
-    before = self._lease.before
-    token = copies.read_token(self._folder, self._bucket)
-    if token in before:
-      return token == before[-1]
-    is_copy = buckets.url_of(self._folder) == self._bucket.url
-    if is_copy or not copies.scan(self._folder):
+    if writer and state and writer in state.holds:
+      return True
+    if buckets.url_of(self._folder) == self._bucket.url:
       return False
-    if not any(map(copies.is_of_run, there)):
-      return True  # The run began without a bucket.
-    if token is not None:
-      return False  # What was being fetched, or had the lease long ago.
+    if not writer and not any(map(copies.is_of_run, there)):
+      return True  # The run began without a bucket, or is to have another one.
+    if state or not copies.scan(self._folder):
+      return False
     raise errors.UserError(
       f'{self._folder} and {self._bucket.url} hold different runs.',
       f'config.mirror={self._bucket.url}',
       'Name a --workdir that is empty, or another mirror.',
     )
 
+  def _become_writer(self) -> None:
+    if not self._is_writer:
+      copies.write_writer(self._bucket, self._lease.token)
+      self._is_writer = True
+
+  def _note(self) -> None:
+    """Keeps what the folder knows, for the next start."""
+    holds = tuple(x for x in self._holds if x)
+    state = copies.State(holds, self._known)
+    copies.write_state(self._folder, self._bucket, state)
+
   def _follow(self) -> None:
     """Lets the bucket follow until the run ends."""
     pause, events_at = _LOOK_SECONDS, time.monotonic()
     while not self._ended.wait(pause):
-      found, now = copies.scan(self._folder), time.monotonic()
-      if now < events_at + _EVENTS_SECONDS:
-        for name in [x for x in found if 'tfevents' in x and x in self._known]:
-          found[name] = self._known[name]
-      else:
-        events_at = now
       try:
+        found, now = copies.scan(self._folder), time.monotonic()
+        if now < events_at + _EVENTS_SECONDS:
+          for x in [x for x in found if 'tfevents' in x and x in self._known]:
+            found[x] = self._known[x]
+        else:
+          events_at = now
         with self._turn:
           self._upload(found)
         pause = _LOOK_SECONDS
@@ -152,20 +170,32 @@ class Mirror:
     if not changed and not gone:
       return
     self._lease.check()
+    self._become_writer()
     steps, others = copies.sort(changed)
     # Else a checkpoint has gone since, and what replaces it is not there yet.
     is_whole = True
-    for content, manifest in steps:
-      is_whole &= self._put(content, found) and self._put(manifest, found)
-    for name in others:
-      self._put([name], found)
-    if is_whole:
-      steps, others = copies.sort(dict.fromkeys(gone, (0, 0)))
+    try:
       for content, manifest in steps:
-        self._bucket.remove(manifest)  # In pieces it is none any more.
-        others += content
-      self._bucket.remove(others)
-      self._there -= gone
+        # What is saved anew is none until it is whole.
+        self._remove([x for x in manifest if x in self._there])
+        is_whole &= self._put(content, found) and self._put(manifest, found)
+      for name in others:
+        self._put([name], found)
+      if is_whole:
+        steps, others = copies.sort(dict.fromkeys(gone, (0, 0)))
+        for content, manifest in steps:
+          self._remove(manifest)  # In pieces it is none any more.
+          others += content
+        self._remove(others)
+    finally:
+      self._note()
+
+  def _remove(self, names: Collection[str]) -> None:
+    self._lease.check()
+    self._bucket.remove(names)
+    self._there.difference_update(names)
+    for name in names:
+      self._known.pop(name, None)
 
   def _put(
     self, names: Iterable[str], found: Mapping[str, copies.Look]
@@ -175,7 +205,7 @@ class Mirror:
     def put(name):
       self._lease.check()
       path = self._folder / name
-      if '/checkpoints/' in f'/{name}':  # Large, and never written again.
+      if copies.is_checkpoint(name):  # Large, and never written again.
         self._bucket.upload(path, name)
       else:
         self._bucket.write(name, copies.read_file(path))
@@ -203,12 +233,16 @@ def hold(workdir: pathlib.Path, url: str) -> Iterator[lock.Lock]:
   owner = lock.Lock(workdir, bucket)
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
+      ends: list[Callable[[], None]] = []
+      stack.callback(lambda: [end() for end in ends])
       stack.enter_context(owner)
       if bucket:
         mirror = stack.enter_context(Mirror(workdir, bucket, owner))
+        # From now on a first signal waits for the last upload.
+        stack.callback(lambda: ends.append(signals.hold_off()))
         stack.enter_context(peers.share(publish=mirror.flush))
     elif bucket:
-      fetch = functools.partial(copies.fetch, workdir, bucket)
+      fetch = functools.partial(copies.refresh, workdir, bucket)
       stack.enter_context(peers.share(fetch=fetch))
     yield owner
 

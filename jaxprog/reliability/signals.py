@@ -206,6 +206,24 @@ class StopRequest:
         leave_now(text, 128 + first)
 
 
+def hold_off() -> Callable[[], None]:
+  """Lets what must end well go on after a first signal, until what it returns.
+
+  Unlike `deferred` it raises nothing; a second signal still acts at once.
+  """
+  request = _active
+  if request is None or (
+    threading.current_thread() is not threading.main_thread()
+  ):
+    return lambda: None
+  request._deferred += 1
+
+  def release():
+    request._deferred -= 1
+
+  return release
+
+
 def on_leaving(tell: Callable[[str, int], None] | None) -> None:
   """Has `tell` told text and exit code before a signal ends this process."""
   global _on_leaving
