@@ -18,24 +18,42 @@ from jaxprog.monitoring import events, tensorboard
 HPARAMS = {'seed': 1, 'ema': 0.5, 'on': True, 'ten.optimizer': 'adamw'}
 
 
-def write_run(logdir):
-  """Writes all there is: a run, resumed once and rolled back once."""
+# A resume and a rollback draw nothing twice.
+STEPS = {
+  metadata.SESSION_START_INFO_TAG: [0, 0],
+  'train/loss': [1, 2, 3, 4, 5],
+  'a b/ü': [1, 2, 3],
+  'images/a': [1, 2, 3, 5],
+  'images/b': [],
+  'perf/memory_bytes': [5],
+}
+CLU = tensorboard._create_writer
+
+
+def write_run(logdir, first=events.Writer, second=events.Writer):
+  """Writes all there is, then of another process that rolls back once."""
   rng = np.random.default_rng(0)
   pixels = rng.integers(0, 256, (2, 20, 30, 3), np.uint8)
-  with contextlib.closing(tensorboard.Writer(logdir)) as writer:
+  with open_writer(logdir, first) as writer:
     writer.write_hparams(HPARAMS)
     for step in range(1, 7):
       writer.write_scalars(step, {'train/loss': 1 / 3, 'a b/ü': 10**step})
       writer.write_images(step, lambda: {'images/a': pixels[0]})
     writer.write_images(6, lambda: {'images/b': pixels[0]})
-  with contextlib.closing(tensorboard.Writer(logdir)) as writer:
+  with open_writer(logdir, second) as writer:
     writer.write_hparams(HPARAMS)
     writer.forget_after(3)
     writer.write_scalars(4, {'train/loss': float('nan')})
     writer.write_scalars(5, {'train/loss': 2.0})
-    writer.forget_after(4)  # A rollback.
+    writer.forget_after(4)
     writer.write_scalars(5, {'train/loss': 3, 'perf/memory_bytes': 2**40})
     writer.write_images(5, lambda: {'images/a': pixels[1]})
+
+
+def open_writer(logdir, create):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tensorboard, '_create_writer', create)
+    return contextlib.closing(tensorboard.Writer(logdir))
 
 
 def read_run(logdir):
@@ -65,35 +83,28 @@ def read_value(proto):
   return int(width), int(height), pixels
 
 
-@pytest.fixture
-def found(tmp_path):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(tensorboard, '_create_writer', events.Writer)
-    write_run(tmp_path / 'ours')
-  return read_run(tmp_path / 'ours')
-
-
-def test_the_reader_has_what_was_written_and_not_trained_again(found):
+def test_the_reader_has_what_was_written(tmp_path):
+  write_run(tmp_path)
+  found = read_run(tmp_path)
   steps = {tag: [x[0] for x in points] for tag, (_, points) in found.items()}
-  assert steps == {
-    metadata.SESSION_START_INFO_TAG: [0, 0],
-    'train/loss': [1, 2, 3, 4, 5],
-    'a b/ü': [1, 2, 3],
-    'images/a': [1, 2, 3, 5],
-    'images/b': [],
-    'perf/memory_bytes': [5],
-  }
+  assert steps == STEPS
   assert found['train/loss'][1][-1] == (5, ('float32', 3.0))
   assert 'adamw' in found[metadata.SESSION_START_INFO_TAG][0]
 
 
-def test_the_reader_finds_no_difference_to_clus(found, tmp_path):
+def test_the_reader_finds_no_difference_to_clus(tmp_path):
   pytest.importorskip('tensorflow', reason=parity.REASON)
-  write_run(tmp_path / 'clu')
-  (first, *_) = sorted((tmp_path / 'clu').iterdir())
-  assert first.name.endswith('.v2')  # As TensorFlow names its files.
+  write_run(tmp_path / 'ours')
+  write_run(tmp_path / 'clu', CLU, CLU)
+  write_run(tmp_path / 'both', events.Writer, CLU)
+  names = [x.name for x in (tmp_path / 'clu').iterdir()]
+  assert len(names) == 2
+  assert all(x.endswith('.v2') for x in names)  # As TensorFlow names its files.
   # NaN is not NaN.
-  assert str(read_run(tmp_path / 'clu')) == str(found)
+  ours, clus, both = (
+    str(read_run(tmp_path / name)) for name in ('ours', 'clu', 'both')
+  )
+  assert ours == clus == both
 
 
 def test_tensorflow_is_not_imported():
