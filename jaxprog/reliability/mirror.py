@@ -130,7 +130,8 @@ class Mirror:
     pause, events_at = _LOOK_SECONDS, time.monotonic()
     while not self._ended.wait(pause):
       found, now = copies.scan(self._folder), time.monotonic()
-      if now < events_at + _EVENTS_SECONDS:
+      is_save = any('/latest/' in x and x not in self._known for x in found)
+      if now < events_at + _EVENTS_SECONDS and not is_save:
         for name in [x for x in found if 'tfevents' in x and x in self._known]:
           found[name] = self._known[name]
       else:
@@ -153,6 +154,10 @@ class Mirror:
       return
     self._lease.check()
     steps, others = copies.sort(changed)
+    # Who goes on from a state does not draw the points before it again.
+    for name in [x for x in others if 'tfevents' in x]:
+      others.remove(name)
+      self._put([name], found)
     # Else a checkpoint has gone since, and what replaces it is not there yet.
     is_whole = True
     for content, manifest in steps:
