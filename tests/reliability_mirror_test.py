@@ -277,7 +277,14 @@ def test_events_are_uploaded_now_and_then(server, tmp_path, monkeypatch):
     (folder / 'history.json').write_text('1')
     until(lambda: 'history.json' in objects(server))
     assert objects(server)[name] == b'1'
-  assert objects(server)[name] == b'12'
+    # A state comes with the points before it.
+    server.clear()
+    save(folder, 'latest', 1)
+    until(lambda: 'checkpoints/ten/latest/1/manifest.json' in objects(server))
+    assert written(server)[0] == name
+    assert objects(server)[name] == b'12'
+    events.write_text('123')
+  assert objects(server)[name] == b'123'
 
 
 def test_a_search_that_is_written_to_is_uploaded_as_of_one_moment(

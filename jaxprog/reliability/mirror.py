@@ -140,7 +140,7 @@ class Mirror:
   def _note(self) -> None:
     """Keeps what the folder knows, for the next start."""
     holds = tuple(x for x in self._holds if x)
-    state = copies.State(holds, self._known)
+    state = copies.State(holds, dict(self._known))  # Others may write to it.
     copies.write_state(self._folder, self._bucket, state)
 
   def _follow(self) -> None:
@@ -149,7 +149,8 @@ class Mirror:
     while not self._ended.wait(pause):
       try:
         found, now = copies.scan(self._folder), time.monotonic()
-        if now < events_at + _EVENTS_SECONDS:
+        is_save = any('/latest/' in x and x not in self._known for x in found)
+        if now < events_at + _EVENTS_SECONDS and not is_save:
           for x in [x for x in found if 'tfevents' in x and x in self._known]:
             found[x] = self._known[x]
         else:
@@ -175,6 +176,10 @@ class Mirror:
     # Else a checkpoint has gone since, and what replaces it is not there yet.
     is_whole = True
     try:
+      # Who goes on from a state does not draw the points before it again.
+      for name in [x for x in others if 'tfevents' in x]:
+        others.remove(name)
+        self._put([name], found)
       for content, manifest in steps:
         # What is saved anew is none until it is whole.
         self._remove([x for x in manifest if x in self._there])
