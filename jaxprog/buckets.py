@@ -3,7 +3,7 @@
 An object is written whole or not at all; there is no rename, no append and no
 lock, but of many who create the same one a single one succeeds. What the
 program works on lies on a disk: the copy of gs://BUCKET/PATH at
-CACHE/@gs/BUCKET/PATH, so that either name tells the other.
+CACHE/bucket@gs/BUCKET/PATH, so that either name tells the other.
 """
 
 import base64
@@ -32,8 +32,8 @@ _LOCAL = ('file', 'local')
 _ABSOLUTE = (*_LOCAL, 'memory')
 # Of the local file system, as the copy of a bucket lies in it. epath changes
 # gs:/ wherever it finds it.
-_COPY = re.compile(r'.*?/@([a-z][a-z0-9]+)/(.+)', re.DOTALL)
-_IN_TEXT = re.compile(r'[^\s\'"=]*/@([a-z][a-z0-9]+)/(?=[^\s/])')
+_COPY = re.compile(r'.*?/bucket@([a-z][a-z0-9]+)/(.+)', re.DOTALL)
+_IN_TEXT = re.compile(r'[^\s\'"=]*/bucket@([a-z][a-z0-9]+)/(?=[^\s/])')
 # Packages that fsspec reads a scheme with, by the extra of ours that has them.
 _EXTRAS = {'gs': 'gcs', 'gcs': 'gcs', 's3': 's3'}
 _GOOGLE = ('gs', 'gcs')
@@ -105,7 +105,7 @@ def normalise(url: str | os.PathLike[str]) -> str:
 def copy_of(url: str, cache: pathlib.Path) -> pathlib.Path:
   """Returns where below `cache` what lies at `url` is kept."""
   scheme, _, rest = normalise(url).partition('://')
-  return cache / f'@{scheme}' / rest.lstrip('/')
+  return cache / f'bucket@{scheme}' / rest.lstrip('/')
 
 
 def url_of(path: str | os.PathLike[str]) -> str | None:

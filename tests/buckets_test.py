@@ -83,6 +83,12 @@ def test_a_url_and_its_copy_tell_each_other(url, tmp_path):
   assert buckets.url_of(copy / 'a.json') == f'{url}/a.json'
 
 
+@pytest.mark.parametrize('path', ['/mnt/@home/data', '/data/@s3/x', 'a@gs/b'])
+def test_folders_of_like_names_are_no_copies(path):
+  assert buckets.url_of(path) is None
+  assert buckets.shown(path) == path
+
+
 def test_other_paths_are_shown_as_they_are(tmp_path):
   for path in (tmp_path, 'runs/a', 'folder:/abs'):
     assert buckets.url_of(path) is None

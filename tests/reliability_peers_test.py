@@ -329,7 +329,7 @@ def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk(
     )
     return start_pair(*arguments, environments=hosts)
 
-  url, copy = 'gs://test-bucket/run', '@gs/test-bucket/run'
+  url, copy = 'gs://test-bucket/run', 'bucket@gs/test-bucket/run'
   with fake_gcs.serve() as server:
     for path in (x for x in data_dir.rglob('*') if x.is_file()):
       name = f'data/{path.relative_to(data_dir)}'
