@@ -123,14 +123,11 @@ def test_of_many_that_come_at_once_one_wins(bucket):
 
 
 def test_what_is_given_back_is_taken_at_once(bucket):
-  tokens = []
   for _ in range(4):
     said = []
     with create(bucket, said, host='another', boot='') as held:
       assert held.taken_over is None
-      assert held.before == tuple(tokens)
       assert lease.read_newest(bucket)['token'] == held.token
-      tokens.append(held.token)
     assert not said
   assert lease.read_newest(bucket)['released']
   assert names(bucket) == ['lease/000003.json', 'lease/000004.json']
@@ -141,7 +138,6 @@ def test_a_dead_process_of_this_host_is_not_waited_for(bucket):
   assert lease.check_free(bucket) == ''
   with create(bucket, said) as held:
     assert f'Took over from process {me["pid"]}' in held.taken_over
-    assert held.before == (me['token'],)
   assert not said
 
 
@@ -291,8 +287,8 @@ def test_faults_and_outages_do_not_lose_it(server):
 def test_an_answer_that_is_lost_is_no_other_owner(server):
   bucket = buckets.Bucket('gs://test-bucket/run')
   server.order('lost', what='write', count=1)
-  with create(bucket) as held:
-    assert held.before == ()
+  with create(bucket):
+    pass
   assert names(bucket) == ['lease/000001.json']
 
 

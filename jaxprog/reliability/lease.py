@@ -26,8 +26,6 @@ BEAT_SECONDS = 20.0
 PATIENCE_SECONDS = 60.0
 # Seconds for the last beat to come through before the lease is given back.
 _FAREWELL_SECONDS = 10.0
-# Owners before this one that an object tells of.
-_MEMORY = 100
 _FOLDER = 'lease'
 
 # Tokens of the leases that this process holds.
@@ -39,7 +37,6 @@ class Lease:
 
   Attributes:
     token: what tells this owner from all others.
-    before: tokens of the owners before this one, oldest first.
     taken_over: a sentence about the dead run that had the lease, or None.
     lost: why this is not the owner any more, as far as the beats know; None
       while it is.
@@ -57,7 +54,6 @@ class Lease:
     self._beat_seconds = beat_seconds
     self._patience_seconds = patience_seconds
     self.token = str(me['token'])
-    self.before: tuple[str, ...] = ()
     self.taken_over: str | None = None
     self.lost: str | None = None
     # The number of its object, how often it was written, the MD5 of that.
@@ -127,8 +123,6 @@ class Lease:
       number, data = newest
       before = _parse(data)
       self._number = number + 1
-      tokens = *before.get('before', ()), before.get('token')
-      self.before = tuple(x for x in tokens if x)[-_MEMORY:]
       began, text = _now(), self._text()
       if self._bucket.create(_name(self._number), text):
         break
@@ -199,7 +193,6 @@ class Lease:
       **self._me,
       'count': self._count,
       'released': released,
-      'before': self.before,
     }
     return f'{json.dumps(owner)}\n'.encode()
 
