@@ -210,6 +210,40 @@ def test_what_no_sum_tells_begins_anew(bucket, tmp_path):
   assert (tmp_path / 'x').read_bytes() == b'right'
 
 
+@pytest.mark.parametrize('scheme', ['file', 'memory'])
+def test_what_no_sum_tells_is_fetched_though_its_size_is_there(
+  scheme, tmp_path
+):
+  bucket = buckets.Bucket(f'{scheme}://{tmp_path}/bucket')
+  bucket.write('x', b'right')
+  (path := tmp_path / 'x').write_bytes(b'wrong')
+  bucket.download('x', bucket.list()['x'], path)
+  assert path.read_bytes() == b'right'
+
+
+@pytest.mark.parametrize('data', [b'', b'shor', b'longer'])
+def test_what_no_sum_tells_has_the_size_that_was_listed(tmp_path, data):
+  bucket = buckets.Bucket(f'file://{tmp_path}/bucket')
+  bucket.write('x', b'right')
+  entry = bucket.list()['x']
+  bucket.write('x', data)
+  with pytest.raises(buckets.ChangedError):
+    bucket.download('x', entry, tmp_path / 'x')
+  assert [x.name for x in tmp_path.iterdir()] == ['bucket']
+
+
+def test_many_may_want_what_no_sum_tells(tmp_path, monkeypatch):
+  monkeypatch.setattr(buckets, '_PART', 1000)
+  bucket = buckets.Bucket(f'file://{tmp_path}/bucket')
+  bucket.write('x', data := os.urandom(50_000))
+  entry = bucket.list()['x']
+  buckets.at_once(
+    lambda i: bucket.download('x', entry, tmp_path / 'x'), range(32)
+  )
+  assert (tmp_path / 'x').read_bytes() == data
+  assert sorted(x.name for x in tmp_path.iterdir()) == ['bucket', 'x']
+
+
 def test_a_cut_answer_is_asked_for_again(server, bucket, tmp_path):
   bucket.write('x', b'0123456789')
   server.order('cut', what='read', count=1)
@@ -238,7 +272,7 @@ def test_what_stays_damaged_does_not_arrive(server, bucket, tmp_path):
 @pytest.mark.parametrize('data', [b'', b'ab', b'edcbafg'])
 def test_an_object_that_became_another_is_noticed(bucket, tmp_path, data):
   bucket.write('x', data)
-  with pytest.raises(errors.UserError):
+  with pytest.raises(buckets.ChangedError):
     bucket.download('x', entry_of(b'abcde'), tmp_path / 'x')
   assert list(tmp_path.iterdir()) == []
 
@@ -574,3 +608,17 @@ def test_sums_that_look_like_md5_are_none(foreign, tmp_path):
   assert entry == buckets.Entry(5, '')
   bucket.download('x', entry, tmp_path / 'x')
   assert (tmp_path / 'x').read_bytes() == b'12345'
+  with pytest.raises(buckets.ChangedError):
+    bucket.download('x', buckets.Entry(0, ''), tmp_path / 'y')
+  bucket.write('x', b'')
+  bucket.download('x', buckets.Entry(0, ''), tmp_path / 'y')
+  assert (tmp_path / 'y').read_bytes() == b''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('foreign', ['moto'], indirect=True)
+def test_a_large_file_has_an_md5_in_s3_too(foreign, tmp_path):
+  bucket = buckets.Bucket(f'{foreign[0]}/runs/a')
+  (tmp_path / 'x').write_bytes(data := bytes(101 << 20))
+  bucket.upload(tmp_path / 'x', 'x')
+  assert bucket.list() == {'x': entry_of(data)}
