@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 from jaxprog import errors
 
 # Not folder:PATH, the name of a dataset, nor a drive of one letter.
-_URL = re.compile(r'(?!folder:)([a-z][a-z0-9]+):/+(.+)', re.DOTALL)
+_URL = re.compile(r'(?!folder:)([a-z][a-z0-9]+):/+(.+)', re.DOTALL | re.I)
 # Schemes whose paths begin with a slash.
 _LOCAL = ('file', 'local')
 _ABSOLUTE = (*_LOCAL, 'memory')
@@ -95,13 +95,22 @@ def is_url(path: str | os.PathLike[str]) -> bool:
   return _URL.fullmatch(os.fspath(path)) is not None
 
 
-def normalise(url: str | os.PathLike[str]) -> str:
-  """Returns a URL as its scheme writes it, without a slash at its end."""
-  found = _URL.fullmatch(os.fspath(url))
-  assert found is not None
-  scheme, rest = found.groups()
-  slashes = ':///' if scheme in _ABSOLUTE else '://'
-  return f'{scheme}{slashes}{rest.rstrip("/")}'
+def normalise(url: str | os.PathLike[str], where: str = '') -> str:
+  """Returns a URL as its scheme writes it, without a slash at its end.
+
+  Raises:
+    UserError: naming `where`, if it is no URL, or none that a copy can tell.
+  """
+  text = os.fspath(url)
+  how = 'Write s3://BUCKET/PATH, gs://BUCKET/PATH or another that fsspec knows.'
+  found = _URL.fullmatch(text)
+  if found is None:
+    raise errors.UserError(f'{text!r} is no URL.', where or text, how)
+  scheme, rest = found[1].lower(), found[2].rstrip('/')
+  if not {'', '.', '..'}.isdisjoint(rest.split('/')):
+    what = f'A part of {text!r} is empty, . or ..: no folder has that name.'
+    raise errors.UserError(what, where or text, how)
+  return f'{scheme}{":///" if scheme in _ABSOLUTE else "://"}{rest}'
 
 
 def copy_of(url: str, cache: pathlib.Path) -> pathlib.Path:
@@ -138,9 +147,9 @@ class Bucket:
     `where` is what errors show as the place, the URL by default.
 
     Raises:
-      UserError: if nothing here can read such a URL.
+      UserError: if it is no URL, or nothing here can read it.
     """
-    self.url = normalise(url)
+    self.url = normalise(url, where)
     self._scheme, _, rest = self.url.partition('://')
     self._where = where or self.url
     self.name = rest.lstrip('/').partition('/')[0]

@@ -61,7 +61,14 @@ def entry_of(data):
 
 
 def test_what_is_a_url():
-  for x in ('gs://b/x', 's3://b', 'memory://x', 'file:///x', 'gs:/b/x'):
+  for x in (
+    'gs://b/x',
+    's3://b',
+    'memory://x',
+    'file:///x',
+    'gs:/b/x',
+    'S3://b',
+  ):
     assert buckets.is_url(x), x
   assert buckets.is_url(pathlib.Path('gs://b/x'))
   for x in ('', 'runs/a', '/runs/a', 'folder:/abs', 'C:/x', 'c:/x', 'gs:'):
@@ -73,6 +80,21 @@ def test_a_url_has_one_name():
     assert buckets.normalise(x) == 'gs://b/x'
   assert buckets.normalise('file:/x/y/') == 'file:///x/y'
   assert buckets.normalise('memory://x') == 'memory:///x'
+  assert buckets.normalise('GS://B/x') == 'gs://B/x'
+
+
+@pytest.mark.parametrize(
+  'url', ['gs://b/../../x', 's3://b//a', 'file:///x/./y', 'gs:///', 'runs/a']
+)
+def test_what_has_no_copy_of_its_own_is_refused(url, tmp_path):
+  for call in (
+    lambda: buckets.copy_of(url, tmp_path),
+    lambda: buckets.Bucket(url),
+  ):
+    with pytest.raises(errors.UserError) as e:
+      call()
+    assert repr(url) in e.value.what
+    assert e.value.where == url
 
 
 @pytest.mark.parametrize('url', ['gs://b/x/y', 's3://b', 'file:///x/y'])
