@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 from jaxprog import errors
 
 # Not folder:PATH, the name of a dataset, nor a drive of one letter.
-_URL = re.compile(r'(?!folder:)([a-z][a-z0-9]+):/+(.+)', re.DOTALL)
+_URL = re.compile(r'(?!folder:)([a-z][a-z0-9]+):/+(.+)', re.DOTALL | re.I)
 # Schemes whose paths begin with a slash.
 _LOCAL = ('file', 'local')
 _ABSOLUTE = (*_LOCAL, 'memory')
@@ -55,6 +55,8 @@ _TRANSFERS = 8
 _PART = 32 << 20
 # Of what is written in pieces, where the MD5 does not depend on them.
 _CHUNK = 16 << 20
+# What S3 takes in one piece; of several it tells no MD5.
+_PIECE = 5 << 30
 # Seconds before a request is tried again, after what the library itself tries,
 # where the bucket was reached before and this took no longer than patience.
 _PAUSES = (1.0, 4.0)
@@ -68,6 +70,10 @@ _TIMEOUTS = {'sock_connect': 10.0, 'sock_read': 30.0, 'total': 600.0}
 
 class ForbiddenError(errors.UserError):
   """One may not do that in this bucket, or it asks who one is."""
+
+
+class ChangedError(errors.UserError):
+  """An object is not what a listing has said: it is time for another one."""
 
 
 # What stands before a sum that is no MD5.
@@ -93,13 +99,22 @@ def is_url(path: str | os.PathLike[str]) -> bool:
   return _URL.fullmatch(os.fspath(path)) is not None
 
 
-def normalise(url: str | os.PathLike[str]) -> str:
-  """Returns a URL as its scheme writes it, without a slash at its end."""
-  found = _URL.fullmatch(os.fspath(url))
-  assert found is not None
-  scheme, rest = found.groups()
-  slashes = ':///' if scheme in _ABSOLUTE else '://'
-  return f'{scheme}{slashes}{rest.rstrip("/")}'
+def normalise(url: str | os.PathLike[str], where: str = '') -> str:
+  """Returns a URL as its scheme writes it, without a slash at its end.
+
+  Raises:
+    UserError: naming `where`, if it is no URL, or none that a copy can tell.
+  """
+  text = os.fspath(url)
+  how = 'Write s3://BUCKET/PATH, gs://BUCKET/PATH or another that fsspec knows.'
+  found = _URL.fullmatch(text)
+  if found is None:
+    raise errors.UserError(f'{text!r} is no URL.', where or text, how)
+  scheme, rest = found[1].lower(), found[2].rstrip('/')
+  if not {'', '.', '..'}.isdisjoint(rest.split('/')):
+    what = f'A part of {text!r} is empty, . or ..: no folder has that name.'
+    raise errors.UserError(what, where or text, how)
+  return f'{scheme}{":///" if scheme in _ABSOLUTE else "://"}{rest}'
 
 
 def copy_of(url: str, cache: pathlib.Path) -> pathlib.Path:
@@ -136,9 +151,9 @@ class Bucket:
     `where` is what errors show as the place, the URL by default.
 
     Raises:
-      UserError: if nothing here can read such a URL.
+      UserError: if it is no URL, or nothing here can read it.
     """
-    self.url = normalise(url)
+    self.url = normalise(url, where)
     self._scheme, _, rest = self.url.partition('://')
     self._where = where or self.url
     self.name = rest.lstrip('/').partition('/')[0]
@@ -225,7 +240,11 @@ class Bucket:
     if size <= _CHUNK:
       self.write(name, path.read_bytes())
       return
-    options = {'chunksize': _CHUNK} if self._scheme in _GOOGLE else {}
+    options = {}
+    if self._scheme in _GOOGLE:
+      options['chunksize'] = _CHUNK
+    elif self._scheme == 's3' and size < _PIECE:
+      options['chunksize'] = _PIECE
 
     def put(source: str) -> None:
       self._write(name, lambda to: self._files.put_file(source, to, **options))
@@ -253,20 +272,22 @@ class Bucket:
 
     Raises:
       FileNotFoundError: if there is no such object.
-      UserError: if what comes is not what `entry` says, twice.
+      ChangedError: if what comes is not what `entry` says, twice.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(path, entry)
-    if not entry.md5:
-      part.unlink(missing_ok=True)
+    part, before = part_of(path, entry), _look(path)
     for _ in range(2):
       with open(part, 'ab') as file:
         with contextlib.suppress(OSError):  # A mount without locks.
           fcntl.flock(file, fcntl.LOCK_EX)
-        if is_same(path, entry):  # Another process was faster.
+        is_new = _look(path) != before  # Another process was faster.
+        if (entry.md5 or is_new) and is_same(path, entry):
           part.unlink(missing_ok=True)
           on_bytes(entry.size)
           return
+        if not entry.md5:
+          file.seek(0)
+          file.truncate()
         self._download(name, entry, file, on_bytes)
         if is_same(part, entry):
           os.replace(part, path)
@@ -297,16 +318,18 @@ class Bucket:
   ) -> None:
     """Appends what `file` has not yet of an object."""
     on_bytes(file.tell())
-    with contextlib.suppress(EOFError):  # It is another one by now.
-      while (start := file.tell()) < entry.size:
-        end = min(start + _PART, entry.size)
+    # A byte more tells one that has grown, where no sum does.
+    size = entry.size if entry.md5 else entry.size + 1
+    with contextlib.suppress(EOFError):  # It ends, or is another one by now.
+      while (start := file.tell()) < size:
+        end = min(start + _PART, size)
         data = self._try(
           self._files.cat_file, self._path(name), start=start, end=end
         )
-        if not data:
-          break
         file.write(data)
         on_bytes(len(data))
+        if len(data) < end - start:
+          break
     file.flush()
 
   def _tells_sums(self, name: str) -> bool:
@@ -496,6 +519,15 @@ def is_same(path: pathlib.Path, entry: Entry) -> bool:
   except FileNotFoundError:
     return False
   return not entry.md5 or found == entry.md5
+
+
+def _look(path: pathlib.Path) -> tuple[int, int] | None:
+  """Returns what is another as soon as a file is, None where there is none."""
+  try:
+    stat = path.stat()
+  except FileNotFoundError:
+    return None
+  return stat.st_ino, stat.st_mtime_ns
 
 
 def _status(error: Exception) -> int:

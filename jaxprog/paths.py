@@ -35,7 +35,7 @@ def workdir(path: str | os.PathLike[str]) -> pathlib.Path:
   """Returns the directory of a run; of one in a bucket, that of its copy.
 
   Raises:
-    UserError: if it has no name.
+    UserError: if it has no name, or one that cannot be.
   """
   if not os.fspath(path):
     raise errors.UserError(
@@ -44,23 +44,33 @@ def workdir(path: str | os.PathLike[str]) -> pathlib.Path:
       'Name a directory for what the run writes: --workdir=runs/first.',
     )
   where = f'--workdir={path}'
-  return copy(path) if buckets.is_url(path) else _readable(path, where)
+  if buckets.is_url(path):
+    return copy(path, where=where)
+  return _readable(path, where)
 
 
 def data_dir(config: config_dict.ConfigDict) -> pathlib.Path:
   """Returns where the config has its datasets; of a bucket, their copy."""
   path, where = config.data_dir, f'config.data_dir={config.data_dir}'
   if buckets.is_url(path):
-    return copy(path, config.cache_dir)
+    return copy(path, config.cache_dir, where=where)
   return _readable(path, where)
 
 
 def copy(
-  url: str | os.PathLike[str], cache: str = '', part: str = ''
+  url: str | os.PathLike[str],
+  cache: str = '',
+  part: str = '',
+  where: str = '',
 ) -> pathlib.Path:
-  """Returns where what lies at `url` is kept on this machine, or its `part`."""
+  """Returns where what lies at `url` is kept on this machine, or its `part`.
+
+  Raises:
+    UserError: naming `where`, if nothing can lie at such a URL.
+  """
   home = os.environ.get('JAXPROG_CACHE_DIR') or '~/.cache/jaxprog'
-  return buckets.copy_of(buckets.normalise(url), expand(cache or home) / part)
+  url = buckets.normalise(url, where)
+  return buckets.copy_of(url, expand(cache or home) / part)
 
 
 def cache_dir(config: config_dict.ConfigDict) -> pathlib.Path | None:
@@ -77,9 +87,10 @@ def dataset_folder(dataset: str) -> pathlib.Path | None:
   source, _, path = dataset.partition(':')
   if source != 'folder':
     return None
-  return (
-    copy(path) if buckets.is_url(path) else expand(path, f'dataset {dataset!r}')
-  )
+  where = f'dataset {dataset!r}'
+  if buckets.is_url(path):
+    return copy(path, where=where)
+  return expand(path, where)
 
 
 def _readable(path: str | os.PathLike[str], where: str) -> pathlib.Path:

@@ -61,7 +61,14 @@ def entry_of(data):
 
 
 def test_what_is_a_url():
-  for x in ('gs://b/x', 's3://b', 'memory://x', 'file:///x', 'gs:/b/x'):
+  for x in (
+    'gs://b/x',
+    's3://b',
+    'memory://x',
+    'file:///x',
+    'gs:/b/x',
+    'S3://b',
+  ):
     assert buckets.is_url(x), x
   assert buckets.is_url(pathlib.Path('gs://b/x'))
   for x in ('', 'runs/a', '/runs/a', 'folder:/abs', 'C:/x', 'c:/x', 'gs:'):
@@ -73,6 +80,21 @@ def test_a_url_has_one_name():
     assert buckets.normalise(x) == 'gs://b/x'
   assert buckets.normalise('file:/x/y/') == 'file:///x/y'
   assert buckets.normalise('memory://x') == 'memory:///x'
+  assert buckets.normalise('GS://B/x') == 'gs://B/x'
+
+
+@pytest.mark.parametrize(
+  'url', ['gs://b/../../x', 's3://b//a', 'file:///x/./y', 'gs:///', 'runs/a']
+)
+def test_what_has_no_copy_of_its_own_is_refused(url, tmp_path):
+  for call in (
+    lambda: buckets.copy_of(url, tmp_path),
+    lambda: buckets.Bucket(url),
+  ):
+    with pytest.raises(errors.UserError) as e:
+      call()
+    assert repr(url) in e.value.what
+    assert e.value.where == url
 
 
 @pytest.mark.parametrize('url', ['gs://b/x/y', 's3://b', 'file:///x/y'])
@@ -216,6 +238,40 @@ def test_what_no_sum_tells_begins_anew(bucket, tmp_path):
   assert (tmp_path / 'x').read_bytes() == b'right'
 
 
+@pytest.mark.parametrize('scheme', ['file', 'memory'])
+def test_what_no_sum_tells_is_fetched_though_its_size_is_there(
+  scheme, tmp_path
+):
+  bucket = buckets.Bucket(f'{scheme}://{tmp_path}/bucket')
+  bucket.write('x', b'right')
+  (path := tmp_path / 'x').write_bytes(b'wrong')
+  bucket.download('x', bucket.list()['x'], path)
+  assert path.read_bytes() == b'right'
+
+
+@pytest.mark.parametrize('data', [b'', b'shor', b'longer'])
+def test_what_no_sum_tells_has_the_size_that_was_listed(tmp_path, data):
+  bucket = buckets.Bucket(f'file://{tmp_path}/bucket')
+  bucket.write('x', b'right')
+  entry = bucket.list()['x']
+  bucket.write('x', data)
+  with pytest.raises(buckets.ChangedError):
+    bucket.download('x', entry, tmp_path / 'x')
+  assert [x.name for x in tmp_path.iterdir()] == ['bucket']
+
+
+def test_many_may_want_what_no_sum_tells(tmp_path, monkeypatch):
+  monkeypatch.setattr(buckets, '_PART', 1000)
+  bucket = buckets.Bucket(f'file://{tmp_path}/bucket')
+  bucket.write('x', data := os.urandom(50_000))
+  entry = bucket.list()['x']
+  buckets.at_once(
+    lambda i: bucket.download('x', entry, tmp_path / 'x'), range(32)
+  )
+  assert (tmp_path / 'x').read_bytes() == data
+  assert sorted(x.name for x in tmp_path.iterdir()) == ['bucket', 'x']
+
+
 def test_a_cut_answer_is_asked_for_again(server, bucket, tmp_path):
   bucket.write('x', b'0123456789')
   server.order('cut', what='read', count=1)
@@ -244,7 +300,7 @@ def test_what_stays_damaged_does_not_arrive(server, bucket, tmp_path):
 @pytest.mark.parametrize('data', [b'', b'ab', b'edcbafg'])
 def test_an_object_that_became_another_is_noticed(bucket, tmp_path, data):
   bucket.write('x', data)
-  with pytest.raises(errors.UserError):
+  with pytest.raises(buckets.ChangedError):
     bucket.download('x', entry_of(b'abcde'), tmp_path / 'x')
   assert list(tmp_path.iterdir()) == []
 
@@ -580,3 +636,17 @@ def test_sums_that_look_like_md5_are_none(foreign, tmp_path):
   assert entry == buckets.Entry(5, '')
   bucket.download('x', entry, tmp_path / 'x')
   assert (tmp_path / 'x').read_bytes() == b'12345'
+  with pytest.raises(buckets.ChangedError):
+    bucket.download('x', buckets.Entry(0, ''), tmp_path / 'y')
+  bucket.write('x', b'')
+  bucket.download('x', buckets.Entry(0, ''), tmp_path / 'y')
+  assert (tmp_path / 'y').read_bytes() == b''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('foreign', ['moto'], indirect=True)
+def test_a_large_file_has_an_md5_in_s3_too(foreign, tmp_path):
+  bucket = buckets.Bucket(f'{foreign[0]}/runs/a')
+  (tmp_path / 'x').write_bytes(data := bytes(101 << 20))
+  bucket.upload(tmp_path / 'x', 'x')
+  assert bucket.list() == {'x': entry_of(data)}

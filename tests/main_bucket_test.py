@@ -159,6 +159,7 @@ def test_a_flipped_bit_is_noticed_elsewhere(
     ('--workdir=gs://test-buckt/runs/b', "no bucket 'test-buckt'"),
     ('--workdir=gs://test-bucket/runs/b', 'You may not do that in gs://test-b'),
     ('--workdir=abc://test-bucket/runs/b', 'Nothing here reads abc://'),
+    ('--workdir=gs://test-bucket/../../b', 'is empty, . or ..'),
     ('--config.mirror=test-bucket', "'test-bucket' is no URL"),
   ],
 )

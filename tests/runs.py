@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -97,3 +98,16 @@ def wait_for_step(process, workdir, stage, step):
       raise AssertionError(process.communicate()[0])
     time.sleep(0.005)
   raise AssertionError('No checkpoint came.')
+
+
+def take_over_later(workdir, folder):
+  """Lets another run have the lock of `workdir` once `folder` is there."""
+
+  def take_over():
+    deadline = time.monotonic() + 60
+    while not folder.exists() and time.monotonic() < deadline:
+      time.sleep(0.005)
+    other = {'token': 'of another', 'pid': 1, 'host': 'elsewhere'}
+    (workdir / 'run.lock').write_text(json.dumps(other))
+
+  threading.Thread(target=take_over, daemon=True).start()

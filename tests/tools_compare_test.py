@@ -93,6 +93,17 @@ def test_every_cell_is_a_run_with_each_seed(strategies):
   assert first['images'] == second['images']
 
 
+def test_a_comparison_that_another_has_taken_over_ends(data_dir, tmp_path):
+  first = tmp_path / 'cells' / 'adamw' / 'seed-0'
+  run_lib.take_over_later(tmp_path, first)
+  config = compare_config.get_config(data_dir)
+  config.grid = ({'stages[-1].optimizer': ('adamw',)},)
+  with pytest.raises(RuntimeError, match='1 on elsewhere has taken over'):
+    tool.compare(config, tmp_path)
+  assert len(run_lib.read_history(first)['stages'][0]['epochs']) == 1
+  assert not (first / 'outcome.json').exists()
+
+
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(strategies):
   _, workdir, result = strategies
   record = find(result, 'broken')

@@ -164,6 +164,14 @@ def test_a_trial_that_is_worse_than_the_others_is_pruned(
     tune.tune(config, tmp_path)
 
 
+def test_a_search_that_another_has_taken_over_ends(data_dir, tmp_path):
+  runs.take_over_later(tmp_path, first := tmp_path / 'trials' / '0000')
+  with pytest.raises(RuntimeError, match='1 on elsewhere has taken over'):
+    tune.tune(create_config(data_dir, num_trials=1), tmp_path)
+  assert len(runs.read_history(first)['stages'][0]['epochs']) == 1
+  assert not (tmp_path / 'tune.json').exists()
+
+
 def test_a_workdir_may_have_any_name(tmp_path):
   workdir = tmp_path / 'a b?c#d%41'
   workdir.mkdir()

@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import config_dict
@@ -81,23 +81,35 @@ def read_outcome(planned: Planned) -> _Outcome | None:
   return outcome if outcome['status'] != 'failed' else None
 
 
-def run(planned: Planned, earlier: Sequence[Planned]) -> _Outcome:
+def run(
+  planned: Planned,
+  earlier: Sequence[Planned],
+  check: Callable[[], object],
+) -> _Outcome:
   """Trains what is left of a run that is not over; returns how it ended.
 
-  Stages of `earlier` runs, which are over, may serve this one too.
+  Stages of `earlier` runs, which are over, may serve this one too. What `check`
+  raises, which is called before it and after each epoch, ends all.
 
   Raises:
     UserError: for a mistake that the user can mend.
     Stopped: after a signal, once all is saved.
     SaveError: if the disk is full, as it would be for the next run.
   """
+  check()
   shared = share_stages(planned, earlier)
   status, error = 'done', ''
   try:
-    ladder.train(planned.config, planned.workdir, only=planned.names)
+    ladder.train(
+      planned.config,
+      planned.workdir,
+      only=planned.names,
+      on_epoch=lambda name, row: check(),
+    )
   except (errors.UserError, errors.Stopped, integrity.SaveError):
     raise
   except Exception as e:
+    check()
     skipped = isinstance(e, loop.SkippedTooOftenError)
     status = 'diverged' if skipped else 'failed'
     error = f'{type(e).__name__}: {" ".join(str(e).split())}'

@@ -35,7 +35,7 @@ from jaxprog.comparison.runs import Planned
 from jaxprog.comparison.statistics import Record
 from jaxprog.data import workers
 from jaxprog.monitoring import environment
-from jaxprog.reliability import mirror, signals
+from jaxprog.reliability import lock, mirror, signals
 from jaxprog.training import preflight
 from jaxprog.training import run as run_lib
 
@@ -63,6 +63,8 @@ class Comparison:
   compiled: set[str] = dataclasses.field(default_factory=set)
   # What was found about the learning rate of a cell, by its name.
   tuning: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+  # Of the workdir, once anything is run; the locks of runs know nothing of it.
+  owner: lock.Lock | None = None
 
   @property
   def reference(self) -> Cell:
@@ -168,7 +170,8 @@ class Comparison:
       if key not in self.compiled:
         self.compiled.add(key)
         runs.compile_ahead(planned)
-    outcome = before or runs.run(planned, self.over)
+    assert self.owner is not None
+    outcome = before or runs.run(planned, self.over, self.owner.check)
     self.over.append(planned)
     record = collect.read_record(planned, outcome, {})
     score = record['final_top1']
@@ -208,7 +211,7 @@ def compare(
     comparison.say(f'comparison: {len(chosen)} cells, the costs of their steps')
     planned = _plan_all(comparison)
     console.print(tables.to_rich(_plan_table(planned)))
-    with mirror.hold(workdir, url):
+    with mirror.hold(workdir, url) as comparison.owner:
       files.write_json(workdir / 'config.json', config_lib.to_json(config))
       _tune(comparison)
       result = _run_all(comparison, _time_cells(comparison))

@@ -23,7 +23,7 @@ from jaxprog.comparison import statistics, tables
 from jaxprog.data import workers
 from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
-from jaxprog.reliability import mirror, signals
+from jaxprog.reliability import lock, mirror, signals
 from jaxprog.training import ladder, loop, preflight
 
 try:
@@ -58,7 +58,7 @@ def tune(
   config = config_lib.with_mirror(config)
   space = create_space(config)
   preflight.launch(stages.complete(config.base), workdir, only=config.only)
-  with signals.StopRequest(), mirror.hold(workdir, url):
+  with signals.StopRequest(), mirror.hold(workdir, url) as owner:
     study = _open_study(config, workdir)
     _check_same_search(config, study, workdir)
     _enqueue_unfinished(study)
@@ -66,7 +66,7 @@ def tune(
     states = TrialState.COMPLETE, TrialState.PRUNED
     left = config.num_trials - len(study.get_trials(states=states))
     while left > 0 and time.monotonic() < deadline:
-      _run_trial(config, workdir, study, space)
+      _run_trial(config, workdir, study, space, owner)
       left -= 1
     found = _describe(study)
     _write(config, workdir, found)
@@ -234,12 +234,17 @@ def _run_trial(
   workdir: pathlib.Path,
   study: optuna.Study,
   space: _Space,
+  owner: lock.Lock,
 ) -> None:
   """Tells the study the best top-1 of the last stage of its next trial.
 
   A trial whose loss stays not finite is worth 0: the search must learn from
   it. One that ends otherwise stays under way, for the next start.
+
+  Raises:
+    RuntimeError: if another search has taken over the workdir.
   """
+  owner.check()  # The trial's own lock knows nothing of it.
   trial = study.ask(space)
   directory = trial.user_attrs.get('directory', f'{trial.number:04d}')
   trial.set_user_attr('directory', directory)
@@ -254,6 +259,7 @@ def _run_trial(
       trial.report(row['val_top1'], row['epoch'])
 
   def on_epoch(stage, row):
+    owner.check()
     if stage == last:
       report(row)
       if trial.should_prune():
