@@ -146,19 +146,30 @@ def test_two_processes_fetch_a_file_once(server, bucket, tmp_path):
   assert reads(server).count(pathlib.Path(RECORDS % 'train').name) == 1
 
 
+def prepare_another(data_dir):
+  """Prepares images whose files are as large as those of the bucket."""
+  write_class_folders(data_dir / 'imagenette2', ('m01', 'm02', 'm03'), 80, 8)
+  preparation.prepare('imagenette', data_dir)
+
+
 def test_another_dataset_in_the_bucket_replaces_the_copy(
   server, bucket, tmp_path
 ):
   data_dir = copy(bucket, tmp_path / 'a')
-  preparation.load_dataset('imagenette', data_dir).train.source.fetch()
-  # On another machine; its files are as large.
+  old = preparation.load_dataset('imagenette', data_dir)
+  old.train.source.fetch()
+  # On another machine.
   other = copy(bucket, tmp_path / 'b')
-  write_class_folders(other / 'imagenette2', ('m01', 'm02', 'm03'), 80, 8)
-  preparation.prepare('imagenette', other)
+  prepare_another(other)
   preparation.upload('imagenette', other)
   remote._brought.clear()  # As in a new process.
   new = preparation.load_dataset('imagenette', data_dir)
   assert new.classes == ('m01', 'm02', 'm03')
+  # Who has begun with the old one is not given the new one's images.
+  for read in old.eval.source.fetch, lambda: old.train[0]:
+    with pytest.raises(errors.UserError, match='has changed since') as info:
+      read()
+    assert info.value.where == f'gs://on-disk/{FOLDER}'
   assert {x['file_name'][0] for x in read_all(new.train)} == {'m'}
 
 
@@ -213,6 +224,9 @@ def test_prepare_fetches_raw_images_and_uploads_the_whole_last(
   assert 'images.bin' not in reads(server)
   pack.stored.fetch()
   assert packs.is_intact(pack.pack.path)
+  # Nor is the other one read by who has opened this one.
+  with pytest.raises(errors.UserError, match='has changed since'):
+    packs.Pack(pack.pack.path, 'raw', sha256='another').fetch()
   # Nothing is left to be uploaded, and nothing is written.
   jaxprog.prepare(make_config(url, tmp_path / 'b', storage='raw:16'))
   assert 'is already in' in capsys.readouterr().out

@@ -55,7 +55,7 @@ def test_later_stages_images_come_while_the_first_one_trains(server, tmp_path):
   assert records(copy, 'imagenet_mini') == set()
   assert wait_for(lambda: records(copy, 'imagenet_mini') == both)
   key = f'data/prepared/imagenette_folder/1.0.0/{extra.name}'
-  assert server.objects('test-bucket')[key] == b'[]'
+  assert wait_for(lambda: key in server.objects('test-bucket'))
   fetcher.close()
   assert wait_for(
     lambda: 'fetcher' not in {x.name for x in threading.enumerate()}

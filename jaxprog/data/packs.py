@@ -4,6 +4,7 @@ A pack holds the images of a split by position: `images.bin`, where each begins
 in it (`offsets.npy`) and how large it is (`sizes.npy`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,12 +14,13 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jaxprog import errors, files
+from jaxprog import buckets, errors, files
 from jaxprog.data import jpeg, parts, preprocess, remote
 from jaxprog.stages import Storage
 
@@ -37,6 +39,8 @@ class Pack:
 
   path: pathlib.Path
   kind: str
+  # Of all images, as pack.json has it.
+  sha256: str
 
   @property
   def name(self) -> str:
@@ -50,22 +54,45 @@ class Pack:
     return tuple(str(self.path / x) for x in names)
 
   def fetch(self, progress: parts.Progress | None = None) -> None:
-    """Brings what is in a bucket alone; it must come before it is read."""
-    remote.fetch(self.paths, progress)
+    """Brings what is in a bucket alone; it must come before it is read.
+
+    Raises:
+      UserError: if that cannot be, or another pack has taken its place.
+    """
+    with self._unchanged():
+      remote.fetch(self.paths, progress)
 
   @functools.cached_property
   def offsets(self) -> np.ndarray:
     """Where each image begins, int64, and the end of the last."""
-    return np.load(self.path / 'offsets.npy', allow_pickle=False)
+    return self._load('offsets.npy')
 
   @functools.cached_property
   def sizes(self) -> np.ndarray:
     """Width and height of each image, int32."""
-    return np.load(self.path / 'sizes.npy', allow_pickle=False)
+    return self._load('sizes.npy')
 
   @functools.cached_property
   def _file(self) -> int:
-    return os.open(self.path / 'images.bin', os.O_RDONLY | os.O_CLOEXEC)
+    with self._unchanged():
+      return os.open(self.path / 'images.bin', os.O_RDONLY | os.O_CLOEXEC)
+
+  def _load(self, name: str) -> np.ndarray:
+    with self._unchanged():
+      return np.load(self.path / name, allow_pickle=False)
+
+  @contextlib.contextmanager
+  def _unchanged(self) -> Iterator[None]:
+    """Raises UserError if a copy is that of another pack, before or after."""
+    self._check()
+    yield
+    self._check()
+
+  def _check(self) -> None:
+    if buckets.url_of(self.path):
+      info = _read_info(self.path)
+      if info is None or info.get('sha256') != self.sha256:
+        raise remote.changed(self.path)
 
   def __getitem__(self, position: int) -> preprocess.Encoded:
     start, stop = self.offsets[position : position + 2].tolist()
@@ -83,7 +110,7 @@ class Pack:
 
   def __getstate__(self) -> dict[str, object]:
     """Leaves out what is open."""
-    return {'path': self.path, 'kind': self.kind}
+    return {'path': self.path, 'kind': self.kind, 'sha256': self.sha256}
 
 
 def pack_name(storage: Storage) -> str:
@@ -93,24 +120,31 @@ def pack_name(storage: Storage) -> str:
 
 def open_pack(path: pathlib.Path, fingerprint: str) -> Pack | None:
   """Returns the pack at `path`, None if there is none of that dataset."""
-  try:
-    info = json.loads((path / 'pack.json').read_text())
-  except (OSError, ValueError):
+  info = _read_info(path)
+  if info is None:
     return None
   made_of = info['fingerprint'], info.get('decoding')
   if made_of != (fingerprint, _DECODING):
     return None
-  return Pack(path, info['kind'])
+  return Pack(path, info['kind'], info.get('sha256', ''))
+
+
+def _read_info(path: pathlib.Path) -> dict[str, Any] | None:
+  try:
+    return json.loads((path / 'pack.json').read_text())
+  except (OSError, ValueError):
+    return None
 
 
 def is_intact(path: pathlib.Path) -> bool:
   """Returns whether the images are those that were written, to the bit."""
+  info = _read_info(path)
   try:
-    info = json.loads((path / 'pack.json').read_text())
-    Pack(path, info['kind']).fetch()
-    expected = info['sha256']
-    return files.digest(path / 'images.bin') == expected
-  except (OSError, ValueError, KeyError):
+    if info is None:
+      return False
+    Pack(path, info['kind'], info['sha256']).fetch()
+    return files.digest(path / 'images.bin') == info['sha256']
+  except (OSError, KeyError):
     return False
 
 

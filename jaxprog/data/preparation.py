@@ -258,7 +258,13 @@ def upload(
   prepared = find_prepared(dataset, data_dir)
   if prepared is None:
     return False
-  folder = pathlib.Path(prepared.data_dir)
+  return upload_folder(pathlib.Path(prepared.data_dir), progress)
+
+
+def upload_folder(
+  folder: pathlib.Path, progress: parts.Progress | None = None
+) -> bool:
+  """As `upload`, of what is prepared in `folder`."""
   done = [remote.upload(x, progress) for x in (folder, *list_packs(folder))]
   return any(done)
 

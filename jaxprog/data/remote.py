@@ -321,6 +321,15 @@ def lost(path: str | os.PathLike[str]) -> errors.UserError:
   )
 
 
+def changed(folder: str | os.PathLike[str]) -> errors.UserError:
+  """Returns what is said of a copy with other images than were looked for."""
+  return errors.UserError(
+    'A dataset has changed since it was opened here.',
+    buckets.shown(folder),
+    'Start again, with what its bucket has now.',
+  )
+
+
 def _fetch(
   bucket: buckets.Bucket,
   objects: Sequence[_Object],

@@ -1,13 +1,14 @@
 """The files that records lie in: how large, and how many may be open."""
 
 import bisect
+import contextlib
 import itertools
 import os
 import pathlib
 import resource
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -16,7 +17,7 @@ from tensorflow_datasets.core import file_adapters, shuffle
 from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jaxprog import errors
+from jaxprog import buckets, errors
 from jaxprog.data import parts, remote
 
 # Of one file. Reading by index keeps each of them open, and tfds would make
@@ -76,6 +77,8 @@ class Shards:
     self._places = dict(places)
     self._ends = tuple(itertools.accumulate(counts))
     self._readers: list[Any] = [None] * len(paths)
+    # Another process may replace what a bucket replaces.
+    self._is_copy = buckets.url_of(key[0]) is not None
     self._lock = threading.Lock()
 
   def __len__(self) -> int:
@@ -97,30 +100,53 @@ class Shards:
     """Brings what is in a bucket alone; else each file comes when it is read.
 
     What the disk has no room for is read in the bucket from now on.
+
+    Raises:
+      UserError: if that cannot be, or other images have taken their place.
     """
-    absent = [x for x in self.paths if x not in self._places]
-    self._places |= remote.fetch(absent, progress)
+    with self._unchanged():
+      absent = [x for x in self.paths if x not in self._places]
+      self._places |= remote.fetch(absent, progress)
 
   def _reader(self, i: int) -> Any:
     if self._readers[i] is None:
       with self._lock:
         if self._readers[i] is None:
-          self._readers[i] = self._open(self.paths[i])
+          self._readers[i] = self._open(i)
     return self._readers[i]
 
-  def _open(self, path: str) -> Any:
-    if path not in self._places:
-      self._places |= remote.fetch([path])
-    place = self._places[path]
-    reader = array_record_module.ArrayRecordReader(
-      place,
-      options='readahead_buffer_size:0',
-      file_reader_buffer_size=32768,
-    )
+  def _open(self, i: int) -> Any:
+    path = self.paths[i]
+    with self._unchanged():
+      if path not in self._places:
+        self._places |= remote.fetch([path])
+      place = self._places[path]
+      reader = array_record_module.ArrayRecordReader(
+        place,
+        options='readahead_buffer_size:0',
+        file_reader_buffer_size=32768,
+      )
     # Of what is not there it says that it has none.
     if not reader.num_records() and not os.path.exists(place):
       raise remote.lost(path)
+    if self._is_copy and reader.num_records() != self._counts[i]:
+      raise remote.changed(path)
     return reader
+
+  @contextlib.contextmanager
+  def _unchanged(self) -> Iterator[None]:
+    """Raises UserError if a copy is that of another dataset, before or after.
+
+    What is open by then goes on to be what it was.
+    """
+    self._check()
+    yield
+    self._check()
+
+  def _check(self) -> None:
+    directory, _, prepared = self._key
+    if self._is_copy and _prepared(directory) != prepared:
+      raise remote.changed(directory)
 
 
 def open_shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:
@@ -142,15 +168,22 @@ def open_shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:
     override=True,
     override_if_initialized=True,
   )
-  directory = pathlib.Path(builder.data_dir)
-  prepared = (directory / 'dataset_info.json').stat().st_mtime_ns
+  directory = str(pathlib.Path(builder.data_dir))
   found = info.splits[split]
   return _share(
-    (str(directory), split, prepared),
+    (directory, split, _prepared(directory)),
     tuple(os.fspath(x) for x in found.filepaths),
     tuple(found.shard_lengths),
     {},
   )
+
+
+def _prepared(directory: str) -> int:
+  """Returns when a dataset was prepared, 0 if it is not."""
+  try:
+    return os.stat(f'{directory}/dataset_info.json').st_mtime_ns
+  except FileNotFoundError:
+    return 0
 
 
 def _share(

@@ -25,7 +25,7 @@ class _Closed(Exception):  # noqa: N818, nothing went wrong.
 class Fetcher:
   """Brings what the stages of a run read, stage by stage; must be closed.
 
-  While the first one trains, a thread brings what the others read. Before, it
+  While the first one trains, a thread brings what the others read. After, it
   uploads what this run itself has prepared, if it may.
   """
 
@@ -52,19 +52,18 @@ class Fetcher:
 
   def _work(self, start: int) -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-    try:
+    with contextlib.suppress(_Closed):
+      # Who needs it will say what is wrong.
+      with contextlib.suppress(errors.UserError):
+        for dataset in self._datasets[start:]:
+          for stored in dataset.stored.values():
+            remote.fetch(stored.paths, self._check)
       if jax.process_index() == 0:
-        for name in dict.fromkeys(x.name for x in self._datasets):
-          self._upload(name)
-      for dataset in self._datasets[start:]:
-        for stored in dataset.stored.values():
-          remote.fetch(stored.paths, self._check)
-    except (errors.UserError, _Closed):
-      pass  # Who needs it will say what is wrong.
-
-  def _upload(self, name: str) -> None:
-    with contextlib.suppress(errors.UserError):  # Most may only read.
-      preparation.upload(name, self._data_dir, self._check)
+        # The folders that are read, as they are: to look for the datasets anew
+        # could replace them while they are read.
+        for folder in dict.fromkeys(x.train.directory for x in self._datasets):
+          with contextlib.suppress(errors.UserError):  # Most may only read.
+            preparation.upload_folder(folder, self._check)
 
   def _check(self, done: int, total: int) -> None:
     if self._closing.is_set():
