@@ -5,6 +5,8 @@ holds the runs. The same command goes on after any end: what was under way when
 a search was killed is resumed, not begun again.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
@@ -26,16 +28,15 @@ from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import lock, mirror, signals
 from jaxprog.training import ladder, loop, preflight
 
+# Why there can be no search; help(jaxprog) looks at this module all the same.
+_missing: ImportError | None = None
 try:
   import optuna
   import sqlalchemy
   from optuna import distributions
   from optuna.trial import TrialState
 except ImportError as e:
-  raise errors.not_installed('A search', '--mode=tune', e, 'tune') from None
-
-_Distribution = distributions.BaseDistribution
-_Space = dict[str, _Distribution]
+  _missing = e
 
 _KINDS = ('choice', 'integer', 'log', 'uniform')
 
@@ -52,6 +53,8 @@ def tune(
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
   workers.leave_if_starting()
+  if _missing:
+    raise errors.not_installed('A search', '--mode=tune', _missing, 'tune')
   if isinstance(config, str):
     config = config_lib.load_config(config)
   workdir, url = mirror.locate(workdir, config.base.mirror)
@@ -74,7 +77,9 @@ def tune(
   return found
 
 
-def create_space(config: config_dict.ConfigDict) -> _Space:
+def create_space(
+  config: config_dict.ConfigDict,
+) -> dict[str, distributions.BaseDistribution]:
   """Returns what each field that is searched is drawn from.
 
   Raises:
@@ -118,7 +123,9 @@ def create_space(config: config_dict.ConfigDict) -> _Space:
   return space
 
 
-def _create_distribution(entry: Mapping[str, Any]) -> _Distribution:
+def _create_distribution(
+  entry: Mapping[str, Any],
+) -> distributions.BaseDistribution:
   where = f'config.search: {dict(entry)}'
   kind = next((kind for kind in _KINDS if kind in entry), '')
   if set(entry) != {'field', kind}:
@@ -233,7 +240,7 @@ def _run_trial(
   config: config_dict.ConfigDict,
   workdir: pathlib.Path,
   study: optuna.Study,
-  space: _Space,
+  space: dict[str, distributions.BaseDistribution],
   owner: lock.Lock,
 ) -> None:
   """Tells the study the best top-1 of the last stage of its next trial.
