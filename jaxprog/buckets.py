@@ -80,10 +80,6 @@ class ChangedError(errors.UserError):
 _CRC32C = 'crc32c-'
 
 
-class ChangedError(errors.UserError):
-  """An object is not what the listing said that it is."""
-
-
 class Entry(NamedTuple):
   """An object: its size in bytes and its MD5 in hex, '' if nobody tells.
 
