@@ -62,8 +62,8 @@ def bring(root: pathlib.Path, name: str) -> None:
   """Brings what a dataset is known by into the copy.
 
   It is in the folder `name` of `root`, DATA_DIR/prepared; '' brings all of it.
-  What the bucket never had stays as it is; what is of another dataset than the
-  bucket's, or of one that it has no longer, goes.
+  What came from the bucket becomes or goes as it does there; what differs from
+  all that came was made here, and stays.
 
   Raises:
     UserError: if the bucket cannot be read.
@@ -76,34 +76,85 @@ def bring(root: pathlib.Path, name: str) -> None:
       return
     bucket = _bucket(root, root.parent)
     objects = _list_objects(bucket, root)
-    found = {x.name: x.entry for x in objects}
     with _writing(root), _locked(root / _LIST):
-      for gone in set(_read_list(root)) - set(found):
-        if folder in (path := root / gone).parents and path.name in _MARKERS:
-          _remove(path.parent)
-      _put_in_step(bucket, [x for x in objects if folder in x.path.parents])
-      files.write_json(root / _LIST, found)
+      known = _read_list(root)
+      old = [_Object(root, *x) for x in known.items()]
+      old, new = (
+        [x for x in y if folder in x.path.parents] for y in (old, objects)
+      )
+      ours = _made_here(old, new)
+      for x in old:  # What is told of others is of what came of them.
+        del known[x.name]
+      known |= {x.name: x.entry for x in new}
+      old, new = (
+        [x for x in y if x.path.parent not in ours] for y in (old, new)
+      )
+      _clear(old, new)
+      # After what goes and before what comes: what a kill leaves of it is then
+      # known to be the bucket's.
+      files.write_json(root / _LIST, known)
+      _put_in_step(bucket, new)
     _brought[folder] = time.monotonic()
 
 
-def _put_in_step(bucket: buckets.Bucket, objects: Sequence[_Object]) -> None:
-  """Makes the small files of a dataset those of the bucket."""
-  objects = [x for x in objects if not _OURS.fullmatch(x.path.name)]
-  markers = [x for x in objects if x.path.name in _MARKERS]
-  large = [x for x in objects if _LARGE.fullmatch(x.path.name)]
-  for x in [x for x in objects if x.path.name in _IDENTITY]:
-    if x.path.exists() and not buckets.is_same(x.path, x.entry):
+def _made_here(
+  old: Sequence[_Object], new: Sequence[_Object]
+) -> set[pathlib.Path]:
+  """Returns the folders whose dataset is neither that which came nor the new.
+
+  What tells of it is compared together: another dataset may have one file of it
+  in common, and an upload may have broken off in between.
+  """
+  folders = {x.path.parent for x in (*old, *new) if x.path.name in _IDENTITY}
+
+  def is_of(folder: pathlib.Path, objects: Sequence[_Object]) -> bool:
+    told = [x for x in objects if x.path.name in _IDENTITY]
+    same = {x.path for x in told if x.path.parent == folder and _is_same(x)}
+    return {y for x in _IDENTITY if (y := folder / x).exists()} <= same
+
+  return {
+    x
+    for x in folders
+    if any((x / y).exists() for y in _MARKERS)
+    and not is_of(x, old)
+    and not is_of(x, new)
+  }
+
+
+def _clear(old: Iterable[_Object], new: Sequence[_Object]) -> None:
+  """Removes what came from a bucket that has another by now, or none."""
+  for x in new:
+    if x.path.name in _IDENTITY and x.path.exists() and not _is_same(x):
       _remove(x.path.parent)
-  for x in large:
-    if not _has_size(x):
+    elif _LARGE.fullmatch(x.path.name) and not _has_size(x):
       x.path.unlink(missing_ok=True)
+  names = {x.name for x in new}
+  for x in old:
+    if x.name not in names and _is_small(x.path) and _is_same(x):
+      x.path.unlink()
+      if x.path.name in _MARKERS:
+        _remove(x.path.parent)
+
+
+def _put_in_step(bucket: buckets.Bucket, objects: Iterable[_Object]) -> None:
+  """Makes the small files of a dataset those of the bucket."""
 
   def download(x: _Object) -> None:
-    if not buckets.is_same(x.path, x.entry):
+    if not _is_same(x):
       _download(bucket, x)
 
-  buckets.at_once(download, set(objects) - {*markers, *large})
-  buckets.at_once(download, markers)
+  small = [x for x in objects if _is_small(x.path)]
+  buckets.at_once(download, [x for x in small if x.path.name not in _MARKERS])
+  buckets.at_once(download, [x for x in small if x.path.name in _MARKERS])
+
+
+def _is_small(path: pathlib.Path) -> bool:
+  """Returns whether a file tells of images and is the same on all machines."""
+  return not (_OURS.fullmatch(path.name) or _LARGE.fullmatch(path.name))
+
+
+def _is_same(x: _Object) -> bool:
+  return buckets.is_same(x.path, x.entry)
 
 
 def _remove(folder: pathlib.Path) -> None:
