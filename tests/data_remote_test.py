@@ -311,7 +311,10 @@ def test_what_has_no_md5_is_checked_too(server, bucket, tmp_path):
 
 def test_a_name_does_not_lead_out_of_the_copy(server, bucket, tmp_path):
   server.put('on-disk', 'data/prepared/imagenette_folder/../../../../x', b'x')
-  preparation.load_dataset('imagenette', copy(bucket, tmp_path / 'a/b'))
+  server.put('on-disk', f'data/imagenette2/{tmp_path}/x', b'x')
+  data_dir = copy(bucket, tmp_path / 'a/b')
+  preparation.load_dataset('imagenette', data_dir)
+  remote.fetch_folder(data_dir / 'imagenette2')
   assert not list(tmp_path.rglob('x'))
 
 

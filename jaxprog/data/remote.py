@@ -462,7 +462,8 @@ def _list_objects(bucket: buckets.Bucket, root: pathlib.Path) -> list[_Object]:
   return [
     _Object(root, name, entry)
     for name, entry in bucket.list().items()
-    if '..' not in name.split('/')  # It would be written elsewhere.
+    # They would be written elsewhere.
+    if not {'', '.', '..'} & set(name.split('/'))
   ]
 
 
