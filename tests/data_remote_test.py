@@ -1,5 +1,6 @@
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -307,6 +308,20 @@ def test_what_has_no_md5_is_checked_too(server, bucket, tmp_path):
   server.heal()
   dataset.train.source.fetch()
   assert len(list(read_all(dataset.train))) == 240
+
+
+def test_small_files_are_compared_where_no_sums_are_told(on_disk, tmp_path):
+  there = tmp_path / 'there'
+  shutil.copytree(on_disk / 'prepared', there / 'prepared')
+  data_dir = copy(f'file://{there}', tmp_path / 'cache')
+  preparation.load_dataset('imagenette', data_dir)
+  # The same counts of other images, whose files are as large.
+  shutil.rmtree(there / 'prepared')
+  prepare_another(there)
+  remote._brought.clear()
+  new = preparation.load_dataset('imagenette', data_dir)
+  assert new.classes == ('m01', 'm02', 'm03')
+  assert {x['file_name'][0] for x in read_all(new.train)} == {'m'}
 
 
 def test_a_name_does_not_lead_out_of_the_copy(server, bucket, tmp_path):

@@ -6,6 +6,7 @@ its own name tells where to find. Other paths are left alone.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -75,13 +76,12 @@ def bring(root: pathlib.Path, name: str) -> None:
     if time.monotonic() - _brought.get(folder, -_FRESH) < _FRESH:
       return
     bucket = _bucket(root, root.parent)
-    objects = _list_objects(bucket, root)
+    new = _list_objects(bucket, root)
+    new = _tell_sums(bucket, [x for x in new if folder in x.path.parents])
     with _writing(root), _locked(root / _LIST):
       known = _read_list(root)
       old = [_Object(root, *x) for x in known.items()]
-      old, new = (
-        [x for x in y if folder in x.path.parents] for y in (old, objects)
-      )
+      old = [x for x in old if folder in x.path.parents]
       ours = _made_here(old, new)
       for x in old:  # What is told of others is of what came of them.
         del known[x.name]
@@ -260,7 +260,8 @@ def upload(
     return False
   bucket = _bucket(folder, root.parent)
   # Another machine may have been as fast.
-  there = {x.name: x.entry for x in _list_objects(bucket, folder)}
+  objects = _tell_sums(bucket, _list_objects(bucket, folder))
+  there = {x.name: x.entry for x in objects}
   todo, stale = _compare(folder, marker, there)
   if marker in todo and marker not in before:
     return False  # It has been prepared anew; what is here came from there.
@@ -465,6 +466,27 @@ def _list_objects(bucket: buckets.Bucket, root: pathlib.Path) -> list[_Object]:
     # They would be written elsewhere.
     if not {'', '.', '..'} & set(name.split('/'))
   ]
+
+
+def _tell_sums(
+  bucket: buckets.Bucket, objects: Iterable[_Object]
+) -> list[_Object]:
+  """Returns `objects` with the sum of small ones of which the bucket has none.
+
+  They are read for it: another dataset's may be as large.
+  """
+  found = {x.name: x for x in objects}
+
+  def read(x: _Object) -> None:
+    if (data := bucket.read(x.name)) is None:
+      del found[x.name]  # It has just been removed.
+      return
+    entry = buckets.Entry(len(data), hashlib.md5(data).hexdigest())
+    found[x.name] = x._replace(entry=entry)
+
+  untold = [x for x in found.values() if not x.entry.md5 and _is_small(x.path)]
+  buckets.at_once(read, untold)
+  return list(found.values())
 
 
 def _has_size(x: _Object) -> bool:
