@@ -9,8 +9,8 @@ WORKDIR /jaxprog
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip \
   case "$EXTRA" in \
-    cpu) extras=gcs,s3 ;; \
-    cuda | tpu) extras="gcs,s3,$EXTRA" ;; \
+    cpu) extras=gcs,s3,tune ;; \
+    cuda | tpu) extras="gcs,s3,tune,$EXTRA" ;; \
     *) echo "EXTRA is cpu, cuda or tpu, not $EXTRA." >&2; exit 2 ;; \
   esac \
   && pip install --editable ".[$extras]" \

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -173,13 +174,40 @@ def test_another_dataset_in_the_bucket_replaces_the_copy(
   assert {x['file_name'][0] for x in read_all(new.train)} == {'m'}
 
 
+def test_what_is_prepared_anew_stays_until_it_is_uploaded(
+  server, bucket, tmp_path
+):
+  data_dir, classes = copy(bucket, tmp_path), ('m01', 'm02', 'm03')
+  preparation.load_dataset('imagenette', data_dir).train.source.fetch()
+  prepare_another(data_dir)
+  remote._brought.clear()  # It has taken longer.
+  # Another process looks, and the upload breaks off half-way.
+  assert preparation.load_dataset('imagenette', data_dir).classes == classes
+  server.order('403', what='write', match='array_record')
+  with pytest.raises(errors.UserError, match='You may not do that'):
+    preparation.upload('imagenette', data_dir)
+  server.heal()
+  remote._brought.clear()
+  assert f'{FOLDER}/dataset_info.json' not in server.objects('on-disk')
+  assert preparation.load_dataset('imagenette', data_dir).classes == classes
+  assert preparation.upload('imagenette', data_dir)
+  there = preparation.load_dataset('imagenette', copy(bucket, tmp_path / 'b'))
+  assert there.classes == classes
+
+
 def test_what_the_bucket_has_no_longer_goes(server, bucket, tmp_path):
   data_dir = copy(bucket, tmp_path)
+  server.put('on-disk', 'data/manifests/a.sha256', b'a')
+  manifest = data_dir / 'manifests/a.sha256'
   preparation.load_dataset('imagenette', data_dir)
+  remote.bring(manifest.parent, '')
+  assert manifest.read_text() == 'a'
   server.bucket('on-disk').clear()
   remote._brought.clear()
   with pytest.raises(errors.UserError, match='is missing'):
     preparation.load_dataset('imagenette', data_dir)
+  remote.bring(manifest.parent, '')
+  assert not manifest.exists()
   # What was prepared here alone stays.
   preparation.prepare('digits', data_dir)
   remote._brought.clear()
@@ -282,9 +310,26 @@ def test_what_has_no_md5_is_checked_too(server, bucket, tmp_path):
   assert len(list(read_all(dataset.train))) == 240
 
 
+def test_small_files_are_compared_where_no_sums_are_told(on_disk, tmp_path):
+  there = tmp_path / 'there'
+  shutil.copytree(on_disk / 'prepared', there / 'prepared')
+  data_dir = copy(f'file://{there}', tmp_path / 'cache')
+  preparation.load_dataset('imagenette', data_dir)
+  # The same counts of other images, whose files are as large.
+  shutil.rmtree(there / 'prepared')
+  prepare_another(there)
+  remote._brought.clear()
+  new = preparation.load_dataset('imagenette', data_dir)
+  assert new.classes == ('m01', 'm02', 'm03')
+  assert {x['file_name'][0] for x in read_all(new.train)} == {'m'}
+
+
 def test_a_name_does_not_lead_out_of_the_copy(server, bucket, tmp_path):
   server.put('on-disk', 'data/prepared/imagenette_folder/../../../../x', b'x')
-  preparation.load_dataset('imagenette', copy(bucket, tmp_path / 'a/b'))
+  server.put('on-disk', f'data/imagenette2/{tmp_path}/x', b'x')
+  data_dir = copy(bucket, tmp_path / 'a/b')
+  preparation.load_dataset('imagenette', data_dir)
+  remote.fetch_folder(data_dir / 'imagenette2')
   assert not list(tmp_path.rglob('x'))
 
 

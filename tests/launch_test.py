@@ -178,4 +178,4 @@ def test_what_the_image_installs(extra, code):
   if code == 0:
     named = {*result.stdout.strip()[2:-1].split(',')}
     assert named - {'cpu'} <= extras()
-    assert {'gcs', 's3', extra} - {'cpu'} == named
+    assert {'gcs', 's3', 'tune', extra} - {'cpu'} == named

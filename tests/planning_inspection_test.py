@@ -10,6 +10,7 @@ import history_fixture
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny_config
 
 from jaxprog import config as config_lib
@@ -75,6 +76,31 @@ def test_no_problem_hides_another(config, tmp_path):
   assert all(x.fix for x in crossed(findings))
   assert find(findings, 'batch sizes')
   assert find(findings, "stage 'three'")[0].ok
+
+
+def test_a_mirror_that_is_no_url_is_named(config, tmp_path):
+  config.mirror = 'foo'
+  for workdir in (None, tmp_path / 'run'):
+    (finding,) = crossed(inspect(config, workdir))
+    assert finding.what == "'foo' is no URL (config.mirror=foo)"
+    assert finding.fix.startswith('Write s3://BUCKET/PATH')
+
+
+@pytest.mark.parametrize('is_free', [True, False])
+def test_a_bucket_is_written_to_where_nobody_may_own_it(
+  config, tmp_path, is_free
+):
+  owner = {'host': 'elsewhere', 'pid': 1, 'released': is_free}
+  (folder := tmp_path / 'bucket' / 'lease').mkdir(parents=True)
+  files.write_json(folder / '000001.json', owner)
+  before = runs.snapshot(folder.parent)
+  config.mirror = f'file://{folder.parent}'
+  findings = inspect(config, tmp_path / 'run')
+  assert bool(find(findings, f'{config.mirror} can be written')) == is_free
+  assert bool(find(findings, 'elsewhere')) != is_free
+  after = runs.snapshot(folder.parent)
+  assert after.keys() == before.keys()
+  assert (after != before) == is_free  # The folder's time tells.
 
 
 def test_a_wrong_config_leaves_the_machine_to_look_at(config, tmp_path):

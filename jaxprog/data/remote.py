@@ -6,6 +6,7 @@ its own name tells where to find. Other paths are left alone.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -62,8 +63,8 @@ def bring(root: pathlib.Path, name: str) -> None:
   """Brings what a dataset is known by into the copy.
 
   It is in the folder `name` of `root`, DATA_DIR/prepared; '' brings all of it.
-  What the bucket never had stays as it is; what is of another dataset than the
-  bucket's, or of one that it has no longer, goes.
+  What came from the bucket becomes or goes as it does there; what differs from
+  all that came was made here, and stays.
 
   Raises:
     UserError: if the bucket cannot be read.
@@ -75,35 +76,85 @@ def bring(root: pathlib.Path, name: str) -> None:
     if time.monotonic() - _brought.get(folder, -_FRESH) < _FRESH:
       return
     bucket = _bucket(root, root.parent)
-    objects = _list_objects(bucket, root)
-    found = {x.name: x.entry for x in objects}
+    new = _list_objects(bucket, root)
+    new = _tell_sums(bucket, [x for x in new if folder in x.path.parents])
     with _writing(root), _locked(root / _LIST):
-      for gone in set(_read_list(root)) - set(found):
-        if folder in (path := root / gone).parents and path.name in _MARKERS:
-          _remove(path.parent)
-      _put_in_step(bucket, [x for x in objects if folder in x.path.parents])
-      files.write_json(root / _LIST, found)
+      known = _read_list(root)
+      old = [_Object(root, *x) for x in known.items()]
+      old = [x for x in old if folder in x.path.parents]
+      ours = _made_here(old, new)
+      for x in old:  # What is told of others is of what came of them.
+        del known[x.name]
+      known |= {x.name: x.entry for x in new}
+      old, new = (
+        [x for x in y if x.path.parent not in ours] for y in (old, new)
+      )
+      _clear(old, new)
+      # After what goes and before what comes: what a kill leaves of it is then
+      # known to be the bucket's.
+      files.write_json(root / _LIST, known)
+      _put_in_step(bucket, new)
     _brought[folder] = time.monotonic()
 
 
-def _put_in_step(bucket: buckets.Bucket, objects: Sequence[_Object]) -> None:
-  """Makes the small files of a dataset those of the bucket."""
-  objects = [x for x in objects if not _OURS.fullmatch(x.path.name)]
-  markers = [x for x in objects if x.path.name in _MARKERS]
-  large = [x for x in objects if _LARGE.fullmatch(x.path.name)]
-  for x in [x for x in objects if x.path.name in _IDENTITY]:
-    if x.path.exists() and not buckets.is_same(x.path, x.entry):
+def _made_here(
+  old: Sequence[_Object], new: Sequence[_Object]
+) -> set[pathlib.Path]:
+  """Returns the folders whose dataset is neither that which came nor the new.
+
+  What tells of it is compared together: another dataset may have one file of it
+  in common, and an upload may have broken off in between.
+  """
+  folders = {x.path.parent for x in (*old, *new) if x.path.name in _IDENTITY}
+
+  def is_of(folder: pathlib.Path, objects: Sequence[_Object]) -> bool:
+    told = [x for x in objects if x.path.name in _IDENTITY]
+    same = {x.path for x in told if x.path.parent == folder and _is_same(x)}
+    return {y for x in _IDENTITY if (y := folder / x).exists()} <= same
+
+  return {
+    x
+    for x in folders
+    if any((x / y).exists() for y in _MARKERS)
+    and not is_of(x, old)
+    and not is_of(x, new)
+  }
+
+
+def _clear(old: Iterable[_Object], new: Sequence[_Object]) -> None:
+  """Removes what came from a bucket that has another by now, or none."""
+  for x in new:
+    if x.path.name in _IDENTITY and x.path.exists() and not _is_same(x):
       _remove(x.path.parent)
-  for x in large:
-    if not _has_size(x):
+    elif _LARGE.fullmatch(x.path.name) and not _has_size(x):
       x.path.unlink(missing_ok=True)
+  names = {x.name for x in new}
+  for x in old:
+    if x.name not in names and _is_small(x.path) and _is_same(x):
+      x.path.unlink()
+      if x.path.name in _MARKERS:
+        _remove(x.path.parent)
+
+
+def _put_in_step(bucket: buckets.Bucket, objects: Iterable[_Object]) -> None:
+  """Makes the small files of a dataset those of the bucket."""
 
   def download(x: _Object) -> None:
-    if not buckets.is_same(x.path, x.entry):
+    if not _is_same(x):
       _download(bucket, x)
 
-  buckets.at_once(download, set(objects) - {*markers, *large})
-  buckets.at_once(download, markers)
+  small = [x for x in objects if _is_small(x.path)]
+  buckets.at_once(download, [x for x in small if x.path.name not in _MARKERS])
+  buckets.at_once(download, [x for x in small if x.path.name in _MARKERS])
+
+
+def _is_small(path: pathlib.Path) -> bool:
+  """Returns whether a file tells of images and is the same on all machines."""
+  return not (_OURS.fullmatch(path.name) or _LARGE.fullmatch(path.name))
+
+
+def _is_same(x: _Object) -> bool:
+  return buckets.is_same(x.path, x.entry)
 
 
 def _remove(folder: pathlib.Path) -> None:
@@ -209,7 +260,8 @@ def upload(
     return False
   bucket = _bucket(folder, root.parent)
   # Another machine may have been as fast.
-  there = {x.name: x.entry for x in _list_objects(bucket, folder)}
+  objects = _tell_sums(bucket, _list_objects(bucket, folder))
+  there = {x.name: x.entry for x in objects}
   todo, stale = _compare(folder, marker, there)
   if marker in todo and marker not in before:
     return False  # It has been prepared anew; what is here came from there.
@@ -411,8 +463,30 @@ def _list_objects(bucket: buckets.Bucket, root: pathlib.Path) -> list[_Object]:
   return [
     _Object(root, name, entry)
     for name, entry in bucket.list().items()
-    if '..' not in name.split('/')  # It would be written elsewhere.
+    # They would be written elsewhere.
+    if not {'', '.', '..'} & set(name.split('/'))
   ]
+
+
+def _tell_sums(
+  bucket: buckets.Bucket, objects: Iterable[_Object]
+) -> list[_Object]:
+  """Returns `objects` with the sum of small ones of which the bucket has none.
+
+  They are read for it: another dataset's may be as large.
+  """
+  found = {x.name: x for x in objects}
+
+  def read(x: _Object) -> None:
+    if (data := bucket.read(x.name)) is None:
+      del found[x.name]  # It has just been removed.
+      return
+    entry = buckets.Entry(len(data), hashlib.md5(data).hexdigest())
+    found[x.name] = x._replace(entry=entry)
+
+  untold = [x for x in found.values() if not x.entry.md5 and _is_small(x.path)]
+  buckets.at_once(read, untold)
+  return list(found.values())
 
 
 def _has_size(x: _Object) -> bool:

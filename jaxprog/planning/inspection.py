@@ -120,8 +120,9 @@ def inspect(
 ) -> Inspection:
   """Returns all that is in order or in the way of training `config`.
 
-  No problem hides another: what can still be looked at is. Nothing is
-  prepared, written or compiled. What `ladder.train` refuses is asked of the
+  No problem hides another: what can still be looked at is. Nothing is prepared
+  or compiled, and nothing stays that is written: whether a folder or a bucket
+  can be written to is tried. What `ladder.train` refuses is asked of the
   functions that it asks.
   """
   path = pathlib.Path(workdir) if workdir else None
@@ -381,13 +382,22 @@ def _check_workdir(seen: Inspection) -> Iterator[Finding]:
     if owner := preflight.claim_workdir(seen.workdir):
       yield Finding(None, owner)
     yield Finding(True, f'workdir: {seen.workdir} can be written to')
-    if url := buckets.url_of(seen.workdir) or seen.config.mirror:
-      bucket = buckets.Bucket(url)
-      if owner := lease.check_free(bucket):
-        yield Finding(None, owner)
-      bucket.write('.probe', b'probe')
-      bucket.remove(['.probe'])
-      yield Finding(True, f'workdir: {url} can be written to')
+
+
+def _check_bucket(seen: Inspection) -> Iterator[Finding]:
+  """Tries to write into the run's bucket, unless somebody may own it."""
+  if url := seen.workdir and buckets.url_of(seen.workdir):
+    bucket = buckets.Bucket(url, f'--workdir={url}')
+  elif url := seen.config.mirror:
+    bucket = buckets.Bucket(url, f'config.mirror={url}')
+  else:
+    return
+  if owner := lease.check_free(bucket):
+    yield Finding(None, owner)
+    return
+  bucket.write('.probe', b'probe')
+  bucket.remove(['.probe'])
+  yield Finding(True, f'workdir: {url} can be written to')
 
 
 def _check_run(seen: Inspection) -> Iterator[Finding]:
@@ -514,6 +524,7 @@ _CHECKS: tuple[Callable[[Inspection], Iterator[Finding]], ...] = (
   _check_packs,
   _check_leaks,
   _check_workdir,
+  _check_bucket,
   _check_run,
   _check_checkpoints,
   _check_disk,
