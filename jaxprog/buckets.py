@@ -272,7 +272,8 @@ class Bucket:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part, before = part_of(path, entry), _look(path)
-    for _ in range(2):
+    tries = 0
+    while tries < 2:
       with open(part, 'ab') as file:
         with contextlib.suppress(OSError):  # A mount without locks.
           fcntl.flock(file, fcntl.LOCK_EX)
@@ -281,6 +282,8 @@ class Bucket:
           part.unlink(missing_ok=True)
           on_bytes(entry.size)
           return
+        if not _is_at(file, part):  # It was another's, who is through with it.
+          continue
         if not entry.md5:
           file.seek(0)
           file.truncate()
@@ -290,6 +293,7 @@ class Bucket:
           return
         on_bytes(-file.tell())
         part.unlink(missing_ok=True)
+        tries += 1
     raise ChangedError(
       'An object is not what its bucket says that it is.',
       f'{self.url}/{name}',
@@ -498,6 +502,14 @@ def at_once(call: Callable[[Any], Any], items: Iterable[Any]) -> None:
     ended.set()
   if failed:
     raise failed[0]
+
+
+def _is_at(file: io.BufferedWriter, path: pathlib.Path) -> bool:
+  """Returns whether the open file is the one at `path`."""
+  try:
+    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+  except FileNotFoundError:
+    return False
 
 
 def part_of(path: pathlib.Path, entry: Entry) -> pathlib.Path:

@@ -182,7 +182,8 @@ def test_a_workdir_may_have_any_name(tmp_path):
 
 def test_a_search_without_optuna_names_the_extra(tmp_path):
   code = (
-    'import sys; sys.modules["optuna"] = None; from jaxprog import *; from jaxprog import cli; '
+    'import sys; sys.modules["optuna"] = None; from jaxprog import *; '
+    'from jaxprog import cli; '
     'sys.exit(cli.main(sys.argv))'
   )
   command = [sys.executable, '-c', code, '--mode=tune', '--config=tune_digits']
