@@ -277,13 +277,13 @@ class Bucket:
       with open(part, 'ab') as file:
         with contextlib.suppress(OSError):  # A mount without locks.
           fcntl.flock(file, fcntl.LOCK_EX)
+        if not _is_at(file, part):  # It was another's, who is through with it.
+          continue
         is_new = _look(path) != before  # Another process was faster.
         if (entry.md5 or is_new) and is_same(path, entry):
           part.unlink(missing_ok=True)
           on_bytes(entry.size)
           return
-        if not _is_at(file, part):  # It was another's, who is through with it.
-          continue
         if not entry.md5:
           file.seek(0)
           file.truncate()
