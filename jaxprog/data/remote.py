@@ -39,6 +39,8 @@ _OURS = re.compile(r'raw_folder\.json|\..*|incomplete\..*')
 _DIRECT = re.compile(r'gs://.+\.array_record.*')
 # A list is believed for so many seconds.
 _FRESH = 60.0
+# Bytes of the largest file that is hashed after it was uploaded.
+_HASHED = 64 << 20
 # Bytes that stay free, for what else comes to that disk.
 _MARGIN = 1 << 30
 
@@ -266,6 +268,8 @@ def upload(
   if marker in todo and marker not in before:
     return False  # It has been prepared anew; what is here came from there.
   if marker in todo and marker in there:
+    if any(known.get(x) != there.get(x) for x in _IDENTITY):
+      return False  # Another machine has put one there since it was looked for.
     bucket.remove([marker])  # Or it would speak of what is half replaced.
   sizes = {x: (folder / x).stat().st_size for x in todo}
   done, lock = 0, threading.Lock()
@@ -278,11 +282,32 @@ def upload(
       if progress:
         progress(done, sum(sizes.values()))
 
+  def is_put(name: str) -> bool:
+    if there[name].size > _HASHED:
+      return there[name].size == sizes[name]
+    return buckets.is_same(folder / name, there[name])
+
   buckets.at_once(put, [x for x in todo if x != marker])
   bucket.remove(stale)
+  if not todo:
+    return False
+  objects = _tell_sums(bucket, _list_objects(bucket, folder))
+  there = {x.name: x.entry for x in objects}
   if marker in todo:
+    if not all(x in there and is_put(x) for x in todo if x != marker):
+      raise errors.UserError(
+        'Another machine has uploaded a dataset there at the same time.',
+        buckets.shown(folder),
+        'Upload it again with --mode=prepare, on one machine.',
+      )
     put(marker)
-  return bool(todo)
+    there[marker] = _entry((folder / marker).read_bytes())
+  with _locked(root / _LIST):
+    others = _read_list(root)
+    others = {k: x for k, x in others.items() if not k.startswith(start)}
+    there = {start + k: x for k, x in there.items()}
+    files.write_json(root / _LIST, others | there)
+  return True
 
 
 def send(path: pathlib.Path) -> None:
@@ -322,6 +347,8 @@ def _compare(
       return (folder / name).stat().st_size == there[name].size
     if name == marker and not same:
       return False
+    if not there[name].md5:
+      return False  # What is as large may be another's.
     return buckets.is_same(folder / name, there[name])
 
   stale = [] if same else sorted(set(there) - set(names))
@@ -481,12 +508,15 @@ def _tell_sums(
     if (data := bucket.read(x.name)) is None:
       del found[x.name]  # It has just been removed.
       return
-    entry = buckets.Entry(len(data), hashlib.md5(data).hexdigest())
-    found[x.name] = x._replace(entry=entry)
+    found[x.name] = x._replace(entry=_entry(data))
 
   untold = [x for x in found.values() if not x.entry.md5 and _is_small(x.path)]
   buckets.at_once(read, untold)
   return list(found.values())
+
+
+def _entry(data: bytes) -> buckets.Entry:
+  return buckets.Entry(len(data), hashlib.md5(data).hexdigest())
 
 
 def _has_size(x: _Object) -> bool:
