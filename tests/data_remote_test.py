@@ -319,6 +319,13 @@ def test_what_verify_has_seen_is_held_against_other_machines(
     report = verification.verify_dataset('imagenette', data_dir)
     assert report['manifest']['status'] == status
   assert report['manifest']['path'] == f'{bucket}/manifests/imagenette.sha256'
+  # To remove it there is to accept what is here.
+  server.delete('on-disk', 'data/manifests/imagenette.sha256')
+  remote._brought.clear()
+  report = verification.verify_dataset(
+    'imagenette', copy(bucket, tmp_path / 'a')
+  )
+  assert report['manifest']['status'] == 'written'
 
 
 @pytest.mark.parametrize('damage', ['delete', 'flip'])

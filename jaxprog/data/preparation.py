@@ -14,7 +14,6 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Iterator, Sequence
 
 import tensorflow_datasets as tfds
@@ -164,7 +163,7 @@ def prepare(
       return left_out
     prepared = find_prepared(dataset, data_dir)
     if prepared is not None:
-      _remove(pathlib.Path(prepared.data_dir))
+      remote.remove(pathlib.Path(prepared.data_dir))
     if raw is not None:
       builder = builders.Images(
         dataset, raw, data_dir, folder_config(dataset), progress
@@ -572,14 +571,6 @@ def _writing(root: pathlib.Path) -> Iterator[bool]:
     ) from e
 
 
-def _remove(path: pathlib.Path) -> None:
-  """Removes what was prepared; half removed, it is none."""
-  old = path.with_name(f'incomplete.{uuid.uuid4().hex}')
-  with contextlib.suppress(FileNotFoundError):
-    path.rename(old)
-  shutil.rmtree(old, ignore_errors=True)
-
-
 def _remove_leftovers(folder: pathlib.Path) -> None:
   """Removes what interrupted preparations and removals left in `folder`."""
   for leftover in folder.glob('incomplete.*'):
@@ -604,7 +595,7 @@ def store(
     with _writing(path.parent) as is_locked:
       pack = find_pack(records, storage)
       if pack is None:
-        _remove(path)
+        remote.remove(path)
         if is_locked:
           _remove_leftovers(path.parent)
         records.source.fetch()

@@ -15,6 +15,7 @@ import shutil
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -127,7 +128,7 @@ def _clear(old: Iterable[_Object], new: Sequence[_Object]) -> None:
   """Removes what came from a bucket that has another by now, or none."""
   for x in new:
     if x.path.name in _IDENTITY and x.path.exists() and not _is_same(x):
-      _remove(x.path.parent)
+      remove(x.path.parent)
     elif _LARGE.fullmatch(x.path.name) and not _has_size(x):
       x.path.unlink(missing_ok=True)
   names = {x.name for x in new}
@@ -135,7 +136,7 @@ def _clear(old: Iterable[_Object], new: Sequence[_Object]) -> None:
     if x.name not in names and _is_small(x.path) and _is_same(x):
       x.path.unlink()
       if x.path.name in _MARKERS:
-        _remove(x.path.parent)
+        remove(x.path.parent)
 
 
 def _put_in_step(bucket: buckets.Bucket, objects: Iterable[_Object]) -> None:
@@ -159,10 +160,12 @@ def _is_same(x: _Object) -> bool:
   return buckets.is_same(x.path, x.entry)
 
 
-def _remove(folder: pathlib.Path) -> None:
-  for marker in _MARKERS:  # First, or what is left would look whole.
-    (folder / marker).unlink(missing_ok=True)
-  shutil.rmtree(folder, ignore_errors=True)
+def remove(folder: pathlib.Path) -> None:
+  """Removes what was prepared; half removed, it is none."""
+  old = folder.with_name(f'incomplete.{uuid.uuid4().hex}')
+  with contextlib.suppress(FileNotFoundError):
+    folder.rename(old)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def is_known(path: str | os.PathLike[str]) -> bool:
@@ -302,12 +305,18 @@ def upload(
       )
     put(marker)
     there[marker] = _entry((folder / marker).read_bytes())
+  _note(root, {start + k: x for k, x in there.items()}, start)
+  return True
+
+
+def _note(
+  root: pathlib.Path, entries: Mapping[str, buckets.Entry], start: str
+) -> None:
+  """Notes what the bucket has of names that begin with `start`."""
   with _locked(root / _LIST):
     others = _read_list(root)
     others = {k: x for k, x in others.items() if not k.startswith(start)}
-    there = {start + k: x for k, x in there.items()}
-    files.write_json(root / _LIST, others | there)
-  return True
+    files.write_json(root / _LIST, others | entries)
 
 
 def send(path: pathlib.Path) -> None:
@@ -320,6 +329,7 @@ def send(path: pathlib.Path) -> None:
     with contextlib.suppress(buckets.ForbiddenError):
       name = path.relative_to(root).as_posix()
       _bucket(root, root.parent).upload(path, name)
+      _note(root, {name: _entry(path.read_bytes())}, name)
 
 
 def _compare(
