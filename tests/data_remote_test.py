@@ -212,6 +212,21 @@ def test_what_was_uploaded_and_is_gone_there_is_prepared_anew(
   jaxprog.prepare(config)
   new = preparation.load_dataset('imagenette', data_dir)
   assert new.classes == ('m01', 'm02', 'm03')
+  # What came from there has gone; what was put here stays.
+  assert not (data_dir / 'imagenette2').exists()
+  write_class_folders(data_dir / 'imagenette2')
+  assert preparation.drop_raw('imagenette', data_dir) is None
+
+
+def test_files_put_into_a_folder_by_hand_come_one_by_one(server, tmp_path):
+  manual = copy('gs://anew/data/downloads/manual', tmp_path)
+  server.put('anew', 'data/downloads/manual/one.tar', b'1')
+  remote.fetch_files(manual)
+  (manual / 'one.tar').write_text('mine')
+  server.put('anew', 'data/downloads/manual/two.tar', b'2')
+  remote.fetch_files(manual)
+  found = [(manual / f'{x}.tar').read_text() for x in ('one', 'two')]
+  assert found == ['mine', '2']
 
 
 def test_no_upload_speaks_of_anothers_images(server, bucket, tmp_path):

@@ -228,17 +228,16 @@ def fetch_raw(
   Nothing comes where the dataset is here already. `progress` is told of bytes.
   """
   if not is_here(dataset, data_dir):
-    known = named.find(dataset)
     sources = _raw_folders(dataset, data_dir)
-    if known.manual:
-      sources.append(data_dir / 'downloads' / 'manual')
-    any(remote.fetch_folder(x, progress) for x in sources)
+    came = any(remote.fetch_folder(x, progress) for x in sources)
+    if not came and named.find(dataset).manual:
+      remote.fetch_files(data_dir / 'downloads' / 'manual', progress)
 
 
 def drop_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
-  """Removes a raw folder that a bucket has as well, and returns it."""
+  """Removes a raw folder that came from a bucket and is there; returns it."""
   folder = _find_raw(dataset, data_dir)
-  if folder is None or not remote.holds(folder):
+  if folder is None or not remote.is_fetched(folder):
     return None
   shutil.rmtree(folder)
   return folder

@@ -25,6 +25,8 @@ from jaxprog.data import parts
 # In DATA_DIR/prepared and DATA_DIR/manifests of a copy: what the bucket has
 # there, name -> Entry.
 _LIST = '.objects.json'
+# In a raw folder that came from the bucket.
+_FETCHED = '.fetched'
 # It comes last of its folder: who finds it finds all.
 _MARKERS = ('dataset_info.json', 'pack.json')
 # They tell of images by their sums: where one differs, so does all else.
@@ -385,13 +387,48 @@ def fetch_folder(
   with _writing(path.parent), _locked(path):
     if path.exists():  # Another process was as fast.
       return True
-    objects = [x for x in objects if not _has_size(x)]
-    if _bytes_to_come(objects) > free_bytes(path.parent):
-      raise _no_room(str(path), _bytes_to_come(objects))
-    if objects:
-      _fetch(bucket, objects, str(path), progress)
+    lacking = [x for x in objects if not _has_size(x)]
+    _fetch_raw(bucket, lacking, path, progress)
+    (part / _FETCHED).touch()
     part.rename(path)
   return True
+
+
+def fetch_files(
+  path: pathlib.Path, progress: parts.Progress | None = None
+) -> None:
+  """Brings what a folder of a copy lacks; what it has is left as it is.
+
+  `progress` is told of bytes.
+
+  Raises:
+    UserError: if there is no room, or the bucket cannot be read.
+  """
+  if buckets.url_of(path) is None:
+    return
+  bucket = buckets.Bucket(buckets.shown(path))
+  if objects := _list_objects(bucket, path):
+    with _writing(path.parent), _locked(path):
+      lacking = [x for x in objects if not x.path.exists()]
+      _fetch_raw(bucket, lacking, path, progress)
+
+
+def _fetch_raw(
+  bucket: buckets.Bucket,
+  objects: Sequence[_Object],
+  path: pathlib.Path,
+  progress: parts.Progress | None,
+) -> None:
+  """Brings objects of the folder `path`, if there is room for all."""
+  if (need := _bytes_to_come(objects)) > free_bytes(path.parent):
+    raise _no_room(str(path), need)
+  if objects:
+    _fetch(bucket, objects, str(path), progress)
+
+
+def is_fetched(path: pathlib.Path) -> bool:
+  """Returns whether `fetch_folder` has made a folder, and could again."""
+  return (path / _FETCHED).exists() and holds(path)
 
 
 def holds(path: pathlib.Path) -> bool:
