@@ -6,6 +6,7 @@ its own name tells where to find. Other paths are left alone.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -312,7 +313,7 @@ def upload(
 
 
 def _note(
-  root: pathlib.Path, entries: Mapping[str, buckets.Entry], start: str
+  root: pathlib.Path, entries: dict[str, buckets.Entry], start: str
 ) -> None:
   """Notes what the bucket has of names that begin with `start`."""
   with _locked(root / _LIST):
@@ -492,28 +493,39 @@ def _download(
     raise lost(x.path) from None
 
 
+def _read_list(root: pathlib.Path) -> dict[str, buckets.Entry]:
+  try:
+    found = json.loads((root / _LIST).read_text())
+  except FileNotFoundError:
+    return {}
+  return {name: buckets.Entry(*x) for name, x in found.items()}
+
+
 def _find_missing(paths: Iterable[str | os.PathLike[str]]) -> list[_Object]:
   """Returns the objects of those `paths` that are not here.
 
   Raises:
     UserError: if there is none.
   """
-  found = []
+  found, read = [], functools.cache(_read_list)
   for path in dict.fromkeys(paths):
     if not os.path.exists(path) and _root(pathlib.Path(path)):
-      if (x := _find(path)) is None:
+      if (x := _find(path, read)) is None:
         raise lost(path)
       found.append(x)
   return found
 
 
-def _find(path: str | os.PathLike[str]) -> _Object | None:
+def _find(
+  path: str | os.PathLike[str],
+  read: Callable[[pathlib.Path], Mapping[str, buckets.Entry]] = _read_list,
+) -> _Object | None:
   """Returns the object of a path in a copy, None where there is none."""
   path = pathlib.Path(path)
   if (root := _root(path)) is None:
     return None
   name = path.relative_to(root).as_posix()
-  entry = _read_list(root).get(name)
+  entry = read(root).get(name)
   return entry and _Object(root, name, entry)
 
 
@@ -522,14 +534,6 @@ def _root(path: pathlib.Path) -> pathlib.Path | None:
   if buckets.url_of(path) is None:
     return None
   return next((x for x in path.parents if (x / _LIST).is_file()), None)
-
-
-def _read_list(root: pathlib.Path) -> dict[str, buckets.Entry]:
-  try:
-    found = json.loads((root / _LIST).read_text())
-  except FileNotFoundError:
-    return {}
-  return {name: buckets.Entry(*x) for name, x in found.items()}
 
 
 def _list_objects(bucket: buckets.Bucket, root: pathlib.Path) -> list[_Object]:
