@@ -3,6 +3,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import fake_gcs
 import numpy as np
@@ -28,7 +30,7 @@ RECORDS = f'{FOLDER}/imagenette_folder-%s.array_record-00000-of-00001'
 
 @pytest.fixture(scope='module')
 def server():
-  names = 'on-disk', 'raw-only', 'forbidden', 'shared', 'small'
+  names = 'on-disk', 'raw-only', 'forbidden', 'shared', 'small', 'anew'
   with pytest.MonkeyPatch.context() as patch, fake_gcs.serve(names) as server:
     for key, value in server.environ.items():
       patch.setenv(key, value)
@@ -195,6 +197,57 @@ def test_what_is_prepared_anew_stays_until_it_is_uploaded(
   assert there.classes == classes
 
 
+def test_what_was_uploaded_and_is_gone_there_is_prepared_anew(
+  server, on_disk, tmp_path, capsys
+):
+  data_dir, url = copy('gs://anew/data', tmp_path), 'gs://anew/data'
+  put(server, 'anew', on_disk / 'imagenette2', 'data/imagenette2')
+  config = make_config(url, tmp_path)
+  jaxprog.prepare(config)
+  # As the documentation says of raw images that have changed.
+  server.bucket('anew').clear()
+  write_class_folders(tmp_path / 'imagenette2', ('m01', 'm02', 'm03'))
+  put(server, 'anew', tmp_path / 'imagenette2', 'data/imagenette2')
+  remote._brought.clear()
+  jaxprog.prepare(config)
+  new = preparation.load_dataset('imagenette', data_dir)
+  assert new.classes == ('m01', 'm02', 'm03')
+  # What came from there has gone; what was put here stays.
+  assert not (data_dir / 'imagenette2').exists()
+  write_class_folders(data_dir / 'imagenette2')
+  assert preparation.drop_raw('imagenette', data_dir) is None
+
+
+def test_files_put_into_a_folder_by_hand_come_one_by_one(server, tmp_path):
+  manual = copy('gs://anew/data/downloads/manual', tmp_path)
+  server.put('anew', 'data/downloads/manual/one.tar', b'1')
+  remote.fetch_files(manual)
+  (manual / 'one.tar').write_text('mine')
+  server.put('anew', 'data/downloads/manual/two.tar', b'2')
+  remote.fetch_files(manual)
+  found = [(manual / f'{x}.tar').read_text() for x in ('one', 'two')]
+  assert found == ['mine', '2']
+
+
+def test_no_upload_speaks_of_anothers_images(server, bucket, tmp_path):
+  data_dir, name = copy(bucket, tmp_path), f'{FOLDER}/metadata.json'
+  prepare_another(data_dir)
+  server.order('slow', what='write', match='array_record', seconds=1)
+
+  def interfere():
+    while name not in server.objects('on-disk'):
+      time.sleep(0.02)
+    server.put('on-disk', name, b'{}')
+
+  server.bucket('on-disk').clear()
+  thread = threading.Thread(target=interfere)
+  thread.start()
+  with pytest.raises(errors.UserError, match='Another machine'):
+    preparation.upload('imagenette', data_dir)
+  thread.join()
+  assert f'{FOLDER}/dataset_info.json' not in server.objects('on-disk')
+
+
 def test_what_the_bucket_has_no_longer_goes(server, bucket, tmp_path):
   data_dir = copy(bucket, tmp_path)
   server.put('on-disk', 'data/manifests/a.sha256', b'a')
@@ -281,6 +334,13 @@ def test_what_verify_has_seen_is_held_against_other_machines(
     report = verification.verify_dataset('imagenette', data_dir)
     assert report['manifest']['status'] == status
   assert report['manifest']['path'] == f'{bucket}/manifests/imagenette.sha256'
+  # To remove it there is to accept what is here.
+  server.delete('on-disk', 'data/manifests/imagenette.sha256')
+  remote._brought.clear()
+  report = verification.verify_dataset(
+    'imagenette', copy(bucket, tmp_path / 'a')
+  )
+  assert report['manifest']['status'] == 'written'
 
 
 @pytest.mark.parametrize('damage', ['delete', 'flip'])

@@ -14,7 +14,6 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Iterator, Sequence
 
 import tensorflow_datasets as tfds
@@ -164,7 +163,7 @@ def prepare(
       return left_out
     prepared = find_prepared(dataset, data_dir)
     if prepared is not None:
-      _remove(pathlib.Path(prepared.data_dir))
+      remote.remove(pathlib.Path(prepared.data_dir))
     if raw is not None:
       builder = builders.Images(
         dataset, raw, data_dir, folder_config(dataset), progress
@@ -229,17 +228,16 @@ def fetch_raw(
   Nothing comes where the dataset is here already. `progress` is told of bytes.
   """
   if not is_here(dataset, data_dir):
-    known = named.find(dataset)
     sources = _raw_folders(dataset, data_dir)
-    if known.manual:
-      sources.append(data_dir / 'downloads' / 'manual')
-    any(remote.fetch_folder(x, progress) for x in sources)
+    came = any(remote.fetch_folder(x, progress) for x in sources)
+    if not came and named.find(dataset).manual:
+      remote.fetch_files(data_dir / 'downloads' / 'manual', progress)
 
 
 def drop_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
-  """Removes a raw folder that a bucket has as well, and returns it."""
+  """Removes a raw folder that came from a bucket and is there; returns it."""
   folder = _find_raw(dataset, data_dir)
-  if folder is None or not remote.holds(folder):
+  if folder is None or not remote.is_fetched(folder):
     return None
   shutil.rmtree(folder)
   return folder
@@ -572,14 +570,6 @@ def _writing(root: pathlib.Path) -> Iterator[bool]:
     ) from e
 
 
-def _remove(path: pathlib.Path) -> None:
-  """Removes what was prepared; half removed, it is none."""
-  old = path.with_name(f'incomplete.{uuid.uuid4().hex}')
-  with contextlib.suppress(FileNotFoundError):
-    path.rename(old)
-  shutil.rmtree(old, ignore_errors=True)
-
-
 def _remove_leftovers(folder: pathlib.Path) -> None:
   """Removes what interrupted preparations and removals left in `folder`."""
   for leftover in folder.glob('incomplete.*'):
@@ -604,7 +594,7 @@ def store(
     with _writing(path.parent) as is_locked:
       pack = find_pack(records, storage)
       if pack is None:
-        _remove(path)
+        remote.remove(path)
         if is_locked:
           _remove_leftovers(path.parent)
         records.source.fetch()

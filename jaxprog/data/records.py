@@ -125,7 +125,8 @@ class Dataset:
   @property
   def stored(self) -> dict[str, shards.Shards | packs.Pack]:
     """What training and evaluation read, by a name of the split."""
-    splits = {self.eval.name: self.eval, self.train.name: self.train}
+    # The room there is goes to what is read most, and to what needs it.
+    splits = {self.train.name: self.train, self.eval.name: self.eval}
     if self.holdout:
       splits['hold-out'] = self.holdout
     return {name: split.stored for name, split in splits.items()}

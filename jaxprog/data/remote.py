@@ -6,6 +6,7 @@ its own name tells where to find. Other paths are left alone.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,6 +26,8 @@ from jaxprog.data import parts
 # In DATA_DIR/prepared and DATA_DIR/manifests of a copy: what the bucket has
 # there, name -> Entry.
 _LIST = '.objects.json'
+# In a raw folder that came from the bucket.
+_FETCHED = '.fetched'
 # It comes last of its folder: who finds it finds all.
 _MARKERS = ('dataset_info.json', 'pack.json')
 # They tell of images by their sums: where one differs, so does all else.
@@ -39,6 +43,8 @@ _OURS = re.compile(r'raw_folder\.json|\..*|incomplete\..*')
 _DIRECT = re.compile(r'gs://.+\.array_record.*')
 # A list is believed for so many seconds.
 _FRESH = 60.0
+# Bytes of the largest file that is hashed after it was uploaded.
+_HASHED = 64 << 20
 # Bytes that stay free, for what else comes to that disk.
 _MARGIN = 1 << 30
 
@@ -125,7 +131,7 @@ def _clear(old: Iterable[_Object], new: Sequence[_Object]) -> None:
   """Removes what came from a bucket that has another by now, or none."""
   for x in new:
     if x.path.name in _IDENTITY and x.path.exists() and not _is_same(x):
-      _remove(x.path.parent)
+      remove(x.path.parent)
     elif _LARGE.fullmatch(x.path.name) and not _has_size(x):
       x.path.unlink(missing_ok=True)
   names = {x.name for x in new}
@@ -133,7 +139,7 @@ def _clear(old: Iterable[_Object], new: Sequence[_Object]) -> None:
     if x.name not in names and _is_small(x.path) and _is_same(x):
       x.path.unlink()
       if x.path.name in _MARKERS:
-        _remove(x.path.parent)
+        remove(x.path.parent)
 
 
 def _put_in_step(bucket: buckets.Bucket, objects: Iterable[_Object]) -> None:
@@ -157,10 +163,12 @@ def _is_same(x: _Object) -> bool:
   return buckets.is_same(x.path, x.entry)
 
 
-def _remove(folder: pathlib.Path) -> None:
-  for marker in _MARKERS:  # First, or what is left would look whole.
-    (folder / marker).unlink(missing_ok=True)
-  shutil.rmtree(folder, ignore_errors=True)
+def remove(folder: pathlib.Path) -> None:
+  """Removes what was prepared; half removed, it is none."""
+  old = folder.with_name(f'incomplete.{uuid.uuid4().hex}')
+  with contextlib.suppress(FileNotFoundError):
+    folder.rename(old)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def is_known(path: str | os.PathLike[str]) -> bool:
@@ -266,6 +274,8 @@ def upload(
   if marker in todo and marker not in before:
     return False  # It has been prepared anew; what is here came from there.
   if marker in todo and marker in there:
+    if any(known.get(x) != there.get(x) for x in _IDENTITY):
+      return False  # Another machine has put one there since it was looked for.
     bucket.remove([marker])  # Or it would speak of what is half replaced.
   sizes = {x: (folder / x).stat().st_size for x in todo}
   done, lock = 0, threading.Lock()
@@ -278,11 +288,38 @@ def upload(
       if progress:
         progress(done, sum(sizes.values()))
 
+  def is_put(name: str) -> bool:
+    if there[name].size > _HASHED:
+      return there[name].size == sizes[name]
+    return buckets.is_same(folder / name, there[name])
+
   buckets.at_once(put, [x for x in todo if x != marker])
   bucket.remove(stale)
+  if not todo:
+    return False
+  objects = _tell_sums(bucket, _list_objects(bucket, folder))
+  there = {x.name: x.entry for x in objects}
   if marker in todo:
+    if not all(x in there and is_put(x) for x in todo if x != marker):
+      raise errors.UserError(
+        'Another machine has uploaded a dataset there at the same time.',
+        buckets.shown(folder),
+        'Upload it again with --mode=prepare, on one machine.',
+      )
     put(marker)
-  return bool(todo)
+    there[marker] = _entry((folder / marker).read_bytes())
+  _note(root, {start + k: x for k, x in there.items()}, start)
+  return True
+
+
+def _note(
+  root: pathlib.Path, entries: dict[str, buckets.Entry], start: str
+) -> None:
+  """Notes what the bucket has of names that begin with `start`."""
+  with _locked(root / _LIST):
+    others = _read_list(root)
+    others = {k: x for k, x in others.items() if not k.startswith(start)}
+    files.write_json(root / _LIST, others | entries)
 
 
 def send(path: pathlib.Path) -> None:
@@ -295,6 +332,7 @@ def send(path: pathlib.Path) -> None:
     with contextlib.suppress(buckets.ForbiddenError):
       name = path.relative_to(root).as_posix()
       _bucket(root, root.parent).upload(path, name)
+      _note(root, {name: _entry(path.read_bytes())}, name)
 
 
 def _compare(
@@ -322,6 +360,8 @@ def _compare(
       return (folder / name).stat().st_size == there[name].size
     if name == marker and not same:
       return False
+    if not there[name].md5:
+      return False  # What is as large may be another's.
     return buckets.is_same(folder / name, there[name])
 
   stale = [] if same else sorted(set(there) - set(names))
@@ -348,13 +388,48 @@ def fetch_folder(
   with _writing(path.parent), _locked(path):
     if path.exists():  # Another process was as fast.
       return True
-    objects = [x for x in objects if not _has_size(x)]
-    if _bytes_to_come(objects) > free_bytes(path.parent):
-      raise _no_room(str(path), _bytes_to_come(objects))
-    if objects:
-      _fetch(bucket, objects, str(path), progress)
+    lacking = [x for x in objects if not _has_size(x)]
+    _fetch_raw(bucket, lacking, path, progress)
+    (part / _FETCHED).touch()
     part.rename(path)
   return True
+
+
+def fetch_files(
+  path: pathlib.Path, progress: parts.Progress | None = None
+) -> None:
+  """Brings what a folder of a copy lacks; what it has is left as it is.
+
+  `progress` is told of bytes.
+
+  Raises:
+    UserError: if there is no room, or the bucket cannot be read.
+  """
+  if buckets.url_of(path) is None:
+    return
+  bucket = buckets.Bucket(buckets.shown(path))
+  if objects := _list_objects(bucket, path):
+    with _writing(path.parent), _locked(path):
+      lacking = [x for x in objects if not x.path.exists()]
+      _fetch_raw(bucket, lacking, path, progress)
+
+
+def _fetch_raw(
+  bucket: buckets.Bucket,
+  objects: Sequence[_Object],
+  path: pathlib.Path,
+  progress: parts.Progress | None,
+) -> None:
+  """Brings objects of the folder `path`, if there is room for all."""
+  if (need := _bytes_to_come(objects)) > free_bytes(path.parent):
+    raise _no_room(str(path), need)
+  if objects:
+    _fetch(bucket, objects, str(path), progress)
+
+
+def is_fetched(path: pathlib.Path) -> bool:
+  """Returns whether `fetch_folder` has made a folder, and could again."""
+  return (path / _FETCHED).exists() and holds(path)
 
 
 def holds(path: pathlib.Path) -> bool:
@@ -418,28 +493,39 @@ def _download(
     raise lost(x.path) from None
 
 
+def _read_list(root: pathlib.Path) -> dict[str, buckets.Entry]:
+  try:
+    found = json.loads((root / _LIST).read_text())
+  except FileNotFoundError:
+    return {}
+  return {name: buckets.Entry(*x) for name, x in found.items()}
+
+
 def _find_missing(paths: Iterable[str | os.PathLike[str]]) -> list[_Object]:
   """Returns the objects of those `paths` that are not here.
 
   Raises:
     UserError: if there is none.
   """
-  found = []
+  found, read = [], functools.cache(_read_list)
   for path in dict.fromkeys(paths):
     if not os.path.exists(path) and _root(pathlib.Path(path)):
-      if (x := _find(path)) is None:
+      if (x := _find(path, read)) is None:
         raise lost(path)
       found.append(x)
   return found
 
 
-def _find(path: str | os.PathLike[str]) -> _Object | None:
+def _find(
+  path: str | os.PathLike[str],
+  read: Callable[[pathlib.Path], Mapping[str, buckets.Entry]] = _read_list,
+) -> _Object | None:
   """Returns the object of a path in a copy, None where there is none."""
   path = pathlib.Path(path)
   if (root := _root(path)) is None:
     return None
   name = path.relative_to(root).as_posix()
-  entry = _read_list(root).get(name)
+  entry = read(root).get(name)
   return entry and _Object(root, name, entry)
 
 
@@ -448,14 +534,6 @@ def _root(path: pathlib.Path) -> pathlib.Path | None:
   if buckets.url_of(path) is None:
     return None
   return next((x for x in path.parents if (x / _LIST).is_file()), None)
-
-
-def _read_list(root: pathlib.Path) -> dict[str, buckets.Entry]:
-  try:
-    found = json.loads((root / _LIST).read_text())
-  except FileNotFoundError:
-    return {}
-  return {name: buckets.Entry(*x) for name, x in found.items()}
 
 
 def _list_objects(bucket: buckets.Bucket, root: pathlib.Path) -> list[_Object]:
@@ -481,12 +559,15 @@ def _tell_sums(
     if (data := bucket.read(x.name)) is None:
       del found[x.name]  # It has just been removed.
       return
-    entry = buckets.Entry(len(data), hashlib.md5(data).hexdigest())
-    found[x.name] = x._replace(entry=entry)
+    found[x.name] = x._replace(entry=_entry(data))
 
   untold = [x for x in found.values() if not x.entry.md5 and _is_small(x.path)]
   buckets.at_once(read, untold)
   return list(found.values())
+
+
+def _entry(data: bytes) -> buckets.Entry:
+  return buckets.Entry(len(data), hashlib.md5(data).hexdigest())
 
 
 def _has_size(x: _Object) -> bool:

@@ -263,11 +263,16 @@ def _find_damaged_packs(images: Images) -> list[Problem]:
   """Returns stored training images that are not what was written."""
   if images.kind != 'prepared':
     return []
-  return [
-    _problem('pack', str(path), 'not what was written; remove it')
-    for path in preparation.list_packs(pathlib.Path(images.path))
-    if not packs.is_intact(path)
-  ]
+  problems = []
+  for path in preparation.list_packs(pathlib.Path(images.path)):
+    detail = 'not what was written; remove it'
+    try:
+      if packs.is_intact(path):
+        continue
+    except errors.UserError as e:  # It is in a bucket, and cannot come.
+      detail = str(e).replace('\n', ' ')
+    problems.append(_problem('pack', str(path), detail))
+  return problems
 
 
 def _count(

@@ -133,7 +133,7 @@ def to_fetch(
 
   None if all are here. `results` are the bytes that the run will write.
   """
-  data_dir = paths.data_dir(config)
+  data_dir, images = paths.data_dir(config), list(images)
   if not (need := remote.missing(images)):
     return None
   nearest = nearest_folder(data_dir)
@@ -146,7 +146,7 @@ def to_fetch(
   )
   if need <= free:
     return line, True
-  if all(map(remote.reads_directly, images)):
+  if remote.missing(x for x in images if not remote.reads_directly(x)) <= free:
     return f'{line}: what has no room is read there, which is slower', True
   return line, False
 

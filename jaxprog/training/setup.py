@@ -304,11 +304,14 @@ def _exclude_leaks(
   """
   known, absent = dict(datasets), {}
   for stage in all_stages:
-    if stage.name not in known:
-      try:
-        known |= load_datasets(config, [stage])
-      except errors.UserError:
-        absent[stage.name] = stage.dataset
+    if stage.name in known:
+      continue
+    # What cannot be looked for is not absent: its bucket may be out of reach.
+    preparation.is_here(stage.dataset, paths.data_dir(config))
+    try:
+      known |= load_datasets(config, [stage])
+    except errors.UserError:
+      absent[stage.name] = stage.dataset
   with bars.progress_bars(rich.console.Console(stderr=True)) as show:
     found = leaks.find_overlap(known, absent=absent, progress=show)
   return {
