@@ -30,7 +30,8 @@ class Machine:
 
   @property
   def environ(self) -> dict[str, str]:
-    return {'JAXPROG_CACHE_DIR': str(self.cache)}
+    # Not the program that is installed.
+    return {'JAXPROG_CACHE_DIR': str(self.cache), 'PYTHONPATH': str(runs.ROOT)}
 
   @property
   def program(self) -> tuple[str, ...]:

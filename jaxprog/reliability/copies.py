@@ -227,9 +227,16 @@ def fetch(
 
 
 def refresh(folder: pathlib.Path, bucket: buckets.Bucket) -> None:
-  """Makes `folder`, of a process that does not write, what the bucket holds."""
-  with alone(folder):
-    fetch(folder, bucket)
+  """Makes `folder`, of a process that does not write, what the bucket holds.
+
+  Raises:
+    RuntimeError: if the bucket cannot be read; hours later it is no mistake.
+  """
+  try:
+    with alone(folder):
+      fetch(folder, bucket)
+  except errors.UserError as e:
+    raise RuntimeError(describe(e)) from e
 
 
 def _list(bucket: buckets.Bucket, *, weights: bool = True) -> Listing:

@@ -264,12 +264,7 @@ def locate(
   url = os.fspath(workdir) if buckets.is_url(workdir) else mirror
   if not url:
     return folder, ''
-  if not buckets.is_url(url):
-    raise errors.UserError(
-      f'{url!r} is no URL.',
-      f'config.mirror={url}',
-      'Write s3://BUCKET/PATH, gs://BUCKET/PATH or another that fsspec knows.',
-    )
+  url = buckets.normalise(url, f'config.mirror={url}')
   if jax.process_index() > 0:
     folder = paths.copy(url, part=f'process-{jax.process_index()}')
-  return folder, buckets.normalise(url)
+  return folder, url
