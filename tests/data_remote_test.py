@@ -197,6 +197,29 @@ def test_what_is_prepared_anew_stays_until_it_is_uploaded(
   assert there.classes == classes
 
 
+def test_a_pack_that_is_made_anew_stays_and_is_uploaded(
+  server, bucket, tmp_path, monkeypatch
+):
+  (stage,) = stages.create_stages(make_config('', '', storage='raw:16'))
+
+  def load(data_dir):
+    return preparation.load_dataset('imagenette', data_dir)
+
+  data_dir, other = copy(bucket, tmp_path / 'a'), copy(bucket, tmp_path / 'b')
+  with monkeypatch.context() as patch:  # As an earlier release.
+    patch.setattr(packs, '_DECODING', 1)
+    preparation.store(load(other), stage.stored)
+    preparation.upload('imagenette', other)
+  pack = preparation.store(load(data_dir), stage.stored).train.pack
+  remote._brought.clear()
+  assert preparation.find_pack(load(data_dir).train, stage.stored) == pack
+  assert packs.is_intact(pack.path)
+  assert preparation.upload('imagenette', data_dir)
+  name = 'data/prepared/imagenette_folder/packed/1.0.0+raw.16/pack.json'
+  info = json.loads(server.objects('on-disk')[name])
+  assert info['decoding'] == packs._DECODING
+
+
 def test_what_was_uploaded_and_is_gone_there_is_prepared_anew(
   server, on_disk, tmp_path, capsys
 ):

@@ -45,6 +45,8 @@ _DIRECT = re.compile(r'gs://.+\.array_record.*')
 _FRESH = 60.0
 # Bytes of the largest file that is hashed after it was uploaded.
 _HASHED = 64 << 20
+# Where else copies may lie.
+_ELSEWHERE = '--config.cache_dir=DIR, or for folder:URL $JAXPROG_CACHE_DIR'
 # Bytes that stay free, for what else comes to that disk.
 _MARGIN = 1 << 30
 
@@ -590,7 +592,7 @@ def _no_room(folder: str, need: int) -> errors.UserError:
   return errors.UserError(
     f'{formats.size(need)} of {buckets.shown(folder)} have no room here.',
     f'{folder}; {formats.size(_MARGIN)} stay free there',
-    'Make room, or name a folder on another disk: --config.cache_dir=DIR.',
+    f'Make room, or name a folder on another disk: {_ELSEWHERE}.',
   )
 
 
@@ -603,7 +605,7 @@ def _writing(root: pathlib.Path) -> Iterator[None]:
     raise errors.UserError(
       f'Cannot write the copy of {buckets.shown(root)}: {e.strerror}.',
       str(root),
-      'Name a folder that you may write to, with room: --config.cache_dir=DIR.',
+      f'Name a folder that you may write to, with room: {_ELSEWHERE}.',
     ) from e
 
 

@@ -104,9 +104,9 @@ class Shards:
     Raises:
       UserError: if that cannot be, or other images have taken their place.
     """
-    with self._unchanged():
-      absent = [x for x in self.paths if x not in self._places]
-      self._places |= remote.fetch(absent, progress)
+    if absent := [x for x in self.paths if x not in self._places]:
+      with self._unchanged():
+        self._places |= remote.fetch(absent, progress)
 
   def _reader(self, i: int) -> Any:
     if self._readers[i] is None:

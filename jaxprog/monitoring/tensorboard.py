@@ -106,14 +106,14 @@ def _create_writer(logdir: pathlib.Path) -> Any:
   except ImportError:
     return events.Writer(logdir)
 
-  class Writer(metric_writers.SummaryWriter):
+  class CluWriter(metric_writers.SummaryWriter):
     def write_event(self, event):
       # Neither clu nor tf.summary writes events other than summaries.
       resource = self._summary_writer._resource
       tf.raw_ops.ImportEvent(writer=resource, event=event.SerializeToString())
 
   tf.config.set_visible_devices([], 'GPU')  # It would take all their memory.
-  return Writer(str(logdir))
+  return CluWriter(str(logdir))
 
 
 def _write_restart(writer: Any, step: int) -> None:

@@ -60,7 +60,8 @@ def prepare(
       preparation.fetch_raw(dataset, data_dir, show)
     with bars.progress_bar(console, dataset) as show:
       left_out = preparation.prepare(dataset, data_dir, progress=show)
-    console.print(f'{dataset}: prepared in {data_dir}/prepared', soft_wrap=True)
+    where = buckets.shown(data_dir / 'prepared')
+    console.print(f'{dataset}: prepared in {where}', soft_wrap=True)
     if left_out:
       text = errors.printable(f'{dataset}: left out: {left_out}')
       console.print(text, style='yellow', highlight=False, soft_wrap=True)
