@@ -404,6 +404,19 @@ def test_what_others_have_added_stays_on_both_sides(server, tmp_path):
   assert 'eval/x.json' not in objects(server)
 
 
+def test_what_a_bucket_has_lost_is_uploaded_again(server, tmp_path):
+  folder = tmp_path / 'run'
+  with held(folder):
+    save(folder, 'latest', 1)
+    (folder / 'history.json').write_text('1')
+  whole = objects(server)
+  for name in whole:
+    server.delete('test-bucket', f'{PREFIX}{name}')
+  with held(folder):
+    pass
+  assert objects(server) == whole == contents(folder)
+
+
 def test_who_has_written_nothing_makes_no_other_old(server, tmp_path):
   folder, other = tmp_path / 'run', tmp_path / 'other'
   with held(folder):

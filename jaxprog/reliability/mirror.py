@@ -64,10 +64,13 @@ class Mirror:
       there = self._bucket.list()
       writer = copies.read_writer(self._bucket)
       state = copies.read_state(self._folder, self._bucket)
-      if not self._is_newest(state, writer, there):
+      if self._is_newest(state, writer, there):
+        known = state.known if state else {}
+        self._known = {k: v for k, v in known.items() if k in there}
+      else:
         state = copies.fetch(self._folder, self._bucket)
         writer = state.holds[0] if state.holds else ''
-      self._known = dict(state.known if state else {})
+        self._known = dict(state.known)
       self._holds = (writer, self._lease.token)
       self._note()
       if not writer:  # Or a first run that is killed soon would begin anew.
