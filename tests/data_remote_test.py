@@ -269,6 +269,13 @@ def test_no_upload_speaks_of_anothers_images(server, bucket, tmp_path):
     preparation.upload('imagenette', data_dir)
   thread.join()
   assert f'{FOLDER}/dataset_info.json' not in server.objects('on-disk')
+  # Nor does it replace what has come since this machine looked.
+  server.heal()
+  server.put('on-disk', f'{FOLDER}/dataset_info.json', b'{}')
+  with pytest.raises(errors.UserError, match='Another machine'):
+    preparation.upload('imagenette', data_dir)
+  remote._brought.clear()
+  assert preparation.upload('imagenette', data_dir)
 
 
 def test_what_the_bucket_has_no_longer_goes(server, bucket, tmp_path):
