@@ -23,6 +23,7 @@ from jaxprog.data import (
 )
 from jaxprog.epochs import count_steps
 from jaxprog.planning import inspection
+from jaxprog.training import preflight, setup
 
 FOLDER = 'data/prepared/imagenette_folder/1.0.0'
 RECORDS = f'{FOLDER}/imagenette_folder-%s.array_record-00000-of-00001'
@@ -269,6 +270,13 @@ def test_no_upload_speaks_of_anothers_images(server, bucket, tmp_path):
     preparation.upload('imagenette', data_dir)
   thread.join()
   assert f'{FOLDER}/dataset_info.json' not in server.objects('on-disk')
+  # Nor does it replace what has come since this machine looked.
+  server.heal()
+  server.put('on-disk', f'{FOLDER}/dataset_info.json', b'{}')
+  with pytest.raises(errors.UserError, match='Another machine'):
+    preparation.upload('imagenette', data_dir)
+  remote._brought.clear()
+  assert preparation.upload('imagenette', data_dir)
 
 
 def test_what_the_bucket_has_no_longer_goes(server, bucket, tmp_path):
@@ -416,6 +424,17 @@ def test_a_name_does_not_lead_out_of_the_copy(server, bucket, tmp_path):
   assert not list(tmp_path.rglob('x'))
 
 
+def test_what_cannot_be_looked_for_is_not_absent(server, bucket, tmp_path):
+  config = make_config(bucket, tmp_path)
+  other = {'name': 'b', 'dataset': 'imagenet_mini', 'image_size': 16}
+  config.stages = [*config.stages, other]
+  dataset = preparation.load_dataset('imagenette', copy(bucket, tmp_path))
+  server.order('403', what='list')
+  all_stages = stages.create_stages(config)
+  with pytest.raises(errors.UserError, match='You may not do that'):
+    setup._exclude_leaks(config, all_stages, {'a': dataset})
+
+
 def test_what_is_wrong_with_a_bucket_names_the_field(server, tmp_path):
   with pytest.raises(errors.UserError) as info:
     preparation.find_prepared('digits', copy('gs://typo/data', tmp_path))
@@ -464,6 +483,12 @@ def test_without_room_records_are_read_in_the_bucket(
   ):
     np.testing.assert_array_equal(a['image'], b['image'])
   assert not list(small_disk.rglob('*.array_record*'))
+  # A pack that is here needs no room, whatever is read beside it.
+  (stage,) = stages.create_stages(make_config('', '', storage='raw:16'))
+  train = preparation.store(there, stage.stored).train
+  config = make_config(bucket, small_disk)
+  images = {*train.pack.paths, *train.source.paths}
+  assert preflight.to_fetch(config, images, None, 0)[1]
   # A missing object is as empty as a missing file to what reads it.
   server.delete('on-disk', RECORDS % 'validation')
   with pytest.raises(errors.UserError, match=RECORDS % 'validation'):

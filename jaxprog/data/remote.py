@@ -252,7 +252,7 @@ def upload(
   `progress` is told of bytes. Returns whether anything was to be brought.
 
   Raises:
-    UserError: if the bucket cannot be written to.
+    UserError: if the bucket cannot be written to, or another machine does so.
   """
   if (root := _root(folder)) is None:
     return False
@@ -277,7 +277,7 @@ def upload(
     return False  # It has been prepared anew; what is here came from there.
   if marker in todo and marker in there:
     if any(known.get(x) != there.get(x) for x in _IDENTITY):
-      return False  # Another machine has put one there since it was looked for.
+      raise _overtaken(folder)
     bucket.remove([marker])  # Or it would speak of what is half replaced.
   sizes = {x: (folder / x).stat().st_size for x in todo}
   done, lock = 0, threading.Lock()
@@ -303,22 +303,26 @@ def upload(
   there = {x.name: x.entry for x in objects}
   if marker in todo:
     if not all(x in there and is_put(x) for x in todo if x != marker):
-      raise errors.UserError(
-        'Another machine has uploaded a dataset there at the same time.',
-        buckets.shown(folder),
-        'Upload it again with --mode=prepare, on one machine.',
-      )
+      raise _overtaken(folder)
     put(marker)
     there[marker] = _entry((folder / marker).read_bytes())
   _note(root, {start + k: x for k, x in there.items()}, start)
   return True
 
 
+def _overtaken(folder: pathlib.Path) -> errors.UserError:
+  return errors.UserError(
+    'Another machine has uploaded another dataset there meanwhile.',
+    buckets.shown(folder),
+    'To put this one in its place prepare it again, on one machine.',
+  )
+
+
 def _note(
   root: pathlib.Path, entries: dict[str, buckets.Entry], start: str
 ) -> None:
   """Notes what the bucket has of names that begin with `start`."""
-  with _locked(root / _LIST):
+  with _writing(root), _locked(root / _LIST):
     others = _read_list(root)
     others = {k: x for k, x in others.items() if not k.startswith(start)}
     files.write_json(root / _LIST, others | entries)
