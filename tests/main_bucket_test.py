@@ -118,6 +118,7 @@ def test_killed_here_it_goes_on_elsewhere_with_the_same_bits(
   assert machines.objects(server, url) == machines.contents(machine.copy(url))
 
 
+@pytest.mark.slow  # Its parts are tested with mirror.py.
 def test_a_mirror_brings_a_run_to_another_folder(
   server, first, machine, config, monkeypatch, tmp_path
 ):
