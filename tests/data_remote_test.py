@@ -20,6 +20,7 @@ from jaxprog.data import (
   preparation,
   remote,
   verification,
+  workers,
 )
 from jaxprog.epochs import count_steps
 from jaxprog.planning import inspection
@@ -35,6 +36,7 @@ def server():
   with pytest.MonkeyPatch.context() as patch, fake_gcs.serve(names) as server:
     for key, value in server.environ.items():
       patch.setenv(key, value)
+    workers.executor.cache_clear()  # Earlier ones know another server.
     yield server
 
 
