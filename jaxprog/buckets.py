@@ -9,7 +9,6 @@ CACHE/bucket@gs/BUCKET/PATH, so that either name tells the other.
 import base64
 import collections
 import contextlib
-import fcntl
 import hashlib
 import io
 import logging
@@ -23,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
-from jaxprog import errors
+from jaxprog import errors, files
 
 # Not folder:PATH, the name of a dataset, nor a drive of one letter.
 _URL = re.compile(r'(?!folder:)([a-z][a-z0-9]+):/+(.+)', re.DOTALL | re.I)
@@ -158,10 +157,6 @@ class Bucket:
     self._files = self._open()
     self._root = str(self._files._strip_protocol(self.url)).rstrip('/')
 
-  def below(self, name: str) -> 'Bucket':
-    """Returns the folder `name` of this one."""
-    return Bucket(f'{self.url}/{name}', self._where)
-
   def list(self, under: str = '') -> dict[str, Entry]:
     """Returns all objects whose names begin with the folder `under`.
 
@@ -275,9 +270,10 @@ class Bucket:
     tries = 0
     while tries < 2:
       with open(part, 'ab') as file:
-        with contextlib.suppress(OSError):  # A mount without locks.
-          fcntl.flock(file, fcntl.LOCK_EX)
-        if not _is_at(file, part):  # It was another's, who is through with it.
+        files.lock(file.fileno())
+        if not files.is_at(
+          file.fileno(), part
+        ):  # It was another's, who is through with it.
           continue
         is_new = _look(path) != before  # Another process was faster.
         if (entry.md5 or is_new) and is_same(path, entry):
@@ -502,14 +498,6 @@ def at_once(call: Callable[[Any], Any], items: Iterable[Any]) -> None:
     ended.set()
   if failed:
     raise failed[0]
-
-
-def _is_at(file: io.BufferedWriter, path: pathlib.Path) -> bool:
-  """Returns whether the open file is the one at `path`."""
-  try:
-    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-  except FileNotFoundError:
-    return False
 
 
 def part_of(path: pathlib.Path, entry: Entry) -> pathlib.Path:

@@ -38,6 +38,14 @@ def lock(file: int, kind: int = fcntl.LOCK_EX, *, wait: bool = True) -> bool:
   return True
 
 
+def is_at(file: int, path: str | os.PathLike[str]) -> bool:
+  """Returns whether an open file is the one at `path`."""
+  try:
+    return os.path.samestat(os.fstat(file), os.stat(path))
+  except FileNotFoundError:
+    return False
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
   """Writes what `plain` makes of `value` as JSON, atomically."""
   text = json.dumps(plain(value), indent=2, allow_nan=False)

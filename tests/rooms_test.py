@@ -8,7 +8,8 @@ ROOT = pathlib.Path(__file__).parent.parent / 'jaxprog'
 # From the ground up; rooms of one row know nothing of each other.
 ROWS = (
   ('errors', 'version'),
-  ('buckets', 'files', 'formats', 'fields', 'named'),
+  ('files', 'formats', 'fields', 'named'),
+  ('buckets',),
   ('paths', 'stages'),
   ('epochs', 'config'),
   ('models', 'data', 'optim', 'reliability'),

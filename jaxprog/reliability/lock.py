@@ -123,7 +123,7 @@ class Lock:
       try:
         _claim(file, self._path)
         self._await_dead()
-        if _is_at(file, self._path):  # Its owner has not just removed it.
+        if files.is_at(file, self._path):  # Its owner has not just removed it.
           _write(file, self._me)
           return file
       except BaseException:
@@ -222,14 +222,6 @@ def _where(path: pathlib.Path) -> str:
 
 def _open(path: pathlib.Path) -> int:
   return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-
-
-def _is_at(file: int, path: pathlib.Path) -> bool:
-  """Returns whether the open file is the one at `path`."""
-  try:
-    return os.path.samestat(os.fstat(file), os.stat(path))
-  except FileNotFoundError:
-    return False
 
 
 def _look(path: pathlib.Path) -> tuple[int, bytes]:
