@@ -72,8 +72,8 @@ class Fault:
 
   `kind` is the status of an answer, such as '503'; 'reset': the connection ends
   before anything is done; 'lost': it ends after that; 'cut': in the middle of
-  the answer; 'slow': the answer waits for `seconds`; 'flip': a bit of the
-  object is another in the answer.
+  the answer; 'slow': the answer waits for `seconds`, or till all is healed;
+  'flip': a bit of the object is another in the answer.
 
   A `share` of the requests is chosen, `count` of them at most, of those whose
   `what` and whose object match; '' matches all.
@@ -85,6 +85,7 @@ class Fault:
   what: str = ''
   match: str = ''
   seconds: float = 0.0
+  healed: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,6 @@ class Server(http.server.ThreadingHTTPServer):
       'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'nobody',
     }
     self.lock = threading.RLock()
-    self.closing = threading.Event()
     self.connections: set[socket.socket] = set()
     self.requests: list[Request] = []
     self.faults: list[Fault] = []
@@ -170,6 +170,8 @@ class Server(http.server.ThreadingHTTPServer):
   def heal(self) -> None:
     """Ends all faults and permits everything."""
     with self.lock:
+      for fault in self.faults:
+        fault.healed.set()
       self.faults.clear()
       self.forbidden.clear()
 
@@ -229,7 +231,7 @@ class Server(http.server.ThreadingHTTPServer):
 
   def close(self) -> None:
     """Stops answering, and ends the connections that there are."""
-    self.closing.set()
+    self.heal()
     self.shutdown()
     self.server_close()
     with self.lock:
@@ -301,7 +303,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     fault = self._meet()
     kind = fault.kind if fault else ''
     if kind == 'slow':
-      self.server.closing.wait(fault.seconds)
+      fault.healed.wait(fault.seconds)
     if kind.isdigit():
       answer = refuse(int(kind), 'backendError: ordered by a test')
     elif kind == 'reset':

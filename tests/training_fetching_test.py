@@ -27,7 +27,7 @@ def wait_for(condition):
 
 def records(folder, name):
   """Returns which splits of a dataset have come."""
-  found = folder.glob(f'prepared/{name}_folder/1.0.0/*.array_record-0*')
+  found = folder.glob(f'prepared/{name}_folder/1.0.0/[!.]*.array_record-0*')
   return {x.name.split('-')[1].partition('.')[0] for x in found}
 
 
@@ -48,11 +48,12 @@ def test_later_stages_images_come_while_the_first_one_trains(server, tmp_path):
   extra = copy / 'prepared/imagenette_folder/1.0.0/matches-0123.json'
   extra.write_text('[]')
   fetcher = fetching.Fetcher(config, datasets)
-  server.order('slow', match='imagenet_mini', what='read', seconds=0.5)
+  server.order('slow', match='imagenet_mini', what='read', seconds=60)
   fetcher.fetch(0)
   both = {'train', 'validation'}
   assert records(copy, 'imagenette') == both
   assert records(copy, 'imagenet_mini') == set()
+  server.heal()
   assert wait_for(lambda: records(copy, 'imagenet_mini') == both)
   key = f'data/prepared/imagenette_folder/1.0.0/{extra.name}'
   assert wait_for(lambda: key in server.objects('test-bucket'))
