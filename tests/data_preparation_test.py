@@ -3,6 +3,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -268,6 +269,13 @@ def test_a_failed_preparation_leaves_nothing_that_looks_finished(raw):
     preparation.prepare('imagenette', raw.parent, progress=fail)
   assert preparation.check_dataset('imagenette', raw.parent) == 'raw'
   assert len(preparation.load_dataset('imagenette', raw.parent).train) == 15
+
+
+def test_nothing_is_left_among_temporary_files(raw, monkeypatch):
+  (raw.parent / 'temporary').mkdir()
+  monkeypatch.setattr(tempfile, 'tempdir', str(raw.parent / 'temporary'))
+  preparation.prepare('imagenette', raw.parent)
+  assert not os.listdir(raw.parent / 'temporary')
 
 
 SLOWLY = """

@@ -75,6 +75,11 @@ class Raw:
   left_out: tuple[folders.LeftOut, ...]
 
 
+class _Info(tfds.core.DatasetInfo):
+  def initialize_from_bucket(self) -> None:
+    """Looks for nothing: tfds would leave an empty temporary folder."""
+
+
 class Images(tfds.core.GeneratorBasedBuilder):
   """Writes a `Raw` as records of image, label, file_name and wnid."""
 
@@ -101,7 +106,7 @@ class Images(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     raw = self._raw
-    return tfds.core.DatasetInfo(
+    return _Info(
       builder=self,
       description=f'{raw.num_images:,} images in {len(raw.classes):,} classes',
       features=tfds.features.FeaturesDict(
