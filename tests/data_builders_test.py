@@ -276,9 +276,9 @@ def test_thousands_of_classes_are_checked_in_linear_time():
   # Looked up in a list, these take 20 s.
   classes = [f'class_{i:05}' for i in range(20_000)]
   splits = {s: {x: [('a', 1)] for x in classes} for s in ('train', 'val')}
-  began = time.monotonic()
+  began = time.process_time()
   builders._check_classes(pathlib.Path(), classes, splits)
-  assert time.monotonic() - began < 2
+  assert time.process_time() - began < 2
 
 
 def test_flat_val_without_labels_says_what_is_accepted(tmp_path):

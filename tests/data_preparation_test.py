@@ -318,8 +318,9 @@ def test_a_second_process_waits_for_the_first(raw):
   dataset = preparation.load_dataset(
     'imagenette', raw.parent, progress=lambda *x: seen.append(x)
   )
-  assert process.communicate()[0].split() == [b'%d' % i for i in range(2, 22)]
-  assert process.returncode == 0
+  with process.stdout as rest:
+    assert rest.read().split() == [b'%d' % i for i in range(2, 22)]
+  assert process.wait() == 0
   assert seen == []
   assert len(dataset.train) == 15
 

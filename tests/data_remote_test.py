@@ -258,12 +258,13 @@ def test_files_put_into_a_folder_by_hand_come_one_by_one(server, tmp_path):
 def test_no_upload_speaks_of_anothers_images(server, bucket, tmp_path):
   data_dir, name = copy(bucket, tmp_path), f'{FOLDER}/metadata.json'
   prepare_another(data_dir)
-  server.order('slow', what='write', match='array_record', seconds=1)
+  server.order('slow', what='write', match='array_record', seconds=60)
 
   def interfere():
     while name not in server.objects('on-disk'):
       time.sleep(0.02)
     server.put('on-disk', name, b'{}')
+    server.heal()
 
   server.bucket('on-disk').clear()
   thread = threading.Thread(target=interfere)
@@ -273,7 +274,6 @@ def test_no_upload_speaks_of_anothers_images(server, bucket, tmp_path):
   thread.join()
   assert f'{FOLDER}/dataset_info.json' not in server.objects('on-disk')
   # Nor does it replace what has come since this machine looked.
-  server.heal()
   server.put('on-disk', f'{FOLDER}/dataset_info.json', b'{}')
   with pytest.raises(errors.UserError, match='Another machine'):
     preparation.upload('imagenette', data_dir)

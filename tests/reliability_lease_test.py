@@ -159,7 +159,7 @@ def test_an_owner_elsewhere_that_lives_falls_silent_and_wakes(bucket):
     began = time.monotonic()
     with pytest.raises(errors.UserError, match='on elsewhere has been using'):
       create(bucket, said, patience=20.0).__enter__()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 15
     assert said == [
       f'Waiting up to 20 s: process {process.pid} on elsewhere may be using '
       f'{bucket.url}.'
@@ -194,7 +194,7 @@ def test_one_that_gives_back_while_another_watches(bucket):
     bucket.write(
       'lease/000001.json', json.dumps({**newest, 'released': True}).encode()
     )
-    thread.join(15)
+    thread.join(60)
     assert results == [None]
 
 
@@ -317,13 +317,13 @@ def test_a_signal_ends_the_wait(bucket):
   )
   assert 'Waiting up to 60 s' in process.stdout.readline()
   process.send_signal(signal.SIGTERM)
-  _, said = process.communicate(timeout=10)
+  _, said = process.communicate(timeout=60)
   assert 'Stopped by SIGTERM' in said
   assert names(bucket) == ['lease/000001.json']
 
 
 def wait_until(condition):
-  deadline = time.monotonic() + 20
+  deadline = time.monotonic() + 60
   while not condition():
     assert time.monotonic() < deadline
     time.sleep(0.01)

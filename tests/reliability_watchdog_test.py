@@ -14,6 +14,8 @@ import runs
 from jaxprog.reliability import watchdog
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Seconds after which a busy machine has ended what would take a minute.
+LIMIT = 30
 PROGRAM = """
 import ctypes, hashlib, sys, threading, time
 from concurrent import futures
@@ -68,7 +70,7 @@ def test_a_loader_that_hangs(tmp_path):
     tmp_path,
   )
   assert process.returncode == 1
-  assert seconds < 6
+  assert seconds < LIMIT
   said = 'no progress for 0.02 minutes, since step 12 of stage x'
   for text in (process.stderr, (tmp_path / 'watchdog.log').read_text()):
     assert said in text
@@ -86,7 +88,7 @@ def test_the_main_thread_hangs_in_c_code(tmp_path):
     tmp_path,
   )
   assert process.returncode == 1
-  assert seconds < 6
+  assert seconds < LIMIT
   assert 'since the start' in process.stderr
   assert 'in compile_for_minutes' in process.stderr
 
@@ -102,7 +104,7 @@ def test_c_code_that_does_not_let_python_run(tmp_path):
     tmp_path,
   )
   assert process.returncode == 1
-  assert seconds < 8
+  assert seconds < LIMIT
   assert 'in hold_the_interpreter' in process.stderr
 
 
@@ -116,7 +118,7 @@ def test_last_words_that_hang_do_not_keep_it(tmp_path):
     tmp_path,
   )
   assert process.returncode == 1
-  assert seconds < 7
+  assert seconds < LIMIT
 
 
 def test_beats_and_pauses_and_the_end_keep_it_quiet(tmp_path):

@@ -19,7 +19,7 @@ def server():
 
 
 def wait_for(condition):
-  deadline = time.monotonic() + 20
+  deadline = time.monotonic() + 60
   while not condition() and time.monotonic() < deadline:
     time.sleep(0.02)
   return condition()
