@@ -333,6 +333,28 @@ def test_who_looks_fetches_what_it_needs_and_uploads_what_it_wrote(
       assert (folder / 'history.json').read_text() == '2'
 
 
+def test_who_says_which_weights_it_needs_gets_no_others(server, tmp_path):
+  run = tmp_path / 'run'
+  with held(run):
+    for name in ('latest', 'best', 'final'):
+      save(run, name, 1)
+    (run / 'history.json').write_text('1')
+
+  @copies.in_bucket(chosen=True)
+  def look(workdir, weights='best'):
+    names = contents(workdir)
+    return sorted({x.split('/')[2] for x in names if '/' in x}), len(names)
+
+  assert look(URL) == (['best'], 4)
+  assert look(URL, weights='final') == (['best', 'final'], 7)
+  with held(run):
+    integrity.remove(run / 'checkpoints/ten/final', 1)
+  assert look(URL) == (['best', 'final'], 7)  # Nobody has asked for the latter.
+  assert look(URL, 'final') == (['best'], 4)
+  with copies.read(URL) as folder:
+    assert contents(folder) == objects(server)
+
+
 def test_what_may_not_be_uploaded_is_said_and_kept(server, tmp_path, capfd):
   with held(tmp_path / 'run'):
     (tmp_path / 'run' / 'history.json').write_text('1')

@@ -73,12 +73,13 @@ _Result = TypeVar('_Result')
 
 
 def in_bucket(
-  *, weights: bool = True
+  *, weights: bool = True, chosen: bool = False
 ) -> Callable[[Callable[_Params, _Result]], Callable[_Params, _Result]]:
   """Lets a function whose `workdir` is a URL find the run in a folder.
 
   What the function writes there is uploaded when it returns. Without `weights`
-  it asks for no checkpoint.
+  it asks for no checkpoint; with `chosen`, for those of the kind that its own
+  argument `weights` names.
   """
 
   def decorate(
@@ -89,10 +90,12 @@ def in_bucket(
     @functools.wraps(function)
     def inner(*args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
       bound = signature.bind(*args, **kwargs)
-      given = bound.arguments.get('workdir')
+      bound.apply_defaults()
+      given = bound.arguments['workdir']
       if given is None:
         return function(*bound.args, **bound.kwargs)
-      with read(given, weights=weights) as bound.arguments['workdir']:
+      kind = bound.arguments['weights'] if chosen else weights
+      with read(given, weights=kind) as bound.arguments['workdir']:
         return function(*bound.args, **bound.kwargs)
 
     return inner
@@ -102,9 +105,9 @@ def in_bucket(
 
 @contextlib.contextmanager
 def read(
-  workdir: str | os.PathLike[str], *, weights: bool = True
+  workdir: str | os.PathLike[str], *, weights: bool | str = True
 ) -> Iterator[pathlib.Path]:
-  """Yields the folder of a run; see `in_bucket`.
+  """Yields the folder of a run, with all `weights`, none or those of a kind.
 
   Raises:
     UserError: if the bucket cannot be read.
@@ -193,34 +196,37 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
 
 
 def fetch(
-  folder: pathlib.Path, bucket: buckets.Bucket, *, weights: bool = True
+  folder: pathlib.Path,
+  bucket: buckets.Bucket,
+  *,
+  weights: bool | str = True,
 ) -> State:
   """Makes `folder` what the bucket holds, and returns what is known then.
 
   Of checkpoints what the bucket does not have goes, of other files what it
-  once had; without `weights` no checkpoint is looked at. What others change
-  meanwhile is listed again. Called within `alone`.
+  once had; checkpoints that are not asked for are not looked at. What others
+  change meanwhile is listed again. Called within `alone`.
 
   Raises:
     UserError: if the bucket cannot be read.
   """
   state = read_state(folder, bucket) or State()
   for _ in range(_ROUNDS):
-    writer, found = read_writer(bucket), _list(bucket, weights=weights)
+    writer, found = read_writer(bucket), _list(bucket, weights)
     if not found and not state.known and not scan(folder, unfinished=True):
       return State()
     write_state(folder, bucket, State((), state.known))
     for name in scan(folder, unfinished=True):
       is_ours = name in state.known or _CHECKPOINT.fullmatch(name)
-      is_asked = weights or not _STEP.fullmatch(name)
-      if name not in found and is_ours and is_asked:
+      if name not in found and is_ours and _is_asked(name, weights):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError, buckets.ChangedError):
       _download(folder, bucket, found)
       _prune(folder)
       known = {k: v for k, v in scan(folder).items() if k in found}
-      holds = (writer,) if writer and weights else ()
-      state = State(holds, known if weights else {**state.known, **known})
+      is_whole = weights is True
+      holds = (writer,) if writer and is_whole else ()
+      state = State(holds, known if is_whole else {**state.known, **known})
       write_state(folder, bucket, state)
       return state
   raise RuntimeError(f'{bucket.url} changes faster than it can be fetched.')
@@ -239,12 +245,15 @@ def refresh(folder: pathlib.Path, bucket: buckets.Bucket) -> None:
     raise RuntimeError(describe(e)) from e
 
 
-def _list(bucket: buckets.Bucket, *, weights: bool = True) -> Listing:
+def _list(bucket: buckets.Bucket, weights: bool | str) -> Listing:
   """Returns the objects of a run, without those of unfinished uploads."""
   found = {k: v for k, v in bucket.list().items() if is_of_run(k)}
-  if not weights:
-    return {k: v for k, v in found.items() if not _STEP.fullmatch(k)}
-  return _finished(found)
+  return _finished({k: v for k, v in found.items() if _is_asked(k, weights)})
+
+
+def _is_asked(name: str, weights: bool | str) -> bool:
+  step = _STEP.fullmatch(name)
+  return weights is True or not step or step[2] == weights
 
 
 def _finished(found: Mapping[str, Any]) -> dict[str, Any]:

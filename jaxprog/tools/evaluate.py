@@ -29,7 +29,7 @@ from jaxprog.training import trained as trained_lib
 _CSV_FIELDS = ('class', 'name', 'images', 'right', 'top1')
 
 
-@copies.in_bucket()
+@copies.in_bucket(chosen=True)
 def evaluate(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path,

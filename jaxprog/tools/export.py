@@ -50,7 +50,7 @@ class _Score(NamedTuple):
   split: str
 
 
-@copies.in_bucket()
+@copies.in_bucket(chosen=True)
 def export(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path,

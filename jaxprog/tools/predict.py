@@ -57,7 +57,7 @@ class _Read(NamedTuple):
   turned: bool = False
 
 
-@copies.in_bucket()
+@copies.in_bucket(chosen=True)
 def predict(
   config: config_dict.ConfigDict,
   workdir: str | pathlib.Path,
