@@ -1,15 +1,19 @@
-"""Compiles the training step for TPUs, ours beside plain Flax.
+"""Compiles the training step for TPUs or GPUs, ours beside plain Flax.
 
-No TPU is needed, only its compiler: pip install --editable '.[tpu]'.
+None is needed, only the compiler: pip install --editable '.[tpu]', '.[cuda]'.
 Both are the same network, batch and bf16; 'plain' is what a JAX user writes:
 nn.Conv, nn.BatchNorm, optax's SGD with momentum, images that come normalised.
 Ours is the step that training itself compiles, from uint8 images on, with
 mirroring, masks, metrics and the guard against steps that are not finite.
 
 Prints per image and chip what the compiler counts: bytes read and written in
-HBM, FLOPs; and per step temporaries, exchanges between chips and their bytes.
+HBM (where it counts none, on GPUs, those of the operands and results of all
+operations), FLOPs; and per step temporaries, exchanges between chips and their
+bytes, and the operations, each a kernel or a library's call: how many of them
+are fusions, copies, fusions that transpose and convolutions of cuDNN's.
 
   python benchmarks/compiled_step.py --batch_norm=global,per_device
+  python benchmarks/compiled_step.py --topology=h100:1
 """
 
 import argparse
@@ -24,7 +28,7 @@ from flax import linen as nn
 import jaxprog
 from jaxprog.models import conv, norm, resnet
 from jaxprog.planning import chips, costs, elsewhere
-from jaxprog.training import devices
+from jaxprog.training import devices, xla_flags
 from jaxprog.training import setup as setup_lib
 
 
@@ -37,17 +41,19 @@ def main() -> None:
   parser.add_argument('--topology', default='v5e:2x2')
   parser.add_argument('--batch_norm', default='global', help='a,b')
   parser.add_argument('--remat', default='none', help='a,b')
+  parser.add_argument('--xla_flags', default='none', choices=xla_flags.PRESETS)
   parser.add_argument('--no_plain', action='store_true')
   parser.add_argument('--hlo', help='where to write the compiled programs')
   args = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
   topology = chips.parse_topology(args.topology)
+  options = elsewhere.compiler_options(args.xla_flags, topology)
   if not args.no_plain:
-    describe('plain Flax', lower_plain(args, topology), args)
+    describe('plain Flax', lower_plain(args, topology), options, args)
   for batch_norm in args.batch_norm.split(','):
     for remat in args.remat.split(','):
       lowered = lower_ours(args, topology, batch_norm, remat)
-      describe(f'jaxprog {batch_norm} {remat}', lowered, args)
+      describe(f'jaxprog {batch_norm} {remat}', lowered, options, args)
 
 
 def lower_ours(args, topology, batch_norm, remat):
@@ -156,10 +162,10 @@ def trace_plain(args, topology):
   return jitted.trace(state, images, labels)
 
 
-def describe(name: str, lowered, args) -> None:
+def describe(name: str, lowered, options, args) -> None:
   """Compiles a program and prints what the compiler says of it."""
   begin = time.perf_counter()
-  compiled = lowered.compile()
+  compiled = lowered.compile(compiler_options=options)
   seconds = time.perf_counter() - begin
   text = compiled.as_text()
   if args.hlo:
@@ -168,14 +174,28 @@ def describe(name: str, lowered, args) -> None:
   memory = costs.read_memory(compiled)
   sums = costs.read_collectives(text)
   traffic = costs.read_traffic(compiled) / args.batch_size
-  flops = compiled.cost_analysis()['flops'] / args.batch_size
+  flops = (compiled.cost_analysis() or {}).get('flops', 0) / args.batch_size
+  counted = f'{flops / 1e9:6.2f} GFLOP/image ' if flops else ''
   print(
-    f'{name:26} {traffic / 1e6:7.1f} MB/image {flops / 1e9:6.2f} GFLOP/image '
+    f'{name:26} {traffic / 1e6:7.1f} MB/image {counted}'
     f'{memory.temporaries / 1e9:6.2f} GB temporary '
     f'{len(sums):4} exchanges {sum(sums) / 1e6:7.1f} MB '
-    f'({seconds:.0f} s to compile)',
+    f'({seconds:.0f} s to compile)\n{"":26} {count_operations(text)}',
     flush=True,
   )
+
+
+def count_operations(program: str) -> str:
+  """Returns how many operations a compiled program has, all and by kind."""
+  operations = costs.read_operations(program)
+  counts = {
+    'fusions': sum(x.kind == 'fusion' for x in operations),
+    'copies': sum(x.kind.startswith('copy') for x in operations),
+    'transposing fusions': sum('transpose' in x.name for x in operations),
+    'cuDNN convolutions': sum('"__cudnn$conv' in x.line for x in operations),
+  }
+  parts = ', '.join(f'{count} {kind}' for kind, count in counts.items())
+  return f'{len(operations)} operations: {parts}'
 
 
 if __name__ == '__main__':

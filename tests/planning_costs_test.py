@@ -206,6 +206,13 @@ def test_traffic_is_what_operations_between_fusions_read_and_write():
   call = 8 * 4 + 8 * 4
   exchange = 8 * 4 + 8 * 4 + (8 * 4 + 4)
   assert costs.estimate_traffic(HLO) == fusion + call + exchange
+  operations = costs.read_operations(HLO)
+  assert [(x.name, x.kind, x.num_bytes) for x in operations] == [
+    ('%sum.1', 'fusion', fusion),
+    ('%call', 'custom-call', call),
+    ('%start', 'all-reduce-start', exchange),
+  ]
+  assert [x.name for x in operations if 'target="conv"' in x.line] == ['%call']
 
 
 def test_exchanges_are_counted_where_they_begin():

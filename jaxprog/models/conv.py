@@ -289,11 +289,11 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def _max_pool_fwd(x):
-  def default(x):
+  def scattering(x):
     y = xla_max_pool(x)
     return y, jnp.zeros(y.shape, jnp.uint8)
 
-  y, winner = lax.platform_dependent(x, cpu=_cpu_max_pool, default=default)
+  y, winner = lax.platform_dependent(x, tpu=scattering, default=_find_largest)
   return y, (x, winner)
 
 
@@ -301,8 +301,8 @@ def _max_pool_bwd(residuals, dy):
   dx = lax.platform_dependent(
     *residuals,
     dy,
-    cpu=_cpu_max_pool_grad,
-    default=lambda x, _, dy: jax.vjp(xla_max_pool, x)[1](dy)[0],
+    tpu=lambda x, _, dy: jax.vjp(xla_max_pool, x)[1](dy)[0],
+    default=_hand_to_winners,
   )
   return (dx,)
 
@@ -315,7 +315,7 @@ def xla_max_pool(x: jax.Array) -> jax.Array:
   return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
-def _cpu_max_pool(x):
+def _find_largest(x):
   """Returns the largest of each window and its index, 3 * i + j."""
   # Only its shape is that of a convolution.
   kernel = np.empty((3, 3, 1, 1))
@@ -330,10 +330,11 @@ def _cpu_max_pool(x):
   return best, winner
 
 
-def _cpu_max_pool_grad(x, winner, dy):
+def _hand_to_winners(x, winner, dy):
   """Returns the gradient of `x`, which goes to each window's winner.
 
-  XLA's select-and-scatter walks the windows one by one on CPU.
+  XLA's select-and-scatter walks the windows one by one on CPU, and on GPUs
+  adds up in no fixed order.
   """
   around = ((0, 0), (1, 1), (1, 1), (0, 0))
   shape, padded, winner = dy.shape, jnp.pad(dy, around), jnp.pad(winner, around)

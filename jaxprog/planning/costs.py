@@ -76,27 +76,45 @@ def read_traffic(compiled: jax.stages.Compiled) -> float:
 _VIEWS = {'bitcast', 'constant', 'get-tuple-element', 'parameter', 'tuple'}
 
 
-def estimate_traffic(program: str) -> int:
-  """Returns the bytes that the operations of HLO's text read and write.
+class Operation(NamedTuple):
+  """A line of a compiled program that reads or writes memory."""
+
+  # As HLO's text has it: '%copy.3', 'fusion', all of the line.
+  name: str
+  kind: str
+  line: str
+  # What it reads and writes.
+  num_bytes: int
+
+
+def read_operations(program: str) -> list[Operation]:
+  """Returns the operations of the entry of HLO's text.
 
   Those of its entry alone: what happens within a fusion stays on the chip.
-  Of an operation that begins and ends apart, the beginning counts. Room that a
-  library's kernels work in (results in bytes, u8) does not.
+  Of an operation that begins and ends apart, the beginning is there. Room that
+  a library's kernels work in (results in bytes, u8) does not count.
   """
   entry = program[program.find('\nENTRY ') :]
   found = re.finditer(
-    r'^\s*(?:ROOT )?(%\S+) = (.*?) ([\w-]+)\((.*?)\)(?:, |$)', entry, re.M
+    r'^\s*(?:ROOT )?(%\S+) = (.*?) ([\w-]+)\((.*?)\)(?:, .*|$)', entry, re.M
   )
   shapes: dict[str, int] = {}
-  total = 0
-  for name, shape, operation, operands in (x.groups() for x in found):
-    if operation == 'custom-call':
+  operations = []
+  for match in found:
+    name, shape, kind, operands = match.groups()
+    if kind == 'custom-call':
       shape = re.sub(r'\bu8\[[^\]]*\]', '', shape)
     shapes[name] = _shape_bytes(shape)
-    if operation not in _VIEWS and not operation.endswith('-done'):
+    if kind not in _VIEWS and not kind.endswith('-done'):
       read = re.findall(r'%[\w.-]+', operands)
-      total += shapes[name] + sum(shapes.get(x, 0) for x in read)
-  return total
+      num_bytes = shapes[name] + sum(shapes.get(x, 0) for x in read)
+      operations.append(Operation(name, kind, match[0], num_bytes))
+  return operations
+
+
+def estimate_traffic(program: str) -> int:
+  """Returns the bytes that the operations of HLO's text read and write."""
+  return sum(x.num_bytes for x in read_operations(program))
 
 
 _COLLECTIVES = (

@@ -264,7 +264,7 @@ def _compile_all(
         trace = task.trace_train_step(program)
         flops = costs.count_flops(trace.jaxpr)
         lowered = trace.lower()
-        options = _compiler_options(task, topology)
+        options = compiler_options(task.config.xla_flags, topology)
         digest = _digest(lowered, topology, options)
         path = directory and directory / f'{digest}.json'
         key = task.stage.name, program
@@ -285,10 +285,10 @@ def _compile_all(
   return found
 
 
-def _compiler_options(
-  task: setup_lib.Task, topology: chips.Topology
+def compiler_options(
+  preset: str, topology: chips.Topology
 ) -> dict[str, bool | int]:
-  preset = task.config.xla_flags
+  """Returns how to compile for chips that are not here, with a set of flags."""
   if topology.chip.platform == 'tpu':
     return xla_flags.compiler_options(preset, 'tpu')
   # Kernels are chosen by rule: trying them out would take the GPU.
