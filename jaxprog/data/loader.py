@@ -82,11 +82,12 @@ def to_device(
   batch: batches_lib.HostBatch, sharding: jax.sharding.Sharding
 ) -> dict[str, jax.Array]:
   """Returns the global batch of which this process has `batch`."""
-  copy = _is_copied(batch)
+  if _is_copied(batch):
+    batch = {name: np.array(x) for name, x in batch.items()}
+  if jax.process_count() == 1:  # All at once takes 0.1 ms less.
+    return jax.device_put(batch, sharding)
   return {
-    name: jax.make_array_from_process_local_data(
-      sharding, np.array(x) if copy else x
-    )
+    name: jax.make_array_from_process_local_data(sharding, x)
     for name, x in batch.items()
   }
 
