@@ -27,6 +27,7 @@ from absl import logging as absl_logging
 import jaxprog
 from jaxprog import buckets, errors, fields, paths, version
 from jaxprog.reliability import signals
+from jaxprog.training import xla_flags
 
 Flags = flags.FlagValues
 
@@ -290,6 +291,8 @@ def run(asked: Flags, overrides: Mapping[str, str]) -> int:
     )
   given = {x: asked[x].value for x in mode.flags if x not in _PLACE}
   call = mode.call or getattr(jaxprog, asked.mode)
+  if config is not None:
+    xla_flags.use(config.get('base', config).xla_flags)
   code = call(config, workdir, **given)
   return code if isinstance(code, int) else 0
 

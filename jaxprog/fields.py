@@ -288,11 +288,10 @@ class ConfigFields:
   # compiled.
   check_steps: int = field(3, unit='steps', free=True, local=True)
 
-  # --mode=plan: the part of a chip's published rates that a step reaches
-  # (assumed: a TPU v3's published 1,875-2,020 images/s of ResNet-50 are 0.67 to
-  # 0.72 of what its memory allows).
+  # --mode=plan: the part of a chip's published rates that a step reaches; 0: as
+  # published of ResNet-50, 0.7 on TPUs and 0.38 on GPUs (docs/plan.md).
   plan_utilization: float = field(
-    0.7, within='[0.01, 1]', free=True, local=True, hashed=True
+    0.0, within='[0, 1]', free=True, local=True, hashed=True
   )
   # --mode=plan: what a chip costs an hour, in your currency; 0: unknown.
   chip_hour_price: float = field(0.0, free=True, local=True, hashed=True)

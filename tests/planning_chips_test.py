@@ -4,6 +4,8 @@ import pytest
 
 from jaxprog import errors
 from jaxprog.planning import chips
+from jaxprog.tools import plan
+from jaxprog.training import xla_flags
 
 
 def test_a_topology_is_a_grid_of_chips_on_hosts():
@@ -44,6 +46,27 @@ def test_a_sum_takes_two_passes_of_the_bytes_and_two_of_the_grid():
   hop = 2 * 8 * chip.hop_seconds
   moved = 2 * 15 / 16 * 1e8 / chip.network_rate
   assert asked.reduce_seconds(1e8, 3) == pytest.approx(moved + 3 * hop)
+
+
+def test_what_fits_on_a_gpu_is_what_a_run_started_here_takes(monkeypatch):
+  asked, names = chips.parse_topology('h100:1'), xla_flags._MEMORY
+  for name in names:
+    monkeypatch.setenv(name, '')
+  assert asked.chip.usable_bytes == 0.9 * asked.chip.memory_bytes
+  xla_flags.use('none')
+  assert asked.chip.usable_bytes == 0.9 * asked.chip.memory_bytes
+  figures = {'chip_hour_price': 0, 'utilization': 0.38}
+  assert 'of 76 GB that a run may allocate' in plan._explain(figures, asked)
+  for name, other in (names, names[::-1]):  # A user's own.
+    monkeypatch.setenv(name, '0.5')
+    monkeypatch.setenv(other, '')
+    xla_flags.use('none')
+    assert asked.chip.usable_bytes == 0.5 * asked.chip.memory_bytes
+  monkeypatch.setenv(name, 'half')
+  with pytest.raises(errors.UserError, match='no part of the memory'):
+    _ = asked.chip.usable_bytes
+  tpu = chips.parse_topology('v5e:1x1').chip
+  assert tpu.usable_bytes == tpu.memory_bytes
 
 
 def test_a_single_chip_exchanges_nothing():

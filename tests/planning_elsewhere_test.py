@@ -32,7 +32,13 @@ STEP = elsewhere.Step(
 CHIP_RATE = 1024 / 0.202 / 4
 
 
-def fill_in(*steps, memory=16e9, images_per_core=1000):
+def fill_in(
+  *steps,
+  memory=16e9,
+  images_per_core=1000,
+  utilization=0.5,
+  topology='v5e:2x2',
+):
   """Returns the outlook of two evaluations of 3000 images on four v5e."""
   stage, *_ = stages.create_stages(
     config_lib.load_config(f'{ROOT}/configs/progressive.py')
@@ -44,11 +50,11 @@ def fill_in(*steps, memory=16e9, images_per_core=1000):
     num_evaluations=2,
     total_steps=sum(step.steps for step in steps),
   )
-  asked = chips.parse_topology('v5e:2x2')
+  asked = chips.parse_topology(topology)
   asked = asked._replace(chip=asked.chip._replace(memory_bytes=memory))
   config = config_dict.ConfigDict(
     {
-      'plan_utilization': 0.5,
+      'plan_utilization': utilization,
       'images_per_core': images_per_core,
       'chip_hour_price': 1.2,
     }
@@ -61,6 +67,15 @@ def test_a_step_takes_the_slower_of_compute_and_memory_and_the_network():
   assert STEP.seconds(0.5) == pytest.approx(0.1 / 0.5 + 0.002)
   assert fill_in().step_seconds == pytest.approx(0.202)
   assert fill_in().chips['images_per_second'] == pytest.approx(CHIP_RATE)
+
+
+@pytest.mark.parametrize(
+  ('topology', 'reached'), [('v5e:2x2', 0.7), ('h100:4', 0.38)]
+)
+def test_a_step_reaches_what_is_published_of_the_platform(topology, reached):
+  found = fill_in(utilization=0.0, topology=topology)
+  assert found.chips['utilization'] == reached
+  assert found.step_seconds == pytest.approx(0.1 / reached + 0.002)
 
 
 def test_hours_count_evaluations_at_a_third_of_the_work():

@@ -1,9 +1,12 @@
 """Presets of XLA's flags: set once, beside a user's own."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import pytest
+from conftest import ROOT
 
 from jaxprog import fields, start_from
 from jaxprog.training import xla_flags
@@ -60,3 +63,38 @@ def test_xla_knows_every_flag_of_its_own(preset):
 def test_the_config_offers_every_preset():
   assert set(fields.CONFIG['xla_flags'].choices) == set(xla_flags.PRESETS)
   assert start_from('default').xla_flags in xla_flags.PRESETS
+
+
+STARTS = """
+import os, sys
+import jax
+import jaxprog
+
+config = jaxprog.load_config('quickstart', {'data_dir': sys.argv[1]})
+config.xla_flags = 'deterministic'
+config.platform = 'tpu'
+try:
+  jaxprog.train(config, sys.argv[2])
+except jaxprog.UserError as e:
+  assert 'JAX found' in str(e), e  # It has looked for devices.
+jax.numpy.ones(3) + 1
+print(os.environ['XLA_CLIENT_MEM_FRACTION'])
+"""
+
+
+def test_they_are_set_before_jax_starts(tmp_path):
+  # What XLA goes by is in what it dumps.
+  dump = tmp_path / 'dump'
+  env = {**os.environ, 'XLA_FLAGS': f'--xla_dump_to={dump}'}
+  found = subprocess.run(
+    [sys.executable, '-c', STARTS, tmp_path / 'data', tmp_path / 'run'],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert found.stdout == '0.9\n', found.stderr
+  texts = [x.read_text() for x in dump.glob('*debug_options')]
+  assert texts
+  assert all('xla_gpu_deterministic_ops: true' in x for x in texts)

@@ -12,6 +12,11 @@ from jaxprog.data.records import Records
 from jaxprog.epochs import Steps
 from jaxprog.stages import Stage
 
+# Bytes of the largest batch that is copied on its way to the devices. On GPUs
+# its transfer waits for all steps that were dispatched before: whoever waits
+# for it can be no more than one quick step ahead.
+_COPIED_BYTES = 4 << 20
+
 
 def train_batches(
   split: Records,
@@ -76,16 +81,25 @@ def eval_batches(
 def to_device(
   batch: batches_lib.HostBatch, sharding: jax.sharding.Sharding
 ) -> dict[str, jax.Array]:
-  """Returns the global batch of which this process has `batch`, copied."""
-  # The CPU backend would go on reading the host's memory where it is aligned,
-  # whatever device_put's may_alias says, and that is used again.
-  copy = jax.default_backend() == 'cpu'
+  """Returns the global batch of which this process has `batch`."""
+  if _is_copied(batch):
+    batch = {name: np.array(x) for name, x in batch.items()}
+  if jax.process_count() == 1:  # All at once takes 0.1 ms less.
+    return jax.device_put(batch, sharding)
   return {
-    name: jax.make_array_from_process_local_data(
-      sharding, np.array(x) if copy else x
-    )
+    name: jax.make_array_from_process_local_data(sharding, x)
     for name, x in batch.items()
   }
+
+
+def _is_copied(batch: batches_lib.HostBatch) -> bool:
+  """Returns whether the devices get a copy, and not the host's own memory.
+
+  The CPU backend would go on reading that where it is aligned, whatever
+  device_put's may_alias says, and it is used again.
+  """
+  size = sum(x.nbytes for x in batch.values())
+  return jax.default_backend() == 'cpu' or size <= _COPIED_BYTES
 
 
 def prefetch_to_device(
@@ -100,8 +114,9 @@ def prefetch_to_device(
     # The memory of the batch before this one is written to again when the next
     # one is asked for.
     jax.block_until_ready(before)
-    before = to_device(batch, sharding)
-    queue.append(before)
+    placed = to_device(batch, sharding)
+    before = None if _is_copied(batch) else placed
+    queue.append(placed)
     if len(queue) >= size:
       yield queue.popleft()
   yield from queue

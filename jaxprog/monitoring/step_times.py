@@ -9,12 +9,11 @@ _BINS_PER_OCTAVE = 4
 
 
 class StepTimes:
-  """Counts the seconds between the ends of successive steps.
+  """Counts the seconds from step to step of a loop that waits for its devices.
 
-  A step has ended when the loop has read its metrics. What lies between two
-  ends is the slowest of what goes on side by side: the device, the input, the
-  host; and a save, where it blocks. The first step after `pause` has none
-  before it and is not counted.
+  They are those of the slowest of what goes on side by side: the device, the
+  input, the host; and a save, where it blocks. The first step after `pause`
+  has none before it and is not counted.
   """
 
   def __init__(
@@ -33,7 +32,7 @@ class StepTimes:
     self._last = None
 
   def step(self) -> None:
-    """Counts a step that has just ended."""
+    """Counts a step: the loop has done all that it does for one."""
     now = self._clock()
     if self._last is not None:
       seconds = now - self._last

@@ -1,9 +1,9 @@
 """Hardware that a step can be compiled for without having it.
 
 Figures are the makers': Cloud TPU's pages "TPU v4", "v5e", "v5p" and "v6e",
-NVIDIA's data sheets "A100" (SXM, 40 GB) and "H100" (SXM), and the number of
-vCPUs of the machine types that hold them on Google Cloud (ct4p, ct5lp, ct5p,
-ct6e, a2-highgpu-8g, a3-highgpu-8g).
+NVIDIA's data sheets "A100" (SXM, 40 GB) and "H100" (SXM), their memory as CUDA
+reports it, and the number of vCPUs of the machine types that hold them on
+Google Cloud (ct4p, ct5lp, ct5p, ct6e, a2-highgpu-8g, a3-highgpu-8g).
 """
 
 import math
@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from jaxprog import errors
+from jaxprog.training import xla_flags
 
 
 class Chip(NamedTuple):
@@ -40,13 +41,29 @@ class Chip(NamedTuple):
   # Of the grid of chips; 0: all are one hop apart.
   dimensions: int
 
+  @property
+  def usable_bytes(self) -> float:
+    """What a run may allocate of the memory."""
+    part = xla_flags.memory_part() if self.platform == 'cuda' else 1.0
+    return part * self.memory_bytes
+
 
 _CHIPS = {
   'a100': Chip(
-    'NVIDIA A100', 'cuda', 312e12, 156e12, 40e9, 1555e9, 300e9, 2e-6, 8, 96, 0
+    'NVIDIA A100', 'cuda', 312e12, 156e12, 42.4e9, 1555e9, 300e9, 2e-6, 8, 96, 0
   ),
   'h100': Chip(
-    'NVIDIA H100', 'cuda', 989e12, 495e12, 80e9, 3350e9, 450e9, 2e-6, 8, 208, 0
+    'NVIDIA H100',
+    'cuda',
+    989e12,
+    495e12,
+    84.9e9,
+    3350e9,
+    450e9,
+    2e-6,
+    8,
+    208,
+    0,
   ),
   'v4': Chip(
     'TPU v4', 'tpu', 275e12, 275e12, 32e9, 1228e9, 300e9, 1e-6, 4, 240, 3
@@ -61,6 +78,9 @@ _CHIPS = {
     'TPU v6 lite', 'tpu', 918e12, 918e12, 32e9, 1638e9, 400e9, 1e-6, 4, 180, 2
   ),
 }
+# The part of the rates that a ResNet-50's step reaches, as published of TPU v3
+# and V100 (docs/plan.md).
+UTILIZATION = {'tpu': 0.7, 'cuda': 0.38}
 # libtpu asks a cloud's servers what it runs on, complains if nobody answers,
 # and lets one process in: none of it is of use where there is no TPU.
 _WITHOUT_A_TPU = {

@@ -79,7 +79,9 @@ def fill_in(
   """Lets compiled steps say what a stage needs and takes on `topology`."""
   stage, num_chips = found.stage, topology.num_chips
   num_images = sum(x.steps * x.batch_size for x in steps)
-  utilization = config.plan_utilization
+  utilization = (
+    config.plan_utilization or chips.UTILIZATION[topology.chip.platform]
+  )
 
   def mean(value: Callable[[Step], float]) -> float:
     """Returns the mean over all images, each as often as it is seen."""
@@ -100,7 +102,7 @@ def fill_in(
   a_step = num_images / found.known.total_steps / num_chips
   found.flops_per_image = mean(lambda x: x.flops)
   found.memory_bytes, found.memory_compiled = largest.memory_bytes, True
-  found.device_bytes = topology.chip.memory_bytes
+  found.device_bytes = topology.chip.usable_bytes
   found.compile_seconds = sum(x.compile_seconds for x in steps)
   found.step_seconds = a_step / chip_rate
   found.input_seconds = a_step / input_rate
@@ -120,7 +122,7 @@ def fill_in(
   found.chips = {
     'storage': stage.storage,
     'num_chips': num_chips,
-    'chip_bytes': topology.chip.memory_bytes,
+    'chip_bytes': topology.chip.usable_bytes,
     'utilization': utilization,
     'images_per_core': images_per_core,
     'cores_per_chip': topology.cores_per_chip,
@@ -145,7 +147,7 @@ def _largest_batch(step: Step, topology: chips.Topology) -> int:
   """
   fixed = step.memory_bytes - step.activation_bytes
   a_chip = step.batch_size / topology.num_chips
-  room = (topology.chip.memory_bytes - fixed) * a_chip
+  room = (topology.chip.usable_bytes - fixed) * a_chip
   most = int(room / max(step.activation_bytes, 1))
   return max(most // 2 * 2, 0) * topology.num_chips
 

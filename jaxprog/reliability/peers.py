@@ -122,6 +122,17 @@ def _client() -> Any:
   return distributed.global_state.client
 
 
+def _place() -> tuple[int, int]:
+  """Returns which of how many processes this one is.
+
+  JAX's own answers would start it, before the config has named XLA's flags.
+  """
+  from jax._src import distributed
+
+  state = distributed.global_state
+  return state.process_id, state.num_processes
+
+
 class Peers:
   """The other processes of a run; a context manager around what all do.
 
@@ -132,7 +143,7 @@ class Peers:
   def __init__(self, stop: signals.StopRequest) -> None:
     self._stop = stop
     self._client = _client()
-    self._index, self._count = jax.process_index(), jax.process_count()
+    self._index, self._count = _place()
     self._me = f'process {self._index} on {platform.node()}'
     # Held by whoever ends this process: its own error, or another's.
     self._ending = threading.Lock()

@@ -52,7 +52,7 @@ def plan(
     'num_chips': asked.num_chips,
     'num_hosts': asked.num_hosts,
     'model': config.model,
-    'utilization': config.plan_utilization,
+    'utilization': stages[0]['utilization'],
     'chip_hour_price': config.chip_hour_price,
     'stages': stages,
     'hours': outlook.total(stages, 'hours'),
@@ -104,9 +104,10 @@ def _explain(figures: dict[str, Any], topology: chips.Topology) -> str:
   )
   return (
     'HBM: arguments, results and temporaries of the compiled step on one chip, '
-    f'of {chip.memory_bytes / 1e9:.0f} GB. largest: batch that would fit. '
-    'sums: exchanges between chips a step, and their bytes. FLOPs and traffic '
-    '(HBM bytes read and written): of one image in training. images/s: of one '
+    f'of {chip.usable_bytes / 1e9:.0f} GB that a run may allocate. largest: '
+    'batch that would fit. sums: exchanges between chips a step, and their '
+    'bytes. FLOPs and traffic (HBM bytes read and written): of one image in '
+    'training. images/s: of one '
     f'chip at {figures["utilization"]:.0%} of {chip.bf16_flops / 1e12:.0f} '
     f'TFLOP/s and {chip.memory_rate / 1e9:,.0f} GB/s, exchanges added '
     f'({chip.network_rate / 1e9:.0f} GB/s); no run has measured it. cores: of '

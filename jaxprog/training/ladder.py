@@ -16,7 +16,14 @@ from jaxprog.monitoring import diagnostics, pictures
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import checkpoints, mirror, peers, signals
 from jaxprog.reporting import facts, report
-from jaxprog.training import alike, described, loop, preflight, resume
+from jaxprog.training import (
+  alike,
+  described,
+  loop,
+  preflight,
+  resume,
+  xla_flags,
+)
 from jaxprog.training import run as run_lib
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
@@ -48,6 +55,7 @@ def train(
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
   workers.leave_if_starting()
+  xla_flags.use(config.xla_flags)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.StopRequest())
     stack.enter_context(peers.join(stop))
@@ -120,7 +128,9 @@ def _write_reports(run: run_lib.Run, *, wait: bool = False) -> None:
 def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
   """Yields each task compiled; the next one compiles while one trains.
 
-  What is done already needs no compiler. Rates are noted beside it.
+  On GPUs all compile before the first one trains: XLA chooses kernels by timing
+  them there, training would disturb that, and what was chosen is kept. What is
+  done already needs no compiler. Rates are noted beside it.
   """
 
   def prepare(task):
@@ -136,12 +146,15 @@ def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
     draws_all = is_first or handover.needs_backbone(task.stage)
     return setup_lib.compile_task(task, carried=not draws_all)
 
-  ahead = run.compiler.submit(prepare, run.tasks[0])
-  for following in [*run.tasks[1:], None]:
+  def begin(tasks):
+    return [run.compiler.submit(prepare, task) for task in tasks]
+
+  at_once = len(run.tasks) if jax.default_backend() == 'gpu' else 1
+  ahead = begin(run.tasks[:at_once])
+  for index in range(len(run.tasks)):
     with run.dog.pause():  # Large networks compile for long.
-      task = ahead.result()
-    if following is not None:
-      ahead = run.compiler.submit(prepare, following)
+      task, *_ = [x.result() for x in ahead]
+    ahead = ahead[1:] + begin(run.tasks[at_once + index :][:1])
     yield task
 
 

@@ -1,5 +1,6 @@
 """Trains one stage: for each step in the stage, then metrics, saves."""
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -90,6 +91,11 @@ class Course:
 _MAX_ROLLBACKS = 2
 # Examples of a bad batch that an error names.
 _NAMED_EXAMPLES = 8
+# Steps are dispatched this much ahead of the metrics that are read, in seconds,
+# which is what a thread of Python may have to wait for others; at most so many.
+_SECONDS_AHEAD, _MOST_AHEAD = 0.02, 16
+# Batches under evaluation, besides those on their way to the devices.
+_EVALUATED_AHEAD = 4
 
 
 class _NotFiniteError(Exception):
@@ -262,7 +268,8 @@ def evaluate(
 ) -> Evaluation:
   """Returns what came of every image of `split`, once.
 
-  `on_batch` is told how many batches are done, and of how many.
+  `on_batch` is told how many batches are dispatched, and of how many. A few
+  are under way at a time: all of a split may not have room on the devices.
 
   Raises:
     AssertionError: if not every image was seen once.
@@ -282,6 +289,8 @@ def evaluate(
     for batch in loader.prefetch_to_device(reader, task.shardings.batch):
       sums, outcome = task.eval_step(variables, batch, sums)
       batches.append(outcome)
+      if len(batches) > _EVALUATED_AHEAD:
+        jax.block_until_ready(batches[-1 - _EVALUATED_AHEAD])
       on_batch(len(batches), -(-len(split) // len(batch['label'])))
   totals = {name: float(x) for name, x in sums.items()}
   count = totals.pop('count')
@@ -306,7 +315,16 @@ def _train_epoch(
   first, end = int(state.step), task.steps.epoch_ends[epoch]
   batch_size = task.steps.phase(first).batch_size
   _note_handover(course, first)
-  restarts, pending = feed.reader.restarts, None
+  # Steps under way, the oldest first, and what their metrics will be.
+  pending: collections.deque[tuple[int, steps.Metrics]] = collections.deque()
+
+  def report(ahead):  # Of all but the last `ahead` steps.
+    while len(pending) > ahead:
+      step, metrics = pending.popleft()
+      timing = feed.timing((step + 1 - first) * batch_size)
+      _report_step(course, step, metrics, timing)
+
+  restarts = feed.reader.restarts
   feed.begin_epoch()
   course.step_times.pause()
   for step in range(first, end):
@@ -314,21 +332,24 @@ def _train_epoch(
     if step == 0:
       draw = functools.partial(preview.draw_augmented, task, batch)
       course.run.writer.write_images(course.first_step + 1, draw)
-    # Step n is dispatched before the metrics of step n - 1 are read.
+    # Step n is dispatched before the metrics of those before it are read.
+    ahead = _steps_ahead(feed.timing(0)['seconds'], step - first - len(pending))
     profile.begin_step(step)
     train_step = task.train_steps[task.program(step)]
     state, metrics = train_step(state, batch, task.step_rng)
     profile.end_step(step, metrics)
+    jax.copy_to_host_async(metrics)
+    pending.append((step, metrics))
     _note_bad_images(course, feed.reader.bad)
-    if pending is not None:
-      timing = feed.timing((step - first) * batch_size)
-      _report_step(course, *pending, timing)
-    pending = step, metrics
-    _answer_requests(course, state, step + 1, step + 1 == end)
+    report(ahead)
+    course.step_times.step()
+    if _must_save(course, step + 1) and step + 1 < end:
+      report(0)  # Whether to save depends on whether they were skipped.
+      save(course, state)
+      _stop_if_asked(course)
   jax.block_until_ready(state)
   timing = feed.timing((end - first) * batch_size)
-  if pending is not None:
-    _report_step(course, *pending, timing)
+  report(0)
   if feed.reader.restarts > restarts:
     _note(course, end, 'worker_restart', 'dead data workers were replaced')
   limit = feed.describe_limit(timing)
@@ -336,6 +357,18 @@ def _train_epoch(
     course.record['input_limit'] = limit
     course.run.progress.message(f'{task.stage.name}: {limit}')
   return state, timing
+
+
+def _steps_ahead(seconds: float, count: int) -> int:
+  """Returns how many steps are dispatched before the metrics of one are read.
+
+  `count` steps have taken so many seconds. Of several processes each would
+  find another number, and what one of them alone has dispatched before a
+  rollback would wait for the others for ever.
+  """
+  if not count or jax.process_count() > 1:
+    return 1
+  return int(min(max(_SECONDS_AHEAD * count / seconds, 1), _MOST_AHEAD))
 
 
 def _note_handover(course: Course, step: int) -> None:
@@ -491,10 +524,11 @@ def save(course: Course, state: state_lib.TrainState) -> None:
     course.write_scalars(step, scalars)
 
 
-def _answer_requests(
-  course: Course, state: state_lib.TrainState, step: int, ends_epoch: bool
-) -> None:
-  """Saves in mid-epoch when it is time to, or before leaving on a signal."""
+def _must_save(course: Course, step: int) -> bool:
+  """Returns whether to save in mid-epoch: it is time to, or a signal came.
+
+  Called after each step, in mid-epoch or not: the end of one saves anyway.
+  """
   config, stop = course.task.config, course.run.stop
   every_seconds = 60 * config.checkpoint_every_minutes
   late = every_seconds and time.monotonic() - course.last_save > every_seconds
@@ -502,11 +536,7 @@ def _answer_requests(
   due = stop.poll(save=bool(late) and jax.process_index() == 0)
   every_steps = config.checkpoint_every_steps
   due = due or (every_steps > 0 and step % every_steps == 0)
-  if ends_epoch:  # The end of an epoch saves anyway, and then leaves.
-    return
-  if due or stop.signum is not None:
-    save(course, state)
-  _stop_if_asked(course)
+  return due or stop.signum is not None
 
 
 def _stop_if_asked(course: Course) -> None:
@@ -525,7 +555,6 @@ def _report_step(
   """
   task, run = course.task, course.run
   values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-  course.step_times.step()
   run.dog.beat(f'step {step + 1} of {task.stage.name}')
   course.checkpoints.check()
   skipped = not values.pop('finite')

@@ -17,7 +17,7 @@ from jaxprog import config as config_lib
 from jaxprog import errors, paths, stages
 from jaxprog.reliability import checkpoints
 from jaxprog.reporting import rundir
-from jaxprog.training import augment, devices, preflight, setup
+from jaxprog.training import augment, devices, preflight, setup, xla_flags
 from jaxprog.training import state as state_lib
 
 _WEIGHTS = ('best', 'final', 'ema')
@@ -155,6 +155,7 @@ def load_trained(
   used = {field: getattr(trained.stage, field) for field in _OF_USE}
   stage_of_run = dataclasses.replace(trained.trained_stage, **used)
   trained = dataclasses.replace(trained, stage=stage_of_run)
+  xla_flags.use(config.xla_flags)
   devices.keep_compiled(paths.cache_dir(config))
   devices.check_platform(config.platform)
   _check_shapes(trained)

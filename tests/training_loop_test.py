@@ -1,0 +1,105 @@
+"""How far the loop is ahead of its devices, and that nothing shows it."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+import tiny_config
+from data_fixtures import encode, write_class_folders
+from flax import linen as nn
+
+import jaxprog
+from jaxprog.training import loop, setup
+
+
+class Fragile(nn.Module):
+  """White images are poison to it."""
+
+  num_classes: int
+  image_size: int
+  dtype: object
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    poison = jnp.where(jnp.mean(x, (1, 2, 3)) > 2.2, jnp.nan, 0.0)
+    x = nn.BatchNorm(use_running_average=not train, name='norm')(x)
+    x = x.reshape(len(x), -1)
+    return nn.Dense(self.num_classes, name='head')(x) + poison[:, None]
+
+
+def train(config, workdir):
+  """Returns a run's history without times, its incidents and its weights."""
+  jaxprog.train(config, workdir, model=Fragile)
+  lines = (workdir / 'incidents.jsonl').read_text().splitlines()
+  incidents = [(x['kind'], x['step']) for x in map(json.loads, lines)]
+  history = runs.without_times(runs.read_history(workdir))
+  return history, incidents, runs.bits(workdir, 'only')
+
+
+def test_skips_and_rollbacks_are_the_same_however_far_ahead(
+  tmp_path, monkeypatch
+):
+  raw = write_class_folders(tmp_path / 'raw', train=16)
+  white = encode(np.full((20, 20, 3), 255, np.uint8), 'JPEG')
+  for name in ('n01/n01_train_1', 'n02/n02_train_3', 'n03/n03_train_4'):
+    (raw / f'train/{name}.JPEG').write_bytes(white)
+  config = tiny_config.get_config(tmp_path / 'data')
+  config.max_skipped_steps, config.checkpoint_every_steps = 2, 3
+  config.stages = [
+    {
+      'name': 'only',
+      'dataset': f'folder:{raw}',
+      'num_epochs': 2,
+      'batch_size': 4,
+      'min_crop_area': 0.9,
+    }
+  ]
+  monkeypatch.setattr(loop, '_SECONDS_AHEAD', 0.0)
+  one_step = train(config, tmp_path / 'near')
+  monkeypatch.setattr(loop, '_SECONDS_AHEAD', math.inf)
+  all_steps = train(config, tmp_path / 'far')
+  assert ('rollback', 3) in one_step[1]
+  assert all_steps == one_step
+
+
+@pytest.mark.parametrize(
+  ('milliseconds', 'ahead'), [(0.1, 16), (2, 10), (9, 2), (20, 1), (1000, 1)]
+)
+def test_quick_steps_are_dispatched_further_ahead(milliseconds, ahead):
+  assert loop._steps_ahead(100 * milliseconds / 1e3, 100) == ahead
+  assert loop._steps_ahead(1e-6, 0) == 1  # Nothing is known yet.
+
+
+def test_an_evaluation_keeps_few_batches_on_the_devices(data_dir):
+  config = tiny_config.get_config(data_dir)
+  config.stage_defaults.batch_size = 8
+  found = setup.create_setup(config, only=('ten',))
+  task = setup.create_task(found, found.chosen[0])
+
+  @jax.jit
+  def work(batch, sums):
+    # The first batch takes as long as all others, and more, need to be read.
+    times = jnp.where(sums['count'] == 0, 30_000, 1)
+    x = jax.lax.fori_loop(0, times, lambda _, x: x @ x, jnp.ones((64, 64)) / 64)
+    count = jnp.sum(batch['mask']) * x[0, 0] * 64
+    return {**sums, 'count': sums['count'] + count}, {'loss': batch['label']}
+
+  dispatched, under_way = [], []
+
+  def eval_step(variables, batch, sums):
+    del variables
+    under_way.append(sum(not x.is_ready() for x in dispatched))
+    sums, outcomes = work(batch, sums)
+    dispatched.append(outcomes['loss'])
+    return sums, outcomes
+
+  split = task.dataset.selection
+  task = dataclasses.replace(task, eval_step=eval_step)
+  loop.evaluate(task, {}, split)
+  assert len(dispatched) == -(-len(split) // 8) > 20
+  assert max(under_way) == loop._EVALUATED_AHEAD
