@@ -31,10 +31,10 @@ LEAST_SECONDS = 10.0
 
 
 class Part(NamedTuple):
-  """What one part may take, and the commands that it is."""
+  """What one part may take, and the commands that it is, by their names."""
 
   seconds: float
-  commands: tuple[tuple[str, ...], ...]
+  commands: dict[str, tuple[str, ...]]
 
 
 class Aim(NamedTuple):
@@ -61,7 +61,7 @@ AIMS = {
 # Beside one another: none of them measures the device's own speed.
 TOGETHER = ('quickstart', 'bits_deterministic', 'bits_none', 'photographs')
 FLAGS18 = (
-  '',
+  'none',
   '--xla_gpu_enable_command_buffer=',
   '--xla_gpu_enable_triton_gemm=false',
   '--xla_gpu_experimental_enable_conv_fusion=true',
@@ -70,7 +70,7 @@ FLAGS18 = (
   '--xla_gpu_deterministic_ops=true',
 )
 FLAGS50 = (
-  '',
+  'none',
   '--xla_gpu_experimental_enable_conv_fusion=true',
   '--xla_gpu_enable_triton_gemm=false',
   '--xla_gpu_autotune_level=0',
@@ -136,27 +136,31 @@ def list_parts(args: argparse.Namespace, work: pathlib.Path) -> dict[str, Part]:
     kept = toy or (f'--programs={work / "programs"}',)
     return sys.executable, script, *kept, *arguments
 
-  def with_flags(flags: str, sizes: tuple[str, ...]) -> tuple[str, ...]:
-    label = f'--label={flags or "none"}'
-    alone = step(*sizes, '--contestants=jaxprog', '--rounds=3', label)
-    return 'env', f'XLA_FLAGS={flags}', *alone
+  def flags(sizes: tuple[str, ...], sets: tuple[str, ...]) -> Part:
+    alone = step(*sizes, '--contestants=jaxprog', '--rounds=3')
+    commands = {}
+    for name in sets:
+      setting = f'XLA_FLAGS={name.removeprefix("none")}'
+      commands[name] = 'env', setting, *alone, f'--label={name}'
+    return Part(30.0 * len(sets), commands)
+
+  def part(seconds: float, command: tuple[str, ...]) -> Part:
+    return Part(seconds, {'': command})
 
   f32 = '--contestants=jaxprog,jaxprog f32'
   parts = {
-    'machine': Part(60, (run('machine'),)),
-    'quickstart': Part(120, (run('quickstart'),)),
-    'bits_deterministic': Part(170, (run('bits', '--flags=deterministic'),)),
-    'bits_none': Part(170, (run('bits', '--flags=none'),)),
-    'photographs': Part(90, (run('photographs', *photographs),)),
-    'step50': Part(210, (step(*big, '--seconds=170'),)),
-    'step18': Part(120, (step(*small, '--seconds=90'),)),
-    'loop_original': Part(
-      110, (run('loop', '--storage=original', *photographs),)
-    ),
-    'loop_raw': Part(80, (run('loop', '--storage=raw:256', *photographs),)),
-    'f32': Part(100, (step(*big, f32, '--seconds=70'),)),
-    'flags18': Part(180, tuple(with_flags(x, small) for x in flags18)),
-    'flags50': Part(240, tuple(with_flags(x, big) for x in flags50)),
+    'machine': part(60, run('machine')),
+    'quickstart': part(120, run('quickstart')),
+    'bits_deterministic': part(170, run('bits', '--flags=deterministic')),
+    'bits_none': part(170, run('bits', '--flags=none')),
+    'photographs': part(90, run('photographs', *photographs)),
+    'step50': part(210, step(*big, '--seconds=170')),
+    'step18': part(120, step(*small, '--seconds=90')),
+    'loop_original': part(110, run('loop', '--storage=original', *photographs)),
+    'loop_raw': part(80, run('loop', '--storage=raw:256', *photographs)),
+    'f32': part(100, step(*big, f32, '--seconds=70')),
+    'flags18': flags(small, flags18),
+    'flags50': flags(big, flags50),
   }
   if not args.toy:
     return parts
@@ -194,7 +198,9 @@ def run_part(
   ends = min(ends, now + part.seconds)
   rows: list[dict[str, Any]] = []
   log.write_text('')
-  for command in part.commands:
+  for name, command in part.commands.items():
+    if time.monotonic() >= ends:
+      break
     began = log.stat().st_size
     with log.open('a') as file:
       code = run_command(command, file, ends)
@@ -208,7 +214,7 @@ def run_part(
       if time.monotonic() >= ends:
         why = f'ended after {time.monotonic() - now:.0f} s'
       text = f'FAILED, {why}: {last[-1].strip()[:120] if last else ""}'
-      rows.append({'what': '', 'figure': text, 'failed': why})
+      rows.append({'what': name, 'figure': text, 'failed': why})
   return rows
 
 

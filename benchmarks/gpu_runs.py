@@ -142,7 +142,8 @@ def run_quickstart(args: argparse.Namespace) -> None:
   )
   gaps = [x['handover_seconds'] for x in stages if 'handover_seconds' in x]
   words = ', '.join(f'{x:.2f}' for x in gaps)
-  say('slowest hand-over', f'of {words} s', {'seconds': max(gaps)})
+  slowest = max(gaps)
+  say('slowest hand-over', f'{slowest:.2f} s of {words}', {'seconds': slowest})
   for stage in stages:
     last = stage['epochs'][-1]
     rate = last['images_per_second']

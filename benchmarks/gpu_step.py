@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks import step as step_lib
 from benchmarks.gpu import say
+from jaxprog import formats
 
 NUM_CLASSES = 1000
 MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)
@@ -144,8 +145,12 @@ def report(
   if ratio and name != 'jaxprog':
     words.append(f'jaxprog is {ratio:.2f}x')
   if facts.get('memory'):
-    words.append(f'{facts["memory"] / 1e9:.2f} GB')
-  words += [f'ready in {facts["ready"]:.0f} s', f'n = {len(found)}']
+    words.append(formats.size(facts['memory']))
+  words += [
+    f'sent in {1e3 * sending:.2f} ms',
+    f'ready in {facts["ready"]:.0f} s',
+    f'n = {len(found)}',
+  ]
   say(
     args.label or name,
     ', '.join(words),

@@ -70,32 +70,29 @@ def test_a_rehearsal_names_the_machine_and_judges_nothing(tmp_path):
 
 def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path):
   child = tmp_path / 'child'
-  hang = (
-    'import subprocess, sys, time; print("it hangs", flush=True)\n'
-    'process = subprocess.Popen(["sleep", "600"])\n'
-    f'open({str(child)!r}, "w").write(str(process.pid))\n'
-    'time.sleep(600)'
-  )
+  hang = f'sleep 600 & echo $! > {child}; echo it hangs; wait'
   say = 'from benchmarks import gpu; gpu.say("a", "{}", {{}})'
   parts = {
-    'fails': gpu.Part(60, (python('1 / 0'), python(say.format('after it')))),
-    'hangs': gpu.Part(3, (python(hang),)),
-    'good': gpu.Part(60, (python(f'{say.format(1)}; {say.format(2)}'),)),
-    'late': gpu.Part(60, (python('print()'),)),
+    'fails': gpu.Part(
+      60, {'x': python('1 / 0'), 'y': python(say.format('after it'))}
+    ),
+    'hangs': gpu.Part(3, {'': ('sh', '-c', hang), 'next': python('print()')}),
+    'good': gpu.Part(60, {'': python(f'{say.format(1)}; {say.format(2)}')}),
+    'late': gpu.Part(60, {'': python('print()')}),
   }
   before_late = {x: parts[x] for x in parts if x != 'late'}
-  rows = gpu.measure(before_late, tmp_path, time.monotonic() + 60)
+  rows = gpu.measure(before_late, tmp_path, time.monotonic() + 200)
   rows += gpu.measure({'late': parts['late']}, tmp_path, time.monotonic())
-  found = [(x['part'], x['figure']) for x in rows]
+  found = [(x['part'], x['what'], x['figure']) for x in rows]
   assert found == [
-    ('fails', 'FAILED, exit code 1: ZeroDivisionError: division by zero'),
-    ('fails', 'after it'),
-    ('hangs', 'FAILED, ended after 3 s: it hangs'),
-    ('good', '2'),
-    ('late', 'left out, no time'),
+    ('fails', 'x', 'FAILED, exit code 1: ZeroDivisionError: division by zero'),
+    ('fails', 'a', 'after it'),
+    ('hangs', '', 'FAILED, ended after 3 s: it hangs'),
+    ('good', 'a', '2'),
+    ('late', '', 'left out, no time'),
   ]
   # A process that has ended and one that is not there look alike.
-  state = pathlib.Path('/proc', child.read_text(), 'stat')
+  state = pathlib.Path('/proc', child.read_text().strip(), 'stat')
   assert not state.exists() or ' Z ' in state.read_text()
   assert 'Left out: --parts=late' in gpu.draw_table(rows, 1.0)
 
