@@ -38,6 +38,8 @@ def main() -> None:
   parser.add_argument('--model', default='resnet50')
   parser.add_argument('--image_size', type=int, default=224)
   parser.add_argument('--batch_size', type=int, default=256, help='a chip')
+  parser.add_argument('--num_filters', type=int, default=64)
+  parser.add_argument('--dtype', default='bfloat16')
   parser.add_argument('--topology', default='v5e:2x2')
   parser.add_argument('--batch_norm', default='global', help='a,b')
   parser.add_argument('--remat', default='none', help='a,b')
@@ -49,7 +51,8 @@ def main() -> None:
   topology = chips.parse_topology(args.topology)
   options = elsewhere.compiler_options(args.xla_flags, topology)
   if not args.no_plain:
-    describe('plain Flax', lower_plain(args, topology), options, args)
+    plain = trace_plain(args, topology)[0].lower()
+    describe('plain Flax', plain, options, args)
   for batch_norm in args.batch_norm.split(','):
     for remat in args.remat.split(','):
       lowered = lower_ours(args, topology, batch_norm, remat)
@@ -58,25 +61,31 @@ def main() -> None:
 
 def lower_ours(args, topology, batch_norm, remat):
   """Returns the step that training compiles, lowered."""
-  config = jaxprog.load_config('configs/progressive.py')
-  config.model, config.batch_norm, config.remat = args.model, batch_norm, remat
-  *_, stage = config.stages
-  stage['image_size'] = args.image_size
-  stage['batch_size'] = args.batch_size * topology.num_chips
-  setup = elsewhere.create_setup(config, topology, (stage['name'],), ())
-  task = setup_lib.create_task(setup, *setup.chosen)
+  task = create_task(args, topology, batch_norm, remat)
   (program,) = task.train_steps
   return task.trace_train_step(program).lower()
 
 
-def lower_plain(args, topology):
-  """Returns the plain step, lowered."""
+def create_task(args, topology, batch_norm='global', remat='none'):
+  """Returns ImageNet's stage as training makes it."""
+  config = jaxprog.load_config('configs/progressive.py')
+  config.model, config.batch_norm, config.remat = args.model, batch_norm, remat
+  config.num_filters, config.dtype = args.num_filters, args.dtype
+  *_, stage = config.stages
+  stage['image_size'] = args.image_size
+  stage['batch_size'] = args.batch_size * topology.num_chips
+  setup = elsewhere.create_setup(config, topology, (stage['name'],), ())
+  return setup_lib.create_task(setup, *setup.chosen)
+
+
+def trace_plain(args, topology):
+  """Returns the traces of the plain step, and of what draws its state."""
   with (
     mock.patch.object(conv, 'Conv', plain_conv),
     mock.patch.object(conv, 'max_pool', conv.xla_max_pool),
     mock.patch.object(norm, 'BatchNorm', plain_norm),
   ):
-    return trace_plain(args, topology).lower()
+    return trace_network(args, topology)
 
 
 def plain_conv(features, kernel_size, strides=1, **kwargs) -> nn.Conv:
@@ -112,13 +121,14 @@ def kernels_alone(params):
   return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
-def trace_plain(args, topology):
-  """Returns the trace of a step as a JAX user writes it."""
+def trace_network(args, topology):
+  """Returns both for a step as a JAX user writes it."""
   model = resnet.create_model(
     args.model,
     num_classes=1000,
     image_size=args.image_size,
-    dtype=jnp.bfloat16,
+    num_filters=args.num_filters,
+    dtype=args.dtype,
   )
   tx = optax.chain(
     optax.add_decayed_weights(1e-4, kernels_alone),
@@ -127,7 +137,7 @@ def trace_plain(args, topology):
   replicated, divided = devices.create_shardings(chips.create_mesh(topology))
   side, total = args.image_size, args.batch_size * topology.num_chips
   images = jax.ShapeDtypeStruct(
-    (total, side, side, 3), jnp.bfloat16, sharding=divided
+    (total, side, side, 3), jnp.dtype(args.dtype), sharding=divided
   )
   labels = jax.ShapeDtypeStruct((total,), jnp.int32, sharding=divided)
 
@@ -159,7 +169,8 @@ def trace_plain(args, topology):
     jax.eval_shape(init, jax.random.key(0)),
   )
   jitted = jax.jit(step, out_shardings=replicated, donate_argnums=0)
-  return jitted.trace(state, images, labels)
+  drawing = jax.jit(init, out_shardings=replicated)
+  return jitted.trace(state, images, labels), drawing.trace(jax.random.key(0))
 
 
 def describe(name: str, lowered, options, args) -> None:

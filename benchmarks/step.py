@@ -20,7 +20,11 @@ from unittest import mock
 
 import numpy as np
 
-BLOCK_SIZES = {'resnet18': (2, 2, 2, 2), 'resnet50': (3, 4, 6, 3)}
+BLOCK_SIZES = {
+  'resnet10': (1, 1, 1, 1),
+  'resnet18': (2, 2, 2, 2),
+  'resnet50': (3, 4, 6, 3),
+}
 LAYOUTS = ('nchw', 'channels_last')
 NUM_CLASSES = 1000
 
