@@ -403,7 +403,7 @@ def test_pipe_gets_one_greppable_line_an_epoch():
   assert events.count('stage_end') == 2
 
 
-def test_pipe_gets_a_line_on_steps_every_nine_seconds():
+def test_pipe_gets_a_line_on_steps_every_eight_seconds():
   clock, console = Clock(), create_console(terminal=False)
   shown = progress_lib.Progress(1, console=console, clock=clock)
   shown.start_stage(0, 'a', [10_000], note='two words')
@@ -412,7 +412,7 @@ def test_pipe_gets_a_line_on_steps_every_nine_seconds():
     shown.step(step, METRICS)
   lines = plain_lines(console)
   assert lines[0]['note'] == '"two words"'
-  assert sum(x['event'] == 'step' for x in lines) == 111
+  assert sum(x['event'] == 'step' for x in lines) == 125
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from jaxprog import formats
 _TICK_SECONDS = 0.25
 # What lasts shorter has no line of its own; and the longest silence between
 # two lines.
-_BRIEF_SECONDS, _SILENT_SECONDS = 1.0, 9.0
+_BRIEF_SECONDS, _SILENT_SECONDS = 1.0, 8.0
 # Of a bar beside a text, in characters.
 _BAR_WIDTH = 24
 _ERASE = '\r\x1b[J\x1b[?25h'
@@ -160,7 +160,7 @@ class _Display:
         return
       if self._thread is None:
         self._open()
-      if self._screen is None and (self.clock() - self._said >= _BRIEF_SECONDS):
+      if self._screen is None and self._said == -math.inf:
         self._say(activity)
 
   def leave(self, activity: Activity) -> None:
@@ -299,6 +299,7 @@ class Bar:
 
   def __init__(self, what: str, draw: Callable[[], list[str]] | None = None):
     self._activity = Activity(what, _display.clock(), draw=draw)
+    self._activity.is_said = True  # Its run says more of it.
     _display.enter(self._activity)
 
   def show(self, done: int, total: int, part: str = '') -> None:

@@ -24,7 +24,7 @@ from jaxprog import formats
 from jaxprog.monitoring import activity
 
 _REFRESH_SECONDS = 1 / 8
-_LINE_SECONDS = 9.0
+_LINE_SECONDS = 8.0
 # The rate of the last minute or so: long enough to be steady, short enough to
 # follow a machine that slows down.
 _RATE_SECONDS = 60.0

@@ -12,11 +12,18 @@ from ml_collections import config_dict
 
 from jaxprog import errors
 from jaxprog.data import workers
-from jaxprog.monitoring import diagnostics, pictures
+from jaxprog.monitoring import activity, diagnostics, pictures
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import checkpoints, mirror, peers, signals
 from jaxprog.reporting import facts, report
-from jaxprog.training import alike, described, loop, preflight, resume
+from jaxprog.training import (
+  alike,
+  compile_times,
+  described,
+  loop,
+  preflight,
+  resume,
+)
 from jaxprog.training import run as run_lib
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
@@ -51,28 +58,37 @@ def train(
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.StopRequest())
     stack.enter_context(peers.join(stop))
-    workdir, url = mirror.locate(workdir, config.mirror)
-    preflight.launch(config, workdir, only=only, skip=skip)
-    peers.wait_for_all('preflight')  # It removes folders that it made.
-    owner = stack.enter_context(mirror.hold(workdir, url))
-    alike.check_workdir(workdir, url)
-    setup = setup_lib.create_setup(
-      config,
-      only=only,
-      skip=skip,
-      model=model,
-      holdout_rules=history_lib.holdout_rules(run_lib.read_history(workdir)),
-    )
-    run = run_lib.open_run(
-      setup,
-      workdir,
-      owner,
-      stop,
-      stack,
-      allow_config_change=allow_config_change,
-      on_epoch=on_epoch,
-      shorten=shorten,
-    )
+    if jax.process_index() > 0:
+      activity.silence()
+    with activity.doing('looking for what would end the run'):
+      workdir, url = mirror.locate(workdir, config.mirror)
+      preflight.launch(config, workdir, only=only, skip=skip)
+      peers.wait_for_all('preflight')  # It removes folders that it made.
+      closing = stack.enter_context(contextlib.ExitStack())
+      owner = stack.enter_context(mirror.hold(workdir, url))
+      stack.callback(
+        lambda: closing.enter_context(activity.doing('closing the run'))
+      )
+      alike.check_workdir(workdir, url)
+    with activity.doing('opening data'):
+      setup = setup_lib.create_setup(
+        config,
+        only=only,
+        skip=skip,
+        model=model,
+        holdout_rules=history_lib.holdout_rules(run_lib.read_history(workdir)),
+      )
+    with activity.doing('building the networks'):
+      run = run_lib.open_run(
+        setup,
+        workdir,
+        owner,
+        stop,
+        stack,
+        allow_config_change=allow_config_change,
+        on_epoch=on_epoch,
+        shorten=shorten,
+      )
     _train_stages(run)
     run.progress.message(report.summary_table(run.history))
   return run.history
@@ -114,7 +130,8 @@ def _write_reports(run: run_lib.Run, *, wait: bool = False) -> None:
   if jax.process_index() == 0:
     written = run.reporter.write()
     if wait:
-      written.result()
+      with activity.doing('drawing the reports'):
+        written.result()
 
 
 def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
@@ -134,14 +151,20 @@ def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
       run.setup, run.workdir, task.stage
     )
     draws_all = is_first or handover.needs_backbone(task.stage)
-    return setup_lib.compile_task(task, carried=not draws_all)
+    with compile_times.noted(task):
+      return setup_lib.compile_task(task, carried=not draws_all)
 
-  ahead = run.compiler.submit(prepare, run.tasks[0])
-  for following in [*run.tasks[1:], None]:
-    with run.dog.pause():  # Large networks compile for long.
+  ahead, began = run.compiler.submit(prepare, run.tasks[0]), time.monotonic()
+  for number, following in enumerate([*run.tasks[1:], None], 1):
+    what = f'compiling stage {number} of {len(run.tasks)}'
+    took = compile_times.last(run.tasks[number - 1])
+    # Large networks compile for long.
+    with run.dog.pause(), activity.doing(what, last=took, since=began):
+      asked = time.monotonic()
       task = ahead.result()
+    run.waits[task.stage.name] = time.monotonic() - asked
     if following is not None:
-      ahead = run.compiler.submit(prepare, following)
+      ahead, began = run.compiler.submit(prepare, following), time.monotonic()
     yield task
 
 
@@ -168,10 +191,13 @@ def _run_stage(
     run.stop.deferred(),  # Outermost: saves under way are waited for.
     checkpoints.Checkpoints(directory, run.note) as saved,
   ):
-    course, state = _open_stage(run, index, task, saved)
+    what = f'starting stage {index + 1} of {len(run.tasks)}, {name}'
+    with activity.doing(what):
+      course, state = _open_stage(run, index, task, saved)
     course.left = left
     state = loop.train_stage(course, state)
-    _finish_stage(course, state)
+    with activity.doing(f'saving {name}'):
+      _finish_stage(course, state)
     left = time.monotonic()
   run.save_history()
   run.progress.end_stage(course.record)
@@ -188,6 +214,8 @@ def _open_stage(
   name = task.stage.name
   run.dog.beat(f'the start of {name}')
   state, record, is_saved = _resume(run, task, saved) or _begin(run, task)
+  waited = record.get('compile_seconds', 0.0) + run.waits.get(name, 0.0)
+  record['compile_seconds'] = waited
   run.save_history()
   run.save_stages(running=name)
   run.progress.start_stage(
@@ -235,13 +263,16 @@ def _examine(run: run_lib.Run, task: setup_lib.Task) -> dict[str, Any]:
   variables = jax.device_put(variables, task.shardings.replicated)
   epoch = meta['epoch']['epoch']
 
-  def on_batch(done, total):
-    run.dog.beat(f'validation, batch {done} of {total}')
-
   def read(index):
     return split.describe(index), split.original(index)
 
-  scores, outcomes, _ = loop.evaluate(task, variables, split, on_batch)
+  with activity.doing(f'scoring the best weights of {name}') as show:
+
+    def on_batch(done, total):
+      run.dog.beat(f'validation, batch {done} of {total}')
+      show(done, total)
+
+    scores, outcomes, _ = loop.evaluate(task, variables, split, on_batch)
   of = {'weights': 'best', 'epoch': epoch, 'num_images': len(split)}
   found = {
     **of,
