@@ -82,8 +82,11 @@ def __getattr__(name: str) -> Any:
   """Imports one of the names when it is first asked for."""
   if name not in _ELSEWHERE and name not in _TOOLS:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  from jaxprog.monitoring import activity
+
   where = _ELSEWHERE.get(name, f'tools.{name}')
-  found = getattr(importlib.import_module(f'{__name__}.{where}'), name)
+  with activity.doing('loading JAX and other libraries'):
+    found = getattr(importlib.import_module(f'{__name__}.{where}'), name)
   return globals().setdefault(name, found)
 
 

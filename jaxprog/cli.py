@@ -15,8 +15,10 @@ import contextlib
 import os
 import pathlib
 import re
+import shlex
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,11 +27,14 @@ from absl import flags
 from absl import logging as absl_logging
 
 import jaxprog
-from jaxprog import buckets, errors, fields, paths, version
+from jaxprog import buckets, errors, fields, formats, paths, version
+from jaxprog.monitoring import activity
 from jaxprog.reliability import signals
 from jaxprog.training import xla_flags
 
 Flags = flags.FlagValues
+# When the command began, about.
+_BEGAN = time.monotonic()
 
 
 class Mode(NamedTuple):
@@ -46,7 +51,36 @@ class Mode(NamedTuple):
 
 
 def _train(config: Any, workdir: str, *, dry_run: bool, **given: Any) -> None:
-  (jaxprog.dry_run if dry_run else jaxprog.train)(config, workdir, **given)
+  if dry_run:
+    jaxprog.dry_run(config, workdir, **given)
+    return
+  history = jaxprog.train(config, workdir, **given)
+  import jax
+
+  if jax.process_index() == 0:
+    print(_describe_end(history, workdir))
+
+
+def _describe_end(history: Mapping[str, Any], workdir: str) -> str:
+  """Returns what a run took, where its report is, and what comes next."""
+  from jaxprog.training import preflight
+
+  trained = formats.duration(sum(x['seconds'] for x in history['stages']))
+  took = formats.duration(time.monotonic() - _BEGAN)
+  place = workdir.rstrip('/')
+  lines = [
+    f'trained  {trained}, this command took {took}',
+    f'report   {place}/report.html',
+  ]
+  for mode, more in (
+    ('eval', []),
+    ('predict', ['--input=IMAGES']),
+    ('export', []),
+  ):
+    words = [f'--mode={mode}', f'--workdir={workdir}', *more]
+    command = shlex.join([*preflight.command(), *words])
+    lines.append(f'{"next" if mode == "eval" else "":9}{command}')
+  return '\n'.join(lines)
 
 
 def _prepare(config: Any, workdir: str | None, **given: Any) -> None:
@@ -115,6 +149,9 @@ _SAVED = {
 _CHANGE = {
   'allow_config_change': 'Go on with a run that began with another config.'
 }
+# Modes that say what they do where a run says how far it is; what others print
+# is for other programs too.
+_TRAINING = ('train', 'compare', 'tune')
 _EVERYWHERE = ('config', 'workdir', 'mode', 'version', 'help', 'h')
 # Which of the processes of a run this is.
 _PLACE = {
@@ -252,7 +289,12 @@ def main(argv: Sequence[str]) -> int:
     if asked.help:
       print(_describe(asked.mode if asked['mode'].present else ''))
       return 0
-    with signals.StopRequest(owns_process=True), _processes(asked):
+    activity.use('stdout' if asked.mode in _TRAINING else 'stderr')
+    with (
+      activity.doing(f'jaxprog {version.VERSION}, {asked.mode}'),
+      signals.StopRequest(owns_process=True),
+      _processes(asked),
+    ):
       return run(asked, overrides)
   except errors.UserError as e:
     print(buckets.shown(str(e)), file=sys.stderr)
@@ -497,6 +539,6 @@ def start() -> None:
   _use_huge_pages()
   if not sys.flags.safe_path:  # A config imports what lies here, as for -m.
     sys.path.append(os.getcwd())
-  code = main(sys.argv)
-  if code:  # Nobody waits for threads of a run that has ended early.
-    signals.leave(code)
+  # Nobody waits for threads of a run that is over, nor until all of its memory
+  # has been given back piece by piece.
+  signals.leave(main(sys.argv))

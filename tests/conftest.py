@@ -52,6 +52,10 @@ LONGEST = (
 def pytest_configure(config):
   """Keeps pytest-xdist from taking the files with the most tests first."""
   config.option.loadscopereorder = False
+  # What takes long is said in a process of its own; here, output is compared.
+  from jaxprog.monitoring import activity
+
+  activity.silence()
 
 
 def pytest_collection_modifyitems(items):

@@ -52,8 +52,8 @@ _BLOCK = 2048
 _PAIRS = 4096
 _NOTHING = np.empty((0, 3 * _COARSE_SIDE**2), np.float32)
 
-# What is being read, images done, images in all.
-Progress = Callable[[str, int, int], None]
+# Images done, images in all, and what is being read.
+Progress = Callable[[int, int, str], None]
 
 
 class Leak(NamedTuple):
@@ -380,7 +380,7 @@ def _read(
 
       def show(done: int, total: int) -> None:
         if progress:
-          progress(f'{dataset.name} {records.name}', done, total)
+          progress(done, total, f'{dataset.name} {records.name}')
 
       tables[split] = signatures.read_signatures(records, progress=show)
     table = tables[split]

@@ -2,7 +2,8 @@
 
 On a terminal: one table row for each finished epoch, and below the rows a bar
 that is drawn anew at most eight times a second. Anywhere else, with NO_COLOR
-or on a dumb terminal: lines of `key=value`, to be searched with grep.
+or on a dumb terminal: lines of `key=value`, to be searched with grep. What
+takes long besides is said by `activity`.
 """
 
 import bisect
@@ -11,22 +12,19 @@ import functools
 import itertools
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import rich.console
-import rich.live
-import rich.progress_bar
 import rich.rule
-import rich.table
 import rich.text
 
 from jaxprog import formats
+from jaxprog.monitoring import activity
 
 _REFRESH_SECONDS = 1 / 8
-_LINE_SECONDS = 30.0
+_LINE_SECONDS = 8.0
 # The rate of the last minute or so: long enough to be steady, short enough to
 # follow a machine that slows down.
 _RATE_SECONDS = 60.0
@@ -108,6 +106,7 @@ class Progress:
   ):
     self._num_stages = num_stages
     self._clock = clock
+    self._remarks: list[str] = []
     self._stages: Sequence[Description] = ()
     self._at: _Standing
     self._timer: _Timer
@@ -175,6 +174,8 @@ class Progress:
     at = self._at
     self._timer.pause()
     self._view.row(at, row, is_best)
+    while self._remarks:
+      self._view.message(self._remarks.pop(0))
     if at.epoch < at.num_epochs:
       at.epoch, at.evaluating = at.epoch + 1, None
     self._show()
@@ -186,6 +187,10 @@ class Progress:
   def message(self, text: rich.console.RenderableType) -> None:
     """Prints `text`, or anything that rich can print, above the bar."""
     self._view.message(text)
+
+  def remark(self, text: str) -> None:
+    """Prints `text` below the next row: a table begins with its rows."""
+    self._remarks.append(text)
 
   def close(self) -> None:
     """Takes the bar away; everything else stays."""
@@ -262,17 +267,20 @@ class _PlainView:
 
   def __init__(self, console: rich.console.Console):
     self._console = console
-    self._next_line = 0.0
+    self._next_line, self._said_step = 0.0, -1
+    self._bar: activity.Bar | None = None
 
   def describe(self, stages: Sequence[Description]) -> None:
     for stage in stages:
       values = stage._asdict()
-      self._print(event='plan', stage=values.pop('name'), **values)
+      self._print('plan', stage=values.pop('name'), **values)
 
   def begin(self, at: _Standing, details: Mapping[str, Any]) -> None:
-    self._next_line = -math.inf
+    self.close()
+    self._bar = activity.Bar(f'training {at.name}')
+    self._next_line, self._said_step = -math.inf, -1
     self._print(
-      event='stage',
+      'stage',
       stage=at.name,
       index=f'{at.index + 1}/{at.num_stages}',
       total_steps=at.total_steps,
@@ -282,11 +290,16 @@ class _PlainView:
     )
 
   def update(self, at: _Standing, now: float) -> None:
-    if now < self._next_line or at.evaluating or not at.metrics:
+    if self._bar:
+      part = 'evaluation of ' if at.evaluating else ''
+      part += f'epoch {at.epoch} of {at.num_epochs}'
+      self._bar.show(*(at.evaluating or at.epoch_steps), part)
+    is_new = at.metrics and at.step != self._said_step
+    if now < self._next_line or at.evaluating or not is_new:
       return
-    self._next_line = now + _LINE_SECONDS
+    self._next_line, self._said_step = now + _LINE_SECONDS, at.step
     self._print(
-      event='step',
+      'step',
       stage=at.name,
       epoch=f'{at.epoch}/{at.num_epochs}',
       step=f'{at.step}/{at.total_steps}',
@@ -297,12 +310,13 @@ class _PlainView:
   def row(self, at: _Standing, row: Mapping[str, Any], best: bool) -> None:
     values = {k: v for k, v in row.items() if k != 'epoch'}
     epoch = f'{row["epoch"]}/{at.num_epochs}'
-    self._print(event='epoch', stage=at.name, epoch=epoch, **values, best=best)
+    self._print('epoch', stage=at.name, epoch=epoch, **values, best=best)
 
   def end(self, at: _Standing, stage: Mapping[str, Any]) -> None:
+    self.close()
     best = stage['best'] or {'epoch': None, 'top1': None}
     self._print(
-      event='stage_end',
+      'stage_end',
       stage=at.name,
       status=stage['status'],
       best_top1=best['top1'],
@@ -312,13 +326,15 @@ class _PlainView:
 
   def message(self, text: rich.console.RenderableType) -> None:
     self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+    activity.hear()
 
   def close(self) -> None:
-    pass
+    if self._bar:
+      self._bar.close()
+      self._bar = None
 
-  def _print(self, **values: Any) -> None:
-    pairs = (f'{k}={_format_value(v)}' for k, v in values.items())
-    self.message(' '.join(pairs))
+  def _print(self, kind: str, **values: Any) -> None:
+    self.message(activity.event(kind, **values))
 
 
 class _LiveView:
@@ -326,9 +342,10 @@ class _LiveView:
 
   def __init__(self, console: rich.console.Console):
     self._console = console
-    self._live: rich.live.Live | None = None
+    self._bar: activity.Bar | None = None
     self._next_refresh = -math.inf
     self._columns: list[_Column] = []
+    self._gap = ''
     self._width = 0  # That the columns were chosen for.
 
   def describe(self, stages: Sequence[Description]) -> None:
@@ -337,15 +354,18 @@ class _LiveView:
       for title, rank, show in _STAGE_COLUMNS
     ]
     columns = _fit_columns(columns, self._console.width)
-    self._line(_join(columns, [c.title for c in columns]), 'bold')
+    gap = _gap(columns, self._console.width)
+    self._line(_join(columns, [c.title for c in columns], gap), 'bold')
     for stage in stages:
-      self._line(_join(columns, [c.show(stage) for c in columns]))
+      self._line(_join(columns, [c.show(stage) for c in columns], gap))
     self._line('')
 
   def begin(self, at: _Standing, details: Mapping[str, Any]) -> None:
     title = f'stage {at.index + 1}/{at.num_stages}  {at.name}'
     self._console.print(
-      rich.rule.Rule(title, characters='-', align='left', style='dim')
+      rich.rule.Rule(
+        rich.text.Text(title), characters='-', align='left', style='dim'
+      )
     )
     for line in _pack(
       [f'{k}: {v}' for k, v in details.items()],
@@ -353,23 +373,20 @@ class _LiveView:
     ):
       self._line(line, 'dim')
     self._begin_table(at)
-    self._next_refresh = -math.inf
-    self._live = rich.live.Live(
-      console=self._console, auto_refresh=False, transient=True
-    )
-    self._live.start()
+    self.close()
+    self._bar = activity.Bar(f'training {at.name}', lambda: self._draw(at))
 
   def update(self, at: _Standing, now: float) -> None:
-    if self._live and now >= self._next_refresh:
+    if self._bar and now >= self._next_refresh:
       self._next_refresh = now + _REFRESH_SECONDS
-      self._live.update(_StatusLines(at), refresh=True)
+      self._bar.refresh()
 
   def row(self, at: _Standing, row: Mapping[str, Any], best: bool) -> None:
     if self._console.width != self._width:
       self._begin_table(at)
     epoch = f'{row["epoch"]}/{at.num_epochs}'
     cells = [epoch, *(c.show(row) for c in self._columns[1:])]
-    line = _join(self._columns, cells)
+    line = _join(self._columns, cells, self._gap)
     self._line(f'{line} *' if best else line, 'green' if best else '')
 
   def end(self, at: _Standing, stage: Mapping[str, Any]) -> None:
@@ -385,11 +402,19 @@ class _LiveView:
 
   def message(self, text: rich.console.RenderableType) -> None:
     self._console.print(text, markup=False, highlight=False)
+    self._next_refresh = -math.inf  # It has taken the bar away.
 
   def close(self) -> None:
-    if self._live:
-      self._live.stop()
-      self._live = None
+    if self._bar:
+      self._bar.close()
+      self._bar = None
+
+  def _draw(self, at: _Standing) -> list[str]:
+    """Returns the bar, metrics and times left, for the width of now."""
+    width, height = self._console.width, self._console.height
+    is_ascii = activity.is_ascii(self._console.encoding)
+    lines = _fit_phrases(_phrases(at), width, height - 2)
+    return [_bar_line(at, width, is_ascii), *lines]
 
   def _begin_table(self, at: _Standing) -> None:
     """Prints titles of as many columns as the terminal is wide for now."""
@@ -402,8 +427,11 @@ class _LiveView:
     ]
     # Two more columns are for the mark of the best row.
     self._columns = _fit_columns(columns, self._width - 2)
-    for line in _row_header(self._columns):
-      self._line(line, 'bold')
+    self._gap = _gap(self._columns, self._width - 2)
+    dash = '-' if activity.is_ascii(self._console.encoding) else '─'
+    self._line(_group_line(self._columns, self._gap, dash), 'dim')
+    titles = [c.title for c in self._columns]
+    self._line(_join(self._columns, titles, self._gap), 'bold')
 
   def _line(self, text: str, style: str = '') -> None:
     self._console.print(
@@ -411,48 +439,31 @@ class _LiveView:
     )
 
 
-class _StatusLines:
-  """The bar, metrics and times left; laid out for the width at each drawing."""
-
-  def __init__(self, at: _Standing):
-    self._at = at
-
-  def __rich_console__(
-    self,
-    console: rich.console.Console,
-    options: rich.console.ConsoleOptions,
-  ) -> rich.console.RenderResult:
-    at, width = self._at, options.max_width
-    done, total = at.evaluating or at.epoch_steps
-    task = 'eval ' if at.evaluating else 'epoch'
-    head = f'{task} {at.epoch}/{at.num_epochs} '
-    tail = f' {done:>{len(str(total))}}/{total}'
-    stage = f'stage {at.index + 1}/{at.num_stages}  '
-    if len(stage + head + tail) + _MIN_BAR <= width:
-      head = stage + head
-    grid = rich.table.Table.grid()
-    grid.add_row(
-      rich.text.Text(head, 'bold'),
-      rich.progress_bar.ProgressBar(
-        total=max(total, 1),
-        completed=done,
-        width=max(_MIN_BAR, width - len(head) - len(tail)),
-      ),
-      rich.text.Text(tail),
-    )
-    yield grid
-    for line in _fit_phrases(_phrases(at), width, console.height - 2):
-      yield rich.text.Text(line, no_wrap=True, overflow='crop')
+def _bar_line(at: _Standing, width: int, is_ascii: bool) -> str:
+  """Returns stage, epoch, a bar and steps, of `width` in all."""
+  done, total = at.evaluating or at.epoch_steps
+  task = 'eval ' if at.evaluating else 'epoch'
+  head = f'{task} {at.epoch}/{at.num_epochs} '
+  tail = f' {done:>{len(str(total))}}/{total}'
+  stage = f'stage {at.index + 1}/{at.num_stages}  '
+  if len(stage + head + tail) + _MIN_BAR <= width:
+    head = stage + head
+  room = max(_MIN_BAR, width - len(head) - len(tail))
+  bar = activity.bar(done / max(total, 1), room, is_ascii)
+  return f'\x1b[1m{head}\x1b[0m{bar}{tail}'
 
 
 _MIN_BAR = 4
+# The group of the times left.
+_LEFT = 2
 
 
 class _Phrase(NamedTuple):
   """A part of the status; the highest `rank` goes first where room is short.
 
   Phrases of one `group` begin a line of their own, unless there is room beside
-  the group before.
+  the group before; the first that is shown of the times left says what they
+  are.
   """
 
   text: str
@@ -464,8 +475,7 @@ def _phrases(at: _Standing) -> list[_Phrase]:
   """Returns phrases of constant length, so that the lines never jump."""
   values = at.metrics
   if not values:
-    text = 'compiling the first step, which can take a minute'
-    return [_Phrase(text, 0, 0)]
+    return [_Phrase('waiting for the first step', 0, 0)]
   epoch, stage, run = (
     formats.duration(at.left.get(x)) for x in ('epoch', 'stage', 'run')
   )
@@ -479,21 +489,24 @@ def _phrases(at: _Standing) -> list[_Phrase]:
     _Phrase(f'images/s {formats.cell("images_per_second", values):>6}', 4, 1),
     _Phrase(f'input wait {formats.cell("input_wait", values):>6}', 8, 1),
     _Phrase(f'{label} {formats.cell(kind, values):>7}', 9, 1),
-    _Phrase(f'left: epoch {epoch:>8}', 6, 2),
-    _Phrase(f'stage {stage:>8}', 3, 2),
-    _Phrase(f'run {run:>9}', 2, 2),
+    _Phrase(f'{epoch:>7} epoch', 6, _LEFT),
+    _Phrase(f'{stage:>7} stage', 3, _LEFT),
+    _Phrase(f'{run:>7} run', 2, _LEFT),
   ]
 
 
 def _fit_phrases(
-  phrases: Sequence[_Phrase], width: int, height: int
+  known: Sequence[_Phrase], width: int, height: int
 ) -> list[str]:
   """Returns at most `height` lines of at most `width`, groups kept together."""
-  shown = list(phrases)
+  shown = list(known)
   while True:
     lines: list[str] = []
-    for _, group in itertools.groupby(shown, lambda p: p.group):
-      packed = _pack([p.text for p in group], width)
+    for group, phrases in itertools.groupby(shown, lambda p: p.group):
+      texts = [p.text for p in phrases]
+      if group == _LEFT:
+        texts[0] = f'left {texts[0]}'
+      packed = _pack(texts, width)
       if len(packed) == 1:
         packed = _pack([*lines[-1:], *packed], width)
         del lines[-1:]
@@ -501,6 +514,10 @@ def _fit_phrases(
     if len(lines) <= max(height, 1) or len(shown) == 1:
       return lines
     shown.remove(max(shown, key=lambda p: p.rank))
+
+
+# Spaces between two columns, at most.
+_MAX_GAP = 8
 
 
 class _Column(NamedTuple):
@@ -517,7 +534,7 @@ class _Column(NamedTuple):
 _ROW_COLUMNS = (
   ('loss', 7, 3, 'train_loss', 'train'),
   ('top-1', 6, 2, 'train_top1', 'train'),
-  ('loss', 8, 3, 'val_loss', 'val'),
+  ('loss', 7, 3, 'val_loss', 'val'),
   ('top-1', 6, 1, 'val_top1', 'val'),
   ('ema', 6, 4, 'ema_top1', 'val'),
   ('top-5', 6, 6, 'val_top5', 'val'),
@@ -525,7 +542,7 @@ _ROW_COLUMNS = (
   ('grad norm', 9, 9, 'grad_norm', ''),
   ('images/s', 8, 8, 'images_per_second', ''),
   ('input wait', 10, 10, 'input_wait', ''),
-  ('time', 8, 5, 'seconds', ''),
+  ('time', 8, 5, 'seconds', 'm:ss'),
 )
 
 _STAGE_COLUMNS: tuple[tuple[str, int, Callable[[Description], str]], ...] = (
@@ -550,23 +567,31 @@ def _fit_columns(columns: Sequence[_Column], width: int) -> list[_Column]:
   return shown
 
 
-def _join(columns: Sequence[_Column], cells: Sequence[str]) -> str:
+def _gap(columns: Sequence[_Column], width: int) -> str:
+  """Returns what is between two columns, where they share `width`."""
+  room = width - sum(c.width for c in columns)
+  return ' ' * min(_MAX_GAP, max(2, room // max(len(columns) - 1, 1)))
+
+
+def _join(columns: Sequence[_Column], cells: Sequence[str], gap: str) -> str:
   """Returns a line of cells; the first is aligned left."""
   first, *rest = zip(columns, cells, strict=True)
   parts = [cell.rjust(column.width) for column, cell in rest]
-  return '  '.join([first[1].ljust(first[0].width), *parts])
+  return gap.join([first[1].ljust(first[0].width), *parts])
 
 
-def _row_header(columns: Sequence[_Column]) -> tuple[str, str]:
-  """Returns two lines: 'train' and 'val' above their columns, the titles."""
-  groups = [
-    column.group if column.group != before.group else ''
-    for before, column in itertools.pairwise(columns)
-  ]
-  return (
-    _join(columns, ['', *groups]).rstrip(),
-    _join(columns, [c.title for c in columns]),
-  )
+def _group_line(columns: Sequence[_Column], gap: str, dash: str) -> str:
+  """Returns what stands above the titles: what several have in common."""
+  parts = []
+  for group, found in itertools.groupby(columns, lambda c: c.group):
+    width = len(gap.join(' ' * c.width for c in found))
+    several = width > max(c.width for c in columns)
+    parts.append(
+      f' {group} '.center(width, dash)
+      if group and several
+      else group.rjust(width)
+    )
+  return gap.join(parts).rstrip()
 
 
 def _pack(parts: Sequence[str], width: int) -> list[str]:
@@ -585,13 +610,3 @@ def sparkline(values: Sequence[float], width: int) -> str:
   top = max(values) or 1.0
   at = [round(i * (len(values) - 1) / (width - 1)) for i in range(width)]
   return ''.join('▁▂▃▄▅▆▇█'[round(7 * values[i] / top)] for i in at)
-
-
-def _format_value(value: Any) -> str:
-  """Returns a value without spaces, quoted where it has some."""
-  if isinstance(value, float):
-    return f'{value:.6g}'
-  if isinstance(value, bool) or value is None:
-    return {True: 'true', False: 'false', None: '-'}[value]
-  text = str(value)
-  return f'"{text}"' if re.search(r'\s', text) else text

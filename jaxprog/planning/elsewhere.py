@@ -24,6 +24,7 @@ from ml_collections import config_dict
 from jaxprog import files, named, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import preparation, records
+from jaxprog.monitoring import activity
 from jaxprog.planning import chips, costs, outlook
 from jaxprog.training import devices, xla_flags
 from jaxprog.training import setup as setup_lib
@@ -238,7 +239,8 @@ def look_ahead(
 
   `say` is told what is compiled.
   """
-  tasks = [setup_lib.create_task(setup, stage) for stage in setup.chosen]
+  with activity.doing('building the networks'):
+    tasks = [setup_lib.create_task(setup, stage) for stage in setup.chosen]
   with _without_jaxs_cache():
     compiled = _compile_all(tasks, topology, say)
   return [_describe(task, topology, compiled) for task in tasks]
@@ -259,7 +261,10 @@ def _compile_all(
     directory /= 'plans'
     devices.create_cache(directory)
   found: dict[_Key, tuple[float, _Compiled]] = {}
-  with futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+  with (
+    futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    activity.doing(f'compiling for {topology.name}') as show,
+  ):
     waiting = {}
     for task in tasks:
       for program in task.train_steps:
@@ -280,7 +285,8 @@ def _compile_all(
         f'Compiling {len(waiting)} training steps for {topology.name}: some '
         'minutes each for a large network; kept for the next time.'
       )
-    for compiling in futures.as_completed(waiting):
+    for done, compiling in enumerate(futures.as_completed(waiting), 1):
+      show(done, len(waiting))
       key, flops = waiting[compiling]
       found[key] = flops, compiling.result()
       say(f'{key[0]}: compiled in {found[key][1].seconds:.0f} s')

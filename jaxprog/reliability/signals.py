@@ -22,7 +22,8 @@ _ONE_REQUEST = 0.2
 # Seconds for the main thread to leave in when there is nothing to save: it may
 # be in a compiler that knows no signals.
 _GRACE = 1.5
-_SHOW_CURSOR = b'\x1b[?25h'
+# Takes away what stands at the foot of a terminal, and shows the cursor.
+_CLEAR = b'\r\x1b[J\x1b[?25h'
 
 # The one whose handlers are installed; inner ones reuse it.
 _active: 'StopRequest | None' = None
@@ -248,7 +249,7 @@ def leave_now(text: str, code: int) -> None:
   """
   with contextlib.suppress(Exception):
     if os.isatty(1):
-      os.write(1, _SHOW_CURSOR)
+      os.write(1, _CLEAR)
     say(text)
     for child in multiprocessing.active_children():
       child.kill()

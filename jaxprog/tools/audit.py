@@ -14,7 +14,7 @@ from ml_collections import config_dict
 from jaxprog import buckets, files, paths, stages
 from jaxprog.data import leaks, preparation
 from jaxprog.data.records import Dataset
-from jaxprog.monitoring import bars
+from jaxprog.monitoring import activity
 from jaxprog.reliability import copies
 
 _NUM_EXAMPLES = 10
@@ -45,7 +45,7 @@ def audit(
     preflight.check_workdir(workdir)
   console = rich.console.Console(markup=False, highlight=False)
   datasets, absent = load_present(chosen, paths.data_dir(config))
-  found = find_leaks(datasets, absent, console)
+  found = find_leaks(datasets, absent)
   console.print(_table(datasets, found))
   for line in _lines(found, absent):
     console.print(line, soft_wrap=True)
@@ -81,12 +81,10 @@ def load_present(
 
 
 def find_leaks(
-  datasets: Mapping[str, Dataset],
-  absent: Mapping[str, str],
-  console: rich.console.Console,
+  datasets: Mapping[str, Dataset], absent: Mapping[str, str]
 ) -> leaks.Overlap:
   """Returns what `leaks.find_overlap` finds; shows how far it is."""
-  with bars.progress_bars(console) as show:
+  with activity.doing('comparing images') as show:
     return leaks.find_overlap(datasets, absent=absent, progress=show)
 
 

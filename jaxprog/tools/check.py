@@ -13,6 +13,7 @@ import rich.text
 from ml_collections import config_dict
 
 from jaxprog import buckets, errors, files, formats, paths, stages
+from jaxprog.monitoring import activity
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import progress as progress_lib
 from jaxprog.planning import costs, inspection, outlook, timing
@@ -138,10 +139,8 @@ def _show_outlook(
   busy = _describe_load() if config.check_steps else ''
   outlooks = []
   for task in tasks:
-    doing = 'counting'
-    if config.check_steps:
-      doing = 'compiling and timing; check_steps=0 leaves it out'
-    with console.status(f'{task.stage.name}: {doing}'):
+    doing = 'compiling and timing' if config.check_steps else 'counting'
+    with activity.doing(f'{doing} {task.stage.name}'):
       found = timing.measure(task, config.check_steps)
     found.notes += _describe_shortcuts(seen, cheap, found)
     outlooks.append(found)

@@ -34,7 +34,7 @@ from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
 from jaxprog.comparison.statistics import Record
 from jaxprog.data import workers
-from jaxprog.monitoring import environment
+from jaxprog.monitoring import activity, environment
 from jaxprog.reliability import lock, mirror, signals
 from jaxprog.training import preflight
 from jaxprog.training import run as run_lib
@@ -169,7 +169,8 @@ class Comparison:
       key = f'{planned.cell.name} {planned.last.num_epochs}'
       if key not in self.compiled:
         self.compiled.add(key)
-        runs.compile_ahead(planned)
+        with activity.doing(f'compiling later stages of {planned.cell.name}'):
+          runs.compile_ahead(planned)
     assert self.owner is not None
     outcome = before or runs.run(planned, self.over, self.owner.check)
     self.over.append(planned)
@@ -240,13 +241,15 @@ def _plan_all(comparison: Comparison) -> list[Planned]:
   Every mistake in a cell, in a trial or in what is timed is found here.
   """
   config, planned = comparison.config, []
-  for cell in comparison.cells:
-    planned.append(comparison.plan_run(cell, config.base.seed))
-    if config.tuning.factors and _is_tuned(cell):
-      for rung in range(len(config.tuning.rungs)):
-        comparison.plan_trial(cell, config.base.seed, rung, 1.0)
-    if _is_timed(cell):
-      comparison.plan_timing(cell)
+  with activity.doing('counting the costs of cells') as show:
+    for cell in comparison.cells:
+      planned.append(comparison.plan_run(cell, config.base.seed))
+      if config.tuning.factors and _is_tuned(cell):
+        for rung in range(len(config.tuning.rungs)):
+          comparison.plan_trial(cell, config.base.seed, rung, 1.0)
+      if _is_timed(cell):
+        comparison.plan_timing(cell)
+      show(len(planned), len(comparison.cells))
   return planned
 
 
@@ -427,7 +430,9 @@ def _describe_cell(comparison: Comparison, planned: Planned) -> dict[str, Any]:
 def _conclude(comparison: Comparison, result: Mapping[str, Any]) -> None:
   """Draws, prints and writes what a person reads."""
   records, workdir = result['runs'], comparison.workdir
-  picture = figures.plot(workdir, records, result['target_top1'])
+  with activity.doing('drawing the comparison'):
+    picture = figures.plot(workdir, records, result['target_top1'])
+    page.write_page(workdir)
   summaries = tables.summarize(records, result['reference'])
   parts = [
     tables.render(summaries, result['reference']),
@@ -441,7 +446,6 @@ def _conclude(comparison: Comparison, result: Mapping[str, Any]) -> None:
     for part in parts:
       console.print(part)
   files.write_bytes(workdir / 'comparison.txt', text.getvalue().encode())
-  page.write_page(workdir)
   comparison.say(
     f'Written: {buckets.shown(workdir)}/comparison.json, .txt, report.html, '
     f'{picture.name}'

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import rich.console
-import rich.progress
 from ml_collections import config_dict
 
 from jaxprog import buckets, epochs, errors, files, stages
@@ -19,7 +18,7 @@ from jaxprog import config as config_lib
 from jaxprog import paths as paths_lib
 from jaxprog.data import preparation
 from jaxprog.data.records import Dataset
-from jaxprog.monitoring import diagnostics
+from jaxprog.monitoring import activity, diagnostics
 from jaxprog.reliability import copies
 from jaxprog.reporting import scores
 from jaxprog.training import alike, devices, fetching, loop
@@ -84,7 +83,7 @@ def evaluate(
     'image_size': trained.stage.eval_size,
     'eval_crop': trained.stage.eval_crop,
     'interpolation': trained.stage.eval_interpolation,
-    **_score(trained, known, set(data.classes), console),
+    **_score(trained, known, set(data.classes)),
   }
   paths = _write(workdir, found, dataset)
   scores.show(found, console)
@@ -191,7 +190,6 @@ def _score(
   trained: trained_lib.Trained,
   dataset: Dataset,
   present: Collection[str],
-  console: rich.console.Console,
 ) -> dict[str, Any]:
   """Returns count and all that comes of the images of `dataset`.
 
@@ -200,16 +198,10 @@ def _score(
   task, split = create_task(trained, dataset), dataset.eval
   variables = jax.device_put(trained.variables, task.shardings.replicated)
   fetching.fetch(dataset.name, {split.name: split.source})
-  with rich.progress.Progress(
-    console=console, transient=True, disable=not console.is_terminal
-  ) as bar:
-    shown = bar.add_task(trained.stage.name)
-    means, outcomes, bad = loop.evaluate(
-      task,
-      variables,
-      split,
-      lambda done, total: bar.update(shown, completed=done, total=total),
-    )
+  with activity.doing(
+    f'scoring {trained.stage.name} on {dataset.name}'
+  ) as show:
+    means, outcomes, bad = loop.evaluate(task, variables, split, show)
   found = diagnostics.diagnose(outcomes, split.labels, dataset.num_classes)
   classes, names = dataset.classes, dataset.class_names
   return {

@@ -24,6 +24,7 @@ from jaxprog import buckets, files, version
 from jaxprog import config as config_lib
 from jaxprog import paths as paths_lib
 from jaxprog.models import conv, interchange, resnet
+from jaxprog.monitoring import activity
 from jaxprog.reliability import checkpoints, copies
 from jaxprog.reporting import facts
 from jaxprog.training import state as state_lib
@@ -90,16 +91,23 @@ def export_trained(
     'card': directory / f'{name}.md',
   }
   apply, images = create_apply(trained), _random_images(trained)
-  expected = apply(trained.variables, images)
+  with activity.doing(f'compiling {name}'):
+    expected = apply(trained.variables, images)
   tensors = interchange.to_state_dict(trained.variables)
   encoded = safetensors.numpy.save(tensors, _describe_file(trained))
-  with _written(paths['safetensors'], encoded) as path:
+  with (
+    activity.doing(f'trying {paths["safetensors"].name}'),
+    _written(paths['safetensors'], encoded) as path,
+  ):
     tensors = safetensors.numpy.load_file(path)
     found = apply(
       interchange.from_state_dict(tensors, trained.variables), images
     )
     _report(paths['safetensors'], compare(path.name, found, expected))
-  with _written(paths['stablehlo'], serialize(trained)) as path:
+  with (
+    activity.doing(f'compiling and trying {paths["stablehlo"].name}'),
+    _written(paths['stablehlo'], serialize(trained)) as path,
+  ):
     found = jax.export.deserialize(bytearray(path.read_bytes())).call(images)
     _report(paths['stablehlo'], compare(path.name, found, expected))
   files.write_bytes(paths['labels'], _list_labels(trained).encode())

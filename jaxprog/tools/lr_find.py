@@ -12,10 +12,11 @@ import numpy as np
 from ml_collections import config_dict
 
 from jaxprog import errors, files, paths, stages
+from jaxprog.monitoring import activity
 from jaxprog.reliability import copies
 from jaxprog.reporting import plots
+from jaxprog.training import compile_times, preflight
 from jaxprog.training import feed as feed_lib
-from jaxprog.training import preflight
 from jaxprog.training import setup as setup_lib
 from jaxprog.training.transfer import handover
 
@@ -52,7 +53,8 @@ def lr_find(
       errors.did_you_mean(stage, known),
     )
   preflight.check_workdir(workdir)
-  setup = setup_lib.create_setup(config, only=(stage,))
+  with activity.doing('opening data'):
+    setup = setup_lib.create_setup(config, only=(stage,))
   num_steps = config.lr_find_steps
   ratio = math.log(config.lr_find_max / config.lr_find_min) / (num_steps - 1)
   rates = config.lr_find_min * np.exp(ratio * np.arange(num_steps))
@@ -90,17 +92,27 @@ def _run(
     stage,
     lambda step: jax.numpy.asarray(rates)[step],
   )
-  variables, _ = handover.hand_over(setup, workdir, task)
-  state = task.create_state(
-    jax.device_put(variables, task.shardings.replicated)
-  )
-  train_step = task.train_steps[task.program(0)]
+  with activity.doing(f'starting {stage.name}'):
+    variables, _ = handover.hand_over(setup, workdir, task)
+    state = task.create_state(
+      jax.device_put(variables, task.shardings.replicated)
+    )
+  took = compile_times.last(task)
+  with (
+    activity.doing(f'compiling {stage.name}', last=took),
+    compile_times.noted(task),
+  ):
+    train_step = task.trace_train_step(task.program(0)).lower().compile()
   losses: list[float] = []
-  with contextlib.closing(feed_lib.Feed(task, task.seed, 0)) as feed:
-    for _ in rates:
+  with (
+    contextlib.closing(feed_lib.Feed(task, task.seed, 0)) as feed,
+    activity.doing(f'trying rates on {stage.name}') as show,
+  ):
+    for rate in rates:
       batch = feed.next()
       state, metrics = train_step(state, batch, task.step_rng)
       losses.append(float(metrics['loss']))
+      show(len(losses), len(rates), f'{rate:.1e}')
       smooth = smoothed(losses)
       if not smooth[-1] < _DIVERGED * min(smooth):
         break

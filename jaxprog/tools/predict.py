@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import rich.console
-import rich.progress
 from ml_collections import config_dict
 from PIL import Image, UnidentifiedImageError
 
 from jaxprog import buckets, errors, files, formats
 from jaxprog import paths as paths_lib
 from jaxprog.data import folders, preprocess
+from jaxprog.monitoring import activity
 from jaxprog.reliability import copies
 from jaxprog.reporting import contact_sheet
 from jaxprog.training import devices
@@ -90,23 +90,19 @@ def predict(
   console = rich.console.Console(stderr=True, highlight=False, markup=False)
   predictions: list[Prediction] = []
   turned = 0
-  for prediction, is_turned in rich.progress.track(
-    classify(trained, found.images),
-    total=len(found.images),
-    description='images',
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
-  ):
-    predictions.append(prediction)
-    turned += is_turned
+  with activity.doing('classifying images') as show:
+    for prediction, is_turned in classify(trained, found.images):
+      predictions.append(prediction)
+      turned += is_turned
+      show(len(predictions), len(found.images))
   if not found.root.is_dir() and 'error' in predictions[0]:
     raise errors.UserError(
       f'{found.root} cannot be read: {predictions[0]["error"]}',
       '--input',
       f'Images are {", ".join(preprocess.FORMATS)}.',
     )
-  paths = _write(workdir, trained, found.root, predictions)
+  with activity.doing('drawing the contact sheet'):
+    paths = _write(workdir, trained, found.root, predictions)
   _show(found.root, predictions, paths)
   _show_notes(found, predictions, turned, console)
   return predictions

@@ -9,7 +9,7 @@ from ml_collections import config_dict
 
 from jaxprog import buckets, errors, named, paths, stages
 from jaxprog.data import archives, preparation
-from jaxprog.monitoring import bars
+from jaxprog.monitoring import activity
 from jaxprog.tools import audit
 
 
@@ -56,9 +56,9 @@ def prepare(
   if is_new and data_dir.is_dir():
     preparation.say_new(data_dir)
   for dataset in datasets:
-    with bars.progress_bar(console, f'fetch {dataset}', size=True) as show:
+    with activity.doing(f'fetching {dataset}', unit='bytes') as show:
       preparation.fetch_raw(dataset, data_dir, show)
-    with bars.progress_bar(console, dataset) as show:
+    with activity.doing(f'preparing {dataset}') as show:
       left_out = preparation.prepare(dataset, data_dir, progress=show)
     where = buckets.shown(data_dir / 'prepared')
     console.print(f'{dataset}: prepared in {where}', soft_wrap=True)
@@ -70,7 +70,7 @@ def prepare(
   if config.exclude_leaks:
     # What is found is kept, so that a run need not look again.
     present = audit.load_present(stages.create_stages(config), data_dir)
-    found = audit.find_leaks(*present, console)
+    found = audit.find_leaks(*present)
     excluded = sum(int(x.sum()) for x in found.excluded.values())
     console.print(f'leaks: {excluded:,} training images will be left out')
   if url := buckets.url_of(data_dir):
@@ -83,7 +83,7 @@ def _upload(
 ) -> None:
   """Brings what is prepared to its bucket, and lets go of raw images there."""
   try:
-    with bars.progress_bar(console, f'upload {dataset}', size=True) as show:
+    with activity.doing(f'uploading {dataset}', unit='bytes') as show:
       is_new = preparation.upload(dataset, data_dir, show)
   except buckets.ForbiddenError as e:
     console.print(f'{dataset}: it is here alone. {e.what}', soft_wrap=True)
@@ -104,7 +104,7 @@ def _store(
   if stage.stored.kind == 'original':
     return
   dataset = preparation.load_dataset(stage.dataset, data_dir)
-  with bars.progress_bar(console, f'{stage.dataset}, {stage.storage}') as show:
+  with activity.doing(f'storing {stage.dataset} as {stage.storage}') as show:
     dataset = preparation.store(dataset, stage.stored, progress=show)
   console.print(
     f'{stage.dataset}: stored as {dataset.version}', highlight=False
@@ -126,7 +126,7 @@ def _unpack(
       archive,
       "Compare it with its publisher's, then give it as --sha256.",
     )
-  with bars.progress_bar(console, f'unpack {archive}', count=False) as show:
+  with activity.doing(f'unpacking {archive}', unit='percent') as show:
     found = archives.extract(
       archive,
       data_dir,
@@ -159,6 +159,6 @@ def _download(
   if archive is None or preparation.is_here(dataset, data_dir):
     return
   path = data_dir / 'downloads' / pathlib.PurePath(archive.url).name
-  with bars.progress_bar(console, f'fetch {dataset}', count=False) as show:
+  with activity.doing(f'fetching {dataset}', unit='percent') as show:
     archives.download(archive.url, path, archive.sha256, show)
   _unpack(str(path), archive.sha256, data_dir, (dataset,), console)

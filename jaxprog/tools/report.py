@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from jaxprog import buckets, errors, files
 from jaxprog.comparison import page
+from jaxprog.monitoring import activity
 from jaxprog.reliability import copies
 from jaxprog.reporting import outputs, rundir
 from jaxprog.reporting.page import side_by_side
@@ -40,8 +41,9 @@ def _write(folders: list[pathlib.Path]) -> None:
   folders = [x for x in folders if x not in comparisons]
   runs = [rundir.read_run(folder) for folder in folders]
   try:
-    paths = [page.write_page(folder) for folder in comparisons]
-    paths += [path for x in folders for path in outputs.write_reports(x)]
+    with activity.doing('drawing the reports'):
+      paths = [page.write_page(folder) for folder in comparisons]
+      paths += [path for x in folders for path in outputs.write_reports(x)]
     if len(runs) > 1:
       paths.append(folders[0] / 'comparison.html')
       files.write_bytes(paths[-1], side_by_side.side_by_side(runs).encode())

@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from jaxprog import buckets, errors, files, paths, stages
 from jaxprog.data import remote, verification
-from jaxprog.monitoring import bars
+from jaxprog.monitoring import activity
 from jaxprog.reliability import copies
 
 # Problems of one kind that are printed; the JSON has all.
@@ -43,7 +43,7 @@ def verify(
   console = rich.console.Console(markup=False, highlight=False)
   data_dir, reports = paths.data_dir(config), []
   for dataset, num_classes in _num_classes(chosen).items():
-    with bars.progress_bar(console, dataset) as show:
+    with activity.doing(f'reading {dataset}') as show:
       report = verification.verify_dataset(
         dataset,
         data_dir,

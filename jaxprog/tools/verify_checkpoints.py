@@ -10,6 +10,7 @@ import rich.table
 import rich.text
 
 from jaxprog import errors, paths
+from jaxprog.monitoring import activity
 from jaxprog.reliability import checkpoints, copies, integrity
 from jaxprog.reporting import rundir
 
@@ -27,7 +28,8 @@ def verify_checkpoints(workdir: str | pathlib.Path) -> int:
   """
   workdir = paths.workdir(workdir)
   rundir.check(workdir)
-  findings = checkpoints.check_workdir(workdir)
+  with activity.doing('reading the checkpoints'):
+    findings = checkpoints.check_workdir(workdir)
   if not findings:
     raise errors.UserError(
       'There are no checkpoints.',

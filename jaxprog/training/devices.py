@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprog import errors, formats
+from jaxprog.monitoring import activity
 
 
 class Shardings(NamedTuple):
@@ -24,7 +25,8 @@ def check_platform(wanted: str) -> None:
 
   A silent fall back to CPU would cost days (jax #10192).
   """
-  found = jax.default_backend()
+  with activity.doing('starting JAX'):
+    found = jax.default_backend()
   if wanted not in ('any', found):
     raise errors.UserError(
       f'The config asks for {wanted!r}, JAX found {found!r}: '

@@ -10,7 +10,7 @@ from jaxprog.training import setup, steps
 
 # Waiting longer for input than this part of an epoch, and longer than this in
 # seconds, is said, with its remedy.
-_MUCH_WAITING, _NOTED_SECONDS = 0.05, 1.0
+_MUCH_WAITING, _NOTED_SECONDS = 0.05, 5.0
 
 
 class Feed:
@@ -64,18 +64,14 @@ class Feed:
     cost = (reader.busy - self._busy) / (reader.images - self._images)
     wanted = timing['images_per_second'] * seconds / (seconds - self._waited)
     cores = math.ceil(wanted * cost / jax.process_count())
-    text = (
-      f'limited by its input: {timing["input_wait"]:.0%} of the time waits '
-      f'for images. One takes {1e3 * cost:.2g} ms of a core and the devices '
-      f'would take {wanted:,.0f} a second: '
-    )
+    text = f'limited by its input, {timing["input_wait"]:.0%} of the time: '
     if cores <= task.num_workers:
-      text += 'workers enough, but their cores are busy with other work'
+      text += 'its cores are busy with other work'
     else:
       text += f'{cores} workers would do, there are {task.num_workers}'
     if task.stage.stored.kind != 'raw':
       size = 8 * math.ceil(task.stage.eval_size / 7)
-      text += f"; or storage='raw:{size}', or fewer pixels"
+      text += f", or storage='raw:{size}'"
     return text
 
   def close(self) -> None:

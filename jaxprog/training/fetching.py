@@ -1,18 +1,18 @@
 """Brings images from a bucket: before a stage, and of those to come."""
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Mapping, Sequence
 
 import jax
-import rich.console
 from ml_collections import config_dict
 
 from jaxprog import buckets, errors, paths
 from jaxprog.data import packs, preparation, remote, shards
 from jaxprog.data.records import Dataset
-from jaxprog.monitoring import bars
+from jaxprog.monitoring import activity
 
 # Of the thread in the background: training has the cores first.
 _NICENESS = 10
@@ -72,10 +72,6 @@ class Fetcher:
 
 def fetch(name: str, stored: Mapping[str, shards.Shards | packs.Pack]) -> None:
   """Brings splits of the dataset `name`; shows how far it is."""
-  with bars.progress_bars(rich.console.Console(stderr=True), size=True) as show:
+  with activity.doing(f'fetching {name}', unit='bytes') as show:
     for split, files in stored.items():
-
-      def show_split(done: int, total: int, split: str = split) -> None:
-        show(f'{name}, {split}', done, total)
-
-      files.fetch(show_split)
+      files.fetch(functools.partial(show, part=split))

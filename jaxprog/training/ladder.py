@@ -12,12 +12,13 @@ from ml_collections import config_dict
 
 from jaxprog import errors
 from jaxprog.data import workers
-from jaxprog.monitoring import diagnostics, pictures
+from jaxprog.monitoring import activity, diagnostics, pictures
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import checkpoints, mirror, peers, signals
 from jaxprog.reporting import facts, report
 from jaxprog.training import (
   alike,
+  compile_times,
   described,
   loop,
   preflight,
@@ -59,28 +60,37 @@ def train(
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.StopRequest())
     stack.enter_context(peers.join(stop))
-    workdir, url = mirror.locate(workdir, config.mirror)
-    preflight.launch(config, workdir, only=only, skip=skip)
-    peers.wait_for_all('preflight')  # It removes folders that it made.
-    owner = stack.enter_context(mirror.hold(workdir, url))
-    alike.check_workdir(workdir, url)
-    setup = setup_lib.create_setup(
-      config,
-      only=only,
-      skip=skip,
-      model=model,
-      holdout_rules=history_lib.holdout_rules(run_lib.read_history(workdir)),
-    )
-    run = run_lib.open_run(
-      setup,
-      workdir,
-      owner,
-      stop,
-      stack,
-      allow_config_change=allow_config_change,
-      on_epoch=on_epoch,
-      shorten=shorten,
-    )
+    if jax.process_index() > 0:
+      activity.silence()
+    with activity.doing('looking for what would end the run'):
+      workdir, url = mirror.locate(workdir, config.mirror)
+      preflight.launch(config, workdir, only=only, skip=skip)
+      peers.wait_for_all('preflight')  # It removes folders that it made.
+      closing = stack.enter_context(contextlib.ExitStack())
+      owner = stack.enter_context(mirror.hold(workdir, url))
+      stack.callback(
+        lambda: closing.enter_context(activity.doing('closing the run'))
+      )
+      alike.check_workdir(workdir, url)
+    with activity.doing('opening data'):
+      setup = setup_lib.create_setup(
+        config,
+        only=only,
+        skip=skip,
+        model=model,
+        holdout_rules=history_lib.holdout_rules(run_lib.read_history(workdir)),
+      )
+    with activity.doing('building the networks'):
+      run = run_lib.open_run(
+        setup,
+        workdir,
+        owner,
+        stop,
+        stack,
+        allow_config_change=allow_config_change,
+        on_epoch=on_epoch,
+        shorten=shorten,
+      )
     _train_stages(run)
     run.progress.message(report.summary_table(run.history))
   return run.history
@@ -122,7 +132,8 @@ def _write_reports(run: run_lib.Run, *, wait: bool = False) -> None:
   if jax.process_index() == 0:
     written = run.reporter.write()
     if wait:
-      written.result()
+      with activity.doing('drawing the reports'):
+        written.result()
 
 
 def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
@@ -144,16 +155,24 @@ def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
       run.setup, run.workdir, task.stage
     )
     draws_all = is_first or handover.needs_backbone(task.stage)
-    return setup_lib.compile_task(task, carried=not draws_all)
+    with compile_times.noted(task):
+      return setup_lib.compile_task(task, carried=not draws_all)
 
   def begin(tasks):
-    return [run.compiler.submit(prepare, task) for task in tasks]
+    now = time.monotonic()
+    return [(run.compiler.submit(prepare, task), now) for task in tasks]
 
   at_once = len(run.tasks) if jax.default_backend() == 'gpu' else 1
   ahead = begin(run.tasks[:at_once])
-  for index in range(len(run.tasks)):
-    with run.dog.pause():  # Large networks compile for long.
-      task, *_ = [x.result() for x in ahead]
+  for index, next_task in enumerate(run.tasks):
+    what = f'compiling stage {index + 1} of {len(run.tasks)}'
+    took = compile_times.last(next_task)
+    (_, began), *_ = ahead
+    # Large networks compile for long.
+    with run.dog.pause(), activity.doing(what, last=took, since=began):
+      asked = time.monotonic()
+      task, *_ = [x.result() for x, _ in ahead]
+    run.waits[task.stage.name] = time.monotonic() - asked
     ahead = ahead[1:] + begin(run.tasks[at_once + index :][:1])
     yield task
 
@@ -181,10 +200,13 @@ def _run_stage(
     run.stop.deferred(),  # Outermost: saves under way are waited for.
     checkpoints.Checkpoints(directory, run.note) as saved,
   ):
-    course, state = _open_stage(run, index, task, saved)
+    what = f'starting stage {index + 1} of {len(run.tasks)}, {name}'
+    with activity.doing(what):
+      course, state = _open_stage(run, index, task, saved)
     course.left = left
     state = loop.train_stage(course, state)
-    _finish_stage(course, state)
+    with activity.doing(f'saving {name}'):
+      _finish_stage(course, state)
     left = time.monotonic()
   run.save_history()
   run.progress.end_stage(course.record)
@@ -201,6 +223,8 @@ def _open_stage(
   name = task.stage.name
   run.dog.beat(f'the start of {name}')
   state, record, is_saved = _resume(run, task, saved) or _begin(run, task)
+  waited = record.get('compile_seconds', 0.0) + run.waits.get(name, 0.0)
+  record['compile_seconds'] = waited
   run.save_history()
   run.save_stages(running=name)
   run.progress.start_stage(
@@ -248,13 +272,16 @@ def _examine(run: run_lib.Run, task: setup_lib.Task) -> dict[str, Any]:
   variables = jax.device_put(variables, task.shardings.replicated)
   epoch = meta['epoch']['epoch']
 
-  def on_batch(done, total):
-    run.dog.beat(f'validation, batch {done} of {total}')
-
   def read(index):
     return split.describe(index), split.original(index)
 
-  scores, outcomes, _ = loop.evaluate(task, variables, split, on_batch)
+  with activity.doing(f'scoring the best weights of {name}') as show:
+
+    def on_batch(done, total):
+      run.dog.beat(f'validation, batch {done} of {total}')
+      show(done, total)
+
+    scores, outcomes, _ = loop.evaluate(task, variables, split, on_batch)
   of = {'weights': 'best', 'epoch': epoch, 'num_images': len(split)}
   found = {
     **of,

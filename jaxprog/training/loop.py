@@ -352,10 +352,11 @@ def _train_epoch(
   report(0)
   if feed.reader.restarts > restarts:
     _note(course, end, 'worker_restart', 'dead data workers were replaced')
-  limit = feed.describe_limit(timing)
+  # In the first epoch workers have yet to get ahead.
+  limit = feed.describe_limit(timing) if epoch else ''
   if limit and 'input_limit' not in course.record:
     course.record['input_limit'] = limit
-    course.run.progress.message(f'{task.stage.name}: {limit}')
+    course.run.progress.remark(f'{task.stage.name}: {limit}')
   return state, timing
 
 

@@ -236,18 +236,24 @@ def check_changes(
   return changes
 
 
-def prepare_command() -> str:
-  """Returns what prepares the data of this very call, to be pasted."""
+def command() -> list[str]:
+  """Returns how the command line was called, [] if it was not: from Python."""
   script = sys.argv[0]
   match pathlib.PurePath(script).parts[-2:]:
     case (*_, 'main.py'):
-      start = ['python', script]
+      return ['python', script]
     case ('jaxprog', '__main__.py'):
-      start = ['python', '-m', 'jaxprog']
+      return ['python', '-m', 'jaxprog']
     case (*_, 'jaxprog'):
-      start = ['jaxprog']
-    case _:
-      return 'jaxprog.prepare(config)'
+      return ['jaxprog']
+  return []
+
+
+def prepare_command() -> str:
+  """Returns what prepares the data of this very call, to be pasted."""
+  start = command()
+  if not start:
+    return 'jaxprog.prepare(config)'
   words, kept = iter(sys.argv[1:]), []
   for word in words:
     flag, equals, value = word.lstrip('-').partition('=')

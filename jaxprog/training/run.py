@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import files, paths, stages
-from jaxprog.monitoring import environment, tensorboard
+from jaxprog.monitoring import activity, environment, tensorboard
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents as incidents_lib
 from jaxprog.monitoring import progress as progress_lib
@@ -51,6 +51,8 @@ class Run:
   before: config_dict.ConfigDict | None
   # By stage, at even distances in epochs; sampled by the compiler's thread.
   rates: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  # Seconds that stages waited for the compiler.
+  waits: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def save_history(self) -> None:
     """Writes training_history.json, on the process that writes."""
@@ -100,7 +102,8 @@ def open_run(
     incidents.add(kind, message, **fields)
     progress.message(message)
 
-  checkpoints.verify_all(workdir, note)
+  with activity.doing('reading the checkpoints'):
+    checkpoints.verify_all(workdir, note)
   history = read_history(workdir)
   if writes:
     _show_changes(config, workdir)

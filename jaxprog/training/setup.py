@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import rich.console
 from flax import linen as nn
 from ml_collections import config_dict
 
@@ -19,7 +18,7 @@ from jaxprog import stages as stages_lib
 from jaxprog.data import leaks, loader, preparation, records, workers
 from jaxprog.data.records import Dataset
 from jaxprog.models import resnet
-from jaxprog.monitoring import bars
+from jaxprog.monitoring import activity
 from jaxprog.optim import optimizers, schedules
 from jaxprog.training import alike, devices, xla_flags
 from jaxprog.training import state as state_lib
@@ -264,8 +263,8 @@ def load_dataset(
 
   `found` is what `check_dataset` has returned, if it was asked already.
   """
-  console = rich.console.Console(stderr=True)
-  with bars.progress_bar(console, stage.dataset) as show:
+  how = 'opening' if found == 'prepared' else 'preparing'
+  with activity.doing(f'{how} {stage.dataset}') as show:
     return preparation.load_dataset(
       stage.dataset,
       data_dir,
@@ -288,8 +287,8 @@ def _prepare(
   if stage.holdout_part:
     where, rule = f'stage {stage.name!r}', rule or records.HOLDOUT_RULE
     dataset = records.take_holdout(dataset, stage.holdout_part, where, rule)
-  title = f'{stage.dataset}, {stage.storage}'
-  with bars.progress_bar(rich.console.Console(stderr=True), title) as show:
+  what = f'storing {stage.dataset} as {stage.storage}'
+  with activity.doing(what) as show:
     return preparation.store(dataset, stage.stored, progress=show)
 
 
@@ -312,7 +311,7 @@ def _exclude_leaks(
       known |= load_datasets(config, [stage])
     except errors.UserError:
       absent[stage.name] = stage.dataset
-  with bars.progress_bars(rich.console.Console(stderr=True)) as show:
+  with activity.doing('looking for leaks') as show:
     found = leaks.find_overlap(known, absent=absent, progress=show)
   return {
     name: dataclasses.replace(
