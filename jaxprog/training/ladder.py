@@ -15,7 +15,7 @@ from jaxprog.data import workers
 from jaxprog.monitoring import diagnostics, pictures
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import checkpoints, mirror, peers, signals
-from jaxprog.reporting import facts, report
+from jaxprog.reporting import facts, report, shown
 from jaxprog.training import alike, described, loop, preflight, resume
 from jaxprog.training import run as run_lib
 from jaxprog.training import setup as setup_lib
@@ -75,7 +75,7 @@ def train(
     )
     _train_stages(run)
     run.progress.message(report.summary_table(run.history))
-  return run.history
+  return shown.History(run.history)
 
 
 def _train_stages(run: run_lib.Run) -> None:
