@@ -2,11 +2,13 @@
 
 Everything the command line does is one call here: what a module of tools/ is
 named after, and the rest below. Each is imported when it is asked for, so that
-`import jaxprog` is quick. ~ in a path is the user's home.
+`import jaxprog` is quick. ~ in a path is the user's home. docs/python.md shows
+them in a notebook.
 """
 
 import importlib
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
   from jaxprog.tools.verify import verify
   from jaxprog.tools.verify_checkpoints import verify_checkpoints
   from jaxprog.training.ladder import train
+  from jaxprog.training.preview import show_batch
 
 __version__ = version.VERSION
 # Names that no module of tools/ has, and where they are.
@@ -41,6 +44,7 @@ _ELSEWHERE = {
   'load_config': 'config',
   'start_from': 'config',
   'plot_history': 'reporting.plots',
+  'show_batch': 'training.preview',
   'train': 'training.ladder',
   'write_report': 'tools.report',
 }
@@ -71,11 +75,13 @@ def train_stage(
 
 
 def report(history: dict[str, Any]) -> str:
-  """Returns the report of a run as plain text."""
-  from jaxprog.reporting import report as reporting
-  from jaxprog.reporting import rundir
+  """Returns the report of a run as plain text; notebooks show it as a page.
 
-  return reporting.report(rundir.RunFiles('', history))
+  A page of all there is to a run is WORKDIR/report.html.
+  """
+  from jaxprog.reporting import rundir, shown
+
+  return shown.Report(rundir.RunFiles('', history))
 
 
 def __getattr__(name: str) -> Any:
@@ -92,3 +98,25 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
   return [*globals(), *__all__]
+
+
+def _show_configs() -> None:
+  """Lets notebooks show of a config what is not as by default.
+
+  Its class is ml_collections' own, and stays as it is.
+  """
+  ipython = sys.modules.get('IPython')
+  if ipython is None or (shell := ipython.get_ipython()) is None:
+    return
+
+  def to_html(config):
+    from jaxprog.reporting import shown
+
+    return shown.config_html(config)
+
+  formatter = shell.display_formatter.formatters['text/html']
+  module = 'ml_collections.config_dict.config_dict'
+  formatter.for_type_by_name(module, 'ConfigDict', to_html)
+
+
+_show_configs()

@@ -37,8 +37,8 @@ class Field:
     default: what it is where nobody says otherwise.
     unit: what it counts.
     within: where its numbers lie, such as '(0, 1]' or '0 or [8, inf)'.
-    choices: all that it can be, or with a `pattern` what it may look like; ():
-      anything of its type.
+    choices: all that it, or a part of a tuple, can be, or with a `pattern` what
+      it may look like; (): anything of its type.
     pattern: a regular expression of what it can be besides; by default nothing.
     free: whether it may change between two starts of one run: on the same
       hardware the same bits come out.
@@ -78,10 +78,10 @@ class Field:
     value = self.widen(value)
     if not _fits(value, self.kind):
       raise self._wrong_type(value, where)
-    known = value in self.choices or re.fullmatch(self.pattern, str(value))
-    if self.choices and not known:
-      raise self._unknown(value, where)
     for x in value if isinstance(value, tuple) else (value,):
+      known = x in self.choices or re.fullmatch(self.pattern, str(x))
+      if self.choices and not known:
+        raise self._unknown(x, where)
       if isinstance(x, int | float):
         self._check_range(x, where)
     return value
@@ -276,9 +276,16 @@ class ConfigFields:
   # Without a step, an evaluated batch or a save for so long, a run prints what
   # all its threads are doing and ends; 0: never.
   watchdog_minutes: float = field(30.0, unit='minutes', free=True, local=True)
-  # Write WORKDIR/tensorboard, for TensorBoard.
+  # What follows the run: 'tensorboard', 'csv', 'wandb', 'mlflow', 'trackio'
+  # (docs/loggers.md), as many as you like.
+  loggers: tuple[str, ...] = field(
+    ('tensorboard',),
+    choices=('csv', 'mlflow', 'tensorboard', 'trackio', 'wandb'),
+    free=True,
+  )
+  # False: as if loggers did not name 'tensorboard'; older than they are.
   tensorboard: bool = field(True, free=True)
-  # Steps between two points of a training curve in TensorBoard.
+  # Steps between two points of a training curve in what loggers write.
   log_every_steps: int = field(20, unit='steps', within='[1, inf)', free=True)
   # Steps of each stage, after the first 10, that jax.profiler traces for
   # TensorBoard's profile page.

@@ -427,7 +427,7 @@ def points(folder):
   events = plugin_event_accumulator.EventAccumulator(
     str(folder), size_guidance={plugin_event_accumulator.TENSORS: 0}
   ).Reload()
-  return [x.step for x in events.Tensors('train/loss')]
+  return [x.step for x in events.Tensors('optimization/loss')]
 
 
 def test_tensorboard_shows_each_step_once(
@@ -441,9 +441,11 @@ def test_tensorboard_shows_each_step_once(
   folder = tmp_path / 'events'
   folder.mkdir()
   for name in machines.objects(server, url):
-    if name.startswith('tensorboard/'):
+    if re.fullmatch('tensorboard/[^/]+/train/.*', name):
       path = urllib.parse.quote(f'{url.removeprefix("gs://")}/{name}')
       with urllib.request.urlopen(f'{server.url}/{path}') as answer:
         (folder / pathlib.Path(name).name).write_bytes(answer.read())
   assert len(list(folder.iterdir())) == 2
-  assert points(folder) == points(reference / 'tensorboard')
+  assert points(folder) == points(
+    reference / 'tensorboard' / reference.name / 'train'
+  )

@@ -264,9 +264,10 @@ def twice(stage: str) -> Moment:
 def last_step_shown(workdir: pathlib.Path) -> int:
   """Returns the last global step of which TensorBoard has a loss."""
   events = event_accumulator.EventAccumulator(
-    str(workdir / 'tensorboard'), purge_orphaned_data=False
+    str(workdir / 'tensorboard' / workdir.name / 'train'),
+    purge_orphaned_data=False,
   ).Reload()
-  return max(event.step for event in events.Tensors('train/loss'))
+  return max(event.step for event in events.Tensors('optimization/loss'))
 
 
 def differences(

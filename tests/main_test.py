@@ -41,7 +41,7 @@ def test_a_run_writes_what_the_design_says(trained):
     'training_metrics.png',
   ):
     assert (workdir / name).stat().st_size > 0
-  assert list((workdir / 'tensorboard').glob('events.out.tfevents.*'))
+  assert list((workdir / 'tensorboard').rglob('events.out.tfevents.*'))
   for stage in ('three', 'ten', 'ten_again'):
     for kind in ('latest', 'best', 'final'):
       assert any((workdir / 'checkpoints' / stage / kind).iterdir())
@@ -76,10 +76,15 @@ def test_tensorboard_has_the_figures_of_the_history(trained):
   from tensorboard.backend.event_processing import event_accumulator
 
   workdir, _ = trained
-  events = event_accumulator.EventAccumulator(str(workdir / 'tensorboard'))
-  events.Reload()
-  tags = set(events.Tags()['tensors']) | set(events.Tags()['scalars'])
-  assert {'eval/ten/top1', 'train/loss', 'perf/images_per_second'} <= tags
+  logdir = workdir / 'tensorboard' / workdir.name
+  for run, tag in (
+    ('train', 'optimization/loss'),
+    ('train', 'perf/images_per_second'),
+    ('train', '2 ten/top1'),
+    ('val', '2 ten/top1'),
+  ):
+    events = event_accumulator.EventAccumulator(str(logdir / run)).Reload()
+    assert tag in [*events.Tags()['tensors'], *events.Tags()['scalars']]
 
 
 def test_a_finished_run_is_not_trained_again(trained, config):

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import tensorboard_server
 from PIL import Image
-from tensorboard.backend.event_processing import plugin_event_accumulator
-from tensorboard.util import tensor_util
 
 import jaxprog
-from jaxprog.monitoring import pictures, tensorboard
+from jaxprog.monitoring import loggers, pictures, tensorboard
 from jaxprog.monitoring import profile as profile_lib
 from jaxprog.training import preview
 from tests import tiny_config
@@ -21,23 +19,25 @@ from tests import tiny_config
 # Its server, and TensorFlow where there is one, take a minute to start.
 pytestmark = pytest.mark.slow
 
+# By run, beside those of each stage.
 SCALARS = {
-  'train/loss',
-  'train/top1',
-  'train/learning_rate',
-  'train/grad_norm',
-  'train/skipped_steps',
-  'train/epoch_loss',
-  'train/epoch_top1',
-  'perf/images_per_second',
-  'perf/input_wait',
-  'perf/step_seconds',
-  'perf/memory_bytes',
-  'perf/eval_seconds',
-  'perf/handover_seconds',
-  'ckpt/save_seconds',
-  'ckpt/interval_seconds',
-  'ckpt/weights_seconds',
+  'train': {
+    'optimization/loss',
+    'optimization/top1',
+    'optimization/learning_rate',
+    'optimization/grad_norm',
+    'optimization/skipped_steps',
+    'perf/images_per_second',
+    'perf/input_wait',
+    'perf/step_seconds',
+    'perf/memory_bytes',
+    'perf/eval_seconds',
+    'perf/handover_seconds',
+    'saves/save_seconds',
+    'saves/interval_seconds',
+    'saves/weights_seconds',
+  },
+  'final': {f'weights/{stage} final top-1' for stage in ('three', 'ten')},
 }
 
 
@@ -71,56 +71,66 @@ def trained(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def server(trained):
-  logdir = trained[1] / 'tensorboard'
+  logdir = tensorboard.find_logdir(trained[1])
   with contextlib.closing(tensorboard_server.Server(logdir)) as running:
     running.wait_for_tag('images/ten/confusion')
     yield running
 
 
 def test_the_server_lists_every_scalar(server):
-  tags = set(server.get_json('data/plugin/scalars/tags')['.'])
-  expected = SCALARS | {
-    f'eval/{stage}/{name}'
-    for stage in ('three', 'ten')
-    for name in ('loss', 'top1', 'top5')
-  }
-  expected |= {f'eval/three/ema_{name}' for name in ('loss', 'top1', 'top5')}
-  assert tags == expected
+  found = server.get_json('data/plugin/scalars/tags')
+  expected = {'val': set(), 'ema': set(), **SCALARS}
+  for stage in ('1 three', '2 ten'):
+    expected['train'] |= {f'{stage}/{name}' for name in ('loss', 'top1')}
+    expected['val'] |= {f'{stage}/{name}' for name in ('loss', 'top1', 'top5')}
+  expected['ema'] = {f'1 three/{name}' for name in ('loss', 'top1', 'top5')}
+  assert {run: set(tags) for run, tags in found.items()} == expected
 
 
 def test_scalars_are_those_of_the_history_on_a_step_over_all_stages(
   server, trained
 ):
-  def points(tag):
-    found = server.get_json('data/plugin/scalars/scalars', run='.', tag=tag)
+  def points(run, tag):
+    found = server.get_json('data/plugin/scalars/scalars', run=run, tag=tag)
     return [(step, value) for _, step, value in found]
 
   three, ten = trained[2]['stages']
   rows = [*three['epochs'], *ten['epochs']]
-  for tag, field, some in (
-    ('train/epoch_loss', 'train_loss', rows),
-    ('eval/three/ema_top1', 'ema_top1', three['epochs']),
-    ('eval/ten/top1', 'val_top1', ten['epochs']),
-    ('perf/eval_seconds', 'eval_seconds', rows),
+  for run, tag, field, some in (
+    ('train', '1 three/loss', 'train_loss', three['epochs']),
+    ('ema', '1 three/top1', 'ema_top1', three['epochs']),
+    ('val', '2 ten/top1', 'val_top1', ten['epochs']),
+    ('final', 'weights/ten final top-1', 'val_top1', ten['epochs'][-1:]),
+    ('train', 'perf/eval_seconds', 'eval_seconds', rows),
   ):
-    assert points(tag) == [
+    assert points(run, tag) == [
       (row['global_step'], pytest.approx(row[field], rel=1e-6)) for row in some
     ]
   first = three['epochs'][-1]['global_step']
   handover = pytest.approx(ten['handover_seconds'], rel=1e-6)
-  assert points('perf/handover_seconds') == [(first + 1, handover)]
-  steps = [step for step, _ in points('train/loss')]
+  assert points('train', 'perf/handover_seconds') == [(first + 1, handover)]
+  steps = [step for step, _ in points('train', 'optimization/loss')]
   assert steps == sorted(set(steps))
   assert steps[-1] > first
-  assert all(1e6 < size < 1e12 for _, size in points('perf/memory_bytes'))
+  sizes = points('train', 'perf/memory_bytes')
+  assert all(1e6 < size < 1e12 for _, size in sizes)
 
 
-def test_the_server_has_hparams_of_every_stage(server):
-  hparams = server.get_hparams()
+def test_hparams_are_what_is_not_as_by_default_beside_the_final_top1(
+  server, trained
+):
+  group = server.get_session_group()
+  hparams = group['hparams']
   assert hparams['num_filters'] == 4
   assert hparams['three.mixup_alpha'] == 0.4
   assert hparams['three.classes'] == '1 3 5'
-  assert hparams['ten.optimizer'] == 'adamw'
+  assert not hparams.keys() & {'seed', 'data_dir', 'ten.optimizer'}
+  final = {
+    f'weights/{stage["name"]} final top-1': stage['epochs'][-1]['val_top1']
+    for stage in trained[2]['stages']
+  }
+  found = {x['name']['tag']: x['value'] for x in group['metricValues']}
+  assert found == pytest.approx(final, rel=1e-6)
 
 
 @pytest.mark.parametrize('stage', ['three', 'ten'])
@@ -147,7 +157,7 @@ def test_the_server_shows_the_pictures_of_a_stage(server, trained, stage):
 
 
 def test_each_stage_is_traced(trained):
-  root = trained[1] / 'tensorboard' / 'plugins' / 'profile'
+  root = tensorboard.find_logdir(trained[1]) / 'plugins' / 'profile'
   traces = list(root.glob('*/*.xplane.pb'))
   assert len({path.parent for path in traces}) == 2
   assert all(path.stat().st_size > 1000 for path in traces)
@@ -163,33 +173,6 @@ def test_step_times_are_counted_once_an_interval(trained):
     assert edges[-1] < 2**0.25 * stage['seconds']
 
 
-def read_steps(logdir, tag):
-  """Returns {step: value} as TensorBoard's reader in Python has them."""
-  events = plugin_event_accumulator.EventAccumulator(str(logdir))
-  events.Reload()
-  points = [
-    (x.step, float(tensor_util.make_ndarray(x.tensor_proto)))
-    for x in events.Tensors(tag)
-  ]
-  assert len(dict(points)) == len(points), 'A step is drawn twice.'
-  return dict(points)
-
-
-def test_steps_trained_again_replace_those_of_before(tmp_path):
-  with contextlib.closing(tensorboard.Writer(tmp_path)) as writer:
-    writer.forget_after(0)
-    for step in range(1, 7):
-      writer.write_scalars(step, {'train/loss': 1.0})
-  with contextlib.closing(tensorboard.Writer(tmp_path)) as writer:
-    writer.forget_after(3)
-    writer.write_scalars(4, {'train/loss': 2.0})
-    writer.write_scalars(5, {'train/loss': 2.0})
-    writer.forget_after(4)  # A rollback.
-    writer.write_scalars(5, {'train/loss': 3.0})
-  expected = {1: 1.0, 2: 1.0, 3: 1.0, 4: 2.0, 5: 3.0}
-  assert read_steps(tmp_path, 'train/loss') == expected
-
-
 def test_pictures_are_drawn_in_another_thread_whose_errors_come_back(tmp_path):
   threads = []
 
@@ -197,7 +180,7 @@ def test_pictures_are_drawn_in_another_thread_whose_errors_come_back(tmp_path):
     threads.append(threading.current_thread())
     raise ValueError('no picture')
 
-  writer = tensorboard.Writer(tmp_path)
+  writer = loggers.open_loggers(['tensorboard'], tmp_path, print)
   writer.write_images(1, draw)
   with pytest.raises(ValueError, match='no picture'):
     writer.close()

@@ -40,23 +40,24 @@ class Server:
   def get_json(self, path, body=None, **query):
     return json.loads(self.get(path, body, **query)[1])
 
-  def get_hparams(self):
-    """Returns the hparams of the only run."""
+  def get_session_group(self):
+    """Returns the hparams and the metrics of the only run."""
     body = {
       'experimentName': '',
       'allowedStatuses': ['STATUS_UNKNOWN', 'STATUS_RUNNING', 'STATUS_SUCCESS'],
       'colParams': [],
+      'includeMetrics': True,
       'startIndex': 0,
       'sliceSize': 10,
     }
     path = 'data/plugin/hparams/session_groups'
     (group,) = self.get_json(path, body)['sessionGroups']
-    return group['hparams']
+    return group
 
   def get_picture(self, tag):
     """Returns a PNG, the only one of its tag."""
     (info,) = self.get_json(
-      'data/plugin/images/images', run='.', tag=tag, sample=0
+      'data/plugin/images/images', run='train', tag=tag, sample=0
     )
     path = 'data/plugin/images/individualImage'
     kind, encoded = self.get(f'{path}?{info["query"]}&')
@@ -68,7 +69,7 @@ class Server:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
       with contextlib.suppress(urllib.error.URLError, ConnectionError):
-        if tag in self.get_json('data/plugin/images/tags').get('.', {}):
+        if tag in self.get_json('data/plugin/images/tags').get('train', {}):
           return
       assert self._process.poll() is None, self._process.communicate()[0]
       time.sleep(0.2)

@@ -270,9 +270,9 @@ def test_stages_of_separate_calls_do_not_erase_each_other(
   assert rows == [6, 12, 59, 65]
   assert three['resumed_at_steps'] == [53]
   events = plugin_event_accumulator.EventAccumulator(
-    str(workdir / 'tensorboard')
+    str(workdir / 'tensorboard' / 'run' / 'train')
   ).Reload()
-  steps = [x.step for x in events.Tensors('train/loss')]
+  steps = [x.step for x in events.Tensors('optimization/loss')]
   assert steps == list(range(25, 66))
   pictures = [x.step for x in events.Tensors('images/ten_again/augmented')]
   assert pictures == [25]

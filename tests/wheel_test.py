@@ -106,16 +106,15 @@ def test_the_ladder_needs_no_extra(tmp_path):
   checked = jaxprog('--mode=check')
   assert '0 warnings, 0 to mend' in checked, checked
 
-  server = tensorboard_server.Server(tmp_path / 'run' / 'tensorboard', python)
+  server = tensorboard_server.Server(tmp_path / 'run/tensorboard/run', python)
   with contextlib.closing(server):
     server.wait_for_tag('images/ten_large/confusion')
     found = server.get_json(
-      'data/plugin/scalars/scalars', run='.', tag='train/epoch_loss'
+      'data/plugin/scalars/scalars', run='train', tag='1 four/loss'
     )
     picture = Image.open(io.BytesIO(server.get_picture('images/ten/worst')))
-    hparams = server.get_hparams()
-  stages = runs.read_history(tmp_path / 'run')['stages']
-  epochs = [row for stage in stages for row in stage['epochs']]
+    hparams = server.get_session_group()['hparams']
+  epochs = runs.read_history(tmp_path / 'run')['stages'][0]['epochs']
   assert [(step, value) for _, step, value in found] == [
     (row['global_step'], pytest.approx(row['train_loss'], rel=1e-6))
     for row in epochs

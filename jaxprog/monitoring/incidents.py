@@ -26,6 +26,7 @@ _NAMES = {
   'signal': ('stop by a signal', 'stops by signals'),
   'watchdog': ('end by the watchdog', 'ends by the watchdog'),
   'save_failed': ('failed save', 'failed saves'),
+  'logger': ('logger that failed', 'loggers that failed'),
 }
 
 

@@ -2,8 +2,8 @@
 
 On a terminal: one table row for each finished epoch, and below the rows a bar
 that is drawn anew at most eight times a second. Anywhere else, with NO_COLOR
-or on a dumb terminal: lines of `key=value`, to be searched with grep. What
-takes long besides is said by `activity`.
+or on a dumb terminal: lines of `key=value`, to be searched with grep; what
+takes long besides is said by `activity`. In a notebook: tables in one output.
 """
 
 import bisect
@@ -21,7 +21,7 @@ import rich.rule
 import rich.text
 
 from jaxprog import formats
-from jaxprog.monitoring import activity
+from jaxprog.monitoring import activity, notebook
 
 _REFRESH_SECONDS = 1 / 8
 _LINE_SECONDS = 8.0
@@ -112,11 +112,13 @@ class Progress:
     self._timer: _Timer
     console = console or rich.console.Console(markup=False)
     plain = not console.is_terminal or console.is_dumb_terminal
-    self._view: _PlainView | _LiveView = (
-      _PlainView(console)
-      if plain or os.environ.get('NO_COLOR')
-      else _LiveView(console)
-    )
+    self._view: notebook.View | _PlainView | _LiveView
+    if console.is_jupyter:
+      self._view = notebook.View(quiet=console.quiet)
+    elif plain or os.environ.get('NO_COLOR'):
+      self._view = _PlainView(console)
+    else:
+      self._view = _LiveView(console)
 
   def start_run(self, stages: Sequence[Description]) -> None:
     """Shows what will be trained: the `stages` of this run."""

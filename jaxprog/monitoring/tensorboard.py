@@ -1,78 +1,87 @@
-"""What TensorBoard shows of a run, written by a thread of its own."""
+"""What TensorBoard shows of a run, by clu's writer or by one like it."""
 
+import math
 import pathlib
-from collections.abc import Callable, Mapping
-from concurrent import futures
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-# Tag -> an RGB picture, uint8 (height, width, 3).
-Images = Mapping[str, np.ndarray]
+from jaxprog import fields
+
+# What a tag's last part begins with is the run that its curve belongs to: train
+# and val meet in one chart. The weights' scores are all that the session of
+# hyper-parameters is beside, and so its metrics.
+_RUNS = ('train_', 'val_', 'ema_')
+_FINAL = 'weights/'
 
 
-class Writer:
-  """Writes what clu's SummaryWriter writes, in order; close it.
+class TensorBoard:
+  """Writes the runs train, val, ema and final of one folder; one thread's.
 
-  TensorFlow, which that is made of, takes 4 s to import where it is installed.
-  The thread does so while the first stage compiles; nothing waits for it but
-  `close`. Each call raises what the thread has met in an earlier one.
+  Each appears with its first point.
   """
 
-  def __init__(self, logdir: pathlib.Path | None):
-    """Writes below `logdir`; None (where another process writes): nothing."""
-    self.logdir = logdir
-    self._pool = futures.ThreadPoolExecutor(1, 'tensorboard')
-    # The last call's; each waits for the one before, and fails as that has.
-    self._written: futures.Future[Any] | None = None
-    if logdir is not None:
-      self._written = self._pool.submit(_create_writer, logdir)
-    self._opened = self._written
+  def __init__(self, logdir: pathlib.Path):
+    """Writes below `logdir`."""
+    self._logdir = logdir
+    self._writers: dict[str, Any] = {}
+    # The first step since the start that is not to be believed.
+    self._restart: float = math.inf
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Writes `scalars` by their tags."""
-    self._submit(lambda writer: writer.write_scalars(step, scalars))
+    """Writes `scalars`, each into its run."""
+    by_run: dict[str, dict[str, float]] = {}
+    for tag, value in scalars.items():
+      run, shown = _place(tag)
+      by_run.setdefault(run, {})[shown] = value
+    for run, values in by_run.items():
+      self._writer(run).write_scalars(step, values)
 
-  def write_images(self, step: int, draw: Callable[[], Images]) -> None:
-    """Writes the pictures that `draw`, called in the thread, returns."""
-    self._submit(lambda writer: writer.write_images(step, draw()))
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Writes pictures, uint8 (height, width, 3), by their tags."""
+    self._writer('train').write_images(step, images)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """Writes what the run was made with, once for each process."""
-    self._submit(lambda writer: writer.write_hparams(hparams))
+    """Writes what of a flat config is not as by default and has an effect."""
+    shown = {k: v for k, v in hparams.items() if _is_own(k, v)}
+    self._writer('final').write_hparams(shown)
 
   def forget_after(self, step: int) -> None:
-    """Lets TensorBoard drop what was written of steps after `step`.
+    """Lets TensorBoard drop what was written of steps after `step`."""
+    self._restart = min(self._restart, step + 1)
+    for writer in self._writers.values():
+      _write_restart(writer, step + 1)
 
-    They are trained again after a resume or a rollback, and would be drawn
-    twice.
-    """
-    self._submit(lambda writer: _write_restart(writer, step + 1))
+  def flush(self) -> None:
+    """Lets others see what was written."""
+    for writer in self._writers.values():
+      writer.flush()
 
   def close(self) -> None:
-    """Waits until all is written."""
-    try:
-      if self._written is not None:
-        self._written.result()
-    finally:
-      if self._opened is not None and not self._opened.exception():
-        self._opened.result().close()
-      self._pool.shutdown()
+    """Ends the files."""
+    for writer in self._writers.values():
+      writer.close()
 
-  def _submit(self, write: Callable[[Any], None]) -> None:
-    before = self._written
-    if before is None:
-      return
-    if before.done():
-      before.result()
+  def _writer(self, run: str) -> Any:
+    if run not in self._writers:
+      self._writers[run] = _create_writer(self._logdir / run)
+      if self._restart < math.inf:
+        _write_restart(self._writers[run], int(self._restart))
+    return self._writers[run]
 
-    def write_and_flush() -> Any:
-      writer = before.result()
-      write(writer)
-      writer.flush()
-      return writer
 
-    self._written = self._pool.submit(write_and_flush)
+def find_logdir(workdir: pathlib.Path) -> pathlib.Path:
+  """Returns WORKDIR/tensorboard/NAME, of the workdir, by which it is listed.
+
+  What was written before goes on where it is, and so it does under the name
+  that a workdir had.
+  """
+  root = workdir / 'tensorboard'
+  if next(root.glob('events.out.tfevents.*'), None):
+    return root
+  before = sorted(root.glob('*/train/events.out.tfevents.*'))
+  return before[0].parents[1] if before else root / workdir.name
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +103,24 @@ def _plain(value: Any) -> bool | int | float | str:
   if isinstance(value, bool | int | float | str):
     return value
   return ' '.join(map(str, value))
+
+
+def _is_own(name: str, value: Any) -> bool:
+  """Returns whether a field of a flat config can tell runs apart."""
+  _, dot, last = name.rpartition('.')
+  field = (fields.STAGE if dot else fields.CONFIG).get(last)
+  return field is None or not (field.free or _plain(field.default) == value)
+
+
+def _place(tag: str) -> tuple[str, str]:
+  """Returns the run that a tag belongs to, and its name there."""
+  if tag.startswith(_FINAL):
+    return 'final', tag
+  group, _, name = tag.rpartition('/')
+  for begin in _RUNS:
+    if name.startswith(begin):
+      return begin.rstrip('_'), f'{group}/{name.removeprefix(begin)}'
+  return 'train', tag
 
 
 def _create_writer(logdir: pathlib.Path) -> Any:

@@ -27,6 +27,7 @@ from jaxprog.data import (
   records,
   signatures,
 )
+from jaxprog.monitoring import loggers
 from jaxprog.optim import optimizers
 from jaxprog.reliability import checkpoints, integrity, lease
 from jaxprog.training import devices, preflight
@@ -36,7 +37,7 @@ from jaxprog.training import state as state_lib
 # Where requirements.txt and pyproject.toml lie in a checkout.
 _ROOT = pathlib.Path(__file__).parents[2]
 # Extras whose packages the program imports: wrong ones count, missing ones not.
-_EXTRAS = ('gcs', 's3', 'tensorflow', 'tune')
+_EXTRAS = ('gcs', 'mlflow', 's3', 'tensorflow', 'trackio', 'tune', 'wandb')
 _Packages = list[requirements.Requirement]
 # Of a stage that no dataset is known for, to size its head.
 _CLASSES = 1000
@@ -163,6 +164,7 @@ def _check_config(seen: Inspection) -> Iterator[Finding]:
   left_out = len(known) - len(seen.chosen)
   more = f'; {left_out} left out' if left_out else ''
   yield Finding(True, f'config: {names}{more}')
+  loggers.chosen(seen.config)
 
 
 def _check_versions(

@@ -42,6 +42,7 @@ FOLDERS = (
   'timing',
   'trials',
   'tuning',
+  'wandb',
 )
 _OF_RUN = re.compile(
   rf'(?:{"|".join(FOLDERS)})/.*|'

@@ -24,14 +24,22 @@ _RULE = '#bbbbbb'
 Axes = matplotlib.axes.Axes
 
 
+class Figure(matplotlib.figure.Figure):
+  """A figure that notebooks show by itself."""
+
+  def _repr_png_(self) -> bytes:
+    return encode(self)
+
+
 def plot_history(
-  history: Mapping[str, Any], path: str | os.PathLike[str]
-) -> None:
-  """Writes training_metrics.png: all stages side by side on one axis of epochs.
+  history: Mapping[str, Any], path: str | os.PathLike[str] | None = None
+) -> Figure:
+  """Returns training_metrics.png: all stages side by side by epochs.
 
   Args:
     history: as in training_history.json, finished or under way.
-    path: replaced atomically, so that it can be looked at during a run.
+    path: where to write it; replaced atomically, so that it can be looked at
+      during a run.
   """
   figure = _create_figure(12, 8.5)
   spans = timeline.spans(history['stages'])
@@ -59,7 +67,9 @@ def plot_history(
   if running:
     text = f'in training: {running[-1]}'
     figure.text(0.92, 0.965, text, fontsize=10, color=INK, ha='right')
-  _save(figure, path)
+  if path is not None:
+    _save(figure, path)
+  return figure
 
 
 def plot_learning_rates(
@@ -130,8 +140,8 @@ def plot_lr_find(
   _save(figure, path)
 
 
-def _create_figure(width: float, height: float) -> matplotlib.figure.Figure:
-  figure = matplotlib.figure.Figure(figsize=(width, height), dpi=130)
+def _create_figure(width: float, height: float) -> Figure:
+  figure = Figure(figsize=(width, height), dpi=130)
   matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
   return figure
 
@@ -139,9 +149,14 @@ def _create_figure(width: float, height: float) -> matplotlib.figure.Figure:
 def _save(
   figure: matplotlib.figure.Figure, path: str | os.PathLike[str]
 ) -> None:
+  files.write_bytes(path, encode(figure))
+
+
+def encode(figure: matplotlib.figure.Figure) -> bytes:
+  """Returns the figure as a PNG."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', metadata={'Software': None})
-  files.write_bytes(path, buffer.getvalue())
+  return buffer.getvalue()
 
 
 def _style(axes: Axes, title: str, spans: Sequence[timeline.Span]) -> None:

@@ -17,7 +17,8 @@ from jaxprog.reporting.rundir import RunFiles
 
 _WIDTH = 80
 
-_SUMMARY = (
+# Of the stages of a history.
+SUMMARY = (
   Column('stage', lambda x: x['name'], left=True),
   Column('px', lambda x: str(x['image_size'])),
   Column('best top-1', lambda x: formats.percent(facts.best_top1(x))),
@@ -40,7 +41,7 @@ def report(run: RunFiles) -> str:
 
 def summary_table(history: Mapping[str, Any]) -> rich.table.Table:
   """Returns a table of the stages' results, to be printed after a run."""
-  return terminal_table(_SUMMARY, history['stages'])
+  return terminal_table(SUMMARY, history['stages'])
 
 
 def terminal_table(

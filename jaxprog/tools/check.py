@@ -19,7 +19,7 @@ from jaxprog.monitoring import progress as progress_lib
 from jaxprog.planning import costs, inspection, outlook, timing
 from jaxprog.reliability import copies
 from jaxprog.reporting import plots
-from jaxprog.training import described, preflight
+from jaxprog.training import described, preflight, preview
 from jaxprog.training import run as run_lib
 from jaxprog.training import setup as setup_lib
 
@@ -50,7 +50,8 @@ def check(
 
   Prints what was looked at; then, where the data is prepared, the network,
   each stage's learning rate, what it costs and what the scorecard compares.
-  Saves WORKDIR/plan.json and learning_rates.png where there is a `workdir`.
+  Saves WORKDIR/plan.json, learning_rates.png and the first training images,
+  augmented_STAGE.png, where there is a `workdir`.
   """
   workdir = None if workdir is None else paths.workdir(workdir)
   console = rich.console.Console(markup=False)
@@ -160,7 +161,11 @@ def _show_outlook(
     epochs = {task.stage.name: task.stage.num_epochs for task in tasks}
     plots.plot_learning_rates(rates, epochs, image)
     files.write_json(seen.workdir / 'plan.json', figures)
-    paths = f'{seen.workdir / "plan.json"}\n{image}'
+    written = [seen.workdir / 'plan.json', image]
+    for task in tasks:
+      written.append(seen.workdir / f'augmented_{task.stage.name}.png')
+      preview.draw_first(task).save(written[-1])
+    paths = '\n'.join(map(str, written))
     outlook.say(f'\n{buckets.shown(paths)}', console)
 
 

@@ -15,7 +15,7 @@ from jaxprog.data import workers
 from jaxprog.monitoring import activity, diagnostics, pictures
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import checkpoints, mirror, peers, signals
-from jaxprog.reporting import facts, report
+from jaxprog.reporting import facts, report, shown
 from jaxprog.training import (
   alike,
   compile_times,
@@ -93,7 +93,7 @@ def train(
       )
     _train_stages(run)
     run.progress.message(report.summary_table(run.history))
-  return run.history
+  return shown.History(run.history)
 
 
 def _train_stages(run: run_lib.Run) -> None:
@@ -250,6 +250,8 @@ def _finish_stage(course: loop.Course, state: state_lib.TrainState) -> None:
   meta = {**course.meta, 'epoch': record['epochs'][-1]}
   step, saved = int(state.step), course.checkpoints
   record['last_step'] = course.first_step + step
+  scalars = {f'weights/{name} final top-1': record['epochs'][-1]['val_top1']}
+  run.writer.write_scalars(record['last_step'], scalars)
   run.owner.check()
   saved.save_weights('final', course.taken(step), state.variables, meta)
   saved.wait()

@@ -57,7 +57,7 @@ class Course:
   def first_step(self) -> int:
     """The global step at which the stage's own step 0 lies.
 
-    TensorBoard's x axis goes on over all stages of the workdir, and where the
+    A logger's x axis goes on over all stages of the workdir, and where the
     stage's own steps are counted anew because their size has changed.
     """
     return self.record.get('step_offset', self.record['first_step'])
@@ -82,8 +82,14 @@ class Course:
     names = split.names()
     return outcomes.sort_images(names, split.labels, dataset.classes)
 
+  @property
+  def group(self) -> str:
+    """What the tags of the stage begin with: stages are shown in this order."""
+    names = [stage['name'] for stage in self.run.history['stages']]
+    return f'{names.index(self.record["name"]) + 1} {self.record["name"]}'
+
   def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
-    """Writes to TensorBoard what was found at the stage's own `step`."""
+    """Lets loggers write what was found at the stage's own `step`."""
     self.run.writer.write_scalars(self.first_step + step, scalars)
 
 
@@ -496,7 +502,7 @@ def _save_weights(
     meta = {**course.meta, 'epoch': row}
     course.checkpoints.save_weights(name, course.taken(step), variables, meta)
   if saved:
-    scalars = {'ckpt/weights_seconds': time.monotonic() - began}
+    scalars = {'saves/weights_seconds': time.monotonic() - began}
     course.write_scalars(step, scalars)
 
 
@@ -519,8 +525,8 @@ def save(course: Course, state: state_lib.TrainState) -> None:
   if step:
     scalars = {
       # What training waited for; the rest goes on in the background.
-      'ckpt/save_seconds': course.last_save - began,
-      'ckpt/interval_seconds': course.last_save - before,
+      'saves/save_seconds': course.last_save - began,
+      'saves/interval_seconds': course.last_save - before,
     }
     course.write_scalars(step, scalars)
 
@@ -567,7 +573,7 @@ def _report_step(
   run.progress.step(step + 1, {**values, **speed, used.kind: used.bytes})
   if (step + 1) % task.config.log_every_steps == 0:
     names = ('loss', 'top1', 'learning_rate', 'grad_norm')
-    scalars = {f'train/{name}': values[name] for name in names}
+    scalars = {f'optimization/{name}': values[name] for name in names}
     scalars['perf/images_per_second'] = speed['images_per_second']
     scalars['perf/memory_bytes'] = used.bytes
     if (seconds := course.step_times.take_mean()) is not None:
@@ -588,16 +594,13 @@ def _count_skipped(course: Course, step: int, skipped: bool) -> None:
 
 
 def _write_epoch(course: Course, row: dict[str, Any]) -> None:
-  """Writes an epoch's figures to TensorBoard."""
-  name, step = course.task.stage.name, row['global_step']
+  """Lets loggers write an epoch's figures."""
   scalars = {
-    f'eval/{name}/{field.removeprefix("val_")}': value
+    f'{course.group}/{field}': value
     for field, value in row.items()
-    if field.startswith(('val_', 'ema_'))
+    if field.startswith(('train_', 'val_', 'ema_'))
   }
-  scalars['train/skipped_steps'] = row['skipped_steps']
-  scalars['train/epoch_loss'] = row['train_loss']
-  scalars['train/epoch_top1'] = row['train_top1']
+  scalars['optimization/skipped_steps'] = row['skipped_steps']
   scalars['perf/input_wait'] = row['input_wait']
   scalars['perf/eval_seconds'] = row['eval_seconds']
-  course.run.writer.write_scalars(step, scalars)
+  course.run.writer.write_scalars(row['global_step'], scalars)

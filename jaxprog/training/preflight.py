@@ -19,6 +19,7 @@ from jaxprog import errors, files, formats, named, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import preparation, remote
 from jaxprog.monitoring import history as history_lib
+from jaxprog.monitoring import loggers
 from jaxprog.reliability import checkpoints, integrity, lock
 from jaxprog.training import devices
 from jaxprog.training import setup as setup_lib
@@ -43,10 +44,11 @@ def launch(
   """Raises UserError for what would fail hours later, at no cost.
 
   That is a workdir that cannot be written to, or is another run's, and a
-  dataset that is missing.
+  dataset or a logger that is missing.
   """
   chosen = stages_lib.select(stages_lib.create_stages(config), only, skip)
   devices.check_platform(config.platform)
+  loggers.chosen(config)
   data_dir = paths.data_dir(config)
   for stage in chosen:
     if preparation.is_here(stage.dataset, data_dir):

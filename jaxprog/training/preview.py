@@ -6,12 +6,50 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import config_dict
+from PIL import Image
 
 from jaxprog import stages
+from jaxprog.data import batches as batches_lib
+from jaxprog.data import loader
 from jaxprog.monitoring import pictures
 from jaxprog.training import augment, setup, steps
 
 _MAX_IMAGES = 32
+
+
+def show_batch(
+  config: config_dict.ConfigDict,
+  stage: str,
+  *,
+  model: setup.ModelFn | None = None,
+) -> Image.Image:
+  """Returns a picture of the first images that `stage` will be trained on.
+
+  With their classes, augmented and mixed as they will be; nothing is trained.
+
+  Raises:
+    UserError: for mistakes in the config or the data.
+  """
+  prepared = setup.create_setup(config, only=(stage,), model=model)
+  return draw_first(setup.create_task(prepared, prepared.chosen[0]))
+
+
+def draw_first(task: setup.Task) -> Image.Image:
+  """Returns what TensorBoard will have as images/STAGE/augmented."""
+  batches = batches_lib.TrainBatches(
+    task.dataset.train,
+    task.stage,
+    seed=task.seed,
+    steps=task.steps,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  batch = loader.to_device(
+    batches_lib.read_batch(batches, 0), task.shardings.batch
+  )
+  (grid,) = draw_augmented(task, batch).values()
+  return Image.fromarray(grid)
 
 
 def draw_augmented(

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import files, paths, stages
-from jaxprog.monitoring import activity, environment, tensorboard
+from jaxprog.monitoring import activity, environment, loggers, tensorboard
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents as incidents_lib
 from jaxprog.monitoring import progress as progress_lib
@@ -33,7 +33,7 @@ class Run:
   workdir: pathlib.Path
   history: dict[str, Any]
   progress: progress_lib.Progress
-  writer: tensorboard.Writer
+  writer: loggers.Writer
   stop: signals.StopRequest
   incidents: incidents_lib.Incidents
   # Notes an incident and says it: note(kind, message, **fields).
@@ -117,7 +117,9 @@ def open_run(
   peers.wait_for_all('config')  # One of them replaces it.
   plain = _write_inputs(config, workdir, before)
   history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
-  writer = stack.enter_context(_writing(config, workdir, plain))
+  names = loggers.chosen(config) if writes else ()
+  writer = stack.enter_context(loggers.open_loggers(names, workdir, note))
+  writer.write_hparams(tensorboard.flatten_config(plain))
   fetcher = fetching.Fetcher(config, [x.dataset for x in tasks])
   dog = watchdog.Watchdog(
     config.watchdog_minutes,
@@ -144,18 +146,6 @@ def open_run(
     ),
     before=before,
   )
-
-
-@contextlib.contextmanager
-def _writing(
-  config: config_dict.ConfigDict, workdir: pathlib.Path, plain: dict[str, Any]
-) -> Iterator[tensorboard.Writer]:
-  """Lets TensorBoard's writer write; only process 0 does."""
-  writes = config.tensorboard and jax.process_index() == 0
-  writer = tensorboard.Writer(workdir / 'tensorboard' if writes else None)
-  with contextlib.closing(writer):
-    writer.write_hparams(tensorboard.flatten_config(plain))
-    yield writer
 
 
 def _open_incidents(

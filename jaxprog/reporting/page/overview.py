@@ -165,10 +165,13 @@ def _describe_split(stage: Mapping[str, Any]) -> tuple[str, str]:
   return f'{stage["num_eval_images"]:,}', 'held out' if held else ''
 
 
-def config_difference(config: Mapping[str, Any] | None) -> Html:
-  """Returns the fields that are not as configs/default.py has them, folded.
+def config_difference(
+  config: Mapping[str, Any] | None, *, is_open: bool = False
+) -> Html:
+  """Returns the fields that are not as configs/default.py has them.
 
-  `config` is what config.json holds, with every stage complete.
+  Folded, unless it `is_open`. `config` is what config.json holds, with every
+  stage complete.
   """
   if config is None:
     return tag('p', 'Unknown: there is no config.json.', class_='note')
@@ -189,6 +192,7 @@ def config_difference(config: Mapping[str, Any] | None) -> Html:
     field_table(
       [*titles, *names], rows, 'Fields of the stages; bold: not the default'
     ),
+    open='' if is_open else None,
   )
 
 
@@ -214,7 +218,9 @@ def differing_rows(
     same = [value == values[0] for value in values]
     if not all(same):
       cells = (
-        tag('span', _quote(value), class_='same' if x else 'changed')
+        tag('span', _quote(value), class_='same')
+        if x
+        else tag('b', _quote(value), class_='changed')
         for value, x in zip(values, same, strict=True)
       )
       rows.append([tag('code', name), *cells])
