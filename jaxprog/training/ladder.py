@@ -47,6 +47,7 @@ def train(
       anything is trained.
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
+  began = time.monotonic()
   workers.leave_if_starting()
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.StopRequest())
@@ -69,6 +70,7 @@ def train(
       owner,
       stop,
       stack,
+      began=began,
       allow_config_change=allow_config_change,
       on_epoch=on_epoch,
       shorten=shorten,
@@ -112,7 +114,7 @@ def _announce(run: run_lib.Run) -> None:
 def _write_reports(run: run_lib.Run, *, wait: bool = False) -> None:
   """Lets what a person reads be written, on the process that writes."""
   if jax.process_index() == 0:
-    written = run.reporter.write()
+    written = run.reporter.write(is_last=wait)
     if wait:
       written.result()
 
@@ -138,8 +140,10 @@ def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
 
   ahead = run.compiler.submit(prepare, run.tasks[0])
   for following in [*run.tasks[1:], None]:
+    began = time.monotonic()
     with run.dog.pause():  # Large networks compile for long.
       task = ahead.result()
+    run.waited[task.stage.name] = time.monotonic() - began
     if following is not None:
       ahead = run.compiler.submit(prepare, following)
     yield task
@@ -169,7 +173,11 @@ def _run_stage(
     checkpoints.Checkpoints(directory, run.note) as saved,
   ):
     course, state = _open_stage(run, index, task, saved)
-    course.left = left
+    waited = run.waited[name]
+    course.left = left and left + waited
+    course.record['compile_seconds'] = waited + course.record.get(
+      'compile_seconds', 0.0
+    )
     state = loop.train_stage(course, state)
     _finish_stage(course, state)
     left = time.monotonic()

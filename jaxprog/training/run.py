@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
@@ -49,13 +50,18 @@ class Run:
   reporter: outputs.Reporter
   # What the workdir's config was when the run began.
   before: config_dict.ConfigDict | None
+  # When its clock stood at 0, earlier calls included, by the monotonic one.
+  began: float
   # By stage, at even distances in epochs; sampled by the compiler's thread.
   rates: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  # By stage, the seconds that it has waited for the compiler in this call.
+  waited: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def save_history(self) -> None:
     """Writes training_history.json, on the process that writes."""
     if jax.process_index() == 0:
       path = self.workdir / 'training_history.json'
+      self.history['wall_seconds'] = time.monotonic() - self.began
       files.write_json(path, self.history)
       self.reporter.refresh()
 
@@ -81,11 +87,14 @@ def open_run(
   stop: signals.StopRequest,
   stack: contextlib.ExitStack,
   *,
+  began: float,
   allow_config_change: bool = False,
   on_epoch: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
   shorten: Callable[[setup_lib.Task], setup_lib.Task] = lambda task: task,
 ) -> Run:
   """Returns a run of `setup`, all checked; `stack` closes what it has opened.
+
+  `began` is when this call did, by the monotonic clock.
 
   Raises:
     UserError: for mistakes in the data or the workdir.
@@ -140,6 +149,7 @@ def open_run(
       _create_executor('reporter', stack), workdir, incidents.entries
     ),
     before=before,
+    began=began - history.get('wall_seconds', 0.0),
   )
 
 

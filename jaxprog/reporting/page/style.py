@@ -49,6 +49,7 @@ nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 
 .tiles, .cards { display: grid; gap: .9rem; margin: 1.2rem 0; }
+.tiles { align-items: baseline; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
 .cards { grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
 .tile { padding: .2rem 0; }
@@ -56,7 +57,9 @@ nav a:hover { text-decoration: underline; }
 .tile span { color: var(--soft); font-size: .87rem; }
 .first { grid-column: span 2; }
 .first b { font-size: 2.9rem; letter-spacing: -.03em; line-height: 1.05; }
-.card { background: var(--card); border-radius: 10px; padding: 1rem 1.1rem; }
+.card { background: var(--card); border-radius: 10px; padding: 1rem 1.1rem;
+  display: grid; grid-template-rows: subgrid; grid-row: span 5; row-gap: 0; }
+.card > * { margin: .15rem 0; min-width: 0; }
 .card h3 { margin: 0; display: flex; flex-wrap: wrap; gap: 0 .5rem;
   align-items: baseline; justify-content: space-between;
   overflow-wrap: anywhere; }
@@ -105,17 +108,26 @@ figcaption b { font-size: .95rem; margin-right: auto; }
 .panel { display: grid; grid-template-columns: 44px minmax(0, 1fr);
   column-gap: 8px; }
 .axis-label { margin: 0; max-width: none; text-align: right; }
-.bands > div:last-child { display: flex; }
+.cut { overflow: hidden; }
+.cut > div { display: flex; }
 .bands small { font-size: inherit; opacity: .8; }
 .bands span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
   font-size: .78rem; color: var(--soft); padding: 0 2px 2px 3px;
   border-left: 1px solid var(--rule); }
 svg { display: block; overflow: visible; }
 svg svg { overflow: hidden; }
+svg .view { overflow: visible; }
+.zoomed .plot, .zoomed .axis { overflow: hidden; }
+.scripts .plot { cursor: crosshair; }
+.scripted { display: none; }
+.scripts .scripted { display: inline; }
 svg text { font-size: 12px; fill: var(--soft); font-family: inherit;
   font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke: currentColor; stroke-width: 1.8;
   vector-effect: non-scaling-stroke; stroke-linejoin: round; }
+.line.chance { stroke-dasharray: 1 4; stroke-linecap: round; }
+.key.chance { border-top-style: dotted; }
+.whisker { stroke: currentColor; stroke-width: 1.6; opacity: .75; }
 .dot, .best { fill: currentColor; }
 .best { stroke: var(--page); stroke-width: 1.5; }
 .grid { stroke: var(--rule); stroke-width: 1; }
@@ -131,7 +143,7 @@ svg .mark text { fill: currentColor; font-size: 11px; }
 .hint line { stroke: none; }
 .hint:hover line { stroke: var(--soft); stroke-width: 1; }
 .train, .s0 { color: var(--train); } .val, .s1 { color: var(--val); }
-.ema, .s2 { color: var(--ema); } .rate { color: var(--rate); }
+.ema, .s2 { color: var(--ema); } .rate, .chance { color: var(--rate); }
 .s3 { color: var(--eval); } .s4 { color: var(--s4); } .s5 { color: var(--s5); }
 .line.train { stroke-dasharray: 5 3; }
 .key.train { border-top-style: dashed; }
@@ -141,6 +153,9 @@ svg .mark text { fill: currentColor; font-size: 11px; }
 .t-wait { color: var(--wait); fill: var(--wait); }
 .t-eval { color: var(--eval); fill: var(--eval); }
 .t-hand { color: var(--hand); fill: var(--hand); }
+.t-save { color: var(--ema); fill: var(--ema); }
+.t-compile { color: var(--val); fill: var(--val); }
+.t-rest { color: var(--rule); fill: var(--rule); }
 .strips { margin: .2rem 0 1.6rem; row-gap: 4px; }
 .strips .bar { stroke: var(--page); }
 .strips text { fill: var(--ink); }
@@ -153,6 +168,8 @@ svg .mark text { fill: currentColor; font-size: 11px; }
   max-width: 12rem; }
 .range .expected { fill: var(--bar); opacity: .35; }
 .range .reference { stroke: var(--ink); stroke-width: 2.5; }
+.range .late { stroke: var(--val); stroke-width: 2.5; }
+.entry.late { color: var(--val); }
 .range .best { fill: var(--val); }
 .pair { display: grid; gap: 0 2.5rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
@@ -189,7 +206,7 @@ footer { color: var(--soft); font-size: .83rem; margin: 4rem 0 2.5rem; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .rows { gap: .5rem .6rem; }
   .rows > span { max-width: 6.5rem; }
-  .bands small, .rows > svg > text:nth-child(even) { display: none; }
+  .bands small, .rows .axis text:nth-child(even) { display: none; }
   .panel { grid-template-columns: 34px minmax(0, 1fr); column-gap: 6px; }
   .facts { grid-template-columns: 1fr; gap: 0; }
   .facts dd { margin-bottom: .4rem; }
