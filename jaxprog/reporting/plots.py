@@ -19,6 +19,7 @@ from jaxprog.reporting import facts, timeline
 
 # Okabe and Ito's blue and vermilion: apart for colour-blind readers too.
 TRAIN, VAL, TOP5 = '#0072b2', '#d55e00', '#e0a070'
+GREEN = '#009e73'
 RATE, INK, GRID, SHADE = '#4d4d4d', '#333333', '#e6e6e6', '#f4f4f4'
 _RULE = '#bbbbbb'
 # Points of a longer ladder would run into one another.
@@ -103,33 +104,46 @@ def plot_learning_rates(
 
 
 def plot_lr_find(
-  rates: Sequence[float],
-  losses: Sequence[float],
-  smooth: Sequence[float],
-  suggestion: float | None,
-  path: str | os.PathLike[str],
+  found: Mapping[str, Any], path: str | os.PathLike[str]
 ) -> None:
-  """Writes a range test: the loss of each step over its learning rate."""
-  figure = _create_figure(7, 4.2)
+  """Writes a range test: the loss of each step over its learning rate.
+
+  Args:
+    found: its stage, rates, losses, smoothed losses and suggestions.
+    path: replaced atomically.
+  """
+  figure = _create_figure(8, 4.4)
   axes = figure.add_subplot()
   _bare(axes)
-  axes.plot(rates, losses, color=TRAIN, linewidth=0.8, alpha=0.4)
-  axes.plot(rates, smooth, color=TRAIN, linewidth=1.8)
+  rates, losses, smooth = (
+    np.array(found[x], float) for x in ('rates', 'losses', 'smooth')
+  )
+  axes.plot(rates, losses, color=TRAIN, linewidth=0.8, alpha=0.4, label='loss')
+  axes.plot(rates, smooth, color=TRAIN, linewidth=1.8, label='smoothed')
   axes.set_xscale('log')
-  axes.set_xlabel('learning rate', color=INK)
-  axes.set_ylabel('loss', color=INK)
-  low, first = float(np.nanmin(smooth)), float(smooth[0])
-  axes.set_ylim(low - 0.1 * (first - low), first + 0.5 * (first - low) + 1e-3)
-  if suggestion:
-    axes.axvline(suggestion, color=VAL, linewidth=1.2)
-    axes.annotate(
-      f' {suggestion:.2g}',
-      (suggestion, 0.97),
-      xycoords=('data', 'axes fraction'),
-      va='top',
-      color=VAL,
-      fontweight='bold',
-    )
+  axes.set_xlabel('learning rate, one step each', color=INK)
+  axes.set_ylabel('training loss', color=INK)
+  # From a little below the lowest of both to a little above the first ones.
+  low = min(np.nanmin(losses), np.nanmin(smooth))
+  first = np.nanmax(smooth[: max(len(smooth) // 10, 1)])
+  room = max(first - low, 1e-3)
+  axes.set_ylim(low - 0.08 * room, first + 0.3 * room)
+  at = int(np.nanargmin(smooth))
+  axes.plot(rates[at], smooth[at], 'o', color=TRAIN, label='minimum')
+  colors = VAL, GREEN, INK
+  suggestions = found['suggestions'].items()
+  for (name, rate), color in zip(suggestions, colors, strict=False):
+    value = np.interp(np.log(rate), np.log(rates), smooth)
+    axes.axvline(rate, color=color, linewidth=0.8, linestyle=':')
+    label = f'{name}: {rate:.2g}'
+    axes.plot(rate, value, 'D', color=color, markersize=6, label=label)
+  axes.legend(frameon=False, loc='lower left', fontsize=9)
+  axes.set_title(
+    f'Range test of {facts.shorten(found["stage"], 40)}',
+    loc='left',
+    color=INK,
+    weight='bold',
+  )
   figure.tight_layout()
   _save(figure, path)
 

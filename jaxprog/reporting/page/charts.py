@@ -22,6 +22,8 @@ _UNITS = 1000.0
 _TOP, _BOTTOM, _HEAD = 10.0, 8.0, 28.0
 # With more points to a line, dots would run into one another.
 _MAX_DOTS = 60
+# Pixels of a line of letters.
+_LINE = 15.0
 # Labels closer than this part of the width would touch on a telephone, and so
 # far to either side do they reach.
 _LABEL_DISTANCE, _LABEL_REACH = 0.17, 0.045
@@ -90,12 +92,14 @@ def line_chart(
   x_label: str,
   format_y: Callable[[float], str],
   summary: str,
+  format_x: Callable[[float], str] | None = None,
   height: float = 220,
   spans: Sequence[Span] = (),
   marks: Sequence[Mark] = (),
   labels: Sequence[Label] = (),
   hints: Sequence[tuple[float, str]] = (),
   sign: str = 'best epoch',
+  names_at_ends: bool = False,
 ) -> Html:
   """Returns lines over x from 0 to `x_end`.
 
@@ -106,6 +110,7 @@ def line_chart(
     x_end: end of the horizontal axis.
     x_label: what the horizontal axis counts.
     format_y: writes a tick of the vertical axis.
+    format_x: writes one of the horizontal axis, which then cannot be zoomed.
     summary: the chart in a sentence, for those who cannot see it.
     height: of the plot, in pixels.
     spans: of stages, every other one shaded, named above the plot.
@@ -113,6 +118,7 @@ def line_chart(
     labels: named points; of those that would touch, the last ones stay.
     hints: x and what the pointer shows nearest to it.
     sign: what the dot of a label stands for; with its interval, if it has one.
+    names_at_ends: whether lines are named where they end, if there is room.
   """
   plane = _Plane(x_end, y, height, _HEAD if labels else _TOP)
   bands = [
@@ -125,6 +131,8 @@ def line_chart(
     *_label_shapes(labels, plane, series),
     *_hint_strips(hints, plane),
   ]
+  said = format_x or '{:g}'.format
+  style = 'named ' * names_at_ends + 'zoom' * (format_x is None)
   return tag(
     'figure',
     tag('figcaption', tag('b', title), *_legend(series, marks, labels, sign)),
@@ -133,15 +141,38 @@ def line_chart(
       shapes,
       height,
       [(plane.top(tick), format_y(tick)) for tick in y.ticks()],
-      [(plane.left(x), f'{x:g}') for x in Scale(0, x_end).ticks(6)],
+      [(plane.left(x), said(x)) for x in Scale(0, x_end).ticks(6)],
       f'{title}. {summary}',
       bands,
+      _end_names(series, plane) if names_at_ends else None,
     ),
     tag('p', x_label, class_='axis-label'),
-    class_='zoom',
+    class_=style.strip() or None,
     data_axis=x_label,
     data_end=f'{x_end:g}',
   )
+
+
+def _end_names(series: Sequence[Series], plane: _Plane) -> Html:
+  """Returns the names of lines, each as near to its end as others allow."""
+  ends = sorted(
+    (plane.top(line.values[-1]), line.name, line.style)
+    for line in series
+    if line.name and line.values
+  )
+  places: list[float] = []
+  for y, *_ in ends:
+    places.append(max(y, places[-1] + _LINE if places else _LINE / 2))
+  # What was pushed out below moves up, and pushes in turn.
+  limit = plane.height
+  for i in reversed(range(len(places))):
+    places[i] = limit = min(places[i], limit)
+    limit -= _LINE
+  texts = (
+    _text(shorten(name, 36), 0, y + 4, 'start', class_=f'name {style}')
+    for y, (_, name, style) in zip(places, ends, strict=True)
+  )
+  return _image(texts, plane.height)
 
 
 def _legend(
@@ -152,7 +183,9 @@ def _legend(
 ) -> list[Html]:
   """Returns the names of lines and of what is marked, each beside its sign."""
   names = [
-    (tag('i', class_=f'key {s.style}'), s.name)
+    tag(
+      'span', tag('i', class_=f'key {s.style}'), s.name, class_='entry line-of'
+    )
     for s in series
     if s.values and s.name
   ]
@@ -164,7 +197,7 @@ def _legend(
   if labels:
     span = ' and 95% interval' if any(x.interval for x in labels) else ''
     marked.append(tag('span', f'● {sign}{span}', class_='entry'))
-  return [*(tag('span', *name, class_='entry') for name in names), *marked]
+  return [*names, *marked]
 
 
 def strip_chart(
@@ -253,6 +286,29 @@ def spread_bar(
   shapes += [
     _upright(middle, (1, 23), class_='reference'),
     _upright(late, (1, 23), class_='late'),
+  ]
+  return _image(shapes, 24, summary, 'range')
+
+
+def interval_bar(
+  at: tuple[float, float, float], null: float, is_shown: bool, summary: str
+) -> Html:
+  """Returns an interval with its mean, at parts of the width, across `null`.
+
+  One that `is_shown` to differ from that is filled.
+  """
+  low, middle, high = at
+  shapes = [
+    _upright(null, (0, 24), class_='reference null'),
+    tag(
+      'line',
+      class_='interval',
+      x1=_percent(low),
+      x2=_percent(high),
+      y1=12,
+      y2=12,
+    ),
+    _dot(middle, 12, 5, 'mean shown' if is_shown else 'mean', summary),
   ]
   return _image(shapes, 24, summary, 'range')
 
@@ -440,6 +496,7 @@ def _panel(
   x_names: Sequence[tuple[float, str]],
   summary: str,
   bands: Sequence[Html] = (),
+  beside: Html | None = None,
 ) -> Html:
   """Returns shapes over a grid over bands, between the names of both axes."""
   names = (_text(name, '100%', y + 4, text_anchor='end') for y, name in y_names)
@@ -448,6 +505,7 @@ def _panel(
     'div',
     _image(names, height),
     _image([_view([*bands, *grid, *shapes], height)], height, summary, 'plot'),
+    tag('div', beside, class_='beside') if beside else None,
     tag('div'),
     axis(x_names),
     class_='panel',
@@ -557,7 +615,8 @@ def _label_shapes(
       ends = tops[-1], min(low, plane.height)
       yield _upright(x, ends, class_=f'whisker {label.style}')
     yield _dot(x, y, 4.5, f'best {label.style}', label.text)
-    if any(abs(x - other) < _LABEL_DISTANCE for other in taken):
+    touches = any(abs(x - other) < _LABEL_DISTANCE for other in taken)
+    if touches or not label.text:
       continue
     taken.append(x)
     tops += [
