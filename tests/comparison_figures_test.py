@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from jaxprog.comparison import figures, statistics, tables
+from jaxprog.comparison import figures, statistics, tables, verdicts
 
 create_run = comparison_fixture.create_run
 create_scores = comparison_fixture.create_scores
@@ -92,9 +92,11 @@ def test_a_grid_has_a_heat_map_of_all_cells_and_curves_of_the_best(grid_runs):
   values = heat.images[0].get_array()
   assert values.shape == (5, 4)
   assert values[0, 0] == pytest.approx(100 * e.mean)
-  assert len(curves.lines) == 4
-  assert curves.lines[0].get_label() == 'sgd / one_cycle (n = 3)'
-  assert curves.lines[0].get_ydata()[-1] == pytest.approx(100 * e.mean)
+  # Four cells of three runs each: few enough to be seen one by one.
+  assert len(curves.lines) == 12
+  ends = [x.get_ydata()[-1] for x in curves.lines[:3]]
+  assert ends == pytest.approx([100 * x for x in scores])
+  assert 'sgd / one_cycle (n = 3)' in texts
 
 
 def test_letters_can_be_read_on_every_colour_of_the_map():
@@ -125,88 +127,85 @@ def test_a_grid_is_found_only_where_every_pair_is_a_cell(grid_runs):
   assert figures.find_grid(labels) is None
 
 
-def test_cells_without_a_grid_stand_in_the_order_of_their_means(arm_runs):
+def test_cells_without_a_grid_are_held_against_the_reference(arm_runs):
   figure = figures.draw_forest(arm_runs, 'ladder')
-  check_texts(figure)
+  texts = check_texts(figure)
   (axes,) = figure.axes
   labels = [label.get_text() for label in axes.get_yticklabels()]
-  means = {
-    cell: statistics.estimate(statistics.final_scores(runs).values()).mean
-    for cell, runs in statistics.by_cell(arm_runs).items()
+  others = {
+    x.cell: x.difference.estimate
+    for x in tables.summarize(arm_runs, 'ladder')
+    if x.difference
   }
-  assert labels == sorted(means, key=means.get, reverse=True)
-  # Dots, interval and mean of the first row.
-  dots, interval, mean = axes.lines[:3]
-  e = estimate([r['final_top1'] for r in arm_runs if r['cell'] == labels[0]])
-  assert len(dots.get_xdata()) == 3
+  assert labels == sorted(others, key=lambda x: -others[x].mean)
+  assert len(labels) == 6
+  # Interval and mean of the first row.
+  interval, mean = axes.lines[:2]
+  e = others[labels[0]]
   assert tuple(interval.get_xdata()) == pytest.approx(
     (100 * e.low, 100 * e.high)
   )
   assert mean.get_xdata()[0] == pytest.approx(100 * e.mean)
-  assert axes.lines[-1].get_xdata()[0] == pytest.approx(100 * means['ladder'])
+  fills = {
+    label: line.get_markerfacecolor() != 'white'
+    for label, line in zip(labels, axes.lines[1:-1:2], strict=True)
+  }
+  assert fills == {x: statistics.is_difference(others[x]) for x in labels}
+  assert f'{verdicts.format_points(e)}, n = 3' in texts
 
 
-def test_cells_whose_runs_are_lost_are_drawn_last_and_say_so():
+def test_cells_whose_runs_are_lost_come_last_and_say_so():
   runs = [
+    create_run('a', 0, 0.3),
     create_run('lost', 0, status='diverged'),
     create_run('lost', 1, status='failed'),
     create_run('one', 0, 0.4),
   ]
-  texts = check_texts(figures.draw_forest(runs))
-  assert '1 diverged, 1 failed' in texts
-  assert '40.0  n = 1' in texts
-
-
-def test_a_ladder_has_a_panel_for_each_cost(arm_runs):
-  figure = figures.draw_ladder(arm_runs, target=0.3)
+  figure = figures.draw_forest(runs, 'a')
+  labels = [x.get_text() for x in figure.axes[0].get_yticklabels()]
+  assert labels == ['one', 'lost']
   texts = check_texts(figure)
-  assert [axes.get_xlabel() for axes in figure.axes] == [
-    'training images',
-    'training FLOPs',
-    'seconds',
+  assert '1 diverged, 1 failed' in texts
+  assert '+10.0, n = 1' in texts
+
+
+def test_a_ladder_has_differences_above_curves(arm_runs):
+  figure = figures.draw_ladder(arm_runs, 0.3, 'ladder')
+  texts = check_texts(figure)
+  forest, curves, *_ = figure.axes
+  assert len(forest.get_yticks()) == 6
+  assert texts.count('imagenette ends') == texts.count('imagewoof ends') == 1
+  assert texts.count('target 30.0%') == 1
+  vertical = [
+    line.get_xdata()[0] for line in curves.lines if len(line.get_xdata()) == 2
   ]
-  assert texts.count('imagenette ends') == texts.count('imagewoof ends') == 3
-  assert texts.count('target\n30.0%') == 1
-  for axes, unit in zip(figure.axes, (1, 2e9, 0.01), strict=True):
-    vertical = [
-      line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2
-    ]
-    for images in (4000, 11000):
-      assert np.isclose(vertical, images * unit).any()
-    assert 30 in [line.get_ydata()[0] for line in axes.lines]
-    assert len(axes.collections) == 7  # A band for each arm.
+  assert {4000, 11000} <= set(vertical)
+  assert 30 in [line.get_ydata()[0] for line in curves.lines]
+
+
+@pytest.mark.parametrize(('seeds', 'lines'), [(3, 3), (4, 1)])
+def test_few_runs_are_drawn_and_of_more_the_mean(seeds, lines):
+  runs = comparison_fixture.create_arms(seeds)
+  _, curves, *_ = figures.draw_ladder(runs, 0.3, 'ladder').axes
+  drawn = [x for x in curves.lines if x.get_label() == 'ladder']
+  assert len(drawn) == lines
+  # An interval at the end of each of the seven means, and no band.
+  assert len(curves.collections) == (7 if lines == 1 else 0)
 
 
 def test_ladders_start_where_their_earlier_stages_end(arm_runs):
-  images = figures.draw_ladder(arm_runs, 0.3).axes[0]
-  starts = {line.get_label(): line.get_xdata()[0] for line in images.lines}
-  assert starts['ladder (n = 3)'] == 12000
-  assert starts['last stage alone, equal FLOPs (n = 3)'] == 1000
-
-
-def test_seeds_that_share_no_costs_are_drawn_one_by_one():
-  # Seed 1 begins its last stage after seed 0 has ended, counted in seconds.
-  runs = comparison_fixture.create_cell('alone', [0.3, 0.32])
-  for seed, start in enumerate((0.0, 90_000.0)):
-    curve = comparison_fixture.create_curve([0.2, 0.25, 0.3], start)
-    for i, point in enumerate(curve):
-      point['images'] = point['flops'] = 1000.0 * (i + 1)
-    runs.append(create_run('ladder', seed, curve=curve))
-  figure = figures.draw_ladder(runs, 0.3)
-  images, _, seconds = figure.axes
-  # The last one is the target's.
-  assert len(images.get_lines()) == 3
-  assert len(seconds.get_lines()) == 4
-  assert seconds.get_xlim()[1] > 900
-  assert 'single seeds' in ' '.join(text for text, _ in texts_of(figure))
-  check_texts(figure)
+  _, curves, *_ = figures.draw_ladder(arm_runs, 0.3, 'ladder').axes
+  starts = {line.get_label(): line.get_xdata()[0] for line in curves.lines}
+  assert starts['ladder'] == 12000
+  assert starts['last stage alone, equal FLOPs'] == 1000
 
 
 def test_arms_look_different(arm_runs):
-  images = figures.draw_ladder(arm_runs, 0.3).axes[0]
-  lines = [line for line in images.lines if 'n = ' in line.get_label()]
-  assert len({line.get_color() for line in lines}) == len(lines) == 7
-  dashes = {line.get_label()[:6]: line.get_linestyle() for line in lines}
+  _, curves, *_ = figures.draw_ladder(arm_runs, 0.3, 'ladder').axes
+  lines = {x.get_label(): x for x in curves.lines}
+  lines = {k: v for k, v in lines.items() if not k.startswith('_')}
+  assert len({x.get_color() for x in lines.values()}) == len(lines) == 7
+  dashes = {k[:6]: x.get_linestyle() for k, x in lines.items()}
   assert dashes == {'ladder': '-', 'last s': '--'}
 
 
@@ -215,12 +214,12 @@ def test_names_of_stages_that_end_close_together_do_not_touch(arm_runs):
   ends = (*ends, (5000, 'tiny_imagenet'), (11000, 'mini_imagenet'))
   boundaries = [comparison_fixture.create_boundary(*end) for end in ends]
   runs = [{**r, 'boundaries': r['boundaries'] and boundaries} for r in arm_runs]
-  check_texts(figures.draw_ladder(runs, target=0.5))
+  check_texts(figures.draw_ladder(runs, 0.5, 'ladder'))
 
 
 def test_the_ladder_of_one_run_and_of_none_is_drawn():
-  check_texts(figures.draw_ladder([create_run('a', 0)], target=0.2))
-  check_texts(figures.draw_ladder([create_run('a', 0, status='failed')], 0.2))
+  for run in (create_run('a', 0), create_run('a', 0, status='failed')):
+    check_texts(figures.draw_ladder([run], 0.2, 'a'))
 
 
 def test_long_names_stay_on_the_canvas(grid_runs):
@@ -237,8 +236,8 @@ def test_long_names_stay_on_the_canvas(grid_runs):
     for run in grid_runs
   ]
   check_texts(figures.draw_grid(runs, figures.find_grid(runs)))
-  check_texts(figures.draw_forest(runs))
-  check_texts(figures.draw_ladder(runs, target=0.3))
+  check_texts(figures.draw_forest(runs, runs[0]['cell']))
+  check_texts(figures.draw_ladder(runs[:24], 0.3, runs[0]['cell']))
 
 
 def test_pictures_are_written(tmp_path, grid_runs, arm_runs):
@@ -250,7 +249,7 @@ def test_pictures_are_written(tmp_path, grid_runs, arm_runs):
   assert matplotlib.image.imread(path).shape != heat.shape
   path = figures.plot(tmp_path, arm_runs, 0.3)
   assert path.name == 'ladder_comparison.png'
-  assert matplotlib.image.imread(path).shape[1] == 1820
+  assert matplotlib.image.imread(path).shape[1] == 1430
 
 
 def terminal(runs, reference):

@@ -254,3 +254,24 @@ def test_the_best_cell_is_said_to_be_chosen():
   assert verdicts.selection_note([estimate([0.3])] * 3).endswith(
     'one run each, so nothing can be said of by how much.'
   )
+
+
+def test_the_first_sentence_says_which_cells_differ():
+  cells = {
+    'a': (0.50, 0.51, 0.52, 0.51),
+    'good': (0.60, 0.61, 0.62, 0.61),
+    'bad': (0.40, 0.41, 0.42, 0.41),
+    'same': (0.51, 0.50, 0.53, 0.50),
+  }
+  a, *others = (cell(name, finals) for name, finals in cells.items())
+  assert verdicts.ranking(others, a) == (
+    'Better than a: good (+10.0 [10.0, 10.0] points); worse than a: bad (-10.0 '
+    '[-10.0, -10.0] points); same is not shown to differ from a in final '
+    'accuracy.'
+  )
+  many = [cell(f'c{i}', cells['same']) for i in range(4)]
+  assert verdicts.ranking(many, a) == (
+    '4 of 4 cells are not shown to differ from a in final accuracy.'
+  )
+  lost = cell('lost', [None], status='failed')
+  assert verdicts.ranking([lost], a).startswith('Lost is not shown')

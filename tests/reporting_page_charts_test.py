@@ -21,11 +21,10 @@ def draw(points, **arguments):
     'x_label': 'epochs',
     'format_y': '{:g}'.format,
     'summary': 'A line.',
+    'series': [charts.Series('train', 'train', points)],
     **arguments,
   }
-  text = charts.line_chart(
-    'Loss', [charts.Series('train', 'train', points)], **arguments
-  )
+  text = charts.line_chart('Loss', **arguments)
   return ET.fromstring(text)
 
 
@@ -34,7 +33,7 @@ def find(tree, name, style):
 
 
 def path(tree):
-  (found,) = find(tree, 'path', 'line')
+  found, *_ = find(tree, 'path', 'line')
   return [
     (pen, float(x), float(y))
     for pen, x, y in re.findall(r'([ML])(\S+) (\S+)', found.get('d'))
@@ -67,10 +66,54 @@ def test_lines_break_where_there_is_no_value():
 
 
 def test_a_point_without_neighbours_is_a_dot():
-  tree = draw([(1, 1.0), (2, None), (4, 50.0), (5, None), (6, 1.0), (7, 1.0)])
+  # More than are shown as dots each.
+  more = [(6 + x / 100, 1.0) for x in range(90)]
+  tree = draw([(1, 1.0), (2, None), (4, 50.0), (5, None), *more])
   dots = find(tree, 'circle', 'dot')
   assert [percent(dot) for dot in dots] == [10.0, 40.0]
   assert float(dots[1].get('cy')) == (TOP + FOOT) / 2
+
+
+def test_each_point_of_a_short_line_is_a_dot_and_none_of_stairs():
+  points = [(1, 1.0), (2, 2.0), (3, 3.0)]
+  assert len(find(draw(points), 'circle', 'dot')) == 3
+  line = charts.Series('rate', 'train', points, stairs=True)
+  tree = draw([], series=[line])
+  assert not find(tree, 'circle', 'dot')
+  (found,) = find(tree, 'path', 'line')
+  # Across first, then up or down: each value holds until the next.
+  assert re.fullmatch(r'M\S+ \S+( H\S+V\S+){2}', found.get('d'))
+
+
+def test_a_label_lies_above_every_line_that_is_near():
+  line = [(4, 50.0), (5, 90.0), (6, 50.0)]
+  other = charts.Series('val', 'val', [(5, 60.0)])
+  tree = draw(
+    line,
+    series=[charts.Series('train', 'train', line), other],
+    labels=[charts.Label(5, 60.0, '60%', 'val', (55.0, 65.0))],
+  )
+  (label,) = find(tree, 'text', 'best-label')
+  (dot,) = find(tree, 'circle', 'best')
+  peak = min(y for _, _, y in path(tree))
+  assert float(label.get('y')) < peak < float(dot.get('cy'))
+  (whisker,) = find(tree, 'line', 'whisker')
+  ends = float(whisker.get('y1')), float(whisker.get('y2'))
+  assert ends[0] < float(dot.get('cy')) < ends[1]
+
+
+def test_accuracies_near_one_are_told_apart_by_their_errors():
+  y = timeline.fit_top1([20.0, 99.0, 99.9], 10_000)
+  # An error ten times as small is as far again.
+  assert y.at(99.9) - y.at(99) == pytest.approx(y.at(99) - y.at(90))
+  assert 0 < y.at(20.0) < y.at(99.9) < 1
+  assert {90, 99, 99.9} <= set(y.ticks())
+  # None of 200 is not told from a quarter of an image.
+  perfect = timeline.fit_top1([50.0, 100.0], 200)
+  assert perfect.at(100) == pytest.approx(1)
+  assert perfect.ticks()[-1] == 100
+  linear = timeline.fit_top1([10.0, 60.0], 100)
+  assert linear.at(35) == pytest.approx((linear.at(10) + linear.at(60)) / 2)
 
 
 def test_of_labels_that_would_touch_the_last_one_stays():
@@ -143,7 +186,7 @@ def test_parts_of_a_bar_add_up_and_lie_end_to_end():
 
 def test_bars_of_a_histogram_are_as_high_as_their_counts():
   tree = ET.fromstring(
-    charts.histogram('t', [('1', 10), ('2', 5), ('3', 0)], 's')
+    charts.histogram('t', [('1', 10), ('2', 5), ('3', 0)], [], 's')
   )
   heights = [float(r.get('height')) for r in find(tree, 'rect', 'bar')]
   assert heights == [116.0, 58.0, 0.0]
@@ -233,10 +276,10 @@ def test_phases_cut_the_axis_and_rates_end_with_the_training():
   phased = stage(
     [100, 200, 300],
     phases=[[2, {'image_size': 64}], [9, {'image_size': 96}]],
-    learning_rates=[0.0, 0.1, 0.2, 0.3, 0.4],
+    learning_rates=[0.1, 0.2, 0.3, 0.4],
     num_epochs=4,
   )
   _, span = timeline.spans([stage([1]), phased])
   assert span.segments('image_size') == [(1.0, 3.0, 32), (3.0, 4.0, 64)]
-  rates = [(1.0, 0.0), (2.0, 0.1), (3.0, 0.2), (4.0, 0.3)]
-  assert span.points('learning_rate') == rates
+  # Trained for three of four epochs.
+  assert span.rates() == [(1.0, 0.1), (2.0, 0.2), (3.0, 0.3), (4.0, 0.3)]

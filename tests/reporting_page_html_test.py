@@ -1,9 +1,12 @@
 import base64
+import csv
 import io
 import math
+import operator
 import re
 import time
 from html import parser
+from urllib import parse
 
 import chromium
 import history_fixture
@@ -14,10 +17,20 @@ from jaxprog import config as config_lib
 from jaxprog import stages, start_from
 from jaxprog.reporting import baselines, rundir
 from jaxprog.reporting import timeline as timeline_lib
-from jaxprog.reporting.page import curves, html, overview, sections
+from jaxprog.reporting.page import (
+  curves,
+  html,
+  overview,
+  script,
+  sections,
+  style,
+)
+from jaxprog.reporting.page import time as time_lib
 
 # Without --mode=plan there is no section of it.
 SECTIONS = [x.name for x in sections.SECTIONS if x.name != 'plan']
+# What the page itself has in it.
+SCRIPT = f'<script>{script.SCRIPT}</script>'
 EVIL = '<script>alert("1")</script>&'
 ENVIRONMENT = {
   'time': '2026-11-24T12:00:00+00:00',
@@ -49,7 +62,7 @@ class Reader(parser.HTMLParser):
     assert self._open.pop() == tag
 
   def handle_data(self, data):
-    if self._open and self._open[-1] != 'style':
+    if self._open and self._open[-1] not in ('style', 'script'):
       self.texts.append(data)
 
   def ids(self):
@@ -136,6 +149,7 @@ def test_every_section_is_there_and_listed():
   names = SECTIONS
   assert [x for x in page.ids() if x in names] == names
   links = [x['href'] for tag, x in page.elements if tag == 'a']
+  assert links.pop(-1).startswith('data:text/csv')
   assert links == [f'#{name}' for name in names]
   assert len(set(page.ids())) == len(page.ids())
 
@@ -220,7 +234,9 @@ def test_what_is_not_finite_of_the_best_weights_is_a_dash():
 
 def test_the_time_says_what_is_in_no_figure():
   history = history_fixture.create_history((2,))
-  assert 'compiling the first stage is in no figure' in read(history).words()
+  assert 'before saves and compilation were timed' in read(history).words()
+  history['wall_seconds'] = 1e6
+  assert 'The rest is the start' in read(history).words()
   history['stages'][0]['resumed_at_steps'] = [100]
   words = read(history).words()
   assert 'resumed in its middle counts only the time since' in words
@@ -292,7 +308,7 @@ def test_names_from_outside_are_escaped():
   page = read(
     history, incidents=incidents, config=config, environment=ENVIRONMENT
   )
-  assert 'script' not in {tag for tag, _ in page.elements}
+  assert [tag for tag, _ in page.elements].count('script') == 1
   attributes = {name for _, x in page.elements for name in x}
   assert not any(name.startswith('on') for name in attributes)
   assert page.words().count(EVIL) > 20
@@ -475,7 +491,88 @@ def test_the_page_refers_to_nothing_outside_itself():
   references = re.findall(r'(?:src|href)="([^"]*)"', page)
   assert references
   assert all(x.startswith(('#', 'data:')) for x in references)
+  assert page.count(SCRIPT) == 1
+  page = page.replace(SCRIPT, '')
   assert not re.search(r'url\(|@import|<script|https?://', page)
+  assert not re.search(r'fetch|import|https?:|eval', script.SCRIPT)
+
+
+def test_every_epoch_can_be_taken_away_as_csv():
+  history = history_fixture.create_history((3, 2))
+  history['stages'][0].update(name='a, "b"\n#%&')
+  (link,) = [x for x in read(history).elements if 'download' in x[1]]
+  text = parse.unquote(link[1]['href'].partition(',')[2])
+  rows = list(csv.DictReader(io.StringIO(text)))
+  assert [x['stage'] for x in rows[2:4]] == ['a, "b"\n#%&', 'tiny_imagenet']
+  for row, stage in ((rows[1], 0), (rows[4], 1)):
+    wanted = history['stages'][stage]['epochs'][1]
+    assert float(row['val_loss']) == wanted['val_loss']
+
+
+def test_a_page_renews_itself_only_while_its_run_goes_on():
+  run = rundir.RunFiles('run', history_fixture.create_history((2,)))
+  live, over = (Reader(html.page(run, is_live=x)) for x in (True, False))
+  assert 'data-live' in live.elements[0][1]
+  assert 'renewed every' in live.words()
+  assert 'http-equiv' in str(live.elements)
+  assert 'data-live' not in over.elements[0][1]
+  assert 'http-equiv' not in str(over.elements)
+
+
+def test_the_loss_says_what_label_smoothing_adds():
+  history = history_fixture.create_history((2, 2))
+  assert 'smoothing' not in read(history).words()
+  history['stages'][1]['label_smoothing'] = 0.1
+  assert 'train, includes label smoothing 0.1' in read(history).words()
+
+
+def test_a_quantile_of_steps_lies_within_its_bin():
+  bins = [[1.0, 50], [2.0, 50]]
+  assert time_lib.quantile(bins, 0.5) == 1.0
+  assert time_lib.quantile(bins, 1.0) == 2.0
+  assert time_lib.quantile([[1.0, 100]], 0.5) == pytest.approx(2**-0.125)
+
+
+def test_few_steps_have_no_quantiles():
+  history = history_fixture.create_history((2,))
+  history['stages'][0]['step_seconds'] = [[0.5, 19]]
+  assert 'Time of a step' not in read(history).words()
+  history['stages'][0]['step_seconds'] = [[0.5, 20]]
+  assert '95%: 496 ms' in read(history).words()
+
+
+def contrast(first, second):
+  """Returns the contrast of two colours #rrggbb as WCAG 2 defines it."""
+
+  def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [
+      x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts
+    ]
+    return sum(map(operator.mul, linear, (0.2126, 0.7152, 0.0722)))
+
+  low, high = sorted(map(luminance, (first, second)))
+  return (high + 0.05) / (low + 0.05)
+
+
+def test_every_colour_of_text_can_be_read_in_light_and_dark():
+  # The second definition of each is that of the dark.
+  themes = [
+    dict(re.findall(r'--([\w-]+): (#\w{6});', part))
+    for part in re.split('prefers-color-scheme: dark', style.CSS)
+  ]
+  assert len(themes) == 2
+  texts = re.findall(r'(?<![-\w])(?:color|fill): var\(--([\w-]+)\)', style.CSS)
+  # What only fills bars, or lies on one.
+  texts = set(texts) - {'band', 'bar', 'wait', 'eval', 'hand', 'rule'}
+  assert {'ink', 'soft', 'accent', 'val', 's4'} <= texts | {'s4'}
+  for theme in themes:
+    theme = {**themes[0], **theme}
+    for text in texts - {'on-strong'}:
+      for below in ('page', 'card', 'band'):
+        assert contrast(theme[text], theme[below]) >= 4.5, (text, below)
+    assert contrast(theme['on-strong'], theme['bar']) >= 4.5
+    assert contrast(theme['on-strong'], theme['val']) >= 4.5
 
 
 def test_a_long_ladder_takes_less_than_three_tenths_of_a_second():

@@ -164,13 +164,16 @@ def test_rate_is_logarithmic_when_it_spans_decades(draw, rates, scale):
 def test_given_rates_are_drawn_as_far_as_trained(draw):
   history = history_fixture.create_history((4, 2))
   del history['stages'][0]['epochs'][2:]
-  rates = np.linspace(0.1, 0.5, 41)
+  rates = np.linspace(0.1, 0.5, 40)
   history['stages'][0]['learning_rates'] = rates.tolist()
   figure, _ = draw(history)
   x, y = lines(figure.axes[2], plots.RATE)
+  # Each holds until the next one, the last of them to the end.
   np.testing.assert_allclose(x[:21], np.linspace(0, 2, 21), atol=1e-12)
-  np.testing.assert_allclose(y[:21], rates[:21])
-  np.testing.assert_array_equal(x[21:], [3, 4])
+  np.testing.assert_allclose(y[:21], [*rates[:20], rates[19]])
+  np.testing.assert_array_equal(x[21:], [2, 3, 4])
+  styles = {line.get_drawstyle() for line in figure.axes[2].lines}
+  assert 'steps-post' in styles
 
 
 def test_copes_with_nothing_to_draw(draw):

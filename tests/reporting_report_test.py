@@ -80,11 +80,12 @@ def test_expectations_belong_to_datasets_not_to_names():
   assert score(name='mine').expectation.top1 == (0.85, 0.95)
   other = score(name='imagenette', dataset='digits')
   assert (other.expectation, other.top1_verdict) == (None, '')
+  # Nobody who trains on data of their own reads of a mission.
   words = in_words(create_stage(dataset='digits'))
-  assert 'states no expectation for the data' in words
+  for word in ('expectation', 'mission', 'Scorecard', 'without evidence'):
+    assert word not in words
   beside = in_words(create_stage(), create_stage(dataset='digits'))
   assert 'no expectation stated' in beside
-  assert 'without evidence' not in words
 
 
 def test_says_when_data_or_epochs_are_not_the_missions():
@@ -234,13 +235,44 @@ def test_says_where_the_time_went():
     for e in (1, 2)
   ]
   stage = create_stage(epochs=rows, handover_seconds=2.0)
-  assert facts.time_split(stage) == (12.0, 4.0, 6.0, 2.0)
+  assert facts.time_split(stage) == (12.0, 4.0, 6.0, 0.0, 0.0, 2.0, 0.0)
   words = in_words(stage)
-  assert 'imagenette 0:24 50.0% 16.7% 25.0% 8.3%' in words
-  assert 'compiling the first stage is in no figure' in words
+  assert 'imagenette 0:24 50.0% 16.7% 25.0% - - 8.3%' in words
+  assert 'before saves and compilation were timed' in words
   partly = 'resumed in its middle counts only the time since'
   assert partly not in words
   assert partly in in_words({**stage, 'resumed_at_steps': [1480]})
+
+
+def test_the_parts_of_a_run_add_up_to_its_time():
+  history = history_fixture.create_history((2, 3))
+  first, second = history['stages']
+  first |= {'compile_seconds': 9.0}
+  second |= {'compile_seconds': 0.5, 'handover_seconds': 2.0}
+  for row in first['epochs']:
+    row |= {'eval_seconds': 3.0, 'save_seconds': 0.25}
+  history['wall_seconds'] = 1000.0
+  splits = facts.run_split(history)
+  assert [*splits] == ['imagenette', 'tiny_imagenet', 'the rest']
+  assert sum(map(sum, splits.values())) == pytest.approx(1000)
+  assert splits['imagenette'].compiling == 9
+  assert splits['imagenette'].saves == 0.5
+  assert splits['imagenette'].rest == splits['the rest'].training == 0
+
+
+@pytest.mark.parametrize(
+  ('right', 'count', 'low', 'high'),
+  # Newcombe 1998, table I: Wilson's score method without correction.
+  [
+    (81, 263, 0.2553, 0.3662),
+    (15, 148, 0.0624, 0.1605),
+    (0, 20, 0.0, 0.1611),
+    (1, 29, 0.0061, 0.1718),
+  ],
+)
+def test_an_interval_of_accuracy_is_wilsons(right, count, low, high):
+  found = facts.interval(right / count, count)
+  assert found == pytest.approx((low, high), abs=5e-5)
 
 
 def test_a_holdout_is_not_passed_off_as_validation():
@@ -266,6 +298,7 @@ def test_a_holdout_is_not_passed_off_as_validation():
   assert (found.top1, found.top1_verdict) == (0.9, 'within')
   console = rich.console.Console(file=io.StringIO(), width=80)
   history = {'config_hash': '', 'stages': [stage]}
+  stage['num_classes'] = 200  # Of ten, five are nearly all.
   console.print(report_lib.summary_table(history))
   assert {'90.0%', '99.0%'} <= set(console.file.getvalue().split())
 
@@ -289,5 +322,5 @@ def test_says_what_others_reach_and_what_is_mistaken_for_what():
     'tested at 256 px, here at 224 px.'
   ) in words
   plain = in_words(create_stage(dataset='digits'))
-  assert 'None is known for the data' in plain
+  assert 'Published results' not in plain
   assert 'Classes and mistakes' not in plain

@@ -25,6 +25,8 @@ TIMES = (
   'input_wait',
   'handover_seconds',
   'step_seconds',
+  'save_seconds',
+  'wall_seconds',
 )
 
 

@@ -10,16 +10,18 @@ def test_suggests_where_the_loss_falls_fastest():
   x = np.log10(RATES)
   # Falls around 10 ** -3, explodes from 1 on.
   losses = 2.3 - 1.5 / (1 + np.exp(-3 * (x + 3))) + np.exp(4 * (x - 0.5))
-  assert lr_find.suggest(RATES, losses) == pytest.approx(1e-3, rel=0.2)
+  found = lr_find.suggest(RATES, losses)
+  assert found['steepest'] == pytest.approx(1e-3, rel=0.2)
 
 
 def test_suggests_nothing_where_it_only_rises():
-  assert lr_find.suggest(RATES, np.linspace(2.3, 9, 200)) is None
+  assert lr_find.suggest(RATES, np.linspace(2.3, 9, 200)) == {}
 
 
 def test_what_is_not_finite_is_no_minimum():
   losses = [*np.linspace(2.3, 1.0, 150), *[float('nan')] * 50]
-  assert RATES[20] <= lr_find.suggest(RATES, losses) <= RATES[149]
+  found = lr_find.suggest(RATES, losses)['steepest']
+  assert RATES[20] <= found <= RATES[149]
 
 
 def test_smoothing_is_unbiased_from_the_first_step():

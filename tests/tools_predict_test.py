@@ -250,6 +250,29 @@ def test_memory_does_not_grow_with_the_folder(config, workdir, tmp_path):
   assert i == 999
 
 
+def test_right_and_wrong_are_marked_by_the_name_of_the_folder(config, workdir):
+  found = trained.load_trained(config, workdir)
+  first, second = found.class_names[:2]
+
+  def tile(folder, name):
+    prediction = {'file': f'{folder}/x.png', 'name': name, 'probability': 0.5}
+    return predict._tile(prediction, found)
+
+  assert tile(first, first)[1:] == (f'✓ {first}', '50.0%', True)
+  wrong = tile(second, first)
+  assert wrong[1:] == (f'✗ {first}', f'50.0%, is {second}', False)
+  assert tile('holidays', first)[1:] == (first, '50.0%', None)
+
+
+def test_a_long_title_is_whole_on_several_lines():
+  text = 'Great Pyrenees, a very large dog of the mountains'
+  lines = contact_sheet._wrap(text, contact_sheet.TITLE_SIZE)
+  assert len(lines) == 3
+  assert ' '.join(lines) == text
+  font = contact_sheet._font(contact_sheet.TITLE_SIZE)
+  assert max(map(font.getlength, lines)) <= contact_sheet.TILE_WIDTH
+
+
 def test_a_contact_sheet_shows_whole_images_in_a_grid(tmp_path):
   red = np.full((10, 200, 3), (200, 0, 0), np.uint8)
   (tmp_path / 'wide.png').write_bytes(encode(red))

@@ -140,7 +140,8 @@ def find_verdicts(
 ) -> list[str]:
   """Returns sentences on each cell against the reference, the first cell.
 
-  The first sentence is that of the whole, if there are controls.
+  The first sentence is that of the whole: whether the ladder pays, if there are
+  controls, else which cells differ.
   """
   by_cell = statistics.by_cell(records)
   reference, *others = (cell for cell in cells if cell.name in by_cell)
@@ -157,6 +158,9 @@ def find_verdicts(
       answers[axis] = verdicts.answer(a, b)
   if answers:
     sentences.insert(0, verdicts.overall(reference.name, answers))
+  elif others:
+    arms = [by_cell[cell.name] for cell in others]
+    sentences.insert(0, verdicts.ranking(arms, by_cell[reference.name]))
   return sentences
 
 

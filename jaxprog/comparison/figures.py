@@ -1,4 +1,4 @@
-"""Pictures of a comparison: grids, ordered cells, curves over their cost."""
+"""Pictures of a comparison: grids, differences, curves over images."""
 
 import io
 import pathlib
@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxprog import files
-from jaxprog.comparison import statistics, tables
-from jaxprog.comparison.statistics import Axis, Estimate, Record
+from jaxprog.comparison import statistics, tables, verdicts
+from jaxprog.comparison.statistics import Estimate, Record
 
 # Okabe and Ito's colours without the yellow, too faint for lines on white.
 _COLORS = (
@@ -29,11 +29,6 @@ _INK, _SOFT = '#333333', '#6b6b6b'
 # Even in lightness and without red against green.
 MAP = 'cividis'
 
-_TITLES: Mapping[Axis, str] = {
-  'images': 'training images',
-  'flops': 'training FLOPs',
-  'seconds': 'seconds',
-}
 _SMALL = 8.5
 # Of the frame there is what guides the eye.
 _STYLE: dict[Any, Any] = {
@@ -61,14 +56,12 @@ _STYLE: dict[Any, Any] = {
 }
 # A decorator; each figure is made within it.
 _styled: Any = matplotlib.rc_context(_STYLE)
+# With fewer runs each is drawn: an interval of few says little.
+MIN_MEAN = 4
 # How many of the best cells of a grid have a curve.
 _NUM_BEST = 4
-# Points of a longer curve would run into one another.
-_MAX_MARKERS = 12
 # Letters that fit the width of a cell.
 _CELL_WIDTH = 12
-# Longer names do not fit two to a line under the curves of a grid.
-_HALF_WIDTH = 20
 # Stage ends of two arms closer than this part of the axis are one line.
 _SAME_BOUNDARY = 0.02
 
@@ -89,13 +82,15 @@ def plot(
 ) -> pathlib.Path:
   """Draws a comparison; returns the picture's path.
 
-  Where a ladder hands something over or has controls, accuracy over cost. Else
-  a heat map of the two fields that vary, if no other does and each pair of
-  their values is a cell; or cells in the order of their means, beside that of
-  the first one.
+  Where a ladder hands something over or has controls, differences to the first
+  cell and accuracy over images. Else a heat map of the two fields that vary, if
+  no other does and each pair of their values is a cell; or differences alone.
   """
   if any(x['control'] or len(x['boundaries']) > 1 for x in runs):
-    path, figure = workdir / 'ladder_comparison.png', draw_ladder(runs, target)
+    path, figure = (
+      workdir / 'ladder_comparison.png',
+      draw_ladder(runs, target, runs[0]['cell']),
+    )
   else:
     path = workdir / 'optimizer_scheduler_comparison.png'
     grid = find_grid(runs)
@@ -136,73 +131,52 @@ def draw_grid(runs: Sequence[Record], grid: Grid) -> Figure:
   width = max(4.2, 1.15 * len(grid.columns) + 1.6)
   height = max(4.2, 0.82 * len(grid.rows) + 1.5)
   title = f'{grid.row_key} and {grid.column_key}, compared'
-  figure = _figure(width + 5.6, height, title)
-  heat, curves = figure.subplots(1, 2, width_ratios=(width, 5.2))
+  figure = _figure(width + 6.6, height, title)
+  heat, curves = figure.subplots(1, 2, width_ratios=(width, 6.2))
   _draw_heat(heat, grid)
-  ranked = _ranked(statistics.by_cell(runs)).items()
-  chosen = dict([(c, r) for c, r in ranked if statistics.done(r)][:_NUM_BEST])
-  _draw_curves(curves, chosen, 'images', _styles(chosen))
-  _limit_accuracy(curves)
-  curves.set_ylabel('top-1 (%)')
-  curves.set_title('Mean and 95% interval of the best cells')
-  if chosen:
-    columns = 2 if max(map(len, chosen)) <= _HALF_WIDTH else 1
-    curves.legend(
-      loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=columns
-    )
+  cells = ranked(statistics.by_cell(runs)).items()
+  chosen = dict([(c, r) for c, r in cells if statistics.done(r)][:_NUM_BEST])
+  _draw_curves(curves, chosen, _styles(chosen))
+  curves.set_title('The best cells')
   return figure
 
 
 @_styled
-def draw_forest(runs: Sequence[Record], reference: str = '') -> Figure:
-  """Returns the cells in the order of their means: dots and 95% intervals."""
-  ranked = _ranked(statistics.by_cell(runs))
-  title = 'Cells by mean: each seed, mean and 95% interval'
-  figure = _figure(9.5, 0.42 * len(ranked) + 1.9, title)
-  axes = figure.add_subplot()
-  axes.grid(visible=False, axis='y')
-  for i, cell_runs in enumerate(ranked.values()):
-    _draw_row(axes, i, cell_runs)
-  mean = _mean(ranked.get(reference, ()))
-  axes.axvline(mean, color=_SOFT, linewidth=1, linestyle=':')
-  positions = range(len(ranked))
-  axes.set_yticks(positions, map(_shorten, ranked))
-  axes.set_ylim(len(ranked) - 0.5, -0.5)
-  axes.set_xlabel('final top-1 (%)')
-  numbers = axes.secondary_yaxis('right')
-  numbers.set_yticks(positions, map(_row_text, ranked.values()))
-  numbers.spines['right'].set_visible(False)
+def draw_forest(runs: Sequence[Record], reference: str) -> Figure:
+  """Returns each cell's difference to the reference, the largest first."""
+  count = len(statistics.by_cell(runs))
+  figure = _figure(9.5, 0.42 * count + 1.6, 'Beside the reference')
+  _draw_differences(figure.add_subplot(), runs, reference)
   return figure
 
 
 @_styled
-def draw_ladder(runs: Sequence[Record], target: float) -> Figure:
-  """Returns three panels: accuracy over images, over FLOPs, over seconds."""
+def draw_ladder(
+  runs: Sequence[Record], target: float, reference: str
+) -> Figure:
+  """Returns differences to the reference, above accuracy over images."""
   cells = statistics.by_cell(runs)
-  arms = _ranked(cells)
-  title = 'Accuracy over cost, all stages counted: mean and 95% interval'
-  figure = _figure(14, 4.9 + 0.24 * -(-len(arms) // 3), title)
+  arms = ranked(cells)
+  rows = 0.36 * len(cells) + 0.8
+  figure = _figure(11, rows + 4.8, f'Beside {reference}')
+  forest, curves = figure.subplots(2, 1, height_ratios=(rows, 4.2))
+  _draw_differences(forest, runs, reference)
   alone = [x for x in arms if not any(map(statistics.earlier_stages, arms[x]))]
   # By first appearance: an arm has one colour, whatever its rank.
   styles = _styles(cells, dashed=alone if len(alone) < len(arms) else ())
-  panels = figure.subplots(1, 3, sharey=True)
-  for axes, axis in zip(panels, _TITLES, strict=True):
-    _draw_curves(axes, arms, axis, styles)
-    axes.set_xlim(left=0)
-    _limit_accuracy(axes, target)
-    axes.axhline(100 * target, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    _mark_boundaries(axes, arms, axis)
-  panels[0].set_ylabel('top-1 (%)')
-  panels[-1].annotate(
-    f'target\n{100 * target:.1f}%',
-    (1.01, 100 * target),
+  _draw_curves(curves, arms, styles)
+  curves.set_xlim(left=0)
+  _limit_accuracy(curves, target)
+  curves.axhline(100 * target, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+  curves.annotate(
+    f'target {100 * target:.1f}%',
+    (0.005, 100 * target),
     xycoords=('axes fraction', 'data'),
-    va='center',
+    xytext=(0, 3),
+    textcoords='offset points',
     fontsize=_SMALL,
   )
-  handles, labels = panels[0].get_legend_handles_labels()
-  if handles:
-    figure.legend(handles, labels, loc='outside lower center', ncols=3)
+  _mark_boundaries(curves, arms)
   return figure
 
 
@@ -236,54 +210,50 @@ def _draw_heat(axes: Axes, grid: Grid) -> None:
 def _draw_curves(
   axes: Axes,
   cells: Mapping[str, Sequence[Record]],
-  axis: Axis,
   styles: Mapping[str, Mapping[str, Any]],
 ) -> None:
-  """Draws each cell's mean and interval; the accuracies stay those possible."""
+  """Draws each cell's mean over images, with the interval at its end.
+
+  Of few runs these alone. Names stand beside the ends.
+  """
+  ends: list[tuple[float, str, str]] = []
   for cell, runs in cells.items():
-    curve, style = statistics.mean_curve(runs, axis), styles[cell]
-    if curve is None:
-      _draw_single(axes, runs, axis, style)
+    finished = statistics.done(runs)
+    curve, style = statistics.mean_curve(runs, 'images'), styles[cell]
+    if not finished:
       continue
-    axes.plot(
-      curve.grid,
-      100 * curve.mean,
-      label=f'{_shorten(cell)} (n = {len(statistics.done(runs))})',
-      linewidth=1.8,
-      marker='o',
-      markersize=3.5 if curve.grid.size <= _MAX_MARKERS else 0,
-      **style,
-    )
-    if curve.low is not None and curve.high is not None:
-      axes.fill_between(
-        curve.grid,
-        100 * curve.low,
-        100 * curve.high,
-        color=style['color'],
-        alpha=0.13,
-        linewidth=0,
-      )
-  axes.set_xlabel(_TITLES[axis])
+    drawn = [statistics.points(run, 'images') for run in finished]
+    if len(finished) >= MIN_MEAN and curve is not None:
+      drawn = [(curve.grid, curve.mean)]
+      if curve.low is not None and curve.high is not None:
+        x, low, high = curve.grid[-1], curve.low[-1], curve.high[-1]
+        axes.vlines(x, 100 * low, 100 * high, color=style['color'])
+    for x, y in drawn:
+      width = 1.8 if len(drawn) == 1 else 1.0
+      axes.plot(x, 100 * y, label=cell, linewidth=width, **style)
+    said = f'{_shorten(cell)} (n = {len(finished)})'
+    ends.append((100 * drawn[0][1][-1], said, style['color']))
+  axes.set_xlabel('training images')
+  axes.set_ylabel('top-1 (%)')
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
-  if axis == 'images':
-    axes.xaxis.set_major_formatter(lambda x, _: tables.format_count(x))
+  axes.xaxis.set_major_formatter(lambda x, _: tables.format_count(x))
+  _limit_accuracy(axes)
+  _name_ends(axes, ends)
 
 
-def _draw_single(
-  axes: Axes, runs: Sequence[Record], axis: Axis, style: Mapping[str, Any]
-) -> None:
-  """Draws each seed by itself: no costs are common to all of them."""
-  finished = statistics.done(runs)
-  for run in finished:
-    x, y = statistics.points(run, axis)
-    axes.plot(x, 100 * y, linewidth=0.8, alpha=0.7, **style)
-  if finished:
+def _name_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+  """Writes (y, name, colour) on the right, as near to y as others allow."""
+  low, high = axes.get_ylim()
+  gap = 0.045 if len(ends) <= 20 else 0.9 / len(ends)
+  place = -gap
+  for y, text, color in sorted(ends):
+    place = max((y - low) / (high - low), place + gap)
     axes.annotate(
-      'thin: single seeds, which\nhave no costs in common',
-      (0.98, 0.03),
+      text,
+      (1.01, place),
       xycoords='axes fraction',
-      ha='right',
-      color=_SOFT,
+      va='center',
+      color=color,
       fontsize=_SMALL,
     )
 
@@ -299,9 +269,7 @@ def _limit_accuracy(axes: Axes, target: float = 0.0) -> None:
   axes.set_ylim(max(low - room, -1), min(high + room, 101))
 
 
-def _mark_boundaries(
-  axes: Axes, arms: Mapping[str, Sequence[Record]], axis: Axis
-) -> None:
+def _mark_boundaries(axes: Axes, arms: Mapping[str, Sequence[Record]]) -> None:
   """Draws a line where earlier stages end, with their names above the panel.
 
   Close ends of one stage in several arms are one. A line each: names of stages
@@ -312,7 +280,9 @@ def _mark_boundaries(
   for arm, runs in arms.items():
     for run in statistics.done(runs):
       for boundary in statistics.earlier_stages(run):
-        found.setdefault((arm, boundary['stage']), []).append(boundary[axis])
+        found.setdefault((arm, boundary['stage']), []).append(
+          boundary['images']
+        )
   ends: list[tuple[float, str]] = []
   for x, name in sorted((float(np.mean(v)), k[1]) for k, v in found.items()):
     if any(name == y[1] and x - y[0] < _SAME_BOUNDARY * right for y in ends):
@@ -331,36 +301,39 @@ def _mark_boundaries(
     ends.append((x, name))
 
 
-def _draw_row(axes: Axes, i: int, runs: Sequence[Record]) -> None:
-  scores = list(statistics.final_scores(runs).values())
-  if not scores:
-    return
-  e = statistics.estimate(scores)
-  # Seeds lie below the interval, so that neither hides the other.
-  axes.plot(
-    [100 * x.top1 for x in scores],
-    [i + 0.22] * len(scores),
-    linestyle='',
-    marker='o',
-    markersize=4.5,
-    color=_COLORS[0],
-    alpha=0.55,
-    markeredgewidth=0,
+def _draw_differences(
+  axes: Axes, runs: Sequence[Record], reference: str
+) -> None:
+  """Draws how each cell's final top-1 differs, and says it on the right.
+
+  Filled is what is told from 0. Cells without a run that is done come last.
+  """
+  found = tables.summarize(runs, reference)
+  others = [x for x in found if x.cell != reference]
+  others.sort(key=lambda x: -x.difference.estimate.mean if x.difference else 9)
+  texts = []
+  for i, x in enumerate(others):
+    said = statistics.count_lost(x.runs)
+    if x.difference:
+      e = x.difference.estimate
+      if e.low is not None and e.high is not None:
+        axes.plot([100 * e.low, 100 * e.high], [i, i], color=_INK)
+      is_shown = statistics.is_difference(e)
+      fill = _INK if is_shown else 'white'
+      axes.plot(100 * e.mean, i, 'o', color=_INK, markerfacecolor=fill)
+      said = [f'{verdicts.format_points(e)}, n = {e.n}', *said]
+    texts.append(', '.join(said) or 'no run yet')
+  axes.axvline(0, color=_SOFT, linewidth=1, linestyle=':')
+  axes.grid(visible=False, axis='y')
+  axes.set_yticks(range(len(others)), [_shorten(x.cell) for x in others])
+  axes.set_ylim(len(others) - 0.5, -0.5)
+  axes.set_xlabel(
+    f'final top-1 less that of {_shorten(reference)}, points: mean and 95% '
+    'interval; filled: told from 0'
   )
-  if e.low is not None and e.high is not None:
-    axes.plot([100 * e.low, 100 * e.high], [i, i], color=_INK, linewidth=1.6)
-  axes.plot([100 * e.mean], [i], marker='D', markersize=5.5, color=_COLORS[1])
-
-
-def _row_text(runs: Sequence[Record]) -> str:
-  e = _estimate(runs)
-  parts = statistics.count_lost(runs)
-  if e is not None:
-    text = f'{100 * e.mean:.1f}'
-    if e.low is not None and e.high is not None:
-      text += f' [{100 * e.low:.1f}, {100 * e.high:.1f}]'
-    parts.insert(0, f'{text}  n = {e.n}')
-  return ', '.join(parts) or 'no run yet'
+  numbers = axes.secondary_yaxis('right')
+  numbers.set_yticks(range(len(others)), texts)
+  numbers.spines['right'].set_visible(False)
 
 
 def _cell_text(runs: Sequence[Record]) -> str:
@@ -384,7 +357,7 @@ def _mean(runs: Sequence[Record]) -> float:
   return np.nan if e is None else 100 * e.mean
 
 
-def _ranked(
+def ranked(
   cells: Mapping[str, Sequence[Record]],
 ) -> dict[str, Sequence[Record]]:
   """Returns the cells by falling mean, those without one at the end."""

@@ -1,19 +1,17 @@
-"""The report of a comparison, from comparison.json and its picture alone."""
+"""The report of a comparison, from comparison.json alone."""
 
-import base64
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from jaxprog import errors, files
-from jaxprog.comparison import tables
+from jaxprog.comparison import charts, tables
 from jaxprog.reporting.page import html, markup
 from jaxprog.reporting.page.markup import Html, join, tag
 
 # Of what comparison.json holds; see docs/compare.md.
 VERSION = 2
-_PICTURES = ('ladder_comparison.png', 'optimizer_scheduler_comparison.png')
 
 
 def write_page(workdir: pathlib.Path) -> pathlib.Path:
@@ -60,13 +58,19 @@ def _create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
       class_='top',
     ),
     [
-      ('verdicts', 'Verdicts', _verdicts(result)),
+      (
+        'verdicts',
+        'Verdicts',
+        join(
+          _verdicts(result), charts.differences(summaries, result['reference'])
+        ),
+      ),
       (
         'accuracy',
         'Accuracy',
         join(_table(accuracies), *(tag('p', x, class_='note') for x in notes)),
       ),
-      ('picture', 'Picture', _pictures(workdir)),
+      ('curves', 'Curves', charts.curves(result['runs'], _target(result))),
       ('costs', 'Costs', _table(costs)),
       ('cells', 'Cells', _table(_cells(result))),
       ('runs', 'Runs', _table(_runs(result))),
@@ -120,21 +124,6 @@ def _runs(result: Mapping[str, Any]) -> tables.Table:
   return tables.Table(titles, rows, (0, 4), 'Every run')
 
 
-def _pictures(workdir: pathlib.Path) -> Html:
-  found = [
-    base64.b64encode(path.read_bytes()).decode()
-    for path in (workdir / name for name in _PICTURES)
-    if path.exists()
-  ]
-  if not found:
-    return tag('p', 'It is drawn when all runs are over.', class_='note')
-  images = [
-    tag(
-      'img',
-      src=f'data:image/png;base64,{encoded}',
-      alt='Accuracy of the cells; the tables have the figures',
-      style='max-width: 100%; height: auto; background: #fff',
-    )
-    for encoded in found
-  ]
-  return join(*(tag('figure', image) for image in images))
+def _target(result: Mapping[str, Any]) -> float:
+  """Returns the top-1 that curves are compared at."""
+  return result.get('target_top1') or 0.0

@@ -7,6 +7,8 @@ from jaxprog.comparison.statistics import Axis, Difference, Estimate, Record
 
 # So many digits after the point at most; see `_format`.
 _MAX_DIGITS = 4
+# More cells that do not differ are counted.
+_MAX_NAMED = 3
 
 # One side of a comparison: the runs of a cell, whose name it has in a sentence.
 _Arm = Sequence[Record]
@@ -130,6 +132,39 @@ def overall(name: str, answers: Mapping[Axis, tuple[str, str]]) -> str:
       clauses.append(f'{said} {_enumerate(controls)}')
   sentence = f'{name} {"; it ".join(clauses)}.'
   return sentence[0].upper() + sentence[1:]
+
+
+def ranking(arms: Sequence[_Arm], reference: _Arm) -> str:
+  """Returns the first line of a page: which arms differ from the reference.
+
+  By the final accuracy, the largest difference first.
+  """
+  theirs = statistics.final_scores(reference)
+  found = {
+    _name(arm): statistics.compare(scores, theirs).estimate
+    for arm in arms
+    if theirs and (scores := statistics.final_scores(arm))
+  }
+  ranked = sorted(found.items(), key=lambda x: -x[1].mean)
+  differ = [(k, e) for k, e in ranked if statistics.is_difference(e)]
+  clauses = []
+  for word, sign in (('better', 1), ('worse', -1)):
+    said = [
+      f'{k} ({format_points(e)} points)' for k, e in differ if sign * e.mean > 0
+    ]
+    if said:
+      clauses.append(f'{word} than {_name(reference)}: {_enumerate(said)}')
+  left = [_name(arm) for arm in arms if _name(arm) not in dict(differ)]
+  if left:
+    named = _enumerate(left), 'is' if len(left) == 1 else 'are'
+    if len(left) > _MAX_NAMED:
+      named = f'{len(left)} of {len(arms)} cells', 'are'
+    clauses.append(
+      f'{" ".join(named)} not shown to differ from {_name(reference)} in final '
+      'accuracy'
+    )
+  sentence = '; '.join(clauses)
+  return f'{sentence[0].upper()}{sentence[1:]}.'
 
 
 def multiplicity_note(count: int) -> str:

@@ -40,12 +40,32 @@ def environment() -> dict[str, Any]:
     'host': platform.node(),
     'platform': platform.platform(),
     'cpu_count': os.cpu_count(),
+    'cpu': _cpu(),
+    'memory_bytes': _memory(),
     'python': platform.python_version(),
     'versions': _versions(),
     'devices': _devices(),
     'git': _git(pathlib.Path(__file__).parent),
     'command': shlex.join(sys.orig_argv),
   }
+
+
+def _cpu() -> str:
+  """Returns the model of the processor, its architecture where none is said."""
+  with contextlib.suppress(OSError):
+    for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
+      name, _, value = line.partition(':')
+      if name.strip() == 'model name':
+        return value.strip()
+  return platform.processor() or platform.machine()
+
+
+def _memory() -> int | None:
+  """Returns the bytes of the machine's memory, None where none is said."""
+  try:
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  except (OSError, ValueError):
+    return None
 
 
 def _versions() -> dict[str, str]:
@@ -60,9 +80,11 @@ def _devices() -> dict[str, Any] | None:
   jax = sys.modules.get('jax')
   if jax is None:
     return None
+  stats = jax.local_devices()[0].memory_stats() or {}
   return {
     'platform': jax.default_backend(),
     'kind': jax.devices()[0].device_kind,
+    'memory_bytes': stats.get('bytes_limit'),
     'count': jax.device_count(),
     'process_count': jax.process_count(),
   }

@@ -15,18 +15,25 @@ from jaxprog.data import preprocess
 MAX_TILES = 40
 # Pixels: of an image's box, of the gaps, of the text.
 TILE_WIDTH, TILE_HEIGHT = 220, 165
+# A title has so many lines at most, and so has what is below it.
+_MAX_LINES = 3
 GAP, MARGIN = 18, 28
 TITLE_SIZE, DETAIL_SIZE, HEADING_SIZE = 16, 14, 22
-_CAPTION_HEIGHT = 50
+_LEADING = 5
 PAPER, INK, GREY, FRAME = '#ffffff', '#1a1a1a', '#6b6b6b', '#ececec'
+RIGHT, WRONG = '#00704f', '#b3410c'
 
 
 class Tile(NamedTuple):
-  """An image file, None for one that cannot be read, and its caption."""
+  """An image file, None for one that cannot be read, and its caption.
+
+  `is_right` says whether the title is what it shows, None if that is unknown.
+  """
 
   path: pathlib.Path | None
   title: str
   detail: str
+  is_right: bool | None = None
 
 
 def draw(tiles: Sequence[Tile], heading: str) -> Image.Image:
@@ -38,7 +45,12 @@ def draw(tiles: Sequence[Tile], heading: str) -> Image.Image:
   columns = min(8, max(math.ceil(math.sqrt(1.6 * len(tiles))), 2))
   rows = -(-len(tiles) // columns)
   width = 2 * MARGIN + columns * (TILE_WIDTH + GAP) - GAP
-  cell_height = TILE_HEIGHT + _CAPTION_HEIGHT + GAP
+  caption = max(
+    len(_wrap(tile.title, TITLE_SIZE)) * (TITLE_SIZE + _LEADING)
+    + len(_wrap(tile.detail, DETAIL_SIZE)) * (DETAIL_SIZE + _LEADING)
+    for tile in tiles
+  )
+  cell_height = TILE_HEIGHT + caption + GAP
   top = MARGIN + HEADING_SIZE + GAP
   height = top + rows * cell_height + MARGIN // 2
   page = Image.new('RGB', (width, height), PAPER)
@@ -68,9 +80,29 @@ def _draw_tile(
     x = left + (TILE_WIDTH - image.width) // 2
     page.paste(image, (x, top + (TILE_HEIGHT - image.height) // 2))
   middle, y = left + TILE_WIDTH // 2, top + TILE_HEIGHT + 6
-  _write(pen, (middle, y), tile.title, TITLE_SIZE, INK, TILE_WIDTH, 'ma')
-  y += TITLE_SIZE + 5
-  _write(pen, (middle, y), tile.detail, DETAIL_SIZE, GREY, TILE_WIDTH, 'ma')
+  colour = {None: INK, True: RIGHT, False: WRONG}[tile.is_right]
+  if tile.is_right is not None:
+    box = (left, top, left + TILE_WIDTH - 1, top + TILE_HEIGHT - 1)
+    pen.rectangle(box, outline=colour, width=3)
+  for text, size, ink in (
+    (tile.title, TITLE_SIZE, colour),
+    (tile.detail, DETAIL_SIZE, GREY),
+  ):
+    for line in _wrap(text, size):
+      _write(pen, (middle, y), line, size, ink, TILE_WIDTH, 'ma')
+      y += size + _LEADING
+
+
+def _wrap(text: str, size: int) -> list[str]:
+  """Returns a text in lines of a tile's width; the last one may be longer."""
+  font, lines = _font(size), ['']
+  for word in text.split():
+    longer = f'{lines[-1]} {word}'.strip()
+    if len(lines) < _MAX_LINES and font.getlength(longer) > TILE_WIDTH:
+      lines.append(word)
+    else:
+      lines[-1] = longer
+  return [line for line in lines if line] or ['']
 
 
 def _read(path: pathlib.Path) -> Image.Image | None:

@@ -1,6 +1,8 @@
 """What a run has come to: its scores, its times, what to know of them."""
 
+import datetime
 import itertools
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,9 +14,13 @@ from jaxprog.reporting import rundir
 # Train top-1 above validation top-1 by more than this, at the end of a stage,
 # is named overfitting.
 _OVERFITTING_GAP = 0.10
+# Of 95%, in standard deviations.
+_Z = 1.96
+# Of so many classes or fewer, five are too many.
+_TOP5_CLASSES = 10
 # What is told of a run's environment, in this order.
 _ENVIRONMENT = (
-  *('date', 'host', 'platform', 'devices'),
+  *('date', 'host', 'processor', 'memory', 'devices', 'platform'),
   *('commit', 'python', 'versions', 'command'),
 )
 # What a changed config leaves nothing of, by its name in a state.
@@ -43,16 +49,21 @@ EXPECTATIONS = {
 
 
 class TimeSplit(NamedTuple):
-  """Where the seconds of a stage went."""
+  """Where the seconds of a stage went, one after the other."""
 
-  # Forward, backward and update; steps are compiled before.
-  training: float
+  # Forward, backward and update, and saves within an epoch.
+  training: float = 0.0
   # For the next batch, while the device has nothing to do.
-  input_wait: float
-  evaluation: float
-  # From the end of the stage before until the first batch is asked for, waiting
-  # for this stage's compiler included.
-  hand_over: float
+  input_wait: float = 0.0
+  evaluation: float = 0.0
+  # At the end of each epoch, as long as training waits for them.
+  saves: float = 0.0
+  # Waiting for it, which goes on while the stage before trains.
+  compiling: float = 0.0
+  # From the end of the stage before until the first batch is asked for.
+  hand_over: float = 0.0
+  # Of a run: all that is in no stage.
+  rest: float = 0.0
 
 
 class Score(NamedTuple):
@@ -92,6 +103,39 @@ def chooses_on_holdout(stage: Mapping[str, Any]) -> bool:
   return str(stage.get('eval_split') or '').startswith('holdout')
 
 
+def chance(stage: Mapping[str, Any]) -> float:
+  """Returns the top-1 of guessing, where classes are equally large."""
+  return 1 / stage['num_classes']
+
+
+def describe_interval(stage: Mapping[str, Any]) -> str:
+  """Returns the interval of `best_top1`, '' before its first epoch."""
+  top1 = best_top1(stage)
+  if not formats.is_number(top1):
+    return ''
+  found = stage.get('validation') or {'num_images': stage['num_eval_images']}
+  low, high = interval(top1, found['num_images'])
+  return f'{100 * low:.1f} to {100 * high:.1f}%'
+
+
+def interval(top1: float, count: int) -> tuple[float, float]:
+  """Returns the 95% interval of a top-1 by the number of its images.
+
+  Wilson's: of one network, on other images; other seeds are not in it.
+  """
+  if not count:
+    return 0.0, 1.0
+  part = _Z**2 / count
+  middle = (top1 + part / 2) / (1 + part)
+  half = math.sqrt(part * (top1 * (1 - top1) + part / 4)) / (1 + part)
+  return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def shows_top5(stage: Mapping[str, Any]) -> bool:
+  """Returns whether its top-5 says something: of few classes it is all."""
+  return stage['num_classes'] > _TOP5_CLASSES
+
+
 def score(stage: Mapping[str, Any]) -> Score:
   """Returns a stage beside what the mission expects of its dataset.
 
@@ -112,7 +156,7 @@ def score(stage: Mapping[str, Any]) -> Score:
 def time_split(stage: Mapping[str, Any]) -> TimeSplit:
   """Returns where the seconds of a stage went, as its rows say.
 
-  Saves are in none of them, nor the part of an epoch before it was resumed.
+  Not the part of an epoch before it was resumed.
   """
   rows = stage['epochs']
   seconds = [row['seconds'] or 0.0 for row in rows]
@@ -123,18 +167,38 @@ def time_split(stage: Mapping[str, Any]) -> TimeSplit:
     training=sum(seconds) - sum(waits),
     input_wait=sum(waits),
     evaluation=sum(row.get('eval_seconds') or 0.0 for row in rows),
+    saves=sum(row.get('save_seconds') or 0.0 for row in rows),
+    compiling=stage.get('compile_seconds') or 0.0,
     hand_over=stage.get('handover_seconds') or 0.0,
   )
 
 
-def time_note(stages: Sequence[Mapping[str, Any]]) -> str:
-  """Returns what a reader of the stages' `time_split` has to know."""
+def run_split(history: Mapping[str, Any]) -> dict[str, TimeSplit]:
+  """Returns the splits of the stages, and of what is in none of them.
+
+  Together they are the time of the run, where the history knows that.
+  """
+  splits = {stage['name']: time_split(stage) for stage in history['stages']}
+  known = sum(map(sum, splits.values()))
+  if (wall := history.get('wall_seconds') or 0.0) > known:
+    splits['the rest'] = TimeSplit(rest=wall - known)
+  return splits
+
+
+def time_note(history: Mapping[str, Any]) -> str:
+  """Returns what a reader of `run_split` has to know."""
   note = (
-    'Steps are compiled ahead: compiling the first stage is in no figure, '
-    'waiting for the compiler of a later one is in its hand-over. Saves are in '
-    'none.'
+    'A later stage is compiled while the one before trains: what counts is '
+    'waiting for it. A save within an epoch is in its training.'
   )
-  if any(stage.get('resumed_at_steps') for stage in stages):
+  if 'wall_seconds' in history:
+    note += (
+      ' The rest is the start, the look at the best weights of each stage and '
+      'what else lies between.'
+    )
+  else:
+    note = 'Written before saves and compilation were timed: they are in none.'
+  if any(stage.get('resumed_at_steps') for stage in history['stages']):
     note += (
       ' An epoch resumed in its middle counts only the time since, though its '
       'earlier steps were kept.'
@@ -214,16 +278,18 @@ def describe_run(run: rundir.RunFiles) -> dict[str, str]:
     devices = environment.get('devices') or {}
     git = environment.get('git') or {}
     versions = environment.get('versions', {})
-    count = f'{devices.get("count")} x {devices.get("kind")}'
-    processes = devices.get('process_count', 1)
-    spread = f', {processes} processes' if processes > 1 else ''
+    cores = environment.get('cpu_count')
     dirty = ' with uncommitted changes' if git.get('dirty') else ''
     shown = ('jax', 'flax', 'optax', 'orbax-checkpoint')
     said = {
       **environment,
-      'date': environment.get('time'),
-      'devices': devices and count + spread,
-      'commit': git.get('commit', '-') + dirty,
+      'date': describe_time(environment.get('time')),
+      'processor': ', '.join(
+        [environment.get('cpu') or '?'] + [f'{cores} cores'] * bool(cores)
+      ),
+      'memory': formats.size(environment.get('memory_bytes')),
+      'devices': devices and _describe_devices(devices),
+      'commit': git.get('commit', '-')[:10] + dirty,
       'versions': ', '.join(
         f'{k} {versions[k]}' for k in shown if k in versions
       ),
@@ -232,6 +298,23 @@ def describe_run(run: rundir.RunFiles) -> dict[str, str]:
   elif run.incidents is not None:
     found['machine'] = 'unknown: there is no environment.json'
   return {**found, 'trained': formats.duration(total_seconds(run))}
+
+
+def describe_time(time: str | None) -> str:
+  """Returns '27 November 2026, 19:15:02 UTC' of an ISO date, else `time`."""
+  try:
+    when = datetime.datetime.fromisoformat(time or '')
+  except ValueError:
+    return time or '-'
+  return f'{when.day} {when:%B %Y, %H:%M:%S} {when:%Z}'.rstrip()
+
+
+def _describe_devices(devices: Mapping[str, Any]) -> str:
+  processes = devices.get('process_count', 1)
+  spread = f', {processes} processes' if processes > 1 else ''
+  memory = formats.size(devices.get('memory_bytes'))
+  of = f' of {memory}' if memory else ''
+  return f'{devices.get("count")} x {devices.get("kind")}{of}{spread}'
 
 
 def notes(run: rundir.RunFiles) -> list[str]:
@@ -245,7 +328,8 @@ def notes(run: rundir.RunFiles) -> list[str]:
   if missing := [name for name in run.planned if name not in begun]:
     notes.append(f"Not run, of this config's stages: {', '.join(missing)}.")
   finished = {s['dataset'] for s in stages if s['status'] != 'running'}
-  if unseen := [name for name in EXPECTATIONS if name not in finished]:
+  unseen = [name for name in EXPECTATIONS if name not in finished]
+  if unseen and any(s['dataset'] in EXPECTATIONS for s in stages):
     notes.append(
       f"Not finished in this run, of the mission's datasets: "
       f'{", ".join(unseen)}. Nothing here speaks for them.'

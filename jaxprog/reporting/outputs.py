@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
@@ -14,12 +15,15 @@ from jaxprog.reporting.page import html
 def write_reports(
   workdir: str | os.PathLike[str],
   incidents: Sequence[dict[str, Any]] | None = None,
+  *,
+  is_live: bool = False,
 ) -> list[pathlib.Path]:
   """Returns the paths of the report, the picture and the page it has written.
 
   Args:
     workdir: with a training_history.json; see rundir.read_run.
     incidents: where the run knows of some that its log could not take.
+    is_live: whether the run goes on, so that the page renews itself.
   """
   run, workdir = rundir.read_run(workdir), pathlib.Path(workdir)
   if incidents is not None:
@@ -30,21 +34,26 @@ def write_reports(
   ]
   files.write_bytes(paths[0], report.report(run).encode())
   plots.plot_history(run.history, paths[1])
-  files.write_bytes(paths[2], html.page(run).encode())
+  files.write_bytes(paths[2], html.page(run, is_live=is_live).encode())
   return paths
 
 
 def write_page(workdir: str | os.PathLike[str]) -> None:
   """Writes report.html alone, which is quick enough for every epoch."""
-  page = html.page(rundir.read_run(workdir))
+  page = html.page(rundir.read_run(workdir), is_live=True)
   files.write_bytes(pathlib.Path(workdir) / 'report.html', page.encode())
+
+
+# So many times as long as a page took, none is written.
+_REST = 20.0
 
 
 class Reporter:
   """Writes reports in a thread of its own, from what the run has saved.
 
   Training never waits for it: while one page is being written, one more may
-  wait, and that one will read the newest history.
+  wait, and that one will read the newest history. Pages of a long run take
+  long, and a core: they are written the more rarely.
   """
 
   def __init__(
@@ -57,18 +66,26 @@ class Reporter:
     self._executor, self._workdir = executor, workdir
     self._incidents = incidents
     self._page: futures.Future[None] | None = None
+    self._took, self._ended = 0.0, 0.0  # Of the last page, in seconds.
 
   def refresh(self) -> None:
     """Lets report.html be written anew, unless that is about to happen."""
     page = self._page
-    if page is None or page.running() or page.done():
+    rested = time.monotonic() - self._ended >= _REST * self._took
+    if rested and (page is None or page.running() or page.done()):
       # What fails here fails aloud in the last report.
-      self._page = self._executor.submit(write_page, self._workdir)
+      self._page = self._executor.submit(self._write_page)
 
-  def write(self) -> futures.Future[None]:
+  def write(self, *, is_last: bool) -> futures.Future[None]:
     """Lets all reports be written anew, if the run has a history by then."""
-    return self._executor.submit(self._write)
+    return self._executor.submit(self._write, is_last)
 
-  def _write(self) -> None:
+  def _write_page(self) -> None:
+    began = time.monotonic()
+    write_page(self._workdir)
+    self._ended = time.monotonic()
+    self._took = self._ended - began
+
+  def _write(self, is_last: bool) -> None:
     if (self._workdir / 'training_history.json').exists():
-      write_reports(self._workdir, self._incidents())
+      write_reports(self._workdir, self._incidents(), is_live=not is_last)

@@ -1,8 +1,9 @@
 """The picture of a run: loss, accuracy and learning rate over all stages."""
 
 import io
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.axes
@@ -18,8 +19,11 @@ from jaxprog.reporting import facts, timeline
 
 # Okabe and Ito's blue and vermilion: apart for colour-blind readers too.
 TRAIN, VAL, TOP5 = '#0072b2', '#d55e00', '#e0a070'
+GREEN = '#009e73'
 RATE, INK, GRID, SHADE = '#4d4d4d', '#333333', '#e6e6e6', '#f4f4f4'
 _RULE = '#bbbbbb'
+# Points of a longer ladder would run into one another.
+_MAX_DOTS = 60
 
 Axes = matplotlib.axes.Axes
 
@@ -80,7 +84,7 @@ def plot_learning_rates(
   """Writes a picture of each stage's rates, one panel a stage.
 
   Args:
-    learning_rates: by name of a stage, at even distances in epochs.
+    learning_rates: by name of a stage, those of its equal parts.
     num_epochs: by name of a stage.
     path: replaced atomically.
   """
@@ -92,10 +96,11 @@ def plot_learning_rates(
     axes = figure.add_subplot(rows, columns, i + 1)
     _bare(axes)
     rates = learning_rates[name]
-    epochs = np.linspace(0, num_epochs[name], len(rates))
-    axes.plot(epochs, rates, color=RATE, linewidth=1.5)
+    epochs = np.linspace(0, num_epochs[name], len(rates) + 1)
+    axes.step(epochs, [*rates, rates[-1]], where='post', color=RATE)
+    _name(axes, epochs[np.argmax(rates)], max(rates), f'{max(rates):.3g}', RATE)
     axes.set_xlim(0, num_epochs[name])
-    axes.set_ylim(0, 1.1 * max(rates))
+    axes.set_ylim(0, 1.25 * max(rates))
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
     axes.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
     axes.set_title(facts.shorten(name, 28), fontsize=10, color=INK, loc='left')
@@ -109,33 +114,46 @@ def plot_learning_rates(
 
 
 def plot_lr_find(
-  rates: Sequence[float],
-  losses: Sequence[float],
-  smooth: Sequence[float],
-  suggestion: float | None,
-  path: str | os.PathLike[str],
+  found: Mapping[str, Any], path: str | os.PathLike[str]
 ) -> None:
-  """Writes a range test: the loss of each step over its learning rate."""
-  figure = _create_figure(7, 4.2)
+  """Writes a range test: the loss of each step over its learning rate.
+
+  Args:
+    found: its stage, rates, losses, smoothed losses and suggestions.
+    path: replaced atomically.
+  """
+  figure = _create_figure(8, 4.4)
   axes = figure.add_subplot()
   _bare(axes)
-  axes.plot(rates, losses, color=TRAIN, linewidth=0.8, alpha=0.4)
-  axes.plot(rates, smooth, color=TRAIN, linewidth=1.8)
+  rates, losses, smooth = (
+    np.array(found[x], float) for x in ('rates', 'losses', 'smooth')
+  )
+  axes.plot(rates, losses, color=TRAIN, linewidth=0.8, alpha=0.4, label='loss')
+  axes.plot(rates, smooth, color=TRAIN, linewidth=1.8, label='smoothed')
   axes.set_xscale('log')
-  axes.set_xlabel('learning rate', color=INK)
-  axes.set_ylabel('loss', color=INK)
-  low, first = float(np.nanmin(smooth)), float(smooth[0])
-  axes.set_ylim(low - 0.1 * (first - low), first + 0.5 * (first - low) + 1e-3)
-  if suggestion:
-    axes.axvline(suggestion, color=VAL, linewidth=1.2)
-    axes.annotate(
-      f' {suggestion:.2g}',
-      (suggestion, 0.97),
-      xycoords=('data', 'axes fraction'),
-      va='top',
-      color=VAL,
-      fontweight='bold',
-    )
+  axes.set_xlabel('learning rate, one step each', color=INK)
+  axes.set_ylabel('training loss', color=INK)
+  # From a little below the lowest of both to a little above the first ones.
+  low = min(np.nanmin(losses), np.nanmin(smooth))
+  first = np.nanmax(smooth[: max(len(smooth) // 10, 1)])
+  room = max(first - low, 1e-3)
+  axes.set_ylim(low - 0.08 * room, first + 0.3 * room)
+  at = int(np.nanargmin(smooth))
+  axes.plot(rates[at], smooth[at], 'o', color=TRAIN, label='minimum')
+  colors = VAL, GREEN, INK
+  suggestions = found['suggestions'].items()
+  for (name, rate), color in zip(suggestions, colors, strict=False):
+    value = np.interp(np.log(rate), np.log(rates), smooth)
+    axes.axvline(rate, color=color, linewidth=0.8, linestyle=':')
+    label = f'{name}: {rate:.2g}'
+    axes.plot(rate, value, 'D', color=color, markersize=6, label=label)
+  axes.legend(frameon=False, loc='lower left', fontsize=9)
+  axes.set_title(
+    f'Range test of {facts.shorten(found["stage"], 40)}',
+    loc='left',
+    color=INK,
+    weight='bold',
+  )
   figure.tight_layout()
   _save(figure, path)
 
@@ -186,23 +204,62 @@ def _bare(axes: Axes) -> None:
 
 
 def _draw_loss(axes: Axes, spans: Sequence[timeline.Span]) -> None:
-  lines = {'train_loss': ('train', TRAIN), 'val_loss': ('val', VAL)}
+  smooth = {x.stage.get('label_smoothing') or 0.0 for x in spans} - {0.0}
+  train = 'train, on\nsmoothed\nlabels' if smooth else 'train'
+  lines = {'train_loss': (train, TRAIN), 'val_loss': ('val', VAL)}
   _draw_lines(axes, spans, lines)
 
 
 def _draw_accuracy(axes: Axes, spans: Sequence[timeline.Span]) -> None:
+  of_many = [x for x in spans if facts.shows_top5(x.stage)]
   lines = {
     'val_top5': ('val top-5', TOP5),
     'train_top1': ('train top-1', TRAIN),
     'val_top1': ('val top-1', VAL),
   }
-  _draw_lines(axes, spans, lines, scale=100)
-  # Room for the labels of best epochs near 100 %.
-  axes.set_ylim(0, 108)
-  axes.set_yticks(range(0, 101, 20))
   for span in spans:
-    if span.stage['best']:
-      _mark_best(axes, span)
+    level = 100 * facts.chance(span.stage)
+    axes.plot([span.begin, span.end], [level] * 2, color=RATE, linestyle=':')
+  values = _draw_lines(axes, spans, lines, 100, {'val_top5': of_many})
+  values += [100 * facts.chance(x.stage) for x in spans]
+  y = timeline.fit_top1(values, max(x.stage['num_eval_images'] for x in spans))
+  forward, back = (lambda x: x), (lambda x: x)
+  if y.least_error:
+    forward, back = _error_scale(y.least_error)
+    axes.set_yscale('function', functions=(forward, back))
+    axes.set_ylabel('accuracy (%),\nerrors logarithmic')
+  axes.set_yticks(y.ticks(), [f'{x:.4g}' for x in y.ticks()])
+  axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+  low, high = (float(forward(x)) for x in (y.low, y.high))
+  # With room for the labels of best epochs.
+  axes.set_ylim(y.low, float(back(high + 0.12 * (high - low))))
+  for span in spans:
+    if best := span.stage['best']:
+      at, top1 = span.begin + best['epoch'], 100 * best['top1']
+      axes.plot(at, top1, 'o', color=VAL, markeredgecolor='white', markersize=7)
+      near = [
+        value
+        for field in ('train_top1', 'val_top1')
+        for x, value in span.points(field, 100)
+        if value is not None and abs(x - at) < 0.04 * spans[-1].end
+      ]
+      _name(axes, at, max([top1, *near]), f'{top1:.1f}%', VAL)
+
+
+def _error_scale(least: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """Returns the scale of timeline.Scale.least_error and its inverse.
+
+  It goes on above 100%, evenly: labels need room there.
+  """
+  top = -math.log(least)
+
+  def forward(x):
+    return -np.log(np.maximum(100 - x, least)) + np.maximum(x - 100, 0)
+
+  def back(x):
+    return np.where(x < top, 100 - np.exp(-x), 100 + x - top)
+
+  return forward, back
 
 
 def _draw_lines(
@@ -210,13 +267,18 @@ def _draw_lines(
   spans: Sequence[timeline.Span],
   lines: Mapping[str, tuple[str, str]],
   scale: float = 1.0,
-) -> None:
-  """Draws fields, of a name and a colour each, and names them on the right."""
-  handles = [
-    matplotlib.lines.Line2D([], [], color=color, label=name)
-    for field, (name, color) in lines.items()
-    if np.isfinite(_line(axes, spans, field, color, scale)).any()
-  ]
+  only: Mapping[str, Sequence[timeline.Span]] | None = None,
+) -> list[float]:
+  """Draws fields, of a name and a colour each, and names them on the right.
+
+  Returns all values. Of a field in `only` there are those spans alone.
+  """
+  handles, values = [], []
+  for field, (name, color) in lines.items():
+    drawn = _line(axes, (only or {}).get(field, spans), field, color, scale)
+    if drawn:
+      values += drawn
+      handles.append(matplotlib.lines.Line2D([], [], color=color, label=name))
   axes.legend(
     handles=handles,
     loc='center left',
@@ -226,20 +288,24 @@ def _draw_lines(
     labelcolor='linecolor',
     handlelength=0,
   )
+  return values
 
 
 def _draw_rate(axes: Axes, spans: Sequence[timeline.Span]) -> None:
-  drawn = [_line(axes, [span], 'learning_rate', RATE) for span in spans]
-  rates = np.concatenate(drawn)
-  if not (rates > 0).any():
-    return
-  y = timeline.fit_scale(rates[np.isfinite(rates)].tolist(), log=True)
-  axes.set_ylim(y.low, y.high)
+  y = timeline.fit_rates(spans)
+  for span in spans:
+    x, rates = np.array(span.rates(), float).T
+    axes.step(x, rates, where='post', color=RATE, linewidth=1.5)
+    if (rates > 0).any():
+      peak = np.nanargmax(rates)
+      _name(axes, x[peak], rates[peak], f'{rates[peak]:.3g}', RATE)
   if y.log:
     axes.set_yscale('log', nonpositive='mask')
     axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_ylim(y.low, 3 * y.high)
   else:
     axes.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
+    axes.set_ylim(y.low, 1.15 * y.high)
 
 
 def _line(
@@ -247,18 +313,19 @@ def _line(
   spans: Sequence[timeline.Span],
   field: str,
   color: str,
-  scale: float = 1.0,
-) -> np.ndarray:
-  """Returns the values of all stages, NaN where there is none.
+  scale: float,
+) -> list[float]:
+  """Returns the values of all stages.
 
-  Draws one line a stage, with points where a line alone would not show.
+  Draws one line a stage, with points if there are few, or where a line alone
+  would not show.
   """
-  drawn = []
+  drawn: list[float] = []
+  few = sum(len(x.stage['epochs']) for x in spans) <= _MAX_DOTS
   for span in spans:
     x, values = np.array(span.points(field, scale), float).T
     finite = np.isfinite(values)
-    neighbours = np.convolve(finite, (1, 0, 1), 'same') > 0
-    few = finite & ~neighbours if len(values) > 6 else finite
+    neighbours = np.convolve(finite, (1, 0, 1))[1:-1] > 0
     axes.plot(
       x,
       values,
@@ -266,29 +333,23 @@ def _line(
       linewidth=1.5,
       marker='o',
       markersize=3.5,
-      markevery=list(np.flatnonzero(few)),
+      markevery=list(np.flatnonzero(finite & (few | ~neighbours))),
     )
-    drawn.append(values)
-  return np.concatenate(drawn)
+    drawn += values[finite].tolist()
+  return drawn
 
 
-def _mark_best(axes: Axes, span: timeline.Span) -> None:
-  best = span.stage['best']
-  x, y = span.begin + best['epoch'], 100 * best['top1']
-  axes.plot(x, y, 'o', color=VAL, markeredgecolor='white', markersize=7)
-  # On the side where training has been, except at the panel's left edge.
-  right = x > 0.08 * axes.get_xlim()[1]
+def _name(axes: Axes, x: float, y: float, text: str, color: str) -> None:
+  """Writes a value above a point."""
   axes.annotate(
-    f'{y:.1f}%',
+    text,
     (x, y),
-    xytext=(2 if right else -2, -8),
+    xytext=(0, 5),
     textcoords='offset points',
-    ha='right' if right else 'left',
-    va='top',
-    color=VAL,
+    ha='left' if x < 0.03 * axes.get_xlim()[1] else 'center',
+    color=color,
     fontsize=9.5,
     fontweight='bold',
-    bbox={'color': 'white', 'alpha': 0.6, 'pad': 0.8, 'linewidth': 0},
   )
 
 

@@ -71,6 +71,8 @@ def _best_top5(stage: Mapping[str, Any]) -> float | None:
   best = stage['best'] or {}
   rows = (x for x in stage['epochs'] if x['epoch'] == best.get('epoch'))
   row = next(rows, {'val_top5': None})
+  if not facts.shows_top5(stage):
+    return None
   return (stage.get('validation') or {'top5': row['val_top5']}).get('top5')
 
 

@@ -200,7 +200,8 @@ def _show_rates(
     name = task.stage.name
     line = progress_lib.sparkline(rates[name], 40)
     if not _can_show(line, console):
-      line = ' -> '.join(f'{rates[name][i]:.2g}' for i in (0, 100, -1))
+      at = 0, len(rates[name]) // 2, -1
+      line = ' -> '.join(f'{rates[name][i]:.2g}' for i in at)
     console.print(
       f'  {name:{width}}  {line}  {task.stage.schedule}',
       highlight=False,

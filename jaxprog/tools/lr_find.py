@@ -37,8 +37,8 @@ def lr_find(
   Trains `stage` (by default the config's first) for config.lr_find_steps
   steps at rates that rise geometrically from lr_find_min to lr_find_max, from
   the weights it would begin with, and forgets them: a later run is not
-  changed. Writes WORKDIR/lr_find/STAGE.json and .png. The suggestion is None
-  where the loss never fell.
+  changed. Writes WORKDIR/lr_find/STAGE.json and .png. The suggestion is the
+  steepest of `suggestions`, None where the loss never fell.
 
   Raises:
     UserError: for mistakes in the config or the data.
@@ -61,9 +61,11 @@ def lr_find(
   losses = _run(setup, workdir, rates.astype(np.float32))
   rates = rates[: len(losses)]
   smooth = smoothed(losses)
+  suggestions = suggest(rates, smooth)
   result = {
     'stage': stage,
-    'suggestion': suggest(rates, smooth),
+    'suggestion': suggestions.get('steepest'),
+    'suggestions': suggestions,
     'rates': rates.tolist(),
     'losses': losses,
     'smooth': smooth,
@@ -71,9 +73,7 @@ def lr_find(
   if jax.process_index() == 0:
     path = workdir / 'lr_find' / f'{stage}.json'
     files.write_json(path, result)
-    plots.plot_lr_find(
-      rates, losses, smooth, result['suggestion'], path.with_suffix('.png')
-    )
+    plots.plot_lr_find(result, path.with_suffix('.png'))
   return result
 
 
@@ -128,16 +128,28 @@ def smoothed(losses: Sequence[float]) -> list[float]:
   return found
 
 
-def suggest(rates: Sequence[float], smooth: Sequence[float]) -> float | None:
-  """Returns the rate at which the loss falls fastest, over the log of rates.
+def suggest(
+  rates: Sequence[float], smooth: Sequence[float]
+) -> dict[str, float]:
+  """Returns rates by the rule that suggests them; none where no loss fell.
 
-  Only what comes before the lowest loss counts, and the first tenth of the
-  steps does not: their average has seen too little.
+  `steepest`: where the loss falls fastest, over the log of rates. `valley`:
+  half way down in steps, from where the loss last was highest to its minimum.
+  `minimum/10`: a tenth of the rate of the lowest loss. Only what comes before
+  that counts, and the first tenth of the steps does not: their average has seen
+  too little.
   """
   finite = np.array([x if math.isfinite(x) else np.inf for x in smooth])
   begin, lowest = len(rates) // 10, int(np.argmin(finite))
   if lowest - begin < 2:
-    return None
+    return {}
   slopes = np.gradient(finite[: lowest + 1], np.log(rates[: lowest + 1]))
   steepest = begin + int(np.argmin(slopes[begin:]))
-  return float(rates[steepest]) if slopes[steepest] < 0 else None
+  if slopes[steepest] >= 0:
+    return {}
+  highest = lowest - int(np.argmax(finite[begin : lowest + 1][::-1]))
+  return {
+    'valley': float(rates[(highest + lowest) // 2]),
+    'steepest': float(rates[steepest]),
+    'minimum/10': float(rates[lowest]) / 10,
+  }

@@ -120,7 +120,7 @@ def _write(
   base = workdir / 'predictions' / (errors.printable(name) or 'images')
   paths = [base.with_name(base.name + x) for x in ('.csv', '.png')]
   _write_csv(paths[0], predictions, min(NUM_CLASSES, len(trained.classes)))
-  tiles = [_tile(x) for x in predictions[: contact_sheet.MAX_TILES]]
+  tiles = [_tile(x, trained) for x in predictions[: contact_sheet.MAX_TILES]]
   count = len(predictions)
   first = f'the first {len(tiles)} of ' * (len(tiles) < count)
   heading = (
@@ -316,14 +316,25 @@ def _write_csv(
   files.write_bytes(path, out.getvalue().encode())
 
 
-def _tile(x: Prediction) -> contact_sheet.Tile:
-  """Returns an image with its class and probability."""
+def _tile(x: Prediction, trained: trained_lib.Trained) -> contact_sheet.Tile:
+  """Returns an image with its class and probability.
+
+  And whether that is right, if its folder has the name of a class.
+  """
   path = pathlib.Path(x['file'])
   if 'error' in x:
     file = errors.printable(path.name)
     return contact_sheet.Tile(None, 'cannot be read', file)
   name, percent = errors.printable(x['name']), formats.percent(x['probability'])
-  return contact_sheet.Tile(path, name, percent)
+  names = dict(zip(trained.classes, trained.class_names, strict=True))
+  names |= {name: name for name in trained.class_names}
+  if (label := names.get(path.parent.name)) is None:
+    return contact_sheet.Tile(path, name, percent)
+  is_right = label == x['name']
+  if is_right:
+    return contact_sheet.Tile(path, f'✓ {name}', percent, True)
+  detail = f'{percent}, is {errors.printable(label)}'
+  return contact_sheet.Tile(path, f'✗ {name}', detail, False)
 
 
 def _show(

@@ -1,5 +1,6 @@
 """What is said and noted of a stage, as its task and its record tell it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from jaxprog.data import jpeg
 from jaxprog.monitoring import progress as progress_lib
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
+
+# Rates that a picture can tell apart.
+_NUM_RATES = 400
 
 
 def describe(task: setup_lib.Task) -> progress_lib.Description:
@@ -32,18 +36,17 @@ def describe(task: setup_lib.Task) -> progress_lib.Description:
 
 
 def sample_learning_rate(task: setup_lib.Task) -> list[float]:
-  """Returns 200 rates at even distances in epochs, first to last.
+  """Returns the rates of equal parts of a stage, each that of its first step.
 
+  Of a short stage a part is one step. Else they are about 400, as many in each
+  epoch, so that a rate which falls between two epochs does so between parts.
   Without what the plateau schedule will lower them by: nobody knows yet.
   """
-  steps = task.steps
-  at = np.array(
-    [
-      min(steps.epoch_start(epoch), steps.total - 1)
-      for epoch in np.linspace(0, task.stage.num_epochs, 200)
-    ],
-    np.int32,
-  )
+  steps, length = task.steps, task.stage.num_epochs
+  count = round(length * max(1, _NUM_RATES // math.ceil(length)))
+  count = min(count, steps.total)
+  first = [steps.epoch_start(i * length / count) for i in range(count)]
+  at = np.minimum(np.array(first, np.int32), steps.total - 1)
   return jax.vmap(task.learning_rate_fn)(at).tolist()
 
 
@@ -60,8 +63,9 @@ def join_rates(
   old = record.get('learning_rates') or []
   if not old or not new:
     return []
-  at = np.linspace(0, task.stage.num_epochs, len(new))
-  had = np.interp(at, np.linspace(0, record['num_epochs'], len(old)), old)
+  at = np.arange(len(new)) * task.stage.num_epochs / len(new)
+  part = (at * len(old) / record['num_epochs']).astype(int)
+  had = np.array(old)[np.minimum(part, len(old) - 1)]
   return np.where(at < epoch, had, new).tolist()
 
 
@@ -83,6 +87,7 @@ def fields(task: setup_lib.Task) -> dict[str, Any]:
     'optimizer': stage.optimizer,
     'schedule': stage.schedule,
     'learning_rate': stage.peak_learning_rate,
+    'label_smoothing': stage.label_smoothing,
     'num_epochs': stage.num_epochs,
     'steps_per_epoch': task.steps.phases[0].per_epoch,
     'num_train_images': len(dataset.train),

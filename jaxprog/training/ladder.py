@@ -55,6 +55,7 @@ def train(
       anything is trained.
     Stopped: after a SIGTERM or Ctrl-C, once all is saved.
   """
+  began = time.monotonic()
   workers.leave_if_starting()
   xla_flags.use(config.xla_flags)
   with contextlib.ExitStack() as stack:
@@ -87,6 +88,7 @@ def train(
         owner,
         stop,
         stack,
+        began=began,
         allow_config_change=allow_config_change,
         on_epoch=on_epoch,
         shorten=shorten,
@@ -130,7 +132,7 @@ def _announce(run: run_lib.Run) -> None:
 def _write_reports(run: run_lib.Run, *, wait: bool = False) -> None:
   """Lets what a person reads be written, on the process that writes."""
   if jax.process_index() == 0:
-    written = run.reporter.write()
+    written = run.reporter.write(is_last=wait)
     if wait:
       with activity.doing('drawing the reports'):
         written.result()
@@ -203,7 +205,7 @@ def _run_stage(
     what = f'starting stage {index + 1} of {len(run.tasks)}, {name}'
     with activity.doing(what):
       course, state = _open_stage(run, index, task, saved)
-    course.left = left
+    course.left = left and left + run.waits[name]
     state = loop.train_stage(course, state)
     with activity.doing(f'saving {name}'):
       _finish_stage(course, state)

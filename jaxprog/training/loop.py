@@ -448,6 +448,7 @@ def _end_epoch(
   best = record['best'] or {'epoch': row['epoch']}  # No finite score yet.
   is_best = best['epoch'] == row['epoch']
   _write_epoch(course, row)
+  began = time.monotonic()
   if jax.process_index() == 0:
     path = outcomes.find_path(run.workdir, task.stage.name)
     right = found.outcomes['rank'] < 1
@@ -459,6 +460,7 @@ def _end_epoch(
   )
   state = dataclasses.replace(state, metrics=metrics, rate_scale=rate_scale)
   save(course, state)
+  row['save_seconds'] = time.monotonic() - began
   run.save_history()
   run.progress.end_epoch(row, is_best)
   run.on_epoch(task.stage.name, row)

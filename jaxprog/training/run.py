@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any
@@ -49,6 +50,8 @@ class Run:
   reporter: outputs.Reporter
   # What the workdir's config was when the run began.
   before: config_dict.ConfigDict | None
+  # When its clock stood at 0, earlier calls included, by the monotonic one.
+  began: float
   # By stage, at even distances in epochs; sampled by the compiler's thread.
   rates: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   # Seconds that stages waited for the compiler.
@@ -58,6 +61,7 @@ class Run:
     """Writes training_history.json, on the process that writes."""
     if jax.process_index() == 0:
       path = self.workdir / 'training_history.json'
+      self.history['wall_seconds'] = time.monotonic() - self.began
       files.write_json(path, self.history)
       self.reporter.refresh()
 
@@ -83,11 +87,14 @@ def open_run(
   stop: signals.StopRequest,
   stack: contextlib.ExitStack,
   *,
+  began: float,
   allow_config_change: bool = False,
   on_epoch: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
   shorten: Callable[[setup_lib.Task], setup_lib.Task] = lambda task: task,
 ) -> Run:
   """Returns a run of `setup`, all checked; `stack` closes what it has opened.
+
+  `began` is when this call did, by the monotonic clock.
 
   Raises:
     UserError: for mistakes in the data or the workdir.
@@ -145,6 +152,7 @@ def open_run(
       _create_executor('reporter', stack), workdir, incidents.entries
     ),
     before=before,
+    began=began - history.get('wall_seconds', 0.0),
   )
 
 

@@ -17,10 +17,16 @@ from jaxprog.reporting.timeline import Point, Scale, Span
 
 # Width of the stretched image, in units of its own.
 _UNITS = 1000.0
-# Pixels around the plot that its outermost marks and letters need.
-_TOP, _BOTTOM = 10.0, 8.0
-# Labels closer than this part of the width would touch on a telephone.
-_LABEL_DISTANCE = 0.17
+# Pixels around the plot that its outermost marks and letters need, and above
+# one whose points have labels.
+_TOP, _BOTTOM, _HEAD = 10.0, 8.0, 28.0
+# With more points to a line, dots would run into one another.
+_MAX_DOTS = 60
+# Pixels of a line of letters.
+_LINE = 15.0
+# Labels closer than this part of the width would touch on a telephone, and so
+# far to either side do they reach.
+_LABEL_DISTANCE, _LABEL_REACH = 0.17, 0.045
 
 
 class _Plane(NamedTuple):
@@ -29,20 +35,26 @@ class _Plane(NamedTuple):
   x_end: float
   y: Scale
   height: float
+  head: float = _TOP
 
   def left(self, x: float) -> float:
     return x / self.x_end
 
   def top(self, y: float) -> float:
-    return self.height - _BOTTOM - self.y.at(y) * (self.height - _TOP - _BOTTOM)
+    full = self.height - self.head - _BOTTOM
+    return self.height - _BOTTOM - self.y.at(y) * full
 
 
 class Series(NamedTuple):
-  """A line: its name, its class in the style sheet, its points by x."""
+  """A line: its name, its class in the style sheet, its points by x.
+
+  `stairs` hold each value until the next one, and have no dots.
+  """
 
   name: str
   style: str
   points: Sequence[Point]
+  stairs: bool = False
 
   @property
   def values(self) -> list[float]:
@@ -62,12 +74,13 @@ class Mark(NamedTuple):
 
 
 class Label(NamedTuple):
-  """A point named by its value, such as the best epoch."""
+  """A point named by its value, such as the best epoch, and its interval."""
 
   x: float
   y: float
   text: str
   style: str
+  interval: tuple[float, float] | None = None
 
 
 def line_chart(
@@ -79,12 +92,14 @@ def line_chart(
   x_label: str,
   format_y: Callable[[float], str],
   summary: str,
+  format_x: Callable[[float], str] | None = None,
   height: float = 220,
   spans: Sequence[Span] = (),
   marks: Sequence[Mark] = (),
   labels: Sequence[Label] = (),
   hints: Sequence[tuple[float, str]] = (),
-  y_ticks: Sequence[float] | None = None,
+  sign: str = 'best epoch',
+  names_at_ends: bool = False,
 ) -> Html:
   """Returns lines over x from 0 to `x_end`.
 
@@ -95,16 +110,17 @@ def line_chart(
     x_end: end of the horizontal axis.
     x_label: what the horizontal axis counts.
     format_y: writes a tick of the vertical axis.
+    format_x: writes one of the horizontal axis, which then cannot be zoomed.
     summary: the chart in a sentence, for those who cannot see it.
     height: of the plot, in pixels.
     spans: of stages, every other one shaded, named above the plot.
     marks: at the foot of the plot.
     labels: named points; of those that would touch, the last ones stay.
     hints: x and what the pointer shows nearest to it.
-    y_ticks: instead of round numbers.
+    sign: what the dot of a label stands for; with its interval, if it has one.
+    names_at_ends: whether lines are named where they end, if there is room.
   """
-  plane = _Plane(x_end, y, height)
-  y_ticks = y.ticks() if y_ticks is None else y_ticks
+  plane = _Plane(x_end, y, height, _HEAD if labels else _TOP)
   bands = [
     _bar((plane.left(span.begin), plane.left(span.end)), (0, height), 'band')
     for span in spans[1::2]
@@ -112,31 +128,66 @@ def line_chart(
   shapes = [
     *_draw_lines(series, plane),
     *(_mark_shape(mark, plane) for mark in marks),
-    *_label_shapes(labels, plane),
+    *_label_shapes(labels, plane, series),
     *_hint_strips(hints, plane),
   ]
+  said = format_x or '{:g}'.format
+  style = 'named ' * names_at_ends + 'zoom' * (format_x is None)
   return tag(
     'figure',
-    tag('figcaption', tag('b', title), *_legend(series, marks, labels)),
+    tag('figcaption', tag('b', title), *_legend(series, marks, labels, sign)),
     _span_names(spans, x_end),
     _panel(
       shapes,
       height,
-      [(plane.top(tick), format_y(tick)) for tick in y_ticks],
-      [(plane.left(x), f'{x:g}') for x in Scale(0, x_end).ticks(6)],
+      [(plane.top(tick), format_y(tick)) for tick in y.ticks()],
+      [(plane.left(x), said(x)) for x in Scale(0, x_end).ticks(6)],
       f'{title}. {summary}',
       bands,
+      _end_names(series, plane) if names_at_ends else None,
     ),
     tag('p', x_label, class_='axis-label'),
+    class_=style.strip() or None,
+    data_axis=x_label,
+    data_end=f'{x_end:g}',
   )
 
 
+def _end_names(series: Sequence[Series], plane: _Plane) -> Html:
+  """Returns the names of lines, each as near to its end as others allow."""
+  ends = sorted(
+    (plane.top(line.values[-1]), line.name, line.style)
+    for line in series
+    if line.name and line.values
+  )
+  places: list[float] = []
+  for y, *_ in ends:
+    places.append(max(y, places[-1] + _LINE if places else _LINE / 2))
+  # What was pushed out below moves up, and pushes in turn.
+  limit = plane.height
+  for i in reversed(range(len(places))):
+    places[i] = limit = min(places[i], limit)
+    limit -= _LINE
+  texts = (
+    _text(shorten(name, 36), 0, y + 4, 'start', class_=f'name {style}')
+    for y, (_, name, style) in zip(places, ends, strict=True)
+  )
+  return _image(texts, plane.height)
+
+
 def _legend(
-  series: Sequence[Series], marks: Sequence[Mark], labels: Sequence[Label]
+  series: Sequence[Series],
+  marks: Sequence[Mark],
+  labels: Sequence[Label],
+  sign: str,
 ) -> list[Html]:
   """Returns the names of lines and of what is marked, each beside its sign."""
   names = [
-    (tag('i', class_=f'key {s.style}'), s.name) for s in series if s.values
+    tag(
+      'span', tag('i', class_=f'key {s.style}'), s.name, class_='entry line-of'
+    )
+    for s in series
+    if s.values and s.name
   ]
   signs = {'resume': '▲ resumed', 'incident': '◆ incident'}
   marked = [
@@ -144,8 +195,9 @@ def _legend(
     for style in dict.fromkeys(mark.style for mark in marks)
   ]
   if labels:
-    marked.append(tag('span', '● best epoch', class_='entry'))
-  return [*(tag('span', *name, class_='entry') for name in names), *marked]
+    span = ' and 95% interval' if any(x.interval for x in labels) else ''
+    marked.append(tag('span', f'● {sign}{span}', class_='entry'))
+  return [*names, *marked]
 
 
 def strip_chart(
@@ -195,10 +247,16 @@ def bar_rows(
   )
 
 
-def stacked_bar(parts: Sequence[tuple[str, str, float]], summary: str) -> Html:
-  """Returns one bar as wide as the page: (name, style, amount) side by side."""
+def stacked_bar(
+  parts: Sequence[tuple[str, str, float]], summary: str, whole: float = 0.0
+) -> Html:
+  """Returns (name, style, amount) side by side.
+
+  As wide as the page, or of it the part that they are of `whole`.
+  """
   total = sum(amount for _, _, amount in parts) or 1.0
-  edges = itertools.accumulate((p[2] / total for p in parts), initial=0.0)
+  scale = whole or total
+  edges = itertools.accumulate((p[2] / scale for p in parts), initial=0.0)
   bars = [
     _bar(x, (0, 20), style, f'{name}: {amount / total:.1%}')
     for (name, style, amount), x in zip(
@@ -209,10 +267,59 @@ def stacked_bar(parts: Sequence[tuple[str, str, float]], summary: str) -> Html:
   return _image(bars, 20, summary, 'stack')
 
 
-def histogram(
-  title: str, bars: Sequence[tuple[str, int]], summary: str
+def spread_bar(
+  parts: Sequence[tuple[float, float, float]],
+  middle: float,
+  late: float,
+  summary: str,
 ) -> Html:
-  """Returns a bar for each (name, count), names below where there is room."""
+  """Returns a strip that is stronger where there is more, and two lines.
+
+  `parts` are begin, end and amount; these, and where half and nearly all lie
+  to the left, are parts of the width.
+  """
+  top = max((amount for _, _, amount in parts), default=1.0)
+  shapes = [
+    _bar((x, end), (4, 20), 'bar', fill_opacity=f'{0.1 + 0.5 * y / top:.2f}')
+    for x, end, y in parts
+  ]
+  shapes += [
+    _upright(middle, (1, 23), class_='reference'),
+    _upright(late, (1, 23), class_='late'),
+  ]
+  return _image(shapes, 24, summary, 'range')
+
+
+def interval_bar(
+  at: tuple[float, float, float], null: float, is_shown: bool, summary: str
+) -> Html:
+  """Returns an interval with its mean, at parts of the width, across `null`.
+
+  One that `is_shown` to differ from that is filled.
+  """
+  low, middle, high = at
+  shapes = [
+    _upright(null, (0, 24), class_='reference null'),
+    tag(
+      'line',
+      class_='interval',
+      x1=_percent(low),
+      x2=_percent(high),
+      y1=12,
+      y2=12,
+    ),
+    _dot(middle, 12, 5, 'mean shown' if is_shown else 'mean', summary),
+  ]
+  return _image(shapes, 24, summary, 'range')
+
+
+def histogram(
+  title: str,
+  bars: Sequence[tuple[str, int]],
+  names: Sequence[tuple[float, str]],
+  summary: str,
+) -> Html:
+  """Returns a bar for each (name, count), over `names` at parts of it."""
   height = 120.0
   top = max((count for _, count in bars), default=0) or 1
   width = 1 / max(len(bars), 1)
@@ -225,15 +332,12 @@ def histogram(
     )
     for i, (name, count) in enumerate(bars)
   ]
-  # At most five names: they are up to fifty pixels wide.
-  every = -(-len(bars) // 5)
-  names = [((i + 0.5) * width, name) for i, (name, _) in enumerate(bars)]
   return tag(
     'figure',
     tag('figcaption', tag('b', title)),
     _image(rects, height, f'{title}. {summary}'),
-    _axis(names[:: every or 1], 0.08),
-    class_='chart small',
+    axis(names),
+    class_='small',
   )
 
 
@@ -254,11 +358,6 @@ def range_bar(
   if value is not None:
     shapes.append(_dot(value, 14, 6, 'best', f'this run: {value:.1%}'))
   return _image(shapes, 28, summary, 'range')
-
-
-def percent_axis() -> Html:
-  """Returns the ticks below `range_bar`s."""
-  return _axis([(x / 100, f'{x}%') for x in range(0, 101, 25)])
 
 
 def reliability(bins: Sequence[tuple[int, float, float]], summary: str) -> Html:
@@ -328,7 +427,7 @@ def sparkline(points: Sequence[Point]) -> Html:
   low, high = min(line.values), max(line.values)
   y = Scale(low, high if high > low else low + 1)
   plane = _Plane(line.points[-1][0] or 1.0, y, 36.0)
-  return _image(_draw_lines([line], plane), plane.height, style='spark')
+  return _image(_draw_lines([line], plane, 0), plane.height, style='spark')
 
 
 def _image(
@@ -397,6 +496,7 @@ def _panel(
   x_names: Sequence[tuple[float, str]],
   summary: str,
   bands: Sequence[Html] = (),
+  beside: Html | None = None,
 ) -> Html:
   """Returns shapes over a grid over bands, between the names of both axes."""
   names = (_text(name, '100%', y + 4, text_anchor='end') for y, name in y_names)
@@ -404,29 +504,39 @@ def _panel(
   return tag(
     'div',
     _image(names, height),
-    _image([*bands, *grid, *shapes], height, summary),
+    _image([_view([*bands, *grid, *shapes], height)], height, summary, 'plot'),
+    tag('div', beside, class_='beside') if beside else None,
     tag('div'),
-    _axis(x_names),
+    axis(x_names),
     class_='panel',
   )
 
 
-def _axis(names: Iterable[tuple[float, str]], margin: float = 0.02) -> Html:
+def _view(shapes: Iterable[Html], height: float) -> Html:
+  """Returns what the page's script makes wider than its chart, to zoom."""
+  return tag(
+    'svg', *shapes, class_='view', width='100%', height=_pixels(height)
+  )
+
+
+def axis(names: Iterable[tuple[float, str]]) -> Html:
   """Returns names below a chart, each at its part of the width."""
   texts = (
-    _text(name, _percent(x), 14, text_anchor=_anchor(x, margin))
-    for x, name in names
+    _text(name, _percent(x), 14, text_anchor=_anchor(x)) for x, name in names
   )
-  return _image(texts, 18)
+  return _image([_view(texts, 18)], 18, style='axis')
 
 
-def _draw_lines(lines: Sequence[Series], plane: _Plane) -> list[Html]:
-  """Returns lines, and a dot for each point that no line would show."""
+def _draw_lines(
+  lines: Sequence[Series], plane: _Plane, max_dots: int = _MAX_DOTS
+) -> list[Html]:
+  """Returns lines, and dots: of all points or of those without neighbours."""
   paths, dots = [], []
+  longest = max((len(x.points) for x in lines if not x.stairs), default=0)
   for line in lines:
     commands = []
     shown = [
-      value is not None and (value > 0 or not plane.y.log)
+      value is not None and (value >= plane.y.low or not plane.y.log)
       for _, value in line.points
     ]
     for i, (x, value) in enumerate(line.points):
@@ -434,8 +544,12 @@ def _draw_lines(lines: Sequence[Series], plane: _Plane) -> list[Html]:
         continue
       left, top = plane.left(x), plane.top(value)
       goes_on = i > 0 and shown[i - 1]
+      if goes_on and line.stairs:
+        commands.append(f'H{left * _UNITS:.2f}V{top:.2f}')
+        continue
       commands.append(f'{"L" if goes_on else "M"}{left * _UNITS:.2f} {top:.2f}')
-      if not goes_on and not any(shown[i + 1 : i + 2]):
+      alone = not goes_on and not any(shown[i + 1 : i + 2])
+      if alone or (longest <= max_dots and not line.stairs):
         dots.append(_dot(left, top, 3, f'dot {line.style}'))
     path = ' '.join(commands)
     paths.append(tag('path', class_=f'line {line.style}', d=path))
@@ -461,7 +575,12 @@ def _span_names(spans: Sequence[Span], x_end: float) -> Html | None:
     )
     for span in spans
   ]
-  names_above = tag('div', tag('div'), tag('div', *names), class_='panel bands')
+  names_above = tag(
+    'div',
+    tag('div'),
+    tag('div', tag('div', *names), class_='cut'),
+    class_='panel bands',
+  )
   return names_above if names else None
 
 
@@ -482,22 +601,36 @@ def _mark_shape(mark: Mark, plane: _Plane) -> Html:
   )
 
 
-def _label_shapes(labels: Sequence[Label], plane: _Plane) -> Iterator[Html]:
+def _label_shapes(
+  labels: Sequence[Label], plane: _Plane, series: Sequence[Series]
+) -> Iterator[Html]:
+  """Yields dots, their intervals, and texts above all lines near to them."""
   taken: list[float] = []
   for label in reversed(labels):
     x, y = plane.left(label.x), plane.top(label.y)
+    tops = [y - 5]
+    if label.interval:
+      low, high = (plane.top(v) for v in label.interval)
+      tops.append(max(high, 0.0))
+      ends = tops[-1], min(low, plane.height)
+      yield _upright(x, ends, class_=f'whisker {label.style}')
     yield _dot(x, y, 4.5, f'best {label.style}', label.text)
-    if any(abs(x - other) < _LABEL_DISTANCE for other in taken):
+    touches = any(abs(x - other) < _LABEL_DISTANCE for other in taken)
+    if touches or not label.text:
       continue
     taken.append(x)
-    # Below, where the curve came up from, if there is room.
-    below = y + 19 < plane.top(0)
+    tops += [
+      plane.top(value)
+      for line in series
+      for at, value in line.points
+      if value is not None and abs(plane.left(at) - x) < _LABEL_REACH
+    ]
     yield _text(
       label.text,
       _percent(x),
-      y + 19 if below else y - 9,
+      max(min(tops) - 7, 11),
       class_=f'best-label {label.style}',
-      text_anchor=_anchor(x, 0.08),
+      text_anchor=_anchor(x, 0.04),
     )
 
 

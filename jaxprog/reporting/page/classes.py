@@ -115,6 +115,7 @@ def _distribution(parts: Sequence[float]) -> Html:
   return charts.histogram(
     f'Classes by their accuracy, all {len(parts):,}',
     bars,
+    [(x / 100, f'{x}%') for x in range(0, 101, 20)],
     '; '.join(f'{name}: {count}' for name, count in bars),
   )
 

@@ -1,12 +1,15 @@
 """The section of loss, accuracy, rate and sizes over the whole ladder."""
 
+import csv
 import functools
+import io
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from urllib import parse
 
 from jaxprog import formats
-from jaxprog.reporting import timeline
+from jaxprog.reporting import facts, timeline
 from jaxprog.reporting.page import charts, markup
 from jaxprog.reporting.page.markup import Html, tag
 from jaxprog.reporting.parts import Column, Table
@@ -47,7 +50,12 @@ def curves(run: RunFiles) -> Iterator[Html]:
     yield tag('p', 'No epoch is finished yet.')
     return
   draw = ladder_chart(run, spans)
-  yield tag('p', 'Point at an epoch to read its figures.', class_='note')
+  yield tag(
+    'p',
+    'Point at an epoch to read its figures.',
+    tag('span', ' Drag to zoom; a double click shows all.', class_='scripted'),
+    class_='note',
+  )
   yield _loss_chart(draw, spans)
   yield _top1_chart(draw, spans)
   yield _rate_chart(draw, spans)
@@ -57,14 +65,40 @@ def curves(run: RunFiles) -> Iterator[Html]:
     for name, field in (('px', 'image_size'), ('batch', 'batch_size'))
   }
   yield charts.strip_chart(sizes, spans[-1].end)
-  tables = (_table(x.stage['name'], x.stage['epochs']) for x in spans)
+  tables = (_table(x.stage) for x in spans)
   yield tag('details', tag('summary', 'Every epoch in figures'), *tables)
+  yield tag(
+    'p',
+    tag(
+      'a',
+      'Download every epoch as CSV',
+      href=f'data:text/csv;charset=utf-8,{parse.quote(_csv(spans), safe=",")}',
+      download=f'{run.name}.csv',
+    ),
+  )
 
 
-def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> Html:
+def _csv(spans: Sequence[timeline.Span]) -> str:
+  """Returns all rows of the history, whole numbers and not."""
+  rows = [(x.stage['name'], row) for x in spans for row in x.stage['epochs']]
+  fields = list(dict.fromkeys(field for _, row in rows for field in row))
+  out = io.StringIO()
+  writer = csv.writer(out, lineterminator='\n')
+  writer.writerow(['stage', *fields])
+  writer.writerows([name, *map(row.get, fields)] for name, row in rows)
+  return out.getvalue()
+
+
+def _table(stage: Mapping[str, Any]) -> Html:
   """Returns the rows of a stage, without columns that say nothing."""
-  said = [x for x in _COLUMNS if any(x.cell(row) != '-' for row in rows)]
-  return markup.render(Table(said, rows, name))
+  rows = stage['epochs']
+  said = [x for x in _columns(stage) if any(x.cell(row) != '-' for row in rows)]
+  return markup.render(Table(said, rows, stage['name']))
+
+
+def _columns(stage: Mapping[str, Any]) -> list[Column]:
+  skipped = '' if facts.shows_top5(stage) else 'val top-5'
+  return [x for x in _COLUMNS if x.title != skipped]
 
 
 def ladder_chart(run: RunFiles, spans: Sequence[timeline.Span]) -> Draw:
@@ -87,7 +121,7 @@ def ladder_chart(run: RunFiles, spans: Sequence[timeline.Span]) -> Draw:
 
 def _describe(stage: Mapping[str, Any], row: Mapping[str, Any]) -> str:
   """Returns the figures of an epoch, a line each."""
-  cells = ((column.title, column.cell(row)) for column in _COLUMNS)
+  cells = ((column.title, column.cell(row)) for column in _columns(stage))
   figures = (f'{title} {cell}' for title, cell in cells if cell != '-')
   return '\n'.join((stage['name'], *figures))
 
@@ -153,7 +187,10 @@ def _events(
 
 
 def _loss_chart(draw: Draw, spans: Sequence[timeline.Span]) -> Html:
-  train = create_line(spans, 'train', 'train', 'train_loss')
+  smooth = {x.stage.get('label_smoothing') or 0.0 for x in spans} - {0.0}
+  said = ' and '.join(f'{x:g}' for x in sorted(smooth))
+  name = f'train, includes label smoothing {said}' if smooth else 'train'
+  train = create_line(spans, name, 'train', 'train_loss')
   val = create_line(spans, 'validation', 'val', 'val_loss')
   values = train.values + val.values
   # Far above most of its values it has diverged.
@@ -187,35 +224,63 @@ def draw_top1(
   spans: Sequence[tuple[str, str, timeline.Span]],
   **arguments: Any,
 ) -> Html:
-  """Returns lines of percents; `spans` are name, style, and what has a best."""
+  """Returns lines of percents over that of guessing.
+
+  `spans` are name, style, and what has a best.
+  """
   labels, reached = [], []
   for name, style, span in spans:
     if best := span.stage['best']:
       text = formats.percent(best['top1'])
-      at = span.begin + best['epoch']
-      labels.append(charts.Label(at, 100 * best['top1'], text, style))
-      reached.append(f'{name} {text}')
+      at, value = span.begin + best['epoch'], 100 * best['top1']
+      between = facts.interval(best['top1'], span.stage['num_eval_images'])
+      low, high = (100 * x for x in between)
+      labels.append(charts.Label(at, value, text, style, (low, high)))
+      reached.append(f'{name} {text}, 95% interval {low:.1f} to {high:.1f}%')
+  ends = [x.interval[1] for x in labels if x.interval]
+  lines = [_chance_line([span for *_, span in spans]), *lines]
+  values = [*ends, *(x for line in lines for x in line.values)]
+  count = max(span.stage['num_eval_images'] for *_, span in spans)
+  y = timeline.fit_top1(values, count)
   return draw(
-    title,
+    title + (' (errors on a logarithmic axis)' if y.least_error else ''),
     lines,
-    y=timeline.Scale(0, 104),
-    y_ticks=range(0, 101, 20),
-    format_y='{:g}%'.format,
+    y=y,
+    format_y='{:.4g}%'.format,
     labels=labels,
-    summary=f'Best: {", ".join(reached) or "none yet"}.',
+    summary=f'Best: {"; ".join(reached) or "none yet"}.',
     **arguments,
   )
 
 
+def _chance_line(spans: Sequence[timeline.Span]) -> charts.Series:
+  levels = {(x.begin, x.end, 100 * facts.chance(x.stage)): None for x in spans}
+  points: list[timeline.Point] = []
+  for begin, end, level in levels:
+    points += [(begin, None), (begin, level), (end, level)]
+  return charts.Series('chance', 'chance', points, stairs=True)
+
+
 def _rate_chart(draw: Draw, spans: Sequence[timeline.Span]) -> Html:
-  line = create_line(spans, 'learning rate', 'rate', 'learning_rate')
-  y = timeline.fit_scale(line.values, log=True)
+  points: list[timeline.Point] = []
+  labels = []
+  for span in spans:
+    rates = span.rates()
+    points += [(span.begin, None), *rates]
+    known = [(y, -x) for x, y in rates if y is not None]
+    if known:
+      peak, at = max(known)
+      labels.append(charts.Label(-at, peak, f'{peak:.3g}', 'rate'))
+  line = charts.Series('learning rate', 'rate', points, stairs=True)
+  y = timeline.fit_rates(spans)
   return draw(
     'Learning rate',
     [line],
     y=y,
     height=150,
     format_y='{:g}'.format,
+    labels=labels,
+    sign='peak',
     summary=f'At most {max(line.values, default=0):.3g}'
     f'{", on a logarithmic axis" if y.log else ""}.',
   )

@@ -52,7 +52,7 @@ def hand_over(run: RunFiles) -> Iterator[Part]:
   yield tag(
     'p',
     'takes: from the end of the stage before until the first batch is '
-    'asked for, waiting for the compiler included. before: the best top-1 '
+    'asked for, without waiting for the compiler. before: the best top-1 '
     'of the stage the weights come from, on its own data. first epoch: '
     'top-1 after one epoch, on this stage’s data. Where classes or '
     'images differ, the two are not the same question.',

@@ -2,19 +2,27 @@
 
 from collections.abc import Sequence
 
-from jaxprog.reporting.page import overview, sections, style
+from jaxprog.reporting import facts
+from jaxprog.reporting.page import overview, script, sections, style
 from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.rundir import RunFiles
 
 # With an icon of its own, or the browser asks for one.
 _PAGE = Html("""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"/>
+<html lang="en"{live}><head><meta charset="utf-8"/>
 <meta name="viewport" content="width=device-width"/>
 <link rel="icon" href="data:,"/>
-<title>{title}</title><style>{css}</style></head>
+{again}<title>{title}</title><style>{css}</style></head>
 <body>{header}<nav aria-label="Contents"><ul>{links}</ul></nav>
-<main>{sections}<footer>{footer}</footer></main></body></html>
+<main>{sections}<footer>{footer}</footer></main>
+<script>{script}</script></body></html>
 """)
+# A page is loaded anew every so many seconds while its run goes on.
+_RENEWED = 15
+# Without scripts it forgets what was unfolded.
+_AGAIN = Html(
+  '<noscript><meta http-equiv="refresh" content="{0}"/></noscript>\n'
+)
 _LINK = Html('<li><a href="#{0}">{1}</a></li>')
 _SECTION = Html(
   '<section id="{0}" aria-labelledby="{0}-title">'
@@ -22,9 +30,13 @@ _SECTION = Html(
 )
 
 
-def page(run: RunFiles) -> str:
-  """Returns the page of a run that is finished or under way."""
+def page(run: RunFiles, *, is_live: bool = False) -> str:
+  """Returns the page of a run that is finished or under way.
+
+  One that `is_live` renews itself, until it is written without that.
+  """
   status, chip = overview.describe_status(run)
+  live = f'renewed every {_RENEWED} seconds'
   contents = [
     (section.name, section.title, join(*map(render, section.parts(run))))
     for section in sections.SECTIONS
@@ -38,6 +50,10 @@ def page(run: RunFiles) -> str:
         'p',
         tag('span', status, class_=f'chip {chip}'),
         *overview.remark_chips(run),
+        tag('span', live, class_='chip') if is_live else None,
+        tag('span', f'as of {facts.describe_time(run.written)}', class_='note')
+        if run.written
+        else None,
         class_='chips',
       ),
     ),
@@ -45,6 +61,7 @@ def page(run: RunFiles) -> str:
     'One run with one seed: n = 1. Made from training_history.json, '
     'config.json, environment.json and incidents.jsonl of the workdir; '
     '--mode=report makes it again.',
+    is_live=is_live,
   )
 
 
@@ -59,9 +76,14 @@ def document(
   header: Html,
   parts: Sequence[tuple[str, str, Html]],
   footer: str,
+  *,
+  is_live: bool = False,
 ) -> str:
   """Returns a whole page of sections (id, title, content) with their list."""
   return _PAGE.format(
+    live=Html(f' data-live="{_RENEWED}"') if is_live else '',
+    again=_AGAIN.format(_RENEWED) if is_live else '',
+    script=Html(script.SCRIPT),
     title=title,
     css=Html(style.CSS),
     header=header,

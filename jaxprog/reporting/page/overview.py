@@ -28,7 +28,8 @@ _RESULTS = (
   Column('best', lambda x: formats.percent((x['best'] or {}).get('top1'))),
   Column('epoch', lambda x: str((x['best'] or {'epoch': '-'})['epoch'])),
   Column('last', lambda x: formats.percent(facts.last_row(x).get('val_top1'))),
-  Column('top-5', lambda x: formats.percent(facts.last_row(x).get('val_top5'))),
+  Column('chance', lambda x: formats.percent(facts.chance(x))),
+  Column('top-5', lambda x: _last_top5(x)),
   Column('time', lambda x: formats.duration(x['seconds'])),
   Column('images/s', facts.describe_speed),
   Column('status', facts.describe_status, left=True),
@@ -49,8 +50,12 @@ def overview(run: RunFiles) -> Iterator[Part]:
   yield Heading('Stages')
   yield Table(STAGES, run.stages, 'What each stage was trained on')
   yield Heading('Results')
-  yield Table(_RESULTS, run.stages, 'What came of each stage')
-  note = 'best and last are top-1, top-5 is of the last epoch, on val images.'
+  few = not any(map(facts.shows_top5, run.stages))
+  columns = [x for x in _RESULTS if not (few and x.title == 'top-5')]
+  yield Table(columns, run.stages, 'What came of each stage')
+  note = 'best and last are top-1 on val images, chance is that of guessing.'
+  if not few:
+    note += ' top-5 is of the last epoch.'
   if held := [x['name'] for x in run.stages if facts.chooses_on_holdout(x)]:
     note += (
       f' On training images held out instead: {", ".join(held)}; see the notes.'
@@ -98,13 +103,20 @@ def _headline(run: RunFiles) -> Html:
   return tag(
     'div',
     *results[-1:],
-    _tile(formats.duration(facts.total_seconds(run)), 'trained and evaluated'),
+    *_time_tiles(run),
     _tile(f'{over} of {total}', 'stages finished'),
     _tile(f'{epochs:,}', 'epochs'),
     class_='tiles',
     aria_label=f'Result; {status}',
     role='group',
   )
+
+
+def _time_tiles(run: RunFiles) -> Iterator[Html]:
+  if wall := run.history.get('wall_seconds'):
+    yield _tile(formats.duration(wall), 'from start to end')
+  trained = formats.duration(facts.total_seconds(run))
+  yield _tile(trained, 'trained and evaluated')
 
 
 def _tile(figure: str, said: str, style: str = 'tile') -> Html:
@@ -114,20 +126,34 @@ def _tile(figure: str, said: str, style: str = 'tile') -> Html:
 def _headline_result(stage: Mapping[str, Any]) -> tuple[str, str]:
   """Returns the top-1 that a stage stands for, and what it is."""
   reached = formats.percent(facts.best_top1(stage))
+  unsure = f'; {_describe_spread(stage)}'
   if validation := stage.get('validation'):
     return (
       reached,
       f'top-1 of {stage["name"]} on {validation["num_images"]:,} validation '
       f'images, looked at once; epoch {validation["epoch"]} was chosen on '
-      f'{stage["eval_split"]}',
+      f'{stage["eval_split"]}{unsure}',
     )
   held = facts.is_on_holdout(stage)
   return (
     reached,
     f'best top-1 of {stage["name"]}, epoch {stage["best"]["epoch"]} of '
     f'{facts.planned_epochs(stage)}, on {stage["num_eval_images"]:,} '
-    + ('training images held out' if held else 'validation images'),
+    + ('training images held out' if held else 'validation images')
+    + unsure,
   )
+
+
+def _describe_spread(stage: Mapping[str, Any]) -> str:
+  """Returns what the stage's top-1 is to be held against."""
+  spread = facts.describe_interval(stage)
+  level = f'chance {formats.percent(facts.chance(stage))}'
+  return f'95% interval {spread}, {level}' if spread else level
+
+
+def _last_top5(stage: Mapping[str, Any]) -> str:
+  last = facts.last_row(stage) if facts.shows_top5(stage) else {}
+  return formats.percent(last.get('val_top5'))
 
 
 def _card(number: int, stage: Mapping[str, Any]) -> Html:
@@ -143,13 +169,14 @@ def _card(number: int, stage: Mapping[str, Any]) -> Html:
       tag('span', f'{number}  {stage["name"]}'),
       tag('span', status, class_=f'chip {"good" if done else "warn"}'),
     ),
-    markup.render(stage.get('description') or Html()),
+    tag('p', stage.get('description') or '', class_='note'),
     tag(
       'div',
       formats.percent(facts.best_top1(stage)),
       tag('small', at),
       class_='score',
     ),
+    tag('p', _describe_spread(stage), class_='note'),
     charts.sparkline([(r['epoch'], r['val_top1']) for r in stage['epochs']]),
     class_='card',
   )

@@ -39,16 +39,20 @@ _PUBLISHED = (
 
 
 def scorecard(run: RunFiles) -> Iterator[Part]:
-  """Yields each stage beside the mission's ranges and published results."""
+  """Yields each stage beside the mission's ranges and published results.
+
+  Nothing where there are neither for the data of any stage.
+  """
   compared = baselines.compare(run)
   scores = [facts.score(stage) for stage in run.stages]
+  expected = any(score.expectation for score in scores)
+  if not expected and not compared:
+    return
   yield _ranges(scores, compared)
-  if any(score.expectation for score in scores):
+  if expected:
     yield Table(_SCORES, scores, 'Beside what the mission expects')
     yield 'Expectation of the mission, given without evidence.'
     yield from (score.remark for score in scores if score.remark)
-  else:
-    yield 'The mission states no expectation for the data of these stages.'
   yield Heading('Published results')
   if compared:
     yield Words([[_describe(x) for x in compared]])
@@ -112,10 +116,11 @@ def _ranges(
     return Html()
   key = [
     tag('span', '● this run', class_='entry val'),
-    tag('span', '■ expected', class_='entry t-training'),
+    tag('span', tag('i', class_='key t-training'), 'expected', class_='entry'),
     tag('span', '| published', class_='entry'),
   ]
-  rows.append(('', charts.percent_axis(), ''))
+  ticks = charts.axis([(x / 100, f'{x}%') for x in range(0, 101, 25)])
+  rows.append(('', ticks, ''))
   return charts.bar_rows('Best top-1', key, rows)
 
 

@@ -16,24 +16,17 @@ _STYLES = ('s0', 's1', 's2', 's3', 's4', 's5')
 
 
 def side_by_side(runs: Sequence[RunFiles]) -> str:
-  """Returns a page with a column for each run."""
+  """Returns a page with a column for each run: first what came of them."""
   runs = _with_own_names(runs)
   names = list(dict.fromkeys(s['name'] for run in runs for s in run.stages))
   by_stage = {
     name: [history_lib.find_stage(run.history, name) for run in runs]
     for name in names
   }
-  results = (
-    join(
-      tag('h3', name),
-      _table(runs, list(map(_figures, stages)), f'{name}, by run', left=(0,)),
-    )
-    for name, stages in by_stage.items()
-  )
-  drawn = [_chart(runs, name, stages) for name, stages in by_stage.items()]
+  common = {k: v for k, v in by_stage.items() if None not in v} or by_stage
+  drawn = [_chart(runs, name, stages) for name, stages in common.items()]
   described = [
     {
-      'n': '1',
       'status': overview.describe_status(run)[0],
       **facts.describe_run(run),
     }
@@ -50,17 +43,32 @@ def side_by_side(runs: Sequence[RunFiles]) -> str:
       ),
     ),
     [
-      ('runs', 'Runs', _table(runs, described, 'What ran on what')),
-      ('config', 'Config differences', _config(runs)),
-      ('results', 'Results by stage', join(*results)),
+      ('results', 'Results', _results(runs, common, by_stage)),
       (
         'curves',
         'Top-1 by stage',
         join(*drawn) or tag('p', 'No epoch is finished yet.'),
       ),
+      ('config', 'Config differences', _config(runs)),
+      ('runs', 'What ran on what', _table(runs, described, 'The runs')),
     ],
     'Made from the training_history.json, config.json and environment.json of '
     'each workdir by --mode=report.',
+  )
+
+
+def _results(
+  runs: Sequence[RunFiles],
+  shown: Mapping[str, Sequence[Mapping[str, Any] | None]],
+  known: Mapping[str, object],
+) -> Html:
+  """Returns a table of stages and runs; of stages in all of them, if any."""
+  rows = [[name, *map(_figures, stages)] for name, stages in shown.items()]
+  titles = ['stage', *(run.name for run in runs)]
+  others = [name for name in known if name not in shown]
+  return join(
+    markup.table(titles, rows, caption='Best top-1'),
+    render(f'Not in every run: {", ".join(others)}.') if others else None,
   )
 
 
@@ -74,10 +82,7 @@ def _with_own_names(runs: Sequence[RunFiles]) -> list[RunFiles]:
 
 
 def _table(
-  runs: Sequence[RunFiles],
-  columns: Sequence[Mapping[str, Any]],
-  caption: str,
-  left: Sequence[int] | None = None,
+  runs: Sequence[RunFiles], columns: Sequence[Mapping[str, Any]], caption: str
 ) -> Html:
   """Returns a table with a row for each name that a column has."""
   titles = ['', *(run.name for run in runs)]
@@ -85,8 +90,7 @@ def _table(
     [name, *(column.get(name, '-') for column in columns)]
     for name in dict.fromkeys(itertools.chain.from_iterable(columns))
   ]
-  left = range(len(titles)) if left is None else left
-  return markup.table(titles, rows, caption=caption, left=left)
+  return markup.table(titles, rows, caption=caption, left=range(len(titles)))
 
 
 def _config(runs: Sequence[RunFiles]) -> Html:
@@ -128,26 +132,21 @@ def _flatten(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return flat
 
 
-def _figures(stage: Mapping[str, Any] | None) -> dict[str, Any]:
+def _figures(stage: Mapping[str, Any] | None) -> tuple[str, str]:
+  """Returns a stage's top-1, and what else is to be known of it."""
   if stage is None:
-    return {'status': 'not run'}
+    return 'not run', ''
   best = stage['best'] or {'epoch': '-'}
-  last = facts.last_row(stage)
-  splits = 'validation', 'a hold-out'
-  return {
-    'status': facts.describe_status(stage),
-    'best top-1': formats.percent(facts.best_top1(stage)),
-    'best top-1 on': splits[facts.is_on_holdout(stage)],
-    'at epoch': str(best['epoch']),
-    'epochs evaluated on': splits[facts.chooses_on_holdout(stage)],
-    'last top-1': formats.percent(last.get('val_top1')),
-    'last val loss': formats.cell('val_loss', last),
-    'epochs': f'{facts.trained_epochs(stage)} of {facts.planned_epochs(stage)}',
-    'time': formats.duration(stage['seconds']),
-    'images/s': facts.describe_speed(stage),
-    'resumes': str(len(stage.get('resumed_at_steps') or ())),
-    **{x.title: x.cell(stage) for x in overview.STAGES[1:]},
-  }
+  spread = facts.describe_interval(stage)
+  said = [
+    f'95% interval {spread}' if spread else '',
+    f'epoch {best["epoch"]} of {facts.planned_epochs(stage)}',
+    f'on {stage["num_eval_images"]:,} images'
+    + (' held out' if facts.is_on_holdout(stage) else ''),
+    formats.duration(stage['seconds']),
+    '' if stage['status'] == 'done' else facts.describe_status(stage),
+  ]
+  return formats.percent(facts.best_top1(stage)), ', '.join(filter(None, said))
 
 
 def _chart(
@@ -172,5 +171,5 @@ def _chart(
     ],
     found,
     x_end=max(span.end for _, _, span in found),
-    x_label='epochs of the stage',
+    x_label=f'epochs of {name}',
   )

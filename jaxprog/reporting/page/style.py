@@ -7,7 +7,8 @@ CSS = """
   --rule: #dfe3e8; --band: #f1f3f6; --accent: #0067a3;
   --train: #0072b2; --val: #c94f00; --ema: #00795a; --rate: #4a5361;
   --bar: #4c8fbd; --wait: #d98a00; --eval: #8a63b8; --hand: #8d97a5;
-  --warn: #a84300; --on-strong: #ffffff; --s4: #b08500; --s5: #b03070;
+  --warn: #a84300; --on-strong: #ffffff;
+  --s3: #7b4fb0; --s4: #806000; --s5: #b03070;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -15,7 +16,8 @@ CSS = """
     --rule: #323b47; --band: #181e26; --accent: #6db9ec;
     --train: #56b4e9; --val: #ff9a55; --ema: #3fcf9f; --rate: #b9c3d0;
     --bar: #5c9fcb; --wait: #f0b040; --eval: #b795e4; --hand: #7d8896;
-    --warn: #ffa366; --on-strong: #0d1116; --s4: #e8c547; --s5: #f08fbd;
+    --warn: #ffa366; --on-strong: #0d1116;
+  --s3: #b795e4; --s4: #e8c547; --s5: #f08fbd;
   }
 }
 * { box-sizing: border-box; }
@@ -49,6 +51,7 @@ nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 
 .tiles, .cards { display: grid; gap: .9rem; margin: 1.2rem 0; }
+.tiles { align-items: baseline; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
 .cards { grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
 .tile { padding: .2rem 0; }
@@ -56,7 +59,9 @@ nav a:hover { text-decoration: underline; }
 .tile span { color: var(--soft); font-size: .87rem; }
 .first { grid-column: span 2; }
 .first b { font-size: 2.9rem; letter-spacing: -.03em; line-height: 1.05; }
-.card { background: var(--card); border-radius: 10px; padding: 1rem 1.1rem; }
+.card { background: var(--card); border-radius: 10px; padding: 1rem 1.1rem;
+  display: grid; grid-template-rows: subgrid; grid-row: span 5; row-gap: 0; }
+.card > * { margin: .15rem 0; min-width: 0; }
 .card h3 { margin: 0; display: flex; flex-wrap: wrap; gap: 0 .5rem;
   align-items: baseline; justify-content: space-between;
   overflow-wrap: anywhere; }
@@ -105,17 +110,26 @@ figcaption b { font-size: .95rem; margin-right: auto; }
 .panel { display: grid; grid-template-columns: 44px minmax(0, 1fr);
   column-gap: 8px; }
 .axis-label { margin: 0; max-width: none; text-align: right; }
-.bands > div:last-child { display: flex; }
+.cut { overflow: hidden; }
+.cut > div { display: flex; }
 .bands small { font-size: inherit; opacity: .8; }
 .bands span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
   font-size: .78rem; color: var(--soft); padding: 0 2px 2px 3px;
   border-left: 1px solid var(--rule); }
 svg { display: block; overflow: visible; }
 svg svg { overflow: hidden; }
+svg .view { overflow: visible; }
+.zoomed .plot, .zoomed .axis { overflow: hidden; }
+.scripts .plot { cursor: crosshair; }
+.scripted { display: none; }
+.scripts .scripted { display: inline; }
 svg text { font-size: 12px; fill: var(--soft); font-family: inherit;
   font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke: currentColor; stroke-width: 1.8;
   vector-effect: non-scaling-stroke; stroke-linejoin: round; }
+.line.chance { stroke-dasharray: 1 4; stroke-linecap: round; }
+.key.chance { border-top-style: dotted; }
+.whisker { stroke: currentColor; stroke-width: 1.6; opacity: .75; }
 .dot, .best { fill: currentColor; }
 .best { stroke: var(--page); stroke-width: 1.5; }
 .grid { stroke: var(--rule); stroke-width: 1; }
@@ -131,8 +145,20 @@ svg .mark text { fill: currentColor; font-size: 11px; }
 .hint line { stroke: none; }
 .hint:hover line { stroke: var(--soft); stroke-width: 1; }
 .train, .s0 { color: var(--train); } .val, .s1 { color: var(--val); }
-.ema, .s2 { color: var(--ema); } .rate { color: var(--rate); }
-.s3 { color: var(--eval); } .s4 { color: var(--s4); } .s5 { color: var(--s5); }
+.ema, .s2 { color: var(--ema); } .rate, .chance { color: var(--rate); }
+.s3 { color: var(--s3); } .s4 { color: var(--s4); } .s5 { color: var(--s5); }
+.s6 { color: var(--ink); } .s7 { color: var(--soft); }
+.line.single { stroke-width: 1; }
+svg .name { fill: currentColor; }
+.named .panel { grid-template-columns: 44px minmax(0, 1fr) 16rem; }
+.named .line-of { display: none; }
+.switch > input { accent-color: var(--accent); }
+.switch > label { margin-right: 1.2rem; }
+.switch > .choice { display: none; }
+.switch > input:nth-of-type(1):checked ~ .choice:nth-of-type(1),
+.switch > input:nth-of-type(2):checked ~ .choice:nth-of-type(2),
+.switch > input:nth-of-type(3):checked ~ .choice:nth-of-type(3)
+  { display: block; }
 .line.train { stroke-dasharray: 5 3; }
 .key.train { border-top-style: dashed; }
 .bar { fill: var(--bar); }
@@ -141,6 +167,9 @@ svg .mark text { fill: currentColor; font-size: 11px; }
 .t-wait { color: var(--wait); fill: var(--wait); }
 .t-eval { color: var(--eval); fill: var(--eval); }
 .t-hand { color: var(--hand); fill: var(--hand); }
+.t-save { color: var(--ema); fill: var(--ema); }
+.t-compile { color: var(--val); fill: var(--val); }
+.t-rest { color: var(--rule); fill: var(--rule); }
 .strips { margin: .2rem 0 1.6rem; row-gap: 4px; }
 .strips .bar { stroke: var(--page); }
 .strips text { fill: var(--ink); }
@@ -150,9 +179,15 @@ svg .mark text { fill: currentColor; font-size: 11px; }
   grid-template-columns: minmax(0, max-content) minmax(0, 1fr) max-content;
   font-size: .9rem; margin: .6rem 0 1.4rem; }
 .rows > span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  max-width: 12rem; }
+  max-width: 16rem; }
 .range .expected { fill: var(--bar); opacity: .35; }
 .range .reference { stroke: var(--ink); stroke-width: 2.5; }
+.range .null { stroke-width: 1; stroke-dasharray: 3 3; }
+.range .interval { stroke: var(--ink); stroke-width: 2; }
+.range .mean { fill: var(--page); stroke: var(--ink); stroke-width: 2; }
+.range .shown { fill: var(--ink); }
+.range .late { stroke: var(--val); stroke-width: 2.5; }
+.entry.late { color: var(--val); }
 .range .best { fill: var(--val); }
 .pair { display: grid; gap: 0 2.5rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
@@ -189,8 +224,11 @@ footer { color: var(--soft); font-size: .83rem; margin: 4rem 0 2.5rem; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .rows { gap: .5rem .6rem; }
   .rows > span { max-width: 6.5rem; }
-  .bands small, .rows > svg > text:nth-child(even) { display: none; }
-  .panel { grid-template-columns: 34px minmax(0, 1fr); column-gap: 6px; }
+  .bands small, .rows .axis text:nth-child(even) { display: none; }
+  .panel, .named .panel { grid-template-columns: 34px minmax(0, 1fr);
+    column-gap: 6px; }
+  .named .beside { display: none; }
+  .named .line-of { display: inline; white-space: normal; }
   .facts { grid-template-columns: 1fr; gap: 0; }
   .facts dd { margin-bottom: .4rem; }
 }
