@@ -190,7 +190,7 @@ def _run_stage(
   name = task.stage.name
   if done := checkpoints.read_done(run.workdir, name):
     history_lib.put_stage(run.history, done['record'])
-    run.save_history()  # It may have been killed before it could.
+    run.save_history(trains=False)  # It may have been killed before it could.
     run.progress.message(f'{name}: done before, not trained again')
     run.save_stages()
     return None

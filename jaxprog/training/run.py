@@ -57,11 +57,15 @@ class Run:
   # Seconds that stages waited for the compiler.
   waits: dict[str, float] = dataclasses.field(default_factory=dict)
 
-  def save_history(self) -> None:
-    """Writes training_history.json, on the process that writes."""
+  def save_history(self, *, trains: bool = True) -> None:
+    """Writes training_history.json, on the process that writes.
+
+    What a call takes that trains nothing is no time of the run.
+    """
     if jax.process_index() == 0:
       path = self.workdir / 'training_history.json'
-      self.history['wall_seconds'] = time.monotonic() - self.began
+      if trains:
+        self.history['wall_seconds'] = time.monotonic() - self.began
       files.write_json(path, self.history)
       self.reporter.refresh()
 
