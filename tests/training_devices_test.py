@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src import compiler
 
 from jaxprog import errors
 from jaxprog.training import devices
@@ -35,6 +36,10 @@ def test_the_compilation_cache_is_private(tmp_path):
     devices.keep_compiled(tmp_path / 'cache')
     assert (tmp_path / 'cache').stat().st_mode & 0o777 == 0o700
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'cache')
+    # Beside it lies which kernels a GPU was quickest with.
+    options = compiler.get_compile_options(1, 1).executable_build_options
+    kernels = options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
+    assert kernels.startswith(f'{tmp_path}/cache/')
     (tmp_path / 'cache').chmod(0o777)
     with pytest.raises(errors.UserError, match='run code here'):
       devices.keep_compiled(tmp_path / 'cache')
