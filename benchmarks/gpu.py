@@ -96,7 +96,8 @@ def main() -> int:
   ends = began + (args.deadline or (3600.0 if args.toy else 470.0))
   out = args.out.resolve()
   with contextlib.ExitStack() as stack:
-    work = args.work or stack.enter_context(tempfile.TemporaryDirectory())
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    work = args.work or stack.enter_context(folder)
     parts = list_parts(args, pathlib.Path(work).resolve())
     chosen = args.parts.split(',') if args.parts else [*parts]
     if unknown := sorted({*chosen} - {*parts}):
@@ -204,7 +205,7 @@ def run_part(
     began = log.stat().st_size
     with log.open('a') as file:
       code = run_command(command, file, ends)
-    lines = log.read_text(errors='replace')[began:].splitlines()
+    lines = log.read_bytes()[began:].decode(errors='replace').splitlines()
     found = [json.loads(x[4:]) for x in lines if x.startswith('ROW ')]
     # Those of a name are better the later they come.
     rows += {x['what']: x for x in found}.values()

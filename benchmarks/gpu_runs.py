@@ -231,9 +231,12 @@ def report_bits(
   what: str,
   expected: tuple[str, list[list[float]]],
   found: tuple[str, list[list[float]]],
-  kills: int = 0,
+  kills: int | None = None,
 ) -> None:
-  """Prints whether two runs are the same, and by how much they are not."""
+  """Prints whether two runs are the same, and by how much they are not.
+
+  A run that was over before it could be killed shows nothing.
+  """
   (bits, rows), (other_bits, other_rows) = expected, found
   equal = bits == other_bits and rows == other_rows
   worst = max(
@@ -242,11 +245,12 @@ def report_bits(
     for a, b in zip(row, other, strict=True)
   )
   words = 'the same bits' if equal else f'OTHER BITS, worst figure {worst:.1e}'
-  count = f', killed {kills} times' if kills else ''
+  if kills is not None:
+    words += f', killed {kills} times'
   say(
     what,
-    f'{words}{count}; {len(rows)} epochs',
-    {'equal': int(equal), 'worst': worst, 'kills': kills},
+    f'{words}, {len(rows)} epochs',
+    {'equal': None if kills == 0 else int(equal), 'worst': worst},
   )
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import machines
 import pytest
 
 from benchmarks import gpu
@@ -53,6 +54,13 @@ def python(text):
   return sys.executable, '-c', text
 
 
+def is_running(pid):
+  try:
+    return ' Z ' not in pathlib.Path('/proc', pid, 'stat').read_text()
+  except OSError:
+    return False
+
+
 def test_a_rehearsal_names_the_machine_and_judges_nothing(tmp_path):
   done, rows = rehearse(tmp_path, '--parts=photographs')
   assert done.returncode == 0, done.stdout
@@ -91,9 +99,7 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path):
     ('good', 'a', '2'),
     ('late', '', 'left out, no time'),
   ]
-  # A process that has ended and one that is not there look alike.
-  state = pathlib.Path('/proc', child.read_text().strip(), 'stat')
-  assert not state.exists() or ' Z ' in state.read_text()
+  machines.until(lambda: not is_running(child.read_text().strip()))
   assert 'Left out: --parts=late' in gpu.draw_table(rows, 1.0)
 
 
@@ -137,7 +143,7 @@ def test_every_part_is_rehearsed(tmp_path):
   for flags in ('none', 'deterministic'):
     *_, killed = rows[f'bits_{flags}']
     assert killed['values']['equal'] == 1  # On a CPU always.
-    assert killed['values']['kills'] == 1
+    assert 'killed 1 times' in killed['figure']
 
 
 @pytest.mark.slow
