@@ -56,14 +56,15 @@ def check(
   """
   workdir = None if workdir is None else paths.workdir(workdir)
   console = rich.console.Console(markup=False)
-  seen = inspection.inspect(
-    config,
-    workdir,
-    only=only,
-    skip=skip,
-    model=model,
-    allow_config_change=allow_config_change,
-  )
+  with activity.doing('looking for what is in the way'):
+    seen = inspection.inspect(
+      config,
+      workdir,
+      only=only,
+      skip=skip,
+      model=model,
+      allow_config_change=allow_config_change,
+    )
   _show_findings(seen.findings, console)
   with contextlib.suppress(errors.UserError):  # A finding says so.
     table = workdir and preflight.difference_table(config, workdir)
@@ -120,10 +121,11 @@ def _show_outlook(
     UserError: for any mistake in the config, the devices or the data.
   """
   config, cheap = seen.config, _cheap(seen)
-  tasks = _create_tasks(seen, cheap)
-  rates = {
-    task.stage.name: described.sample_learning_rate(task) for task in tasks
-  }
+  with activity.doing('building the networks'):
+    tasks = _create_tasks(seen, cheap)
+    rates = {
+      task.stage.name: described.sample_learning_rate(task) for task in tasks
+    }
   if not console.is_terminal:  # To be searched with grep.
     with progress_lib.Progress(len(tasks), console=console) as progress:
       progress.start_run([described.describe(task) for task in tasks])
