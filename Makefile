@@ -40,22 +40,27 @@ format: $(VENV)/installed-lint
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "jaxprog needs Python 3.11, 3.12 or 3.13; set PYTHON=python3.12")'
+	@echo 'Installing jaxprog, JAX, Flax and what else they need into $(VENV):' \
+	  '350 MB to download, 1.4 GB on disk.'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: requirements.txt pyproject.toml setup.py | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --editable .
+	$(RUN) -m pip install --editable .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(RUN) -m pip install --quiet --editable '.[test]'
+	@echo 'Installing what the tests need into $(VENV).'
+	$(RUN) -m pip install --editable '.[test]'
 	touch $@
 
 $(VENV)/installed-parity: $(VENV)/installed-test
-	$(RUN) -m pip install --quiet --editable '.[parity]'
+	@echo 'Installing PyTorch, timm, TensorFlow and the compiler for TPUs into $(VENV).'
+	$(RUN) -m pip install --editable '.[parity]'
 	touch $@
 
 $(VENV)/installed-lint: $(VENV)/installed
-	$(RUN) -m pip install --quiet --editable '.[lint]'
+	@echo 'Installing ruff, mypy and shellcheck into $(VENV).'
+	$(RUN) -m pip install --editable '.[lint]'
 	touch $@
 
 # All of that at once, for .ci/run. What is imported is compiled then: pip would

@@ -187,11 +187,15 @@ def test_a_run_that_waits_for_its_input_says_so(run_main, folder):
     f'--workdir={folder}/run',
     '--config.num_workers=1',
     '--config.stages[0].storage=original',
-    '--config.stages[0].num_epochs=1',
+    '--config.stages[0].num_epochs=2',
     '--config.stages[0].phases=()',
   )
   assert result.returncode == 0, result.stderr
-  assert 'limited by its input' in result.stdout
+  lines = result.stdout.splitlines()
+  (said,) = [i for i, x in enumerate(lines) if 'limited by its input' in x]
+  # Below a row, and not that of the epoch in which workers begin.
+  assert 'event=epoch stage=all epoch=2/2' in lines[said - 1]
+  assert len(lines[said]) < 120
   stage = only_stage(folder / 'run')
   assert stage['epochs'][0]['input_wait'] > 0.05
   assert 'workers would do, there are 1' in stage['input_limit']

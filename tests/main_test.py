@@ -1,11 +1,14 @@
 """What users do: the command line, in a process of its own."""
 
+import itertools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import history_fixture
 import pytest
@@ -286,6 +289,67 @@ def test_the_command_line_is_a_script_a_package_and_a_module(tmp_path):
       text=True,
     )
     assert result.stdout == f'jaxprog {version.VERSION}\n', result.stderr
+
+
+def test_the_first_line_comes_before_jax_is_loaded(tmp_path):
+  os.mkfifo(tmp_path / 'fifo')
+  (tmp_path / 'jax').mkdir()
+  # In the place of JAX: what is loaded only once a line has come.
+  held = f'open({str(tmp_path / "fifo")!r}).read()\nraise SystemExit(3)\n'
+  (tmp_path / 'jax' / '__init__.py').write_text(held)
+  for mode, name in (('train', 'stdout'), ('eval', 'stderr')):
+    process = subprocess.Popen(
+      [sys.executable, 'main.py', f'--mode={mode}', f'--config={CONFIG}:none'],
+      cwd=runs.ROOT,
+      env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    stream = getattr(process, name)
+    assert select.select([stream], [], [], 60)[0]
+    what = f'"jaxprog {version.VERSION}, {mode}"'
+    assert stream.readline() == f'event=doing what={what} seconds=0\n'
+    (tmp_path / 'fifo').write_text('')
+    process.communicate(timeout=60)
+    assert process.returncode == 3
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_a_run_from_nothing_is_never_silent_for_ten_seconds(tmp_path):
+  env = {**os.environ}
+  env.pop('JAX_COMPILATION_CACHE_DIR')
+  began = time.monotonic()
+  process = subprocess.Popen(
+    [
+      sys.executable,
+      'main.py',
+      '--config=quickstart',
+      f'--workdir={tmp_path}/run',
+      f'--config.data_dir={tmp_path}/data',
+      f'--config.compilation_cache_dir={tmp_path}/cache',
+    ],
+    cwd=runs.ROOT,
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  lines = [(0.0, '')]
+  lines += [(time.monotonic() - began, line) for line in process.stdout]
+  assert process.wait() == 0
+  lines.append((time.monotonic() - began, 'the end'))
+  gaps = [
+    (now - before, line)
+    for (before, _), (now, line) in itertools.pairwise(lines)
+  ]
+  print(''.join(f'{at:7.2f}  {line}' for at, line in lines))
+  assert gaps[0][0] < 2.0
+  assert max(gaps)[0] < 10.0, max(gaps)
+  text = ''.join(line for _, line in lines)
+  assert f'report   {tmp_path}/run/report.html' in text
+  assert f'main.py --mode=eval --workdir={tmp_path}/run' in text
 
 
 def test_every_flag_is_for_some_mode():

@@ -81,7 +81,7 @@ def test_all_problems_are_listed_at_once(run_main, config, tmp_path):
     devices=8,
   )
   assert result.returncode == 2
-  assert result.stderr == ''
+  assert all(x.startswith('event=doing ') for x in result.stderr.splitlines())
   lines = result.stdout.split('\n')
   crossed = '\n'.join(x for x in lines if x.startswith('✗ '))
   for text in (
@@ -97,6 +97,31 @@ def test_all_problems_are_listed_at_once(run_main, config, tmp_path):
   assert '5 to mend.' in result.stdout
   assert 'event=plan' not in result.stdout
   assert [x.name for x in tmp_path.iterdir()] == ['file']
+
+
+def test_absent_data_is_said_once_and_planned_as_it_is_published(tmp_path):
+  words = [
+    f'--config.stages[{i}].{field}'
+    for i in (0, 1)
+    for field in ('dataset=imagenette', 'classes=()', 'num_classes=10')
+  ]
+  result = runs.call_main(
+    f'--config={CONFIG}:{tmp_path}',
+    '--mode=check',
+    '--only=three,ten',
+    '--config.check_steps=0',
+    *words,
+  )
+  assert result.returncode == 2, result.stderr
+  findings, plan = result.stdout.split('1 to mend.')
+  assert (
+    "✗ stages 'three', 'ten': The dataset 'imagenette' is missing" in findings
+  )
+  assert findings.count('is missing') == 1
+  assert 'learning rates, first step to last' in plan
+  assert 'num_train_images=9469' in plan
+  assert '9,469 training and 3,925 evaluation images' in plan
+  assert "the mission's range" in plan
 
 
 def test_the_findings_come_first_in_signs_that_any_pipe_can_carry(
@@ -119,7 +144,7 @@ def test_the_findings_come_first_in_signs_that_any_pipe_can_carry(
   assert result.stdout.isascii()
   assert result.stdout.startswith('+ config: three, ten, ten_again\n')
   findings, plan = result.stdout.split('0 to mend.')
-  assert "\n+ stage 'ten': digits is prepared" in findings
+  assert "\n+ stages 'ten', 'ten_again': digits is prepared" in findings
   assert 'event=plan stage=ten' in plan
   assert (tmp_path / 'é' / 'learning_rates.png').is_file()
 

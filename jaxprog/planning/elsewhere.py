@@ -15,7 +15,7 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -25,7 +25,7 @@ from jaxprog import files, named, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import preparation, records
 from jaxprog.monitoring import activity
-from jaxprog.planning import chips, costs, outlook
+from jaxprog.planning import absent, chips, costs, outlook
 from jaxprog.training import devices, xla_flags
 from jaxprog.training import setup as setup_lib
 
@@ -210,23 +210,7 @@ def _count_dataset(
         found, stage.holdout_part, f'stage {stage.name!r}'
       )
     return found
-  classes = stage.classes or tuple(map(str, range(known.classes)))
-  part = len(classes) / known.classes
-  held = round(known.train * part * stage.holdout_part)
-  train, evaluated = round(known.train * part) - held, round(known.eval * part)
-
-  def split(number: int) -> records.Records:
-    """Returns what has a length, and no images."""
-    return cast(records.Records, range(number))
-
-  return records.Dataset(
-    name=stage.dataset,
-    classes=classes,
-    class_names=classes,
-    train=split(train),
-    eval=split(evaluated),
-    holdout=split(held) if held else None,
-  )
+  return absent.count_dataset(stage, known)
 
 
 _Key = tuple[str, setup_lib.Program]
@@ -353,7 +337,7 @@ def _describe(
   topology: chips.Topology,
   compiled: Mapping[_Key, tuple[float, _Compiled]],
 ) -> outlook.Outlook:
-  stage, dataset = task.stage, task.dataset
+  stage = task.stage
   steps = [
     _count_step(task, topology, program, count, *compiled[stage.name, program])
     for program, count in costs.steps_by_program(task).items()
@@ -366,11 +350,7 @@ def _describe(
     found.notes.append(
       'traffic and sums are those of one micro-batch times their number'
     )
-  if not isinstance(dataset.train, records.Records):
-    found.notes.append(
-      f'{stage.dataset} is not here: {len(dataset.train):,} training and '
-      f'{len(dataset.eval):,} evaluation images, as published'
-    )
+  found.notes += absent.describe(task)
   return found
 
 

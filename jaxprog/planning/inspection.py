@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 from packaging import requirements, specifiers
 
-from jaxprog import buckets, errors, formats, paths
+from jaxprog import buckets, errors, formats, named, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import (
   builders,
@@ -51,6 +51,8 @@ class Finding(NamedTuple):
   what: str
   # The command or the change that mends it, '' if none is known.
   fix: str = ''
+  # Whether all that is wrong is that data is not here whose numbers are known.
+  is_absent: bool = False
 
 
 class Data(NamedTuple):
@@ -267,19 +269,30 @@ def _check_network(seen: Inspection) -> Iterator[Finding]:
 
 
 def _check_datasets(seen: Inspection) -> Iterator[Finding]:
+  """Yields what there is of each dataset; the fault of one is said once."""
+  found: dict[Finding, list[str]] = {}
   for stage in seen.chosen:
     where = f'stage {stage.name!r}'
     try:
       finding = _check_dataset(seen, stage, where)
     except errors.UserError as e:
-      named = e.where.removeprefix(where).lstrip('., ')
-      what = e.what.removesuffix('.') + f' ({named})' * bool(named)
-      finding = Finding(
-        False, what, preflight.mend(stage.dataset, e.suggestion)
-      )
+      place = e.where.removeprefix(where).lstrip('., ')
+      what = e.what.removesuffix('.') + f' ({place})' * bool(place)
+      fix = preflight.mend(stage.dataset, e.suggestion)
+      finding = Finding(False, what, fix, is_absent=_is_absent(seen, stage))
     except OSError as e:
       finding = Finding(False, f'{stage.dataset}: {e}')
-    yield finding._replace(what=f'{where}: {finding.what}')
+    found.setdefault(finding, []).append(repr(stage.name))
+  for finding, names in found.items():
+    stages = f'stage{"s" * (len(names) > 1)} {", ".join(names)}'
+    yield finding._replace(what=f'{stages}: {finding.what}')
+
+
+def _is_absent(seen: Inspection, stage: stages_lib.Stage) -> bool:
+  """Returns whether a dataset is not here, and how many images it has."""
+  known = named.find(stage.dataset).published
+  data_dir = paths.data_dir(seen.config)
+  return known is not None and not preparation.is_here(stage.dataset, data_dir)
 
 
 def _check_dataset(

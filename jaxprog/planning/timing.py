@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxprog import errors, formats
 from jaxprog.data import loader
-from jaxprog.planning import costs, outlook
+from jaxprog.planning import absent, costs, outlook
 from jaxprog.training import devices, preflight
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import steps as steps_lib
@@ -35,6 +35,7 @@ def measure(task: setup_lib.Task, num_steps: int) -> outlook.Outlook:
   the end of the look at others. Without `num_steps` nothing is compiled.
   """
   found, stage = outlook.look_ahead(task), task.stage
+  found.notes += absent.describe(task)
   if stage.scale_learning_rate:
     found.notes.append(
       f'learning rate {stage.learning_rate:g} x {stage.batch_size} / '
@@ -90,8 +91,9 @@ def _measure(
   )
   found.step_seconds = seconds / task.steps.total
   found.step_measured = True
-  found.input_seconds = _time_input(task, num_steps)
-  found.fed_step_seconds = _together(found.step_seconds, found.input_seconds)
+  if absent.is_read(task):
+    found.input_seconds = _time_input(task, num_steps)
+    found.fed_step_seconds = _together(found.step_seconds, found.input_seconds)
   found.evaluation_seconds = _time_evaluation(task, found)
 
 

@@ -12,13 +12,14 @@ import rich.console
 import rich.text
 from ml_collections import config_dict
 
-from jaxprog import buckets, errors, files, formats, paths, stages
+from jaxprog import buckets, errors, files, formats, named, paths, stages
+from jaxprog.data import records
 from jaxprog.monitoring import activity
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import progress as progress_lib
-from jaxprog.planning import costs, inspection, outlook, timing
+from jaxprog.planning import absent, costs, inspection, outlook, timing
 from jaxprog.reliability import copies
-from jaxprog.reporting import plots
+from jaxprog.reporting import facts, plots
 from jaxprog.training import described, preflight, preview
 from jaxprog.training import run as run_lib
 from jaxprog.training import setup as setup_lib
@@ -48,38 +49,37 @@ def check(
 ) -> int:
   """Returns 0 if nothing is in the way of training `config`, else 2.
 
-  Prints what was looked at; then, where the data is prepared, the network,
-  each stage's learning rate, what it costs and what the scorecard compares.
-  Saves WORKDIR/plan.json, learning_rates.png and the first training images,
-  augmented_STAGE.png, where there is a `workdir`.
+  Prints what was looked at; then the network, each stage's learning rate, what
+  it costs and what the scorecard compares, also of data that is not here if its
+  numbers are known. Saves WORKDIR/plan.json, learning_rates.png and, where its
+  data is prepared, a stage's first training images, augmented_STAGE.png, where
+  there is a `workdir`.
   """
   workdir = None if workdir is None else paths.workdir(workdir)
   console = rich.console.Console(markup=False)
-  seen = inspection.inspect(
-    config,
-    workdir,
-    only=only,
-    skip=skip,
-    model=model,
-    allow_config_change=allow_config_change,
-  )
+  with activity.doing('looking for what is in the way'):
+    seen = inspection.inspect(
+      config,
+      workdir,
+      only=only,
+      skip=skip,
+      model=model,
+      allow_config_change=allow_config_change,
+    )
   _show_findings(seen.findings, console)
   with contextlib.suppress(errors.UserError):  # A finding says so.
     table = workdir and preflight.difference_table(config, workdir)
     if table:
       console.print(table)
-  if any(x.ok is False for x in seen.findings):
+  if any(x.ok is False and not x.is_absent for x in seen.findings):
     console.print('The plan comes once that is mended.')
     return 2
-  if any(x.raw and x.raw.num_images > _FEW_IMAGES for x in seen.data.values()):
-    console.print('The plan comes once the data is prepared.')
-    return 0
   try:
     _show_outlook(seen, console)
   except errors.UserError as e:
     _show_findings([inspection.crossed(e)], console)
     return 2
-  return 0
+  return 2 if any(x.ok is False for x in seen.findings) else 0
 
 
 def _show_findings(
@@ -122,10 +122,11 @@ def _show_outlook(
     UserError: for any mistake in the config, the devices or the data.
   """
   config, cheap = seen.config, _cheap(seen)
-  tasks = _create_tasks(seen, cheap)
-  rates = {
-    task.stage.name: described.sample_learning_rate(task) for task in tasks
-  }
+  with activity.doing('building the networks'):
+    tasks = _create_tasks(seen, cheap)
+    rates = {
+      task.stage.name: described.sample_learning_rate(task) for task in tasks
+    }
   if not console.is_terminal:  # To be searched with grep.
     with progress_lib.Progress(len(tasks), console=console) as progress:
       progress.start_run([described.describe(task) for task in tasks])
@@ -172,21 +173,49 @@ def _show_outlook(
 def _create_tasks(
   seen: inspection.Inspection, config: config_dict.ConfigDict
 ) -> tuple[setup_lib.Task, ...]:
-  """Returns the stages of `config` as they will go on in the workdir."""
+  """Returns the stages of `config` as they will go on in the workdir.
+
+  Where images are only counted, they are stages of a run that has not begun.
+  """
+  counted = _count_datasets(seen)
+  here = [x.name for x in seen.chosen if x.name not in counted]
   run = seen.workdir or pathlib.Path(os.devnull)
   if any(
     x.name == 'latest' and x.status == 'damaged' for x in seen.checkpoints
   ):
     # Training sets it aside first; below no folder no stage has begun.
     run = pathlib.Path(os.devnull)
-  setup = setup_lib.create_setup(
-    config,
-    only=seen.only,
-    skip=seen.skip,
-    model=seen.model,
-    holdout_rules=history_lib.holdout_rules(run_lib.read_history(run)),
-  )
-  return run_lib.create_tasks(setup, run)
+  found: dict[str, records.Dataset] = {}
+  if here:
+    setup = setup_lib.create_setup(
+      config,
+      only=here,
+      model=seen.model,
+      holdout_rules=history_lib.holdout_rules(run_lib.read_history(run)),
+    )
+    if not counted:
+      return run_lib.create_tasks(setup, run)
+    found |= setup.datasets
+  known = stages.create_stages(config)
+  chosen = stages.select(known, seen.only, seen.skip)
+  datasets = {**found, **counted}
+  setup = setup_lib.assemble(config, known, chosen, datasets, seen.model)
+  return tuple(setup_lib.create_task(setup, stage) for stage in chosen)
+
+
+def _count_datasets(seen: inspection.Inspection) -> dict[str, records.Dataset]:
+  """Returns by stage what is not here, or would be prepared for long."""
+  counted = {}
+  for stage in seen.chosen:
+    dataset, raw = seen.data[stage.name]
+    if dataset or (raw and raw.num_images <= _FEW_IMAGES):
+      continue
+    known = (
+      absent.count_raw(raw) if raw else named.find(stage.dataset).published
+    )
+    if known:
+      counted[stage.name] = absent.count_dataset(stage, known)
+  return counted
 
 
 def _show_rates(
@@ -227,9 +256,10 @@ def _show_costs(
     about = 'about ' if measured else 'very roughly '
     took = formats.duration(seconds)
     outlook.say(f'The ladder will take {about}{took}.', console, 'bold')
-  title = "what the scorecard will compare: the mission's range"
-  outlook.say(f'\n{title}', console, 'bold')
-  console.print(outlook.expectation_table(stages))
+  if any(x['dataset'] in facts.EXPECTATIONS for x in stages):
+    title = "what the scorecard will compare: the mission's range"
+    outlook.say(f'\n{title}', console, 'bold')
+    console.print(outlook.expectation_table(stages))
 
 
 def _describe_measuring(num_steps: int) -> str:

@@ -61,7 +61,8 @@ def evaluate(
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
   )
-  quiet = jax.process_index() != 0
+  if quiet := jax.process_index() != 0:
+    activity.silence()
   console = rich.console.Console(
     stderr=True, quiet=quiet, highlight=False, markup=False
   )

@@ -1,0 +1,37 @@
+import types
+
+import pytest
+
+from jaxprog.training import compile_times
+
+
+def create_task(folder, optimizer='adamw'):
+  """Returns what compile_times looks at."""
+  return types.SimpleNamespace(
+    config=types.SimpleNamespace(compilation_cache_dir=str(folder)),
+    stage=types.SimpleNamespace(optimizer=optimizer),
+    model='network',
+    train_steps={'step': None},
+  )
+
+
+def test_what_was_compiled_before_is_known_until_the_cache_is_gone(tmp_path):
+  task, other = create_task(tmp_path), create_task(tmp_path, 'lamb')
+  assert compile_times.last(task) is None
+  with compile_times.noted(task):
+    pass
+  assert compile_times.last(create_task(tmp_path)) == pytest.approx(0, abs=1)
+  assert compile_times.last(other) is None
+  (path,) = tmp_path.iterdir()
+  path.write_bytes(b'{')
+  assert compile_times.last(task) is None
+  with compile_times.noted(other):
+    pass
+  assert compile_times.last(other) is not None
+
+
+def test_without_a_cache_nothing_is_kept():
+  task = create_task('')
+  with compile_times.noted(task):
+    pass
+  assert compile_times.last(task) is None
