@@ -55,6 +55,8 @@ def _describe(x: fields.Field, comment: str) -> str:
   values = ', '.join(f'`{choice}`' for choice in x.choices)
   if values and x.pattern != fields.Field.pattern:
     values = f'such as {values}'
+  if values and x.kind == tuple[str, ...]:
+    values = f'any of {values}'
   if not values:
     values = fields.WANTED[x.kind].removeprefix('a ')
     if x.within != fields.Field.within:

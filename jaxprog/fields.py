@@ -276,8 +276,7 @@ class ConfigFields:
   # Without a step, an evaluated batch or a save for so long, a run prints what
   # all its threads are doing and ends; 0: never.
   watchdog_minutes: float = field(30.0, unit='minutes', free=True, local=True)
-  # What follows the run: 'tensorboard', 'csv', 'wandb', 'mlflow', 'trackio'
-  # (docs/loggers.md), as many as you like.
+  # Who is told the figures of a run (docs/loggers.md), as many as you like.
   loggers: tuple[str, ...] = field(
     ('tensorboard',),
     choices=('csv', 'mlflow', 'tensorboard', 'trackio', 'wandb'),

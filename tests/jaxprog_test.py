@@ -5,11 +5,14 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_config
 from flax import linen as nn
 
 import jaxprog
+from jaxprog.monitoring import pictures
+from jaxprog.reporting import shown
 
 
 class Plain(nn.Module):
@@ -68,8 +71,38 @@ def test_a_model_and_a_stage_of_ones_own(data_dir, tmp_path):
   assert two['transfer']['fresh'] == ['head']
   assert three['stem'] is None
   assert 'two' in jaxprog.report(history)
+  assert isinstance(jaxprog.report(history), str)
+  assert '&lt;!DOCTYPE' in jaxprog.report(history)._repr_html_()
+  assert isinstance(history, dict)
+  assert history._repr_html_().count('<tr>') == 3
+  figure = jaxprog.plot_history(history)
+  assert not list(tmp_path.glob('*.png'))
   jaxprog.plot_history(history, tmp_path / 'picture.png')
-  assert (tmp_path / 'picture.png').stat().st_size > 10_000
+  written = (tmp_path / 'picture.png').read_bytes()
+  assert written == figure._repr_png_()
+
+
+def test_what_is_not_as_by_default_is_shown_of_a_config(data_dir):
+  config = tiny_config.get_config(data_dir)
+  html = shown.config_html(config)
+  for name, value in {'num_filters': '4', 'batch_size': '48'}.items():
+    row = html.partition(f'<code>{name}</code>')[2].partition('</tr>')[0]
+    assert f'<b class="changed">{value}</b>' in row
+  assert '<code>seed</code>' not in html
+  assert shown.config_html(config.stage_defaults) is None
+
+
+def test_images_are_shown_before_anything_is_trained(data_dir):
+  config = tiny_config.get_config(data_dir)
+  picture = jaxprog.show_batch(config, 'three')
+  step = pictures.TILE + pictures.GAP
+  assert picture.width == pictures.COLUMNS * step + pictures.GAP
+  # Digits are white on black.
+  tile = np.asarray(picture)[pictures.GAP : step, pictures.GAP : step, 0]
+  assert tile.min() < 50
+  assert tile.max() > 150
+  with pytest.raises(jaxprog.UserError, match='thre'):
+    jaxprog.show_batch(config, 'thre')
 
 
 def test_a_stage_that_was_not_trained_cannot_be_evaluated(data_dir, tmp_path):

@@ -137,12 +137,12 @@ def test_hparams_are_what_is_not_as_by_default_beside_the_final_top1(
 def test_the_server_shows_the_pictures_of_a_stage(server, trained, stage):
   record = next(s for s in trained[2]['stages'] if s['name'] == stage)
   found = record['diagnostics']
-  rows = -(-preview._MAX_IMAGES // 8)
+  rows = -(-preview._MAX_IMAGES // pictures.COLUMNS)
   lines = 2 if stage == 'three' else 1  # Both classes of a mixed image.
   step = pictures.TILE + pictures.GAP
   height = rows * (step + lines * pictures.LINE) + pictures.GAP
   expected = {
-    'augmented': (height, 8 * step + pictures.GAP),
+    'augmented': (height, pictures.COLUMNS * step + pictures.GAP),
     'worst': pictures.draw_worst(found).shape[:2],
     'confusion': pictures.draw_confusion(found).shape[:2],
   }
@@ -151,9 +151,12 @@ def test_the_server_shows_the_pictures_of_a_stage(server, trained, stage):
     encoded = server.get_picture(tag)
     image = Image.open(io.BytesIO(encoded))
     assert (image.height, image.width) == shape
-    if name != 'augmented':
-      drawn = pictures.draw_mistakes(stage, found)[tag]
-      np.testing.assert_array_equal(np.asarray(image), drawn)
+    drawn = (
+      jaxprog.show_batch(trained[0], stage)
+      if name == 'augmented'
+      else pictures.draw_mistakes(stage, found)[tag]
+    )
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(drawn))
 
 
 def test_each_stage_is_traced(trained):

@@ -68,8 +68,9 @@ def test_the_picture_is_what_the_first_step_feeds_the_network(data_dir, mixed):
   scale = pictures.TILE // 8
   step_y = pictures.TILE + pictures.GAP + pictures.LINE * (2 if mixed else 1)
   for i, image in enumerate(see(task, batch)[: preview._MAX_IMAGES]):
-    y = pictures.GAP + i // 8 * step_y
-    x = pictures.GAP + i % 8 * (pictures.TILE + pictures.GAP)
+    row, column = divmod(i, pictures.COLUMNS)
+    y = pictures.GAP + row * step_y
+    x = pictures.GAP + column * (pictures.TILE + pictures.GAP)
     tile = grid[y : y + pictures.TILE, x : x + pictures.TILE][::scale, ::scale]
     # One grey level: two compiled programs may round differently.
     np.testing.assert_allclose(tile.astype(int), image.astype(int), atol=1)

@@ -33,7 +33,7 @@ _BEST = Markup('<td style="text-align:right"><b>{}</b></td>')
 _TITLE = Markup('<p><b>{}</b> {}</p>')
 _STATUS = Markup('<p><progress value="{}" max="{}"></progress> {}</p>')
 _MESSAGES = Markup(
-  '<details><summary>{} messages, the last: {}</summary><pre>{}</pre></details>'
+  '<details><summary>{} messages</summary><pre>{}</pre></details>'
 )
 
 
@@ -116,7 +116,12 @@ class View:
     """Keeps `text`, folded below the tables."""
     buffer = io.StringIO()
     console = rich.console.Console(
-      file=buffer, width=100, force_jupyter=False, markup=False
+      file=buffer,
+      width=100,
+      force_jupyter=False,
+      force_terminal=False,
+      color_system=None,
+      markup=False,
     )
     console.print(text, soft_wrap=isinstance(text, str), highlight=False)
     self._messages.append(buffer.getvalue().rstrip())
@@ -141,7 +146,6 @@ class View:
   def _html(self) -> str:
     parts = [stage.html() for stage in self._stages]
     if self._messages:
-      last = self._messages[-1].strip().partition('\n')[0]
       said = '\n'.join(self._messages)
-      parts.append(_MESSAGES.format(len(self._messages), last, said))
+      parts.append(_MESSAGES.format(len(self._messages), said))
     return str(_NOTHING.join([*parts, self._status]))

@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 # Pixels: the side of an image in a grid, and of a matrix's cell.
-TILE, CELL, GAP, FONT_SIZE = 112, 34, 8, 12
+TILE, CELL, GAP, FONT_SIZE = 112, 34, 8, 14
+# TensorBoard shows a grid 350 pixels wide, and its captions have to be read.
+COLUMNS = 4
 LINE = FONT_SIZE + 4
 # More classes would not be legible side by side.
 MAX_CLASSES = 20
@@ -24,7 +26,7 @@ _FONT = ImageFont.load_default(FONT_SIZE)
 def draw_grid(
   images: Sequence[np.ndarray],
   captions: Sequence[Sequence[str]],
-  columns: int = 8,
+  columns: int = COLUMNS,
 ) -> np.ndarray:
   """Returns images side by side with the lines of their captions below.
 

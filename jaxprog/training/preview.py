@@ -15,7 +15,7 @@ from jaxprog.data import loader
 from jaxprog.monitoring import pictures
 from jaxprog.training import augment, setup, steps
 
-_MAX_IMAGES = 32
+_MAX_IMAGES = 16
 
 
 def show_batch(

@@ -1,0 +1,58 @@
+"""The notebook of docs/: run as it stands, and as it is committed."""
+
+import importlib.util
+import os
+import pathlib
+import sys
+
+import pytest
+
+nbformat = pytest.importorskip('nbformat', reason='needs the extra test')
+nbclient = pytest.importorskip('nbclient', reason='needs the extra test')
+
+ROOT = pathlib.Path(__file__).parent.parent
+PATH = ROOT / 'docs' / 'notebook.ipynb'
+
+
+def code_cells(notebook):
+  return [x for x in notebook.cells if x.cell_type == 'code']
+
+
+def kinds(cell):
+  """Returns what the outputs of a cell can be shown as."""
+  return [set(x.get('data', {})) for x in cell.outputs if x.get('data')]
+
+
+def check_outputs(notebook):
+  config, batch, train, _, history, figure, report = code_cells(notebook)
+  assert 'bold: not the default' in config.outputs[0].data['text/html']
+  assert 'text/html' in kinds(config)[0]
+  assert 'image/png' in kinds(batch)[-1]
+  # One output for the whole run, and no lines of events.
+  (shown,) = [x for x in train.outputs if x.get('data')]
+  html = shown.data['text/html']
+  assert html.count('<table>') == 2
+  assert html.count('done, best top-1') == 2
+  assert 'progress' not in html
+  assert 'event=' not in str(train.outputs)
+  assert 'image/png' in history.outputs[0].data['text/html']
+  assert 'image/png' in kinds(figure)[0]
+  assert 'Training report' in report.outputs[0].text
+
+
+def test_it_is_committed_with_its_outputs():
+  check_outputs(nbformat.read(PATH, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec('ipykernel') is None, reason='needs the extra test'
+)
+def test_it_runs_as_it_stands(tmp_path, monkeypatch):
+  monkeypatch.setenv('PYTHONPATH', f'{ROOT}{os.pathsep}{sys.path[0]}')
+  notebook = nbformat.read(PATH, 4)
+  for cell in code_cells(notebook):
+    cell.outputs = []
+  place = {'metadata': {'path': str(tmp_path)}}
+  nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
+  check_outputs(notebook)
