@@ -20,8 +20,8 @@ _UNITS = 1000.0
 # Pixels around the plot that its outermost marks and letters need, and above
 # one whose points have labels.
 _TOP, _BOTTOM, _HEAD = 10.0, 8.0, 28.0
-# With more points to a line, dots would run into one another.
-_MAX_DOTS = 60
+# With more points to a chart, dots would run into one another.
+_MAX_DOTS = 200
 # Pixels of a line of letters.
 _LINE = 15.0
 # Labels closer than this part of the width would touch on a telephone, and so
@@ -403,7 +403,7 @@ def heat_map(
       'td',
       count or None,
       title=f'{names[i]} taken for {names[j]}: {count:,} of {total:,}',
-      class_=('right' if i == j else 'wrong') + ' strong' * (part > 0.5),
+      class_='right' if i == j else 'wrong',
       style=f'--part:{12 + 88 * part:.0f}%' if count else None,
     )
 
@@ -532,7 +532,7 @@ def _draw_lines(
 ) -> list[Html]:
   """Returns lines, and dots: of all points or of those without neighbours."""
   paths, dots = [], []
-  longest = max((len(x.points) for x in lines if not x.stairs), default=0)
+  count = sum(len(x.points) for x in lines if not x.stairs)
   for line in lines:
     commands = []
     shown = [
@@ -549,7 +549,7 @@ def _draw_lines(
         continue
       commands.append(f'{"L" if goes_on else "M"}{left * _UNITS:.2f} {top:.2f}')
       alone = not goes_on and not any(shown[i + 1 : i + 2])
-      if alone or (longest <= max_dots and not line.stairs):
+      if alone or (count <= max_dots and not line.stairs):
         dots.append(_dot(left, top, 3, f'dot {line.style}'))
     path = ' '.join(commands)
     paths.append(tag('path', class_=f'line {line.style}', d=path))
