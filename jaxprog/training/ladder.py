@@ -140,10 +140,10 @@ def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
 
   ahead = run.compiler.submit(prepare, run.tasks[0])
   for following in [*run.tasks[1:], None]:
-    began = time.monotonic()
+    asked = time.monotonic()
     with run.dog.pause():  # Large networks compile for long.
       task = ahead.result()
-    run.waited[task.stage.name] = time.monotonic() - began
+    run.waits[task.stage.name] = time.monotonic() - asked
     if following is not None:
       ahead = run.compiler.submit(prepare, following)
     yield task
@@ -173,11 +173,7 @@ def _run_stage(
     checkpoints.Checkpoints(directory, run.note) as saved,
   ):
     course, state = _open_stage(run, index, task, saved)
-    waited = run.waited[name]
-    course.left = left and left + waited
-    course.record['compile_seconds'] = waited + course.record.get(
-      'compile_seconds', 0.0
-    )
+    course.left = left and left + run.waits[name]
     state = loop.train_stage(course, state)
     _finish_stage(course, state)
     left = time.monotonic()
@@ -196,6 +192,8 @@ def _open_stage(
   name = task.stage.name
   run.dog.beat(f'the start of {name}')
   state, record, is_saved = _resume(run, task, saved) or _begin(run, task)
+  waited = record.get('compile_seconds', 0.0) + run.waits.get(name, 0.0)
+  record['compile_seconds'] = waited
   run.save_history()
   run.save_stages(running=name)
   run.progress.start_stage(

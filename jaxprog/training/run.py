@@ -55,8 +55,8 @@ class Run:
   began: float
   # By stage, at even distances in epochs; sampled by the compiler's thread.
   rates: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-  # By stage, the seconds that it has waited for the compiler in this call.
-  waited: dict[str, float] = dataclasses.field(default_factory=dict)
+  # Seconds that stages waited for the compiler.
+  waits: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def save_history(self) -> None:
     """Writes training_history.json, on the process that writes."""

@@ -92,7 +92,7 @@ def line_chart(
   x_label: str,
   format_y: Callable[[float], str],
   summary: str,
-  format_x: Callable[[float], str] | None = None,
+  format_x: Callable[[float], str] = '{:g}'.format,
   height: float = 220,
   spans: Sequence[Span] = (),
   marks: Sequence[Mark] = (),
@@ -110,7 +110,7 @@ def line_chart(
     x_end: end of the horizontal axis.
     x_label: what the horizontal axis counts.
     format_y: writes a tick of the vertical axis.
-    format_x: writes one of the horizontal axis, which then cannot be zoomed.
+    format_x: writes one of the horizontal axis.
     summary: the chart in a sentence, for those who cannot see it.
     height: of the plot, in pixels.
     spans: of stages, every other one shaded, named above the plot.
@@ -118,21 +118,16 @@ def line_chart(
     labels: named points; of those that would touch, the last ones stay.
     hints: x and what the pointer shows nearest to it.
     sign: what the dot of a label stands for; with its interval, if it has one.
-    names_at_ends: whether lines are named where they end, if there is room.
+    names_at_ends: lines are named where they end, if there is room, and the
+      chart cannot be zoomed.
   """
   plane = _Plane(x_end, y, height, _HEAD if labels else _TOP)
-  bands = [
-    _bar((plane.left(span.begin), plane.left(span.end)), (0, height), 'band')
-    for span in spans[1::2]
-  ]
   shapes = [
     *_draw_lines(series, plane),
     *(_mark_shape(mark, plane) for mark in marks),
     *_label_shapes(labels, plane, series),
     *_hint_strips(hints, plane),
   ]
-  said = format_x or '{:g}'.format
-  style = 'named ' * names_at_ends + 'zoom' * (format_x is None)
   return tag(
     'figure',
     tag('figcaption', tag('b', title), *_legend(series, marks, labels, sign)),
@@ -141,16 +136,21 @@ def line_chart(
       shapes,
       height,
       [(plane.top(tick), format_y(tick)) for tick in y.ticks()],
-      [(plane.left(x), said(x)) for x in Scale(0, x_end).ticks(6)],
+      [(plane.left(x), format_x(x)) for x in Scale(0, x_end).ticks(6)],
       f'{title}. {summary}',
-      bands,
+      [_band(span, plane) for span in spans[1::2]],
       _end_names(series, plane) if names_at_ends else None,
     ),
     tag('p', x_label, class_='axis-label'),
-    class_=style.strip() or None,
+    class_='named' if names_at_ends else 'zoom',
     data_axis=x_label,
     data_end=f'{x_end:g}',
   )
+
+
+def _band(span: Span, plane: _Plane) -> Html:
+  ends = plane.left(span.begin), plane.left(span.end)
+  return _bar(ends, (0, plane.height), 'band')
 
 
 def _end_names(series: Sequence[Series], plane: _Plane) -> Html:
