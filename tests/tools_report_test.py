@@ -238,7 +238,7 @@ def test_several_runs_stand_side_by_side(tmp_path, capsys):
   assert 'n = 1' in page
   # What one of them has not run is no result of all.
   assert 'Not in every run: tiny_imagenet.' in page
-  assert page.index('Best top-1') < page.index('Config differences')
+  assert page.index('id="results"') < page.index('id="config"')
   assert 'Without a config.json: third.' in page
 
 
