@@ -91,6 +91,10 @@ class Browser:
     self.call('Emulation.setEmulatedMedia', features=[scheme])
     self.events.clear()
     self.call('Page.navigate', url=path.resolve().as_uri())
+    self.wait_for_load()
+
+  def wait_for_load(self):
+    """Returns once a page is loaded, since the events were cleared."""
     while not self.events_of('Page.loadEventFired'):
       self.events.append(self._receive())
 

@@ -7,6 +7,7 @@ their flags are read.
 
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 
@@ -109,3 +110,10 @@ def test_modes_are_all_documented():
   text = ''.join((ROOT / page).read_text() for page in PAGES)
   for mode in cli.MODES:
     assert f'--mode={mode}' in text or mode == 'train'
+
+
+def test_a_picture_of_a_terminal_has_what_was_written_last():
+  made = runpy.run_path(str(ROOT / 'docs' / 'make_pictures.py'))
+  again = '\r\x1b[2K\x1b[1A\x1b[2K'  # Up a line, both erased.
+  text = f'one\r\ntwo{again}\x1b[32mONE\x1b[0m\r\nTWO 1\r\x1b[2KTWO 2\r\n'
+  assert made['screen'](text) == '\x1b[32mONE\x1b[0m\nTWO 2'

@@ -1,6 +1,7 @@
 import base64
 import csv
 import io
+import itertools
 import math
 import operator
 import re
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jaxprog import config as config_lib
-from jaxprog import stages, start_from
+from jaxprog import files, stages, start_from
 from jaxprog.reporting import baselines, rundir
 from jaxprog.reporting import timeline as timeline_lib
 from jaxprog.reporting.page import (
@@ -562,17 +563,13 @@ def test_every_colour_of_text_can_be_read_in_light_and_dark():
     for part in re.split('prefers-color-scheme: dark', style.CSS)
   ]
   assert len(themes) == 2
-  texts = re.findall(r'(?<![-\w])(?:color|fill): var\(--([\w-]+)\)', style.CSS)
-  # What only fills bars, or lies on one.
-  texts = set(texts) - {'band', 'bar', 'wait', 'eval', 'hand', 'rule'}
-  assert {'ink', 'soft', 'accent', 'val', 's4'} <= texts | {'s4'}
-  for theme in themes:
-    theme = {**themes[0], **theme}
-    for text in texts - {'on-strong'}:
-      for below in ('page', 'card', 'band'):
-        assert contrast(theme[text], theme[below]) >= 4.5, (text, below)
-    assert contrast(theme['on-strong'], theme['bar']) >= 4.5
-    assert contrast(theme['on-strong'], theme['val']) >= 4.5
+  # Colours that letters have; others fill bars and draw lines.
+  texts = ('ink', 'soft', 'accent', 'train', 'val', 'ema', 'rate', 'warn')
+  texts += ('s3', 's4', 's5')
+  for own in themes:
+    theme = {**themes[0], **own}
+    for text, below in itertools.product(texts, ('page', 'card', 'band')):
+      assert contrast(theme[text], theme[below]) >= 4.5, (text, below)
 
 
 def test_a_long_ladder_takes_less_than_three_tenths_of_a_second():
@@ -642,3 +639,131 @@ def test_chromium_draws_light_and_dark(browser, tmp_path):
     shades.append(Image.open(io.BytesIO(shot)).convert('L').getpixel((2, 2)))
   assert shades[0] > 240
   assert shades[1] < 40
+
+
+def write_page(path, history, **arguments):
+  history, incidents = history if isinstance(history, tuple) else (history, [])
+  run = rundir.RunFiles(
+    'run', history, quickstart_config(), ENVIRONMENT, incidents
+  )
+  path.write_text(html.page(run, **arguments), encoding='utf-8')
+  return path
+
+
+# Texts with what they are drawn on, of which bars below them are no part.
+CONTRASTS = """(() => {
+  const pen = document.createElement('canvas').getContext('2d',
+    {willReadFrequently: true});
+  const parse = colour => {
+    pen.clearRect(0, 0, 1, 1);
+    pen.fillStyle = colour;
+    pen.fillRect(0, 0, 1, 1);
+    return [...pen.getImageData(0, 0, 1, 1).data];
+  };
+  const light = colour => colour.slice(0, 3).map(x => x / 255).map(x =>
+    x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4).reduce(
+    (sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
+  const found = {}, walk = document.createTreeWalker(document.body, 4);
+  while (walk.nextNode()) {
+    const element = walk.currentNode.parentElement;
+    if (!walk.currentNode.data.trim() || !element.checkVisibility()) continue;
+    if (['SCRIPT', 'STYLE', 'title'].includes(element.tagName)) continue;
+    const style = getComputedStyle(element);
+    let below = element;
+    while (below && !parse(getComputedStyle(below).backgroundColor)[3])
+      below = below.parentElement;
+    const colours = [element.tagName === 'text' ? style.fill : style.color,
+      below ? getComputedStyle(below).backgroundColor : '#fff'];
+    const [low, high] = colours.map(x => light(parse(x))).sort((a, b) => a - b);
+    const ratio = (high + .05) / (low + .05);
+    if (ratio < 4.5) found[colours] = [ratio, walk.currentNode.data];
+  }
+  return found;
+})()"""
+
+
+@pytest.mark.parametrize('dark', [False, True])
+def test_chromium_shows_all_text_with_contrast(browser, tmp_path, dark):
+  browser.open(
+    write_page(tmp_path / 'report.html', eventful()), 1280, dark=dark
+  )
+  browser.evaluate('document.querySelectorAll("details").forEach(x=>x.open=1)')
+  assert browser.evaluate(CONTRASTS) == {}
+
+
+def drag(browser, box, begin, end):
+  """Drags the mouse across parts of a box's width."""
+  y = box['y'] + box['height'] / 2
+  for kind, part in (('Pressed', begin), ('Moved', end), ('Released', end)):
+    browser.call(
+      'Input.dispatchMouseEvent',
+      type=f'mouse{kind}',
+      x=box['x'] + part * box['width'],
+      y=y,
+      button='left',
+      clickCount=1,
+    )
+
+
+def test_chromium_zooms_all_charts_of_an_axis(browser, tmp_path):
+  history = history_fixture.create_history((20, 20))
+  browser.open(write_page(tmp_path / 'report.html', history), 1280)
+  views = (
+    '[...document.querySelectorAll(".zoom .plot .view")].map(x => '
+    '[x.getAttribute("x"), x.getAttribute("width")].map(parseFloat))'
+  )
+  whole = browser.evaluate(views)
+  assert len(whole) == 4
+  box = browser.evaluate(
+    '(() => { const x = document.querySelector(".plot");'
+    'x.scrollIntoView({behavior: "instant"});'
+    'return x.getBoundingClientRect().toJSON(); })()'
+  )
+  drag(browser, box, 0.5, 0.75)
+  for x, width in browser.evaluate(views):
+    assert (x, width) == pytest.approx((-200, 400), rel=0.02)
+  # 20 to 30 of 40 epochs.
+  ticks = browser.evaluate(
+    '[...document.querySelectorAll(".zoom .axis")[0].querySelectorAll("text")]'
+    '.map(x => +x.textContent)'
+  )
+  assert ticks == [20, 22, 24, 26, 28, 30]
+  browser.evaluate(
+    'document.querySelector(".plot").dispatchEvent(new MouseEvent("dblclick"))'
+  )
+  assert all(x[1] == 100 for x in browser.evaluate(views))
+
+
+def test_chromium_renews_a_page_until_its_run_is_over(
+  browser, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(html, '_RENEWED', 0.2)
+  history = history_fixture.create_history((3,))
+  history['stages'][0]['status'] = 'running'
+  path = write_page(tmp_path / 'report.html', history, is_live=True)
+  browser.open(path, 1280)
+  browser.evaluate('document.querySelector("details").open = true')
+  history['stages'][0]['status'] = 'done'
+  is_live = '"live" in document.documentElement.dataset'
+  assert browser.evaluate(is_live)
+  files.write_bytes(path, write_page(tmp_path / 'new', history).read_bytes())
+  while True:
+    browser.events.clear()
+    if not browser.evaluate(is_live):
+      break
+    browser.wait_for_load()
+  assert '1 of 4 stages finished' in browser.evaluate('document.body.innerText')
+  assert browser.evaluate('document.querySelector("details").open')
+
+
+def test_chromium_prints_all_of_it(browser, tmp_path):
+  browser.open(write_page(tmp_path / 'report.html', eventful()), 1280)
+  browser.call('Emulation.setEmulatedMedia', media='print')
+  assert (
+    browser.evaluate('getComputedStyle(document.querySelector("nav")).display')
+    == 'none'
+  )
+  # What is folded on the screen as well.
+  folded = 'document.querySelector("details:not([open]) table").offsetHeight'
+  assert browser.evaluate(folded) > 0
+  browser.call('Emulation.setEmulatedMedia', media='')

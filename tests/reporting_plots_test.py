@@ -51,18 +51,20 @@ def texts(axes):
 def test_draws_every_row_at_its_place(draw):
   history = history_fixture.create_history((3, 1, 2))
   figure, _ = draw(history)
-  loss, accuracy, rate = figure.axes
+  loss, accuracy, _ = figure.axes
   rows = [row for stage in history['stages'] for row in stage['epochs']]
   for axes, color, field, scale in (
     (loss, plots.TRAIN, 'train_loss', 1),
     (loss, plots.VAL, 'val_loss', 1),
     (accuracy, plots.TRAIN, 'train_top1', 100),
-    (accuracy, plots.TOP5, 'val_top5', 100),
-    (rate, plots.RATE, 'learning_rate', 1),
   ):
     x, y = lines(axes, color)
     np.testing.assert_array_equal(x, [1, 2, 3, 4, 5, 6])
     np.testing.assert_allclose(y, [scale * row[field] for row in rows])
+  # Of ten classes, the first stage's, five are no news.
+  x, y = lines(accuracy, plots.TOP5)
+  np.testing.assert_array_equal(x, [4, 5, 6])
+  np.testing.assert_allclose(y, [100 * row['val_top5'] for row in rows[3:]])
 
 
 def test_marks_the_best_epoch_of_each_stage(draw):
@@ -108,7 +110,7 @@ def test_no_text_meets_another_or_leaves_the_picture(draw, num_epochs):
 
 
 def test_lines_are_named_in_their_colours_beside_the_panel(draw):
-  figure, image = draw(history_fixture.create_history((4,)))
+  figure, image = draw(history_fixture.create_history((4, 2)))
   figure.canvas.draw()
   panel = figure.axes[1].get_window_extent()
   names = figure.axes[1].get_legend().get_texts()
@@ -123,7 +125,9 @@ def test_lines_are_named_in_their_colours_beside_the_panel(draw):
 
 
 def test_single_epoch_shows(draw):
-  figure, image = draw(history_fixture.create_history((1,)))
+  history = history_fixture.create_history((1,))
+  history['stages'][0]['num_classes'] = 200
+  figure, image = draw(history)
   loss, accuracy, rate = figure.axes
   for axes, color in (
     (loss, plots.TRAIN),
@@ -150,13 +154,14 @@ def test_missing_values_are_gaps(draw):
 
 
 @pytest.mark.parametrize(
-  ('rates', 'scale'),
-  [((1e-3, 1e-5), 'log'), ((1e-3, 5e-4), 'linear'), ((0.0, 0.0), 'linear')],
+  ('peaks', 'scale'),
+  [((0.1, 1e-3), 'log'), ((1e-3, 5e-4), 'linear'), ((0.0, 0.0), 'linear')],
 )
-def test_rate_is_logarithmic_when_it_spans_decades(draw, rates, scale):
-  history = history_fixture.create_history((2,))
-  for row, rate in zip(history['stages'][0]['epochs'], rates, strict=True):
-    row['learning_rate'] = rate
+def test_rates_are_logarithmic_where_peaks_are_far_apart(draw, peaks, scale):
+  history = history_fixture.create_history((2, 2))
+  for stage, peak in zip(history['stages'], peaks, strict=True):
+    # How far down a schedule ends does not count.
+    stage['learning_rates'] = [peak, 1e-9 * peak]
   figure, _ = draw(history)
   assert figure.axes[2].get_yscale() == scale
 

@@ -27,6 +27,7 @@ TIMES = (
   'step_seconds',
   'save_seconds',
   'wall_seconds',
+  'written',
 )
 
 

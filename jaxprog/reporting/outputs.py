@@ -1,5 +1,6 @@
 """Writes the reports of a run from the files of its workdir alone."""
 
+import math
 import os
 import pathlib
 import time
@@ -44,8 +45,9 @@ def write_page(workdir: str | os.PathLike[str]) -> None:
   files.write_bytes(pathlib.Path(workdir) / 'report.html', page.encode())
 
 
-# So many times as long as a page took, none is written.
-_REST = 20.0
+# After a page that took a core for more than a moment, in seconds, none is
+# written for so many times as long.
+_QUICK, _REST = 0.1, 20.0
 
 
 class Reporter:
@@ -61,17 +63,19 @@ class Reporter:
     executor: futures.Executor,
     workdir: pathlib.Path,
     incidents: Callable[[], Sequence[dict[str, Any]]],
+    clock: Callable[[], float] = time.monotonic,
+    cost: Callable[[], float] = time.thread_time,
   ):
     """Takes an `executor` of one thread, and what returns all incidents."""
     self._executor, self._workdir = executor, workdir
-    self._incidents = incidents
+    self._incidents, self._clock, self._cost = incidents, clock, cost
     self._page: futures.Future[None] | None = None
-    self._took, self._ended = 0.0, 0.0  # Of the last page, in seconds.
+    self._next = -math.inf  # When a page may be written again, by the clock.
 
   def refresh(self) -> None:
     """Lets report.html be written anew, unless that is about to happen."""
     page = self._page
-    rested = time.monotonic() - self._ended >= _REST * self._took
+    rested = self._clock() >= self._next
     if rested and (page is None or page.running() or page.done()):
       # What fails here fails aloud in the last report.
       self._page = self._executor.submit(self._write_page)
@@ -81,10 +85,11 @@ class Reporter:
     return self._executor.submit(self._write, is_last)
 
   def _write_page(self) -> None:
-    began = time.monotonic()
+    began = self._cost()
     write_page(self._workdir)
-    self._ended = time.monotonic()
-    self._took = self._ended - began
+    took = self._cost() - began
+    if took > _QUICK:
+      self._next = self._clock() + _REST * took
 
   def _write(self, is_last: bool) -> None:
     if (self._workdir / 'training_history.json').exists():

@@ -1,7 +1,6 @@
 """What a run has left in its workdir."""
 
 import contextlib
-import datetime
 import difflib
 import json
 import os
@@ -38,8 +37,6 @@ class RunFiles(NamedTuple):
   incidents: Sequence[dict[str, Any]] | None = None
   # What --mode=plan has left, None if it was never asked.
   hardware_plan: dict[str, Any] | None = None
-  # When the history was, in ISO 8601.
-  written: str | None = None
 
   @property
   def stages(self) -> list[dict[str, Any]]:
@@ -65,13 +62,9 @@ def read_run(workdir: str | os.PathLike[str]) -> RunFiles:
     UserError: if there is no history, or a damaged one.
   """
   workdir = pathlib.Path(workdir)
-  path = workdir / 'training_history.json'
-  history = history_lib.load_history(path)
-  changed = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
   return RunFiles(
     name=workdir.resolve().name,
-    history=history,
-    written=changed.isoformat(timespec='seconds'),
+    history=history_lib.load_history(workdir / 'training_history.json'),
     config=_read_object(workdir / 'config.json'),
     environment=_read_object(workdir / 'environment.json'),
     incidents=incidents_lib.read(workdir / 'incidents.jsonl'),

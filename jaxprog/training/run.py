@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import pathlib
 import time
 from collections.abc import Callable
@@ -65,6 +66,8 @@ class Run:
     if jax.process_index() == 0:
       path = self.workdir / 'training_history.json'
       if trains:
+        now = datetime.datetime.now(datetime.UTC)
+        self.history['written'] = now.isoformat(timespec='seconds')
         self.history['wall_seconds'] = time.monotonic() - self.began
       files.write_json(path, self.history)
       self.reporter.refresh()

@@ -20,8 +20,8 @@ _UNITS = 1000.0
 # Pixels around the plot that its outermost marks and letters need, and above
 # one whose points have labels.
 _TOP, _BOTTOM, _HEAD = 10.0, 8.0, 28.0
-# With more points to a line, dots would run into one another.
-_MAX_DOTS = 60
+# With more points to a chart, dots would run into one another.
+_MAX_DOTS = 200
 # Pixels of a line of letters.
 _LINE = 15.0
 # Labels closer than this part of the width would touch on a telephone, and so
@@ -92,7 +92,7 @@ def line_chart(
   x_label: str,
   format_y: Callable[[float], str],
   summary: str,
-  format_x: Callable[[float], str] | None = None,
+  format_x: Callable[[float], str] = '{:g}'.format,
   height: float = 220,
   spans: Sequence[Span] = (),
   marks: Sequence[Mark] = (),
@@ -110,7 +110,7 @@ def line_chart(
     x_end: end of the horizontal axis.
     x_label: what the horizontal axis counts.
     format_y: writes a tick of the vertical axis.
-    format_x: writes one of the horizontal axis, which then cannot be zoomed.
+    format_x: writes one of the horizontal axis.
     summary: the chart in a sentence, for those who cannot see it.
     height: of the plot, in pixels.
     spans: of stages, every other one shaded, named above the plot.
@@ -118,21 +118,16 @@ def line_chart(
     labels: named points; of those that would touch, the last ones stay.
     hints: x and what the pointer shows nearest to it.
     sign: what the dot of a label stands for; with its interval, if it has one.
-    names_at_ends: whether lines are named where they end, if there is room.
+    names_at_ends: lines are named where they end, if there is room, and the
+      chart cannot be zoomed.
   """
   plane = _Plane(x_end, y, height, _HEAD if labels else _TOP)
-  bands = [
-    _bar((plane.left(span.begin), plane.left(span.end)), (0, height), 'band')
-    for span in spans[1::2]
-  ]
   shapes = [
     *_draw_lines(series, plane),
     *(_mark_shape(mark, plane) for mark in marks),
     *_label_shapes(labels, plane, series),
     *_hint_strips(hints, plane),
   ]
-  said = format_x or '{:g}'.format
-  style = 'named ' * names_at_ends + 'zoom' * (format_x is None)
   return tag(
     'figure',
     tag('figcaption', tag('b', title), *_legend(series, marks, labels, sign)),
@@ -141,16 +136,21 @@ def line_chart(
       shapes,
       height,
       [(plane.top(tick), format_y(tick)) for tick in y.ticks()],
-      [(plane.left(x), said(x)) for x in Scale(0, x_end).ticks(6)],
+      [(plane.left(x), format_x(x)) for x in Scale(0, x_end).ticks(6)],
       f'{title}. {summary}',
-      bands,
+      [_band(span, plane) for span in spans[1::2]],
       _end_names(series, plane) if names_at_ends else None,
     ),
     tag('p', x_label, class_='axis-label'),
-    class_=style.strip() or None,
+    class_='named' if names_at_ends else 'zoom',
     data_axis=x_label,
     data_end=f'{x_end:g}',
   )
+
+
+def _band(span: Span, plane: _Plane) -> Html:
+  ends = plane.left(span.begin), plane.left(span.end)
+  return _bar(ends, (0, plane.height), 'band')
 
 
 def _end_names(series: Sequence[Series], plane: _Plane) -> Html:
@@ -403,7 +403,7 @@ def heat_map(
       'td',
       count or None,
       title=f'{names[i]} taken for {names[j]}: {count:,} of {total:,}',
-      class_=('right' if i == j else 'wrong') + ' strong' * (part > 0.5),
+      class_='right' if i == j else 'wrong',
       style=f'--part:{12 + 88 * part:.0f}%' if count else None,
     )
 
@@ -532,7 +532,7 @@ def _draw_lines(
 ) -> list[Html]:
   """Returns lines, and dots: of all points or of those without neighbours."""
   paths, dots = [], []
-  longest = max((len(x.points) for x in lines if not x.stairs), default=0)
+  count = sum(len(x.points) for x in lines if not x.stairs)
   for line in lines:
     commands = []
     shown = [
@@ -549,7 +549,7 @@ def _draw_lines(
         continue
       commands.append(f'{"L" if goes_on else "M"}{left * _UNITS:.2f} {top:.2f}')
       alone = not goes_on and not any(shown[i + 1 : i + 2])
-      if alone or (longest <= max_dots and not line.stairs):
+      if alone or (count <= max_dots and not line.stairs):
         dots.append(_dot(left, top, 3, f'dot {line.style}'))
     path = ' '.join(commands)
     paths.append(tag('path', class_=f'line {line.style}', d=path))

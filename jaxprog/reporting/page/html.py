@@ -37,6 +37,7 @@ def page(run: RunFiles, *, is_live: bool = False) -> str:
   """
   status, chip = overview.describe_status(run)
   live = f'renewed every {_RENEWED} seconds'
+  written = run.history.get('written')
   contents = [
     (section.name, section.title, join(*map(render, section.parts(run))))
     for section in sections.SECTIONS
@@ -51,8 +52,8 @@ def page(run: RunFiles, *, is_live: bool = False) -> str:
         tag('span', status, class_=f'chip {chip}'),
         *overview.remark_chips(run),
         tag('span', live, class_='chip') if is_live else None,
-        tag('span', f'as of {facts.describe_time(run.written)}', class_='note')
-        if run.written
+        tag('span', f'as of {facts.describe_time(written)}', class_='note')
+        if written
         else None,
         class_='chips',
       ),

@@ -5,9 +5,9 @@ CSS = """
   color-scheme: light dark;
   --page: #ffffff; --card: #f6f7f9; --ink: #1d2430; --soft: #5b6573;
   --rule: #dfe3e8; --band: #f1f3f6; --accent: #0067a3;
-  --train: #0072b2; --val: #c94f00; --ema: #00795a; --rate: #4a5361;
+  --train: #0072b2; --val: #bd4900; --ema: #00795a; --rate: #4a5361;
   --bar: #4c8fbd; --wait: #d98a00; --eval: #8a63b8; --hand: #8d97a5;
-  --warn: #a84300; --on-strong: #ffffff;
+  --warn: #a84300; --most: .75;
   --s3: #7b4fb0; --s4: #806000; --s5: #b03070;
 }
 @media (prefers-color-scheme: dark) {
@@ -16,7 +16,7 @@ CSS = """
     --rule: #323b47; --band: #181e26; --accent: #6db9ec;
     --train: #56b4e9; --val: #ff9a55; --ema: #3fcf9f; --rate: #b9c3d0;
     --bar: #5c9fcb; --wait: #f0b040; --eval: #b795e4; --hand: #7d8896;
-    --warn: #ffa366; --on-strong: #0d1116;
+    --warn: #ffa366; --most: .45;
   --s3: #b795e4; --s4: #e8c547; --s5: #f08fbd;
   }
 }
@@ -201,9 +201,8 @@ svg .name { fill: currentColor; }
 .heat td { width: 1.9rem; min-width: 1.9rem; height: 1.9rem; padding: 0;
   border: 2px solid var(--page); text-align: center; vertical-align: middle; }
 .heat .right { --hue: var(--bar); } .heat .wrong { --hue: var(--val); }
-.heat .strong { color: var(--on-strong); }
-.heat td { background: color-mix(in srgb, var(--hue) var(--part, 0%),
-  var(--band)); }
+.heat td { background: color-mix(in srgb, var(--hue)
+  calc(var(--part, 0%) * var(--most)), var(--band)); }
 .worst { display: grid; gap: .9rem; list-style: none; padding: 0;
   grid-template-columns: repeat(auto-fill, minmax(7.2rem, 1fr)); }
 .worst li { font-size: .8rem; line-height: 1.35; min-width: 0;
@@ -223,7 +222,7 @@ footer { color: var(--soft); font-size: .83rem; margin: 4rem 0 2.5rem; }
   .first b { font-size: 2.4rem; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .rows { gap: .5rem .6rem; }
-  .rows > span { max-width: 6.5rem; }
+  .rows > span { max-width: 6.5rem; white-space: normal; }
   .bands small, .rows .axis text:nth-child(even) { display: none; }
   .panel, .named .panel { grid-template-columns: 34px minmax(0, 1fr);
     column-gap: 6px; }
