@@ -12,7 +12,6 @@ def get_config(data_dir='data'):
     {'name': 'ten', 'num_epochs': 2, 'schedule': 'one_cycle'}
   ]
   config.base.max_skipped_steps = 3
-  config.base.tensorboard = True
   config.grid = ({'stages[-1].optimizer': ('adamw', 'sgd_momentum')},)
   config.seeds = 2
   return config

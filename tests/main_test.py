@@ -26,16 +26,15 @@ def config(data_dir):
 
 
 @pytest.fixture(scope='module')
-def trained(run_main, config, tmp_path_factory):
+def trained(config, tmp_path_factory):
   """A finished run, uninterrupted."""
   workdir = tmp_path_factory.mktemp('trained')
-  result = run_main(config, f'--workdir={workdir}', '--config.tensorboard=true')
+  result = runs.call_main(config, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
-  return workdir, result
+  return workdir
 
 
 def test_a_run_writes_what_the_design_says(trained):
-  workdir, _ = trained
   for name in (
     'config.json',
     'environment.json',
@@ -43,16 +42,15 @@ def test_a_run_writes_what_the_design_says(trained):
     'training_report.txt',
     'training_metrics.png',
   ):
-    assert (workdir / name).stat().st_size > 0
-  assert list((workdir / 'tensorboard').rglob('events.out.tfevents.*'))
+    assert (trained / name).stat().st_size > 0
   for stage in ('three', 'ten', 'ten_again'):
     for kind in ('latest', 'best', 'final'):
-      assert any((workdir / 'checkpoints' / stage / kind).iterdir())
-  assert not (workdir / 'error.log').exists()
+      assert any((trained / 'checkpoints' / stage / kind).iterdir())
+  assert not (trained / 'error.log').exists()
 
 
 def test_the_history_tells_the_ladder(trained):
-  history = runs.read_history(trained[0])
+  history = runs.read_history(trained)
   assert history['version'] == 1
   for stage in history['stages']:
     assert set(history_fixture.STAGE_FIELDS) <= set(stage)
@@ -75,47 +73,31 @@ def test_the_history_tells_the_ladder(trained):
   assert 0 <= ten['epochs'][0]['val_top1'] <= ten['epochs'][0]['val_top5'] <= 1
 
 
-def test_tensorboard_has_the_figures_of_the_history(trained):
-  from tensorboard.backend.event_processing import event_accumulator
-
-  workdir, _ = trained
-  logdir = workdir / 'tensorboard' / workdir.name
-  for run, tag in (
-    ('train', 'optimization/loss'),
-    ('train', 'perf/images_per_second'),
-    ('train', '2 ten/top1'),
-    ('val', '2 ten/top1'),
-  ):
-    events = event_accumulator.EventAccumulator(str(logdir / run)).Reload()
-    assert tag in [*events.Tags()['tensors'], *events.Tags()['scalars']]
-
-
 def test_a_finished_run_is_not_trained_again(trained, config):
-  workdir, _ = trained
-  before = runs.read_history(workdir)
-  result = runs.call_main(config, f'--workdir={workdir}')
+  before = runs.read_history(trained)
+  result = runs.call_main(config, f'--workdir={trained}')
   assert result.returncode == 0, result.stderr
   assert result.stdout.count('done before') == 3
-  assert runs.read_history(workdir) == before
+  assert runs.read_history(trained) == before
 
 
-@pytest.mark.parametrize('devices', [1, 3, 8])
+@pytest.mark.parametrize(
+  'devices', [3, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_eval_counts_every_image_once_on_any_devices(
   run_main, trained, devices
 ):
-  workdir, _ = trained
-  result = run_main('--mode=eval', f'--workdir={workdir}', devices=devices)
+  result = run_main('--mode=eval', f'--workdir={trained}', devices=devices)
   assert result.returncode == 0, result.stderr
-  best = runs.read_history(workdir)['stages'][-1]['best']['top1']
+  best = runs.read_history(trained)['stages'][-1]['best']['top1']
   assert result.stdout.strip() == f'{100 * best:.1f}'
 
 
 def test_eval_of_another_stage(trained):
-  workdir, _ = trained
   result = runs.call_main(
-    '--mode=eval', f'--workdir={workdir}', '--stage=three', '--weights=final'
+    '--mode=eval', f'--workdir={trained}', '--stage=three', '--weights=final'
   )
-  final = runs.read_history(workdir)['stages'][0]['epochs'][-1]['val_top1']
+  final = runs.read_history(trained)['stages'][0]['epochs'][-1]['val_top1']
   assert result.stdout.strip() == f'{100 * final:.1f}'
 
 
@@ -125,7 +107,7 @@ def test_eval_of_another_stage(trained):
 )
 def test_interrupted_equals_uninterrupted(trained, config, tmp_path, signum):
   often = '--config.checkpoint_every_steps=5'
-  arguments = (config, often, f'--workdir={tmp_path}')
+  arguments = (config, often, f'--workdir={tmp_path}', '--only=three,ten')
   process = runs.start_main(*arguments)
   runs.wait_for_step(process, tmp_path, 'ten', 10)
   process.send_signal(signum)
@@ -135,13 +117,11 @@ def test_interrupted_equals_uninterrupted(trained, config, tmp_path, signum):
   result = runs.call_main(*arguments)
   assert result.returncode == 0, result.stderr
   assert 'three: done before' in result.stdout
-  resumed = runs.read_history(tmp_path)
-  assert resumed['stages'][1]['resumed_at_steps']
-  assert runs.without_times(resumed) == runs.without_times(
-    runs.read_history(trained[0])
-  )
-  for stage in ('ten', 'ten_again'):
-    assert runs.bits(tmp_path, stage) == runs.bits(trained[0], stage)
+  resumed = runs.read_history(tmp_path)['stages']
+  assert resumed[1]['resumed_at_steps']
+  expected = runs.read_history(trained)['stages'][:2]
+  assert runs.without_times(resumed) == runs.without_times(expected)
+  assert runs.bits(tmp_path, 'ten') == runs.bits(trained, 'ten')
 
 
 @pytest.mark.slow
@@ -151,7 +131,7 @@ def test_eight_devices_train_like_one(run_main, trained, config, tmp_path):
   # Sums over the batch are added in another order: f32 rounding, which the 10
   # steps of the first stage leave alone and the next 70 amplify.
   for one, eight, rel in zip(
-    runs.read_history(trained[0])['stages'],
+    runs.read_history(trained)['stages'],
     runs.read_history(tmp_path)['stages'],
     (1e-5, 5e-3, 1e-2),
     strict=True,
@@ -162,7 +142,11 @@ def test_eight_devices_train_like_one(run_main, trained, config, tmp_path):
 
 
 def test_only_and_skip(config, tmp_path):
-  arguments = (config, f'--workdir={tmp_path}')
+  arguments = (
+    config,
+    f'--workdir={tmp_path}',
+    '--config.stages[0].num_epochs=1',
+  )
   first = runs.call_main(*arguments, '--only=three')
   assert first.returncode == 0, first.stderr
   second = runs.call_main(*arguments, '--skip=three,ten')
@@ -413,8 +397,7 @@ def test_what_fails_unexpectedly_makes_no_workdir_for_its_traceback(
 def test_scripts_that_always_name_a_config_can_ask_for_a_report(
   trained, config
 ):
-  workdir, _ = trained
-  arguments = config, f'--workdir={workdir}', '--config.platform=tpu'
+  arguments = config, f'--workdir={trained}', '--config.platform=tpu'
   result = runs.call_main(*arguments, '--mode=verify', '--checkpoints')
   assert result.returncode == 0, result.stderr
   assert '--mode=verify --checkpoints reads no config.' in result.stderr
@@ -447,6 +430,7 @@ def test_no_config_and_no_workdir(run_main, config):
     assert len(result.stderr.strip().split('\n')) <= 3
 
 
+@pytest.mark.slow  # --mode=check says the same.
 def test_a_batch_that_devices_cannot_share(run_main, config, tmp_path):
   result = run_main(config, f'--workdir={tmp_path}', devices=5)
   assert result.returncode == 2
@@ -454,15 +438,14 @@ def test_a_batch_that_devices_cannot_share(run_main, config, tmp_path):
 
 
 def test_another_config_in_the_same_workdir(trained, config):
-  workdir, _ = trained
   change = '--config.stages[1].batch_size=24'
-  result = runs.call_main(config, f'--workdir={workdir}', change)
+  result = runs.call_main(config, f'--workdir={trained}', change)
   assert result.returncode == 2
   assert 'ten.batch_size: 48 -> 24' in result.stderr
 
 
 def test_what_is_done_stays_as_it_was_in_config_json(trained, config, tmp_path):
-  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  workdir = shutil.copytree(trained, tmp_path / 'run')
   before = json.loads((workdir / 'config.json').read_text())
   changes = '--config.stages[1].batch_size=24', '--allow_config_change'
   result = runs.call_main(config, f'--workdir={workdir}', *changes)

@@ -30,12 +30,12 @@ def load(data_dir, cache, **overrides):
 
 
 @pytest.fixture(scope='module')
-def planned(data_dir, run_main, tmp_path_factory):
+def planned(data_dir, tmp_path_factory):
   """A plan of two stages by the command line, and the same once more."""
   folder = tmp_path_factory.mktemp('plan')
 
   def run():
-    return run_main(
+    return runs.call_main(
       '--mode=plan',
       f'--config=tests/tiny_config.py:{data_dir}',
       '--topology=v5e:2x2',

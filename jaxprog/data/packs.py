@@ -14,13 +14,13 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jaxprog import buckets, errors, files
+from jaxprog import errors, files
 from jaxprog.data import jpeg, parts, preprocess, remote
 from jaxprog.stages import Storage
 
@@ -81,18 +81,11 @@ class Pack:
     with self._unchanged():
       return np.load(self.path / name, allow_pickle=False)
 
-  @contextlib.contextmanager
-  def _unchanged(self) -> Iterator[None]:
-    """Raises UserError if a copy is that of another pack, before or after."""
-    self._check()
-    yield
-    self._check()
+  def _unchanged(self) -> contextlib.AbstractContextManager[None]:
+    def is_same() -> bool:
+      return (_read_info(self.path) or {}).get('sha256') == self.sha256
 
-  def _check(self) -> None:
-    if buckets.url_of(self.path):
-      info = _read_info(self.path)
-      if info is None or info.get('sha256') != self.sha256:
-        raise remote.changed(self.path)
+    return remote.unchanged(self.path, is_same)
 
   def __getitem__(self, position: int) -> preprocess.Encoded:
     start, stop = self.offsets[position : position + 2].tolist()

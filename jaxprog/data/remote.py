@@ -254,24 +254,21 @@ def upload(
   Raises:
     UserError: if the bucket cannot be written to, or another machine does so.
   """
-  if (root := _root(folder)) is None:
-    return False
+  root = _root(folder)
   marker = next((x for x in _MARKERS if (folder / x).is_file()), '')
+  if root is None or not marker:
+    return False
   start = folder.relative_to(root).as_posix() + '/'
   known = {
     name.removeprefix(start): entry
     for name, entry in _read_list(root).items()
     if name.startswith(start)
   }
-  if not marker:
-    return False
   before, _ = _compare(folder, marker, known)
   if not before:
     return False
   bucket = _bucket(folder, root.parent)
-  # Another machine may have been as fast.
-  objects = _tell_sums(bucket, _list_objects(bucket, folder))
-  there = {x.name: x.entry for x in objects}
+  there = _look(bucket, folder)  # Another machine may have been as fast.
   todo, stale = _compare(folder, marker, there)
   if marker in todo and marker not in before:
     return False  # It has been prepared anew; what is here came from there.
@@ -280,34 +277,55 @@ def upload(
       raise _overtaken(folder)
     bucket.remove([marker])  # Or it would speak of what is half replaced.
   sizes = {x: (folder / x).stat().st_size for x in todo}
-  done, lock = 0, threading.Lock()
+  tell = _counter(sum(sizes.values()), progress)
 
   def put(name: str) -> None:
-    nonlocal done
     bucket.upload(folder / name, name)
-    with lock:
-      done += sizes[name]
-      if progress:
-        progress(done, sum(sizes.values()))
+    tell(sizes[name])
 
-  def is_put(name: str) -> bool:
-    if there[name].size > _HASHED:
-      return there[name].size == sizes[name]
-    return buckets.is_same(folder / name, there[name])
-
-  buckets.at_once(put, [x for x in todo if x != marker])
+  content = [x for x in todo if x != marker]
+  buckets.at_once(put, content)
   bucket.remove(stale)
   if not todo:
     return False
-  objects = _tell_sums(bucket, _list_objects(bucket, folder))
-  there = {x.name: x.entry for x in objects}
+  there = _look(bucket, folder)
   if marker in todo:
-    if not all(x in there and is_put(x) for x in todo if x != marker):
+    if not all(x in there and _is_put(folder / x, there[x]) for x in content):
       raise _overtaken(folder)
     put(marker)
     there[marker] = _entry((folder / marker).read_bytes())
   _note(root, {start + k: x for k, x in there.items()}, start)
   return True
+
+
+def _look(
+  bucket: buckets.Bucket, folder: pathlib.Path
+) -> dict[str, buckets.Entry]:
+  """Returns what is in a bucket, with the sums of all that tells of images."""
+  objects = _tell_sums(bucket, _list_objects(bucket, folder))
+  return {x.name: x.entry for x in objects}
+
+
+def _is_put(path: pathlib.Path, entry: buckets.Entry) -> bool:
+  if entry.size > _HASHED:
+    return path.stat().st_size == entry.size
+  return buckets.is_same(path, entry)
+
+
+def _counter(
+  total: int, progress: parts.Progress | None
+) -> Callable[[int], None]:
+  """Returns what threads tell how many bytes came; it tells `progress` all."""
+  done, lock = 0, threading.Lock()
+
+  def tell(count: int) -> None:
+    nonlocal done
+    with lock:
+      done += count
+      if progress:
+        progress(done, total)
+
+  return tell
 
 
 def _overtaken(folder: pathlib.Path) -> errors.UserError:
@@ -454,6 +472,24 @@ def lost(path: str | os.PathLike[str]) -> errors.UserError:
   )
 
 
+@contextlib.contextmanager
+def unchanged(
+  folder: str | os.PathLike[str], is_same: Callable[[], bool]
+) -> Iterator[None]:
+  """Raises UserError if a copy holds other images, before or after.
+
+  What is open by then goes on to be what it was.
+  """
+
+  def check() -> None:
+    if buckets.url_of(folder) is not None and not is_same():
+      raise changed(folder)
+
+  check()
+  yield
+  check()
+
+
 def changed(folder: str | os.PathLike[str]) -> errors.UserError:
   """Returns what is said of a copy with other images than were looked for."""
   return errors.UserError(
@@ -470,22 +506,14 @@ def _fetch(
   progress: parts.Progress | None,
 ) -> None:
   """Brings all `objects`; says what it does."""
-  total, done, lock = sum(x.entry.size for x in objects), 0, threading.Lock()
+  tell = _counter(sum(x.entry.size for x in objects), progress)
   count = f'{len(objects):,} file{"s" * (len(objects) > 1)}'
   _say(
     f'fetching {formats.size(_bytes_to_come(objects))} in {count} from '
     f'{buckets.shown(folder)}'
   )
-
-  def on_bytes(count: int) -> None:
-    nonlocal done
-    with lock:
-      done += count
-      if progress:
-        progress(done, total)
-
   with _writing(objects[0].root):
-    buckets.at_once(lambda x: _download(bucket, x, on_bytes), objects)
+    buckets.at_once(lambda x: _download(bucket, x, tell), objects)
 
 
 def _download(

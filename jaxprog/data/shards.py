@@ -8,7 +8,7 @@ import pathlib
 import resource
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -133,20 +133,9 @@ class Shards:
       raise remote.changed(path)
     return reader
 
-  @contextlib.contextmanager
-  def _unchanged(self) -> Iterator[None]:
-    """Raises UserError if a copy is that of another dataset, before or after.
-
-    What is open by then goes on to be what it was.
-    """
-    self._check()
-    yield
-    self._check()
-
-  def _check(self) -> None:
+  def _unchanged(self) -> contextlib.AbstractContextManager[None]:
     directory, _, prepared = self._key
-    if self._is_copy and _prepared(directory) != prepared:
-      raise remote.changed(directory)
+    return remote.unchanged(directory, lambda: _prepared(directory) == prepared)
 
 
 def open_shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:

@@ -121,7 +121,7 @@ class Lease:
       if newest[0] and not _is_over(newest[1]):
         newest = self._watch(newest)
       number, data = newest
-      before = _parse(data)
+      before = owners.parse(data)
       self._number = number + 1
       began, text = _now(), self._text()
       if self._bucket.create(_name(self._number), text):
@@ -136,12 +136,12 @@ class Lease:
     Raises:
       UserError: if it is somebody's.
     """
-    owner, url = _parse(first[1]), self._bucket.url
+    owner, url = owners.parse(first[1]), self._bucket.url
     if not (owner.get('token') in _held or owners.is_running(owner)):
       seconds = self._patience_seconds
       self._say(owners.describe_wait(owner, url, seconds))
       seen = owners.watch(lambda: _read_newest(self._bucket), first, seconds)
-      owner = _parse(seen[1])
+      owner = owners.parse(seen[1])
       if seen == first or not seen[0] or _is_over(seen[1]):
         return seen
     raise owners.refusal(owner, url)
@@ -175,7 +175,7 @@ class Lease:
     # Not every listing has the MD5, and not all are up to date. Who has removed
     # everything and begun anew has the same numbers again.
     data = self._bucket.read(_name(self._number))
-    return _parse(data or b'').get('token') == self.token
+    return owners.parse(data or b'').get('token') == self.token
 
   def _describe_loss(self) -> str:
     url = self._bucket.url
@@ -203,7 +203,7 @@ def read_newest(bucket: buckets.Bucket) -> owners.Owner | None:
   It is {} where that is damaged.
   """
   number, data = _read_newest(bucket)
-  return _parse(data) if number else None
+  return owners.parse(data) if number else None
 
 
 def check_free(bucket: buckets.Bucket) -> str:
@@ -247,18 +247,9 @@ def _name(number: int) -> str:
   return f'{_FOLDER}/{number:06}.json'
 
 
-def _parse(data: bytes) -> owners.Owner:
-  """Returns what an object says, {} if it is damaged."""
-  try:
-    owner = json.loads(data)
-  except ValueError:
-    return {}
-  return owner if isinstance(owner, dict) else {}
-
-
 def _is_over(data: bytes) -> bool:
   """Returns whether an owner has given its lease back, or is known dead."""
-  owner = _parse(data)
+  owner = owners.parse(data)
   if owner.get('token') in _held:
     return False
   return bool(owner.get('released')) or owners.is_running(owner) is False

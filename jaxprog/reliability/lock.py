@@ -244,13 +244,11 @@ def _read(path: pathlib.Path, patience: int = 1) -> owners.Owner:
   """
   for _ in range(patience):
     try:
-      owner = json.loads(path.read_bytes())
+      if owner := owners.parse(path.read_bytes()):
+        return owner
     except OSError:
       break
-    except ValueError:
-      time.sleep(0.02)
-      continue
-    return owner if isinstance(owner, dict) else {}
+    time.sleep(0.02)
   return {}
 
 

@@ -1,6 +1,7 @@
 """Whose a workdir is: a process, as it describes itself to others."""
 
 import datetime
+import json
 import os
 import pathlib
 import platform
@@ -33,6 +34,15 @@ def describe_process() -> Owner:
     'command': shlex.join(sys.orig_argv),
     'token': uuid.uuid4().hex,
   }
+
+
+def parse(data: bytes) -> Owner:
+  """Returns what an owner has written of itself, {} if that is damaged."""
+  try:
+    owner = json.loads(data)
+  except ValueError:
+    return {}
+  return owner if isinstance(owner, dict) else {}
 
 
 def is_here(owner: Owner) -> bool:
@@ -83,46 +93,46 @@ def watch(look: Callable[[], _T], first: _T, seconds: float) -> _T:
 
 def describe_wait(owner: Owner, place: str, seconds: float) -> str:
   """Returns what is said before `owner` is watched."""
-  return (
-    f'Waiting up to {seconds:.0f} s: process {owner.get("pid", "?")} on '
-    f'{owner.get("host", "?")} may be using {place}.'
-  )
+  name = _name(owner)
+  return f'Waiting up to {seconds:.0f} s: process {name} may be using {place}.'
 
 
 def describe_doubt(owner: Owner, place: str, seconds: float) -> str:
   """Returns what is said of an owner that a run would watch."""
   return (
-    f'Process {owner.get("pid", "?")} on {owner.get("host", "?")} may be using '
-    f'{place}: a run would watch it for {seconds:.0f} s.'
+    f'Process {_name(owner)} may be using {place}: a run would watch it for '
+    f'{seconds:.0f} s.'
   )
 
 
 def describe_dead(owner: Owner) -> str:
   """Returns what is said of an owner whose place has been taken."""
   return (
-    f'Took over from process {owner.get("pid", "?")} on '
-    f'{owner.get("host", "?")}, which began {owner.get("since", "?")} and died '
-    'without giving its lock back.'
+    f'Took over from process {_name(owner)}, which began '
+    f'{owner.get("since", "?")} and died without giving its lock back.'
   )
 
 
 def describe_successor(owner: Owner, place: str) -> str:
   """Returns what a run is told that is not the owner any more."""
   return (
-    f'Process {owner.get("pid", "?")} on {owner.get("host", "?")} has taken '
-    f'over {place}; this run must not write there any more.'
+    f'Process {_name(owner)} has taken over {place}; this run must not write '
+    'there any more.'
   )
 
 
 def refusal(owner: Owner, where: str) -> errors.UserError:
   """Returns what whoever comes second is told."""
-  pid, host = owner.get('pid', '?'), owner.get('host', '?')
+  name, since = _name(owner), owner.get('since', '?')
   return errors.UserError(
-    f'Process {pid} on {host} has been using this workdir since '
-    f'{owner.get("since", "?")}.',
+    f'Process {name} has been using this workdir since {since}.',
     where,
-    f'Stop it (kill {pid} on {host}), or use another --workdir.',
+    f'Stop it (kill {name}), or use another --workdir.',
   )
+
+
+def _name(owner: Owner) -> str:
+  return f'{owner.get("pid", "?")} on {owner.get("host", "?")}'
 
 
 def start_time(pid: int) -> int | None:
