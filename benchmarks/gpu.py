@@ -96,8 +96,9 @@ def main() -> int:
   ends = began + (args.deadline or (3600.0 if args.toy else 470.0))
   out = args.out.resolve()
   with contextlib.ExitStack() as stack:
-    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    work = args.work or stack.enter_context(folder)
+    work = args.work or stack.enter_context(
+      tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    )
     parts = list_parts(args, pathlib.Path(work).resolve())
     chosen = args.parts.split(',') if args.parts else [*parts]
     if unknown := sorted({*chosen} - {*parts}):

@@ -399,7 +399,8 @@ def torch_turn(
 
   if name == 'PyTorch compiled':
     # Writing C++ for a CPU takes minutes, and says nothing of a GPU.
-    forward = torch.compile(forward, backend='aot_eager' if args.toy else None)
+    backend = 'aot_eager' if args.toy else 'inductor'
+    forward = torch.compile(forward, backend=backend)
 
   def step():
     optimizer.zero_grad(set_to_none=True)

@@ -34,9 +34,9 @@ ROWS = {
 }
 
 
-def rehearse(out, *arguments, env=None):
+def run(out, *arguments, env=None):
   """Returns the finished command and the rows of each part."""
-  command = [sys.executable, 'benchmarks/gpu.py', '--toy', f'--out={out}']
+  command = [sys.executable, 'benchmarks/gpu.py', f'--out={out}']
   done = subprocess.run(
     [*command, *arguments],
     cwd=ROOT,
@@ -54,6 +54,13 @@ def python(text):
   return sys.executable, '-c', text
 
 
+def test_without_a_gpu_nothing_else_is_measured(tmp_path):
+  done, rows = run(tmp_path)
+  assert done.returncode == 1
+  assert [*rows] == ['machine']
+  assert '**No GPU**' in done.stdout
+
+
 def is_running(pid):
   try:
     return ' Z ' not in pathlib.Path('/proc', pid, 'stat').read_text()
@@ -62,7 +69,7 @@ def is_running(pid):
 
 
 def test_a_rehearsal_names_the_machine_and_judges_nothing(tmp_path):
-  done, rows = rehearse(tmp_path, '--parts=photographs')
+  done, rows = run(tmp_path, '--toy', '--parts=photographs')
   assert done.returncode == 0, done.stdout
   assert {x: [r['what'] for r in rows[x]] for x in rows} == {
     'machine': ROWS['machine'],
@@ -136,7 +143,7 @@ def test_aims_are_judged_on_a_gpu():
 @pytest.mark.faults
 @pytest.mark.slow
 def test_every_part_is_rehearsed(tmp_path):
-  done, rows = rehearse(tmp_path)
+  done, rows = run(tmp_path, '--toy')
   assert done.returncode == 0, done.stdout
   assert {x: [r['what'] for r in rows[x]] for x in rows} == ROWS
   assert [r for x in rows for r in rows[x] if 'failed' in r] == []
@@ -149,9 +156,8 @@ def test_every_part_is_rehearsed(tmp_path):
 @pytest.mark.slow
 def test_without_pytorch_its_rows_say_so(tmp_path):
   (tmp_path / 'torch.py').write_text('raise ImportError("no torch here")')
-  done, rows = rehearse(
-    *(tmp_path, '--parts=step18'), env={'PYTHONPATH': str(tmp_path)}
-  )
+  env = {'PYTHONPATH': str(tmp_path)}
+  done, rows = run(tmp_path, '--toy', '--parts=step18', env=env)
   assert done.returncode == 0, done.stdout
   found = {x['what']: x['figure'] for x in rows['step18']}
   assert [*found] == [
