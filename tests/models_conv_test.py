@@ -1,6 +1,7 @@
 import functools
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -155,6 +156,38 @@ def test_bfloat16_in_and_out():
       assert a.dtype == jnp.bfloat16
       scale = float(np.abs(b).max())
       np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * scale)
+
+
+def test_the_gradient_of_a_wide_kernel_is_not_rounded():
+  for shape in (SHAPES[0], SHAPES[4], SHAPES[7]):
+    _, _, stride, padding, _, _ = shape
+    x, kernel, dy = operands(shape)
+    x, dy = (a.astype(jnp.bfloat16) for a in (x, dy))
+    y, dx, found = with_gradients(
+      lambda x, k, s=stride, p=padding: conv.conv(x, k, s, p), x, kernel, dy
+    )
+    *_, exact = with_gradients(
+      lambda x, k, s=stride, p=padding: lax_conv(x, k, s, p),
+      *(a.astype(jnp.float32) for a in (x, kernel, dy)),
+    )
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, atol=1e-6 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(
+  ('platform', 'dtype'), [('tpu', 'f32'), ('cuda', 'bf16')]
+)
+def test_cudnn_alone_rounds_a_kernels_gradient(platform, dtype):
+  x, kernel, _ = operands(SHAPES[0])
+
+  def loss(kernel):
+    return conv.conv(x.astype(jnp.bfloat16), kernel, 1, 1).sum()
+
+  trace = jax.jit(jax.grad(loss)).trace(kernel)
+  text = trace.lower(lowering_platforms=(platform,)).as_text()
+  results = re.findall(r'stablehlo.convolution.*-> tensor<3x3x.*x(.*)>', text)
+  assert results == [dtype]
 
 
 @pytest.mark.parametrize('side', [1, 3, 7])

@@ -479,6 +479,22 @@ def test_the_documentation_says_what_each_can_do():
     assert ('`nesterov`' in rows[name]) == known.nesterov
 
 
+def test_the_norm_is_that_of_all_numbers():
+  rng = np.random.default_rng(0)
+  shapes = [(), (7,), (7,), (300, 200), (3, 3, 64, 64), (3, 3, 64, 64), (2, 5)]
+  grads = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+  expected = np.linalg.norm(np.concatenate([x.ravel() for x in grads]))
+  found = optimizers.global_norm(dict(enumerate(map(jnp.asarray, grads))))
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_the_norm_reduces_once_a_shape():
+  params = resnet_params('resnet50', num_filters=64)
+  shapes = {x.shape for x in jax.tree.leaves(params) if x.size > 2**15}
+  text = jax.jit(optimizers.global_norm).lower(params).as_text()
+  assert text.count('stablehlo.reduce(') == len(shapes) + 1
+
+
 @pytest.mark.parametrize('limit', [0.25, 4.0])
 def test_global_clipping_comes_before_decay_and_update(limit):
   params, grads = problem()
@@ -533,8 +549,10 @@ def test_adaptive_clipping_equals_its_formula():
   close(found, jax.tree.map(lambda g, factor: g * factor, grads, factors))
 
 
-def resnet_params(name):
-  model = resnet.create_model(name, num_classes=7, image_size=32, num_filters=8)
+def resnet_params(name, num_filters=8):
+  model = resnet.create_model(
+    name, num_classes=7, image_size=32, num_filters=num_filters
+  )
   images = jnp.zeros((1, 32, 32, 3))
   return jax.eval_shape(
     lambda rng: model.init(rng, images, train=False)['params'],

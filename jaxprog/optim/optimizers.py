@@ -1,5 +1,7 @@
 """Optimizers: factories that return optax gradient transformations."""
 
+import collections
+import functools
 import re
 from typing import Any
 
@@ -13,6 +15,9 @@ from jaxprog.optim import eight_bit
 # Root mean square of Muon's updates: what AdamW's have in practice (Liu et al.
 # 2025, arXiv:2502.16982, section 2.2), so that one learning rate fits both.
 _MUON_RMS = 0.2
+
+# Numbers of an array that is written again rather than reduced by itself.
+_SMALL = 2**15
 
 
 def create_optimizer(stage: stages.Stage) -> optax.GradientTransformation:
@@ -54,6 +59,26 @@ def is_bounded(stage: stages.Stage) -> bool:
     and stage.eps > 1e-30
     and max(kept) < 1 - 1e-6
   )
+
+
+def global_norm(grads: Any) -> jax.Array:
+  """Returns the root of the sum of all squares of a network's gradients.
+
+  A GPU's kernel for each array takes longer than it reads, and a network has
+  many arrays of few shapes: those of one shape are added up first. What is
+  small becomes a part of one vector, and of the rest the sum for each output.
+  The barrier keeps XLA from reducing the vector's parts one by one.
+  """
+  by_shape = collections.defaultdict(list)
+  for x in jax.tree.leaves(grads):
+    by_shape[x.shape].append(jnp.square(x))
+  alike = [functools.reduce(jnp.add, x) for x in by_shape.values()]
+  parts = [
+    x.ravel() if x.size <= _SMALL else jnp.sum(x, axis=range(x.ndim - 1))
+    for x in alike
+  ]
+  vector = jax.lax.optimization_barrier(jnp.concatenate(parts))
+  return jnp.sqrt(jnp.sum(vector))
 
 
 def weight_decay_mask(params: Any) -> Any:
@@ -99,13 +124,24 @@ def _create_clipping(stage: stages.Stage) -> optax.GradientTransformation:
   2021, arXiv:2102.06171, section 4).
   """
   if stage.gradient_clipping:
-    return optax.clip_by_global_norm(stage.gradient_clipping)
+    return _clip_by_global_norm(stage.gradient_clipping)
   if stage.adaptive_clipping:
     return optax.masked(
       optax.adaptive_grad_clip(stage.adaptive_clipping),
       lambda params: {name: name != 'head' for name in params},
     )
   return optax.identity()
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+  """Returns optax's, with the norm that the step has computed anyway."""
+
+  def clip(grads, _):
+    norm = global_norm(grads)
+    scale = jnp.where(norm < limit, 1, limit / norm)
+    return jax.tree.map(lambda x: scale * x, grads)
+
+  return optax.stateless(clip)
 
 
 def _create_direction(
