@@ -10,7 +10,7 @@ from jaxprog.training import setup, steps
 
 # Waiting longer for input than this part of an epoch, and longer than this in
 # seconds, is said, with its remedy.
-_MUCH_WAITING, _NOTED_SECONDS = 0.05, 5.0
+_MUCH_WAITING, _NOTED_SECONDS = 0.05, 3.0
 
 
 class Feed:
