@@ -163,9 +163,10 @@ def _show_outlook(
     plots.plot_learning_rates(rates, epochs, image)
     files.write_json(seen.workdir / 'plan.json', figures)
     written = [seen.workdir / 'plan.json', image]
-    for task in tasks:
-      written.append(seen.workdir / f'augmented_{task.stage.name}.png')
-      preview.draw_first(task).save(written[-1])
+    for task, found in zip(tasks, outlooks, strict=True):
+      if found.fits is not False:
+        written.append(seen.workdir / f'augmented_{task.stage.name}.png')
+        preview.draw_first(task).save(written[-1])
     paths = '\n'.join(map(str, written))
     outlook.say(f'\n{buckets.shown(paths)}', console)
 
