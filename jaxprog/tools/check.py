@@ -125,7 +125,8 @@ def _show_outlook(
   rates = {
     task.stage.name: described.sample_learning_rate(task) for task in tasks
   }
-  if not console.is_terminal:  # To be searched with grep.
+  # To be searched with grep.
+  if not (console.is_terminal or console.is_jupyter):
     with progress_lib.Progress(len(tasks), console=console) as progress:
       progress.start_run([described.describe(task) for task in tasks])
   last = tasks[-1]
