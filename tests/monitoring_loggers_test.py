@@ -175,6 +175,17 @@ def test_wandb_has_the_run(data_dir, tmp_path, monkeypatch):
   assert list(tmp_path.glob('wandb/*/files/media/images/**/*.png'))
 
 
+@pytest.mark.slow
+def test_no_service_hears_of_a_dry_run(data_dir, tmp_path, monkeypatch):
+  pytest.importorskip('wandb', reason="needs 'jaxprog[wandb]'")
+  monkeypatch.setenv('WANDB_DIR', str(tmp_path / 'kept'))
+  (tmp_path / 'kept').mkdir()
+  config = tiny_config.get_config(data_dir)
+  config.loggers = ('csv', 'wandb')
+  jaxprog.dry_run(config, tmp_path / 'run', only=('three',))
+  assert not list((tmp_path / 'kept').iterdir())
+
+
 def val_of(row):
   return '1 three/val_top1' in row
 

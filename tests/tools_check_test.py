@@ -379,6 +379,8 @@ def test_a_stage_that_does_not_fit_does_not_hide_the_others(config, tmp_path):
   assert not large['step_measured']
   assert small['fits']
   assert small['step_measured']
+  pictures = [x.name for x in tmp_path.glob('augmented_*')]
+  assert pictures == ['augmented_ten.png']
 
 
 def test_without_steps_nothing_is_compiled(config):

@@ -31,6 +31,7 @@ _HEAD = Markup('<th style="text-align:right">{}</th>')
 _CELL = Markup('<td style="text-align:right">{}</td>')
 _BEST = Markup('<td style="text-align:right"><b>{}</b></td>')
 _TITLE = Markup('<p><b>{}</b> {}</p>')
+_SAID = Markup('<p>{}</p>')
 _STATUS = Markup('<p><progress value="{}" max="{}"></progress> {}</p>')
 _MESSAGES = Markup(
   '<details><summary>{} messages</summary><pre>{}</pre></details>'
@@ -68,7 +69,8 @@ class View:
     self._messages: list[str] = []
 
   def describe(self, stages: Sequence[Any]) -> None:
-    """Shows nothing: each stage is shown once it begins."""
+    """Says that the first stage is on its way; each is shown as it begins."""
+    self._say('compiling the first step')
 
   def begin(self, at: Any, details: Mapping[str, Any]) -> None:
     """Begins the table of a stage."""
@@ -110,7 +112,8 @@ class View:
       f'{formats.percent(best["top1"])} at epoch {best["epoch"]}, '
       f'{formats.duration(stage["seconds"])}'
     )
-    self.close()
+    more = at.index + 1 < at.num_stages
+    self._say('on the way to the next stage' if more else '')
 
   def message(self, text: rich.console.RenderableType) -> None:
     """Keeps `text`, folded below the tables."""
@@ -129,7 +132,10 @@ class View:
 
   def close(self) -> None:
     """Leaves what is shown, without a bar."""
-    self._status = _NOTHING
+    self._say('')
+
+  def _say(self, text: str) -> None:
+    self._status = _SAID.format(text) if text else _NOTHING
     self._show()
 
   def _show(self) -> None:

@@ -127,7 +127,8 @@ def _show_outlook(
     rates = {
       task.stage.name: described.sample_learning_rate(task) for task in tasks
     }
-  if not console.is_terminal:  # To be searched with grep.
+  # To be searched with grep.
+  if not (console.is_terminal or console.is_jupyter):
     with progress_lib.Progress(len(tasks), console=console) as progress:
       progress.start_run([described.describe(task) for task in tasks])
   last = tasks[-1]
@@ -163,9 +164,11 @@ def _show_outlook(
     plots.plot_learning_rates(rates, epochs, image)
     files.write_json(seen.workdir / 'plan.json', figures)
     written = [seen.workdir / 'plan.json', image]
-    for task in tasks:
-      written.append(seen.workdir / f'augmented_{task.stage.name}.png')
-      preview.draw_first(task).save(written[-1])
+    counted = _count_datasets(seen)
+    for task, found in zip(tasks, outlooks, strict=True):
+      if found.fits is not False and task.stage.name not in counted:
+        written.append(seen.workdir / f'augmented_{task.stage.name}.png')
+        preview.draw_first(task).save(written[-1])
     paths = '\n'.join(map(str, written))
     outlook.say(f'\n{buckets.shown(paths)}', console)
 

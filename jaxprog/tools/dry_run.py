@@ -16,6 +16,7 @@ from ml_collections import config_dict
 from jaxprog import buckets, paths
 from jaxprog import config as config_lib
 from jaxprog.data.records import Records
+from jaxprog.monitoring import loggers, services
 from jaxprog.reliability import checkpoints, copies, lock, peers, signals
 from jaxprog.training import ladder
 from jaxprog.training import setup as setup_lib
@@ -51,6 +52,11 @@ def dry_run(
   kept_at = buckets.url_of(workdir) or config.mirror
   # Other hosts can see a bucket alone.
   url = f'{kept_at}.dry_run' if kept_at and jax.process_count() > 1 else ''
+  tried = config_lib.with_mirror(config, url)
+  # Services would keep it.
+  tried.loggers = tuple(
+    x for x in loggers.chosen(config) if x not in services.SERVICES
+  )
   seconds: dict[str, float] = {}
   began = left = time.monotonic()
 
@@ -72,7 +78,7 @@ def dry_run(
       stack.callback(_remove, url)
     peers.wait_for_all('dry_run')
     history = ladder.train(
-      config_lib.with_mirror(config, url),
+      tried,
       folder,
       only=only,
       skip=skip,
