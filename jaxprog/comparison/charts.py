@@ -25,7 +25,7 @@ def differences(
 ) -> Html | None:
   """Returns each cell's difference to the reference, in points; None of one.
 
-  The largest comes first. What stands apart from 0 is dark.
+  The largest comes first. What is told from 0 is filled.
   """
   found = [(x.cell, x.difference.estimate) for x in summaries if x.difference]
   if not found:

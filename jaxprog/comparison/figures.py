@@ -326,7 +326,7 @@ def _draw_differences(
   axes.axvline(0, color=_SOFT, linewidth=1, linestyle=':')
   axes.grid(visible=False, axis='y')
   axes.set_yticks(range(len(others)), [_shorten(x.cell) for x in others])
-  axes.set_ylim(len(others) - 0.5, -0.5)
+  axes.set_ylim(max(len(others), 1) - 0.5, -0.5)
   axes.set_xlabel(
     f'final top-1 less that of {_shorten(reference)}, points: mean and 95% '
     'interval; filled: told from 0'

@@ -48,29 +48,23 @@ def _create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
   summaries = tables.summarize(result['runs'], result['reference'])
   accuracies, costs = tables.tabulate(summaries)
   notes = tables.notes(summaries, result['reference'])
+  drawn = charts.differences(summaries, result['reference'])
+  target = result.get('target_top1') or 0.0
   return html.document(
     f'{name}: comparison',
-    tag(
-      'header',
-      tag('p', 'Comparison', class_='eyebrow'),
-      tag('h1', name),
+    html.create_header(
+      'Comparison',
+      name,
       tag('p', tag('span', status, class_='chip'), class_='chips'),
-      class_='top',
     ),
     [
-      (
-        'verdicts',
-        'Verdicts',
-        join(
-          _verdicts(result), charts.differences(summaries, result['reference'])
-        ),
-      ),
+      ('verdicts', 'Verdicts', join(_verdicts(result), drawn)),
       (
         'accuracy',
         'Accuracy',
         join(_table(accuracies), *(tag('p', x, class_='note') for x in notes)),
       ),
-      ('curves', 'Curves', charts.curves(result['runs'], _target(result))),
+      ('curves', 'Curves', charts.curves(result['runs'], target)),
       ('costs', 'Costs', _table(costs)),
       ('cells', 'Cells', _table(_cells(result))),
       ('runs', 'Runs', _table(_runs(result))),
@@ -122,8 +116,3 @@ def _runs(result: Mapping[str, Any]) -> tables.Table:
   ]
   titles = 'cell', 'seed', 'final top-1', 'rate', 'status', 'resumed'
   return tables.Table(titles, rows, (0, 4), 'Every run')
-
-
-def _target(result: Mapping[str, Any]) -> float:
-  """Returns the top-1 that curves are compared at."""
-  return result.get('target_top1') or 0.0

@@ -167,7 +167,7 @@ def time_split(stage: Mapping[str, Any]) -> TimeSplit:
     training=sum(seconds) - sum(waits),
     input_wait=sum(waits),
     evaluation=sum(row.get('eval_seconds') or 0.0 for row in rows),
-    saves=sum(row.get('save_seconds') or 0.0 for row in rows),
+    saves=stage.get('save_seconds') or 0.0,
     compiling=stage.get('compile_seconds') or 0.0,
     hand_over=stage.get('handover_seconds') or 0.0,
   )

@@ -460,7 +460,8 @@ def _end_epoch(
   )
   state = dataclasses.replace(state, metrics=metrics, rate_scale=rate_scale)
   save(course, state)
-  row['save_seconds'] = time.monotonic() - began
+  saved = record.get('save_seconds', 0.0) + time.monotonic() - began
+  record['save_seconds'] = saved
   run.save_history()
   run.progress.end_epoch(row, is_best)
   run.on_epoch(task.stage.name, row)

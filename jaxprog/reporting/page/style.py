@@ -112,7 +112,7 @@ figcaption b { font-size: .95rem; margin-right: auto; }
 .axis-label { margin: 0; max-width: none; text-align: right; }
 .cut { overflow: hidden; }
 .cut > div { display: flex; }
-.bands small { font-size: inherit; opacity: .8; }
+.bands small { font-size: inherit; }
 .bands span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
   font-size: .78rem; color: var(--soft); padding: 0 2px 2px 3px;
   border-left: 1px solid var(--rule); }
@@ -232,7 +232,7 @@ footer { color: var(--soft); font-size: .83rem; margin: 4rem 0 2.5rem; }
   .facts dd { margin-bottom: .4rem; }
 }
 @media print {
-  nav, .hint { display: none; }
+  nav, .hint, .scripts .scripted { display: none; }
   body { font-size: 10.5pt; }
   .scroll { overflow: visible; }
   figure, .card, tr, .worst li { break-inside: avoid; }
