@@ -20,6 +20,26 @@ ARGUMENTS = (
   '--config.stages[0].num_epochs=4',
   '--config.checkpoint_every_steps=3',
 )
+# Ends where better weights are whole, and the state that knows of them is not.
+KILLED_BETWEEN = """
+import os, signal, sys
+from jaxprog import cli
+from jaxprog.reliability import checkpoints
+
+save_latest = checkpoints.Checkpoints.save_latest
+
+def save_or_die(self, state, meta, *rest):
+  record = meta['record']
+  if len(record['epochs']) > 1 and record['best']['epoch'] == len(
+    record['epochs']
+  ):
+    self.wait()
+    os.kill(os.getpid(), signal.SIGKILL)
+  save_latest(self, state, meta, *rest)
+
+checkpoints.Checkpoints.save_latest = save_or_die
+cli.main(['main.py', *sys.argv[1:]])
+"""
 
 
 @pytest.fixture(scope='module')
@@ -43,12 +63,12 @@ def expected(uninterrupted):
 
 @pytest.fixture(scope='module')
 def killed(config, tmp_path_factory):
-  """A run that was killed, with two intact steps or more."""
+  """A run that was killed there, with two intact steps or more."""
   workdir = tmp_path_factory.mktemp('killed')
-  process = runs.start_main(config, *ARGUMENTS, f'--workdir={workdir}')
-  runs.wait_for_step(process, workdir, STAGE, 9)
-  process.kill()
-  process.communicate()
+  arguments = config, *ARGUMENTS, f'--workdir={workdir}'
+  code = [sys.executable, '-c', KILLED_BETWEEN, *arguments]
+  process = subprocess.run(code, cwd=runs.ROOT, capture_output=True, text=True)
+  assert process.returncode == -signal.SIGKILL, process.stderr
   assert not (workdir / 'checkpoints' / STAGE / 'done.json').exists()
   return workdir
 
@@ -112,47 +132,21 @@ def test_all_damaged_ends_the_run_again_and_again(config, workdir):
   assert not (workdir / 'checkpoints' / STAGE / 'done.json').exists()
 
 
-# Ends where better weights are whole, and the state that knows of them is not.
-KILLED_BETWEEN = """
-import os, signal, sys
-from jaxprog import cli
-from jaxprog.reliability import checkpoints
-
-save_latest = checkpoints.Checkpoints.save_latest
-
-def save_or_die(self, state, meta, *rest):
-  record = meta['record']
-  if len(record['epochs']) > 1 and record['best']['epoch'] == len(
-    record['epochs']
-  ):
-    self.wait()
-    os.kill(os.getpid(), signal.SIGKILL)
-  save_latest(self, state, meta, *rest)
-
-checkpoints.Checkpoints.save_latest = save_or_die
-cli.main(['main.py', *sys.argv[1:]])
-"""
-
-
 def test_a_kill_between_best_and_latest_loses_neither(
-  config, uninterrupted, tmp_path
+  config, uninterrupted, workdir
 ):
-  arguments = config, *ARGUMENTS, f'--workdir={tmp_path}'
-  code = [sys.executable, '-c', KILLED_BETWEEN, *arguments]
-  killed = subprocess.run(code, cwd=runs.ROOT, capture_output=True, text=True)
-  assert killed.returncode == -signal.SIGKILL, killed.stderr
-  _, _, meta = checkpoints.read_latest(tmp_path, STAGE)
+  _, _, meta = checkpoints.read_latest(workdir, STAGE)
   spoken_of = meta['record']['epochs'][meta['record']['best']['epoch'] - 1]
-  best = tmp_path / 'checkpoints' / STAGE / 'best'
+  best = workdir / 'checkpoints' / STAGE / 'best'
   older, newer = integrity.list_steps(best)
   assert older == spoken_of['global_step'] < newer
-  result = runs.call_main(*arguments)
+  result = runs.call_main(config, *ARGUMENTS, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   for weights in ('best', 'final'):
     wanted = runs.bits(uninterrupted, STAGE, weights)
-    assert runs.bits(tmp_path, STAGE, weights) == wanted
+    assert runs.bits(workdir, STAGE, weights) == wanted
   found, wanted = (
-    runs.without_times(runs.read_history(x)) for x in (tmp_path, uninterrupted)
+    runs.without_times(runs.read_history(x)) for x in (workdir, uninterrupted)
   )
   assert found == wanted
   assert len(integrity.list_steps(best)) == 1

@@ -11,7 +11,7 @@ import runs
 
 CONFIG = 'tests/docs_config.py'
 BUCKET = 'test-bucket'
-STAGES = ('four', 'seven', 'ten')
+STAGES = ('four', 'seven')
 URL = f'gs://{BUCKET}/runs/a'
 
 
@@ -31,7 +31,7 @@ def server(service):
 
 @pytest.fixture(scope='module')
 def config(data_dir):
-  return f'--config={CONFIG}:{data_dir}'
+  return f'--config={CONFIG}:{data_dir}', f'--only={",".join(STAGES)}'
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +39,7 @@ def first(service, config, tmp_path_factory):
   """The machine that has trained the run at URL."""
   machine = machines.Machine(tmp_path_factory.mktemp('first'), 'first')
   with pytest.MonkeyPatch.context() as env:
-    ended = call(env, machine, config, f'--workdir={URL}')
+    ended = call(env, machine, *config, f'--workdir={URL}')
   assert ended.returncode == 0, ended.stderr
   assert f'workdir: {URL}, on this machine in' in ended.stdout
   return machine
@@ -80,19 +80,21 @@ def test_a_run_lies_in_its_bucket_and_is_scored_elsewhere(
   ended = call(monkeypatch, machine, '--mode=eval', f'--workdir={URL}')
   assert ended.returncode == 0, ended.stderr
   assert ended.stdout.strip() == f'{100 * best:.1f}'
-  assert f'{URL}/eval/ten-best.json' in ended.stderr
+  assert f'{URL}/eval/seven-best.json' in ended.stderr
   assert str(machine.cache) not in ended.stderr
-  assert 'eval/ten-best.json' in machines.objects(server, URL)
-  assert_same(machine.copy(URL), folder)
+  assert 'eval/seven-best.json' in machines.objects(server, URL)
+  found = machine.copy(URL)
+  assert runs.bits(found, 'seven', 'best') == runs.bits(folder, 'seven', 'best')
+  assert not (found / 'checkpoints' / 'seven' / 'latest').exists()
 
 
 def test_killed_here_it_goes_on_elsewhere_with_the_same_bits(
   server, first, machine, config, monkeypatch, tmp_path
 ):
   url = f'gs://{BUCKET}/runs/killed'
-  arguments = config, f'--workdir={url}', '--config.checkpoint_every_steps=2'
+  arguments = f'--workdir={url}', '--config.checkpoint_every_steps=2'
   one = machines.Machine(tmp_path, 'one')
-  with one.start(*arguments) as process:
+  with one.start(config[0], *arguments) as process:  # It has more to do.
     try:
       machines.until(
         lambda: any('seven/latest' in x for x in machines.objects(server, url))
@@ -103,7 +105,7 @@ def test_killed_here_it_goes_on_elsewhere_with_the_same_bits(
         time.sleep(0.5)
       before = server.objects(BUCKET)
       monkeypatch.setattr('platform.node', lambda: one.host)
-      second = call(monkeypatch, machine, *arguments)
+      second = call(monkeypatch, machine, *config, *arguments)
     finally:
       process.kill()
   assert second.returncode == 2
@@ -112,7 +114,7 @@ def test_killed_here_it_goes_on_elsewhere_with_the_same_bits(
   assert (where, how[:4]) == (url, 'Stop')
   assert not machine.cache.exists()
   assert server.objects(BUCKET) == before
-  again = call(monkeypatch, machine, *arguments)
+  again = call(monkeypatch, machine, *config, *arguments)
   assert again.returncode == 0, again.stderr
   assert 'start="fresh weights"' not in again.stdout
   assert_same(machine.copy(url), first.copy(URL))
@@ -127,10 +129,10 @@ def test_a_mirror_brings_a_run_to_another_folder(
   mirror = f'--config.mirror={url}'
   one, two = tmp_path / 'one', tmp_path / 'two'
   ended = call(
-    monkeypatch, machine, config, f'--workdir={one}', mirror, '--only=four'
+    monkeypatch, machine, config[0], f'--workdir={one}', mirror, '--only=four'
   )
   assert ended.returncode == 0, ended.stderr
-  ended = call(monkeypatch, machine, config, f'--workdir={two}', mirror)
+  ended = call(monkeypatch, machine, *config, f'--workdir={two}', mirror)
   assert ended.returncode == 0, ended.stderr
   assert 'four: done before' in ended.stdout
   assert_same(two, first.copy(URL))
@@ -141,17 +143,17 @@ def test_a_flipped_bit_is_noticed_elsewhere(
   server, first, machine, config, monkeypatch
 ):
   url, state = copy(server, 'flipped'), {}
-  server.delete(BUCKET, 'runs/flipped/checkpoints/ten/done.json')
+  server.delete(BUCKET, 'runs/flipped/checkpoints/seven/done.json')
   for name, data in machines.objects(server, url).items():
-    if re.match(r'checkpoints/ten/latest/[^0]', name):
+    if re.match(r'checkpoints/seven/latest/[^0]', name):
       state[len(data)] = name
   server.flip(BUCKET, f'runs/flipped/{state[max(state)]}')
-  ended = call(monkeypatch, machine, config, f'--workdir={url}')
+  ended = call(monkeypatch, machine, *config, f'--workdir={url}')
   assert ended.returncode == 0, ended.stderr
   assert 'quarantined' in ended.stdout
   assert_same(machine.copy(url), first.copy(URL))
   there = machines.objects(server, url)
-  assert any('/ten/quarantine/' in name for name in there)
+  assert any('/seven/quarantine/' in name for name in there)
   assert there == machines.contents(machine.copy(url))
 
 
@@ -171,7 +173,7 @@ def test_a_bucket_that_does_not_serve_is_said_before_all_else(
   server.forbid(BUCKET)
   own = [] if 'workdir' in where else [f'--workdir={tmp_path / "own"}']
   before = server.objects(BUCKET)
-  ended = call(monkeypatch, machine, config, where, *own)
+  ended = call(monkeypatch, machine, *config, where, *own)
   assert ended.returncode == 2
   assert what in ended.stderr
   assert len(ended.stderr.splitlines()) == 3
@@ -184,7 +186,7 @@ def test_a_mistake_leaves_nothing_in_the_bucket(
 ):
   classes = "--config.stages[0].classes=('1','17')"
   url = f'gs://{BUCKET}/runs/mistaken'
-  ended = call(monkeypatch, machine, config, f'--workdir={url}', classes)
+  ended = call(monkeypatch, machine, *config, f'--workdir={url}', classes)
   assert ended.returncode == 2
   assert "no class '17'" in ended.stderr
   assert not list(tmp_path.iterdir())

@@ -22,12 +22,16 @@ from jaxprog.training import state
 META = {'classes': ['a', 'b'], 'record': {'epochs': []}}
 
 
-def create_state(seed=0, tx=None, num_filters=2):
+@functools.cache
+def create_init(num_filters):
   model = resnet.create_model(
     'resnet10', num_classes=2, image_size=8, num_filters=num_filters
   )
-  init = functools.partial(state.init_variables, model, 8)
-  variables = jax.jit(init)(jax.random.key(seed))
+  return jax.jit(functools.partial(state.init_variables, model, 8))
+
+
+def create_state(seed=0, tx=None, num_filters=2):
+  variables = create_init(num_filters)(jax.random.key(seed))
   return state.create_state(variables, tx or optax.adam(0.1))
 
 
@@ -52,8 +56,8 @@ def test_latest_comes_back_bit_for_bit(tmp_path):
   [
     *((name, 'float32') for name in fields.STAGE['optimizer'].choices),
     ('adamw', 'bfloat16'),
-    ('muon', 'bfloat16'),
-    ('sgd_momentum', 'bfloat16'),
+    pytest.param('muon', 'bfloat16', marks=pytest.mark.slow),
+    pytest.param('sgd_momentum', 'bfloat16', marks=pytest.mark.slow),
   ],
 )
 def test_every_optimizers_state_comes_back(name, dtype, tmp_path):

@@ -150,14 +150,14 @@ def test_the_findings_come_first_in_signs_that_any_pipe_can_carry(
 
 
 def test_a_dataset_missing_in_the_last_stage_is_said_at_launch(
-  run_main, config, tmp_path
+  config, tmp_path
 ):
   arguments = (
     config,
     f'--config.data_dir={tmp_path}/data',
     '--config.stages[2].dataset=tiny_imagenet',
   )
-  result = run_main(*arguments, f'--workdir={tmp_path}/run')
+  result = runs.call_main(*arguments, f'--workdir={tmp_path}/run')
   assert_three_lines(result, "stage 'ten_again'", 'tiny-imagenet-200')
   # Not even the first stage's data was prepared.
   assert not (tmp_path / 'data').exists()

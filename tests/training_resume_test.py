@@ -105,7 +105,10 @@ def go_on(arguments, workdir, *changes, batch_size=72):
   return stage
 
 
-@pytest.mark.parametrize(('batch_size', 'per_epoch'), [(144, 3), (36, 12)])
+@pytest.mark.parametrize(
+  ('batch_size', 'per_epoch'),
+  [pytest.param(144, 3, marks=pytest.mark.slow), (36, 12)],
+)
 def test_another_batch_goes_on_in_the_same_epoch(
   arguments, workdir, batch_size, per_epoch
 ):

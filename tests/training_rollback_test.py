@@ -94,7 +94,9 @@ def test_it_is_taken_back_twice_and_then_names_the_batch(folder):
   assert all(x['step'] <= 3 for x in rollbacks)
 
 
-@pytest.mark.parametrize('rate', [1e30, 1e38])
+@pytest.mark.parametrize(
+  'rate', [1e30, pytest.param(1e38, marks=pytest.mark.slow)]
+)
 def test_a_rate_that_blows_up_is_named(data_dir, tmp_path, rate):
   arguments = (
     f'--config=tests/tiny_config.py:{data_dir}',

@@ -256,6 +256,8 @@ def test_a_ladder_of_operators_through_the_command_line(data_dir, tmp_path):
     f'--config=tests/tiny_config.py:{data_dir}',
     f'--workdir={tmp_path}',
     '--only=three,ten',
+    '--config.stages[0].num_epochs=1',
+    '--config.stages[1].num_epochs=1',
     '--config.stages[1].transfer=shrink_and_perturb',
     '--config.stages[1].transfer_head=by_class',
     '--config.stages[1].transfer_statistics=recalibrate',
