@@ -3,6 +3,8 @@
 import dataclasses
 import io
 
+import jax
+import jax.numpy as jnp
 import pytest
 import rich.console
 from conftest import ROOT
@@ -11,8 +13,10 @@ from planning_outlook_test import look_ahead
 
 from jaxprog import config as config_lib
 from jaxprog import stages
+from jaxprog.models import conv
 from jaxprog.planning import chips, elsewhere, outlook
 from jaxprog.reporting.page import planned
+from jaxprog.training import devices, xla_flags
 
 STEP = elsewhere.Step(
   batch_size=1024,
@@ -143,3 +147,23 @@ def test_the_tables_name_memory_flops_and_whether_it_fits():
   for word in ('HBM', 'fits', 'FLOPs', '10.0 GB', '24 G', '312 MB', '~1,792'):
     assert word in text, word
   assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize('preset', xla_flags.PRESETS)
+def test_every_set_of_flags_compiles_for_a_gpu_that_is_not_here(preset):
+  pytest.importorskip('jax_plugins.xla_cuda13')
+  asked = chips.parse_topology('h100:1')
+  replicated, _ = devices.create_shardings(chips.create_mesh(asked))
+
+  def loss(x, kernel):
+    return jnp.sum((jnp.mean(conv.max_pool(x), axis=(1, 2)) @ kernel) ** 2)
+
+  x, kernel = (
+    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated)
+    for shape in ((256, 28, 28, 2048), (2048, 1000))
+  )
+  lowered = jax.jit(jax.grad(loss, (0, 1))).trace(x, kernel).lower()
+  options = elsewhere.compiler_options(preset, asked)
+  program = lowered.compile(compiler_options=options).as_text()
+  assert 'scatter' not in program
+  assert 'sort(' not in program

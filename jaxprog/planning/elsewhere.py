@@ -284,8 +284,12 @@ def compiler_options(
   if topology.chip.platform == 'tpu':
     return xla_flags.compiler_options(preset, 'tpu')
   # Kernels are chosen by rule: trying them out would take the GPU.
-  untried: dict[str, bool | int] = {'xla_gpu_autotune_level': 0}
-  return {**xla_flags.compiler_options(preset, 'gpu'), **untried}
+  options = xla_flags.compiler_options(preset, 'gpu')
+  options['xla_gpu_autotune_level'] = 0
+  if options.get('xla_gpu_deterministic_ops'):
+    # Triton's have no rule here.
+    options['xla_gpu_enable_triton_gemm'] = False
+  return options
 
 
 def _compile(
