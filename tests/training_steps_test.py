@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from flax import linen as nn
 from jaxprog import epochs, stages
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers
-from jaxprog.training import augment, state, steps
+from jaxprog.planning import chips
+from jaxprog.training import augment, devices, state, steps
 
 # The update is the gradient.
 PLAIN = {
@@ -297,6 +299,25 @@ def test_a_step_whose_update_is_not_finite_changes_nothing(rate, fields):
   for name in ('params', 'opt_state', 'ema'):
     assert equal(getattr(after, name), getattr(before, name)), name
   assert after.metrics['skipped'] == after.step == 1
+
+
+@pytest.mark.slow
+def test_a_gpu_guards_the_arrays_of_one_shape_together():
+  pytest.importorskip('jax_plugins.xla_cuda13')
+  mesh = chips.create_mesh(chips.parse_topology('h100:1'))
+  copied, _ = devices.create_shardings(mesh)
+  _, current, train_step, _ = create(model=small_resnet(), momentum=0.9)
+  arguments = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copied),
+    (current, batch(), jax.random.key(1)),
+  )
+  text = train_step.trace(*arguments).lower().compile().as_text()
+  leaves = jax.tree.leaves((current.variables, current.opt_state))
+  vectors = [x.shape for x in leaves if x.ndim == 1]
+  kernels = re.findall(r'^  %\S*select_fusion\S* = ', text, re.M)
+  assert len(vectors) > 60
+  # One a shape of vectors, and one for each convolution.
+  assert 2 * len(kernels) < len(vectors)
 
 
 class Overflowing(nn.Module):

@@ -16,9 +16,6 @@ from jaxprog.optim import eight_bit
 # 2025, arXiv:2502.16982, section 2.2), so that one learning rate fits both.
 _MUON_RMS = 0.2
 
-# Numbers of an array that is written again rather than reduced by itself.
-_SMALL = 2**15
-
 
 def create_optimizer(stage: stages.Stage) -> optax.GradientTransformation:
   """Returns clipping, the optimizer of `stage` and its weight decay.
@@ -65,19 +62,16 @@ def global_norm(grads: Any) -> jax.Array:
   """Returns the root of the sum of all squares of a network's gradients.
 
   A GPU's kernel for each array takes longer than it reads, and a network has
-  many arrays of few shapes: those of one shape are added up first. What is
-  small becomes a part of one vector, and of the rest the sum for each output.
-  The barrier keeps XLA from reducing the vector's parts one by one.
+  many arrays of few shapes: those of one shape are added up first, and reduced
+  to a sum for each output. The barrier keeps XLA from taking apart the vector
+  of these sums.
   """
   by_shape = collections.defaultdict(list)
   for x in jax.tree.leaves(grads):
-    by_shape[x.shape].append(jnp.square(x))
+    by_shape[x.shape].append(jnp.square(jnp.atleast_1d(x)))
   alike = [functools.reduce(jnp.add, x) for x in by_shape.values()]
-  parts = [
-    x.ravel() if x.size <= _SMALL else jnp.sum(x, axis=range(x.ndim - 1))
-    for x in alike
-  ]
-  vector = jax.lax.optimization_barrier(jnp.concatenate(parts))
+  sums = [jnp.sum(x, axis=range(x.ndim - 1)) for x in alike]
+  vector = jax.lax.optimization_barrier(jnp.concatenate(sums))
   return jnp.sqrt(jnp.sum(vector))
 
 
