@@ -539,6 +539,6 @@ def start() -> None:
   _use_huge_pages()
   if not sys.flags.safe_path:  # A config imports what lies here, as for -m.
     sys.path.append(os.getcwd())
-  # Nobody waits for threads of a run that is over, nor until all of its memory
-  # has been given back piece by piece.
-  signals.leave(main(sys.argv))
+  code = main(sys.argv)
+  if code:  # Nobody waits for threads of a run that has ended early.
+    signals.leave(code)

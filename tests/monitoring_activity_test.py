@@ -23,6 +23,7 @@ def clock(monkeypatch):
   monkeypatch.setenv('TERM', 'xterm')
   monkeypatch.setenv('COLUMNS', '60')
   monkeypatch.setattr(activity, '_display', activity._Display(clock))
+  activity._display.stream_name = 'stdout'
   return clock
 
 
@@ -154,7 +155,8 @@ def test_a_run_says_that_it_compiles_before_it_has(
   compile_task = setup_lib.compile_task
   monkeypatch.setattr(setup_lib, 'compile_task', compile_later)
   monkeypatch.setattr(activity, '_display', activity._Display())
-  monkeypatch.setattr(sys, 'stdout', Out())
+  monkeypatch.setattr(sys, 'stderr', Out())
+  monkeypatch.setattr(sys, 'stdout', out)
   config = jaxprog.load_config(f'{ROOT}/tests/tiny_config.py:{data_dir}')
   history = jaxprog.train(config, tmp_path, only=['three'])
   lines = out.getvalue().splitlines()

@@ -141,7 +141,7 @@ class _Display:
 
   def __init__(self, clock: Callable[[], float] = time.monotonic):
     self.clock = clock
-    self.stream_name = 'stdout'
+    self.stream_name = 'stderr'
     self.is_silent = False
     self._lock = threading.RLock()
     self._activities: list[Activity] = []
@@ -165,7 +165,8 @@ class _Display:
 
   def leave(self, activity: Activity) -> None:
     with self._lock:
-      self._activities.remove(activity)
+      if activity in self._activities:
+        self._activities.remove(activity)
       thread = self._thread
       if self._activities or thread is None:
         return
@@ -231,10 +232,11 @@ class _Display:
 
   def _open(self) -> None:
     """Begins to show; a terminal's streams go above the foot from here on."""
-    stream = getattr(sys, self.stream_name)
     self._is_in_line = False
-    if stream is not None and can_draw(stream):
-      self._screen = stream
+    streams = [getattr(sys, name) for name in (self.stream_name, 'stdout')]
+    screens = [x for x in streams if x is not None and can_draw(x)]
+    if screens:
+      self._screen = screens[0]
       for name in ('stdout', 'stderr'):
         one = getattr(sys, name)
         if one is not None and one.isatty():
@@ -287,8 +289,8 @@ def doing(
   """
   began = _display.clock() if since is None else since
   found = Activity(what, began, last=last, unit=unit)
-  _display.enter(found)
-  try:
+  try:  # A signal may raise as soon as it has been entered.
+    _display.enter(found)
     yield found.show
   finally:
     _display.leave(found)
@@ -318,7 +320,7 @@ class Bar:
 def use(stream: str) -> None:
   """Names the stream for all from now on; what comes next is said at once.
 
-  'stdout', if nobody says otherwise, or 'stderr'.
+  'stderr', if nobody says otherwise, or 'stdout'.
   """
   _display.stream_name = stream
   _display.hear(at=-math.inf)

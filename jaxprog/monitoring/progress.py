@@ -162,7 +162,7 @@ class Progress:
     self._timer.train(step)
     at.epoch = bisect.bisect_left(at.epoch_ends, step) + 1
     at.step, at.evaluating = step, None
-    at.metrics.update(metrics)
+    at.metrics = {**at.metrics, **metrics}  # Another thread draws them.
     self._show()
 
   def evaluate(self, step: int, total: int) -> None:
