@@ -141,8 +141,10 @@ def read_collectives(program: str) -> list[int]:
   sizes = []
   for shapes, kind, starts in (x.groups() for x in found):
     size = _shape_bytes(shapes)
-    if starts and kind != 'all-reduce':
-      size //= 2  # Both the operand and the result are named.
+    # Of what begins, both operand and result are named; of sums alone by the
+    # XLA of jax 0.11 and later.
+    if starts and (kind != 'all-reduce' or shapes.startswith('((')):
+      size //= 2
     sizes.append(size)
   return sizes
 
