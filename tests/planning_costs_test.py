@@ -217,5 +217,7 @@ def test_traffic_is_what_operations_between_fusions_read_and_write():
 
 def test_exchanges_are_counted_where_they_begin():
   assert costs.read_collectives(HLO) == [8 * 4 + 4]
-  begins = '  %a = ((bf16[64]{0}), bf16[64]{0}) all-reduce-start(%x), channel_id=1'
+  begins = (
+    '  %a = ((bf16[64]{0}), bf16[64]{0}) all-reduce-start(%x), channel_id=1'
+  )
   assert costs.read_collectives(begins) == [64 * 2]
