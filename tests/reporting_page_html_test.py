@@ -1,5 +1,6 @@
 import base64
 import csv
+import datetime
 import io
 import itertools
 import math
@@ -754,6 +755,19 @@ def test_chromium_renews_a_page_until_its_run_is_over(
     browser.wait_for_load()
   assert '1 of 4 stages finished' in browser.evaluate('document.body.innerText')
   assert browser.evaluate('document.querySelector("details").open')
+
+
+def test_chromium_renews_no_page_of_a_run_that_has_long_been_silent(
+  browser, tmp_path
+):
+  history = history_fixture.create_history((3,))
+  chip = 'document.querySelector(".live").textContent'
+  for age, said in ((20, 'renewed every'), (40, 'nothing new for long')):
+    when = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=age)
+    history['written'] = when.isoformat(timespec='seconds')
+    path = write_page(tmp_path / 'report.html', history, is_live=True)
+    browser.open(path, 1280)
+    assert said in browser.evaluate(chip)
 
 
 def test_chromium_prints_all_of_it(browser, tmp_path):
