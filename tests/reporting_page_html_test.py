@@ -239,9 +239,23 @@ def test_the_time_says_what_is_in_no_figure():
   assert 'before saves and compilation were timed' in read(history).words()
   history['wall_seconds'] = 1e6
   assert 'The rest is the start' in read(history).words()
+  # An older program has trained the first stage.
+  history['stages'][0].pop('compile_seconds', None)
+  assert 'of imagenette were not timed' in read(history).words()
+  history['stages'][0]['compile_seconds'] = 1.0
+  assert 'were not timed' not in read(history).words()
   history['stages'][0]['resumed_at_steps'] = [100]
   words = read(history).words()
   assert 'resumed in its middle counts only the time since' in words
+
+
+def test_a_run_lasts_no_shorter_than_its_stages():
+  history = history_fixture.create_history((2,))
+  history['stages'][0]['seconds'] = 3600.0
+  history['stages'][0]['epochs'][0] |= {'seconds': 3600.0, 'eval_seconds': 0.0}
+  history['stages'][0]['epochs'][1] |= {'seconds': 0.0, 'eval_seconds': 0.0}
+  history['wall_seconds'] = 60.0  # Of a call after the history was lost.
+  assert '1:00:00 from start to end' in read(history).words()
 
 
 def test_interrupted_resumed_and_stopped_runs_say_so():

@@ -119,6 +119,9 @@ def open_run(
   with activity.doing('reading the checkpoints'):
     checkpoints.verify_all(workdir, note)
   history = read_history(workdir)
+  # Histories of older programs have the times of their stages alone.
+  known = sum(stage['seconds'] for stage in history['stages'])
+  took = history.get('wall_seconds', known)
   if writes:
     _show_changes(config, workdir)
   changes = preflight.check_changes(config, workdir, allow_config_change)
@@ -159,7 +162,7 @@ def open_run(
       _create_executor('reporter', stack), workdir, incidents.entries
     ),
     before=before,
-    began=began - history.get('wall_seconds', 0.0),
+    began=began - took,
   )
 
 
