@@ -112,6 +112,9 @@ def test_accuracies_near_one_are_told_apart_by_their_errors():
   perfect = timeline.fit_top1([50.0, 100.0], 200)
   assert perfect.at(100) == pytest.approx(1)
   assert perfect.ticks()[-1] == 100
+  # One class, and hardly an image.
+  for count in (0, 1, 10):
+    assert timeline.fit_top1([100.0], count).at(100) == pytest.approx(1)
   linear = timeline.fit_top1([10.0, 60.0], 100)
   assert linear.at(35) == pytest.approx((linear.at(10) + linear.at(60)) / 2)
 

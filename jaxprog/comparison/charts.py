@@ -94,7 +94,8 @@ def _curves(
   values = [100 * target, *(y for line in series for y in line.values)]
   x_end = max((x for line in series for x, _ in line.points), default=1.0)
   aim = [(0.0, 100 * target), (x_end, 100 * target)]
-  count = min((r['num_images'] for x in arms.values() for r in x), default=1)
+  done = [run for runs in arms.values() for run in statistics.done(runs)]
+  count = min((run['num_images'] for run in done), default=1)
   return charts.line_chart(
     'Means with 95% intervals at their ends' if labels else 'Single runs',
     [*series, charts.Series('target', 'chance', aim, stairs=True)],
