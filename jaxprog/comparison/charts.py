@@ -116,19 +116,13 @@ def _draw_arm(
   cell: str, runs: Sequence[Record], style: str, axis: Axis
 ) -> tuple[list[charts.Series], list[charts.Label]]:
   """Returns an arm's mean and its last interval; of few runs these alone."""
-  done, curve = statistics.done(runs), statistics.mean_curve(runs, axis)
-  name = f'{cell} (n = {len(done)})'
-  if len(done) >= figures.MIN_MEAN and curve is not None:
-    points = list(zip(curve.grid.tolist(), 100 * curve.mean, strict=True))
-    label = charts.Label(*points[-1], '', style)
-    if curve.low is not None and curve.high is not None:
-      ends = 100 * float(curve.low[-1]), 100 * float(curve.high[-1])
-      label = label._replace(interval=ends)
-    return [charts.Series(name, style, points)], [label]
-  series = []
-  for run in done:
-    x, y = statistics.points(run, axis)
-    points = list(zip(x.tolist(), (100 * y).tolist(), strict=True))
-    series.append(charts.Series(name, f'{style} single', points))
-    name = ''  # It is said once.
-  return series, []
+  name, labels = f'{cell} (n = {len(statistics.done(runs))})', []
+  lines, interval = statistics.lines(runs, axis)
+  drawn = [list(zip(x.tolist(), y, strict=True)) for x, y in lines]
+  if interval:
+    labels = [charts.Label(*drawn[0][-1], '', style, interval)]
+  if len(drawn) > 1:
+    style = f'{style} single'
+  return [
+    charts.Series('' if i else name, style, x) for i, x in enumerate(drawn)
+  ], labels

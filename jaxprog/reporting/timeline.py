@@ -170,7 +170,7 @@ def fit_top1(values: Sequence[float], num_images: int) -> Scale:
   if best > _ERRORS_FROM:
     least = 50 / max(num_images, 1)
     top = 100 - max(100 - best, least) / 1.5
-    # Where all is right, of few images, one more than the least of them is left.
+    # Of few images that are all right, the least that is wrong is shown too.
     low = max(0.0, min(low - 2, 100 - 3 * least))
     return Scale(low, top, least_error=least / 1.5)
   low = max(0.0, low - 0.1 * (best - low))
