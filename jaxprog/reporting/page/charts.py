@@ -101,25 +101,12 @@ def line_chart(
   sign: str = 'best epoch',
   names_at_ends: bool = False,
 ) -> Html:
-  """Returns lines over x from 0 to `x_end`.
+  """Returns lines over x from 0 to `x_end`; what is outside `y` is cut off.
 
-  Args:
-    title: above the chart, beside the names of its series.
-    series: lines that break where there is no value.
-    y: the vertical scale; what is outside is cut off.
-    x_end: end of the horizontal axis.
-    x_label: what the horizontal axis counts.
-    format_y: writes a tick of the vertical axis.
-    format_x: writes one of the horizontal axis.
-    summary: the chart in a sentence, for those who cannot see it.
-    height: of the plot, in pixels.
-    spans: of stages, every other one shaded, named above the plot.
-    marks: at the foot of the plot.
-    labels: named points; of those that would touch, the last ones stay.
-    hints: x and what the pointer shows nearest to it.
-    sign: what the dot of a label stands for; with its interval, if it has one.
-    names_at_ends: lines are named where they end, if there is room, and the
-      chart cannot be zoomed.
+  Of `labels` that would touch, the last ones stay; their dots stand for `sign`.
+  `hints` are x and what the pointer shows nearest to it, `summary` is for those
+  who cannot see the chart. With `names_at_ends` lines are named there, if there
+  is room, and the chart cannot be zoomed.
   """
   plane = _Plane(x_end, y, height, _HEAD if labels else _TOP)
   shapes = [
