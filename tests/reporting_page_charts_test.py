@@ -187,14 +187,6 @@ def test_parts_of_a_bar_add_up_and_lie_end_to_end():
   ET.fromstring(charts.stacked_bar([('a', 's', 0.0)], 'nothing'))
 
 
-def test_bars_of_a_histogram_are_as_high_as_their_counts():
-  tree = ET.fromstring(
-    charts.histogram('t', [('1', 10), ('2', 5), ('3', 0)], [], 's')
-  )
-  heights = [float(r.get('height')) for r in find(tree, 'rect', 'bar')]
-  assert heights == [116.0, 58.0, 0.0]
-
-
 def test_calibration_bars_leave_out_empty_bins():
   bins = [(0, 0.0, 0.0), (10, 0.75, 0.5)]
   (bar,) = find(ET.fromstring(charts.reliability(bins, 's')), 'rect', 'bar')
@@ -275,14 +267,12 @@ def test_a_stage_shorter_than_an_epoch_begins_where_it_began():
   assert span.first_step() == 1000
 
 
-def test_phases_cut_the_axis_and_rates_end_with_the_training():
+def test_rates_end_with_the_training():
   phased = stage(
     [100, 200, 300],
-    phases=[[2, {'image_size': 64}], [9, {'image_size': 96}]],
     learning_rates=[0.1, 0.2, 0.3, 0.4],
     num_epochs=4,
   )
   _, span = timeline.spans([stage([1]), phased])
-  assert span.segments('image_size') == [(1.0, 3.0, 32), (3.0, 4.0, 64)]
   # Trained for three of four epochs.
   assert span.rates() == [(1.0, 0.1), (2.0, 0.2), (3.0, 0.3), (4.0, 0.3)]

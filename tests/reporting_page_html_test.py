@@ -346,6 +346,13 @@ def test_an_unreadable_thumbnail_is_a_box_and_a_good_one_an_image():
   assert 'no image' in page.words()
 
 
+def test_sizes_are_those_of_each_phase():
+  history = history_fixture.create_history((2,))
+  (stage,) = history['stages']
+  stage['phases'] = [[1, {'image_size': 256}], [1.5, {'image_size': 288}]]
+  assert '224 → 256 → 288 after epoch 1, 1.5 64' in read(history).words()
+
+
 def test_few_classes_are_listed_and_many_are_counted():
   history, _ = eventful()
   few, many = history['stages'][:2]

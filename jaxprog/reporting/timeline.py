@@ -123,16 +123,6 @@ class Span:
     steps = row['epoch'] * per_epoch * min(1.0, self.stage['num_epochs'])
     return max(0, round(row['global_step'] - steps))
 
-  def segments(self, field: str) -> list[tuple[float, float, Any]]:
-    """Returns begin, end and value of `field` as the stage's phases set it."""
-    found = [[self.begin, self.end, self.stage[field]]]
-    for from_epoch, changes in self.stage.get('phases') or ():
-      at = self.begin + from_epoch
-      if field in changes and at < self.end:
-        found[-1][1] = at
-        found.append([at, self.end, changes[field]])
-    return [(begin, end, value) for begin, end, value in found]
-
 
 def spans(stages: Sequence[Mapping[str, Any]]) -> list[Span]:
   """Returns the stages that have rows, end to end."""

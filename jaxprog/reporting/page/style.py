@@ -170,11 +170,6 @@ svg .name { fill: currentColor; }
 .t-save { color: var(--ema); fill: var(--ema); }
 .t-compile { color: var(--val); fill: var(--val); }
 .t-rest { color: var(--rule); fill: var(--rule); }
-.strips { margin: .2rem 0 1.6rem; row-gap: 4px; }
-.strips .bar { stroke: var(--page); }
-.strips text { fill: var(--ink); }
-.strip-name { text-align: right; font-size: .75rem; color: var(--soft);
-  line-height: 26px; }
 .rows { display: grid; gap: .55rem 1rem; align-items: center;
   grid-template-columns: minmax(0, max-content) minmax(0, 1fr) max-content;
   font-size: .9rem; margin: .6rem 0 1.4rem; }
