@@ -42,7 +42,7 @@ def test_the_page_has_the_figures_of_the_table(workdir):
   for table in tables.tabulate(summaries):
     titles = [column.title for column in table.columns]
     for cell in (*titles, *itertools.chain(*table.rows)):
-      assert cell == '-' or page.markup.join(cell) in text
+      assert cell == '-' or markup.join(cell) in text
 
 
 def test_what_is_said_is_escaped(workdir):
