@@ -75,7 +75,7 @@ def page(run: RunFiles, *, is_live: bool = False) -> str:
 def _describe_live(history: Mapping[str, Any]) -> Html:
   """Returns how often a page is loaded anew, and until when."""
   epochs = [
-    (row['seconds'] or 0.0) + row.get('eval_seconds', 0.0)
+    (row['seconds'] or 0.0) + (row.get('eval_seconds') or 0.0)
     for stage in history['stages']
     for row in stage['epochs']
   ]
