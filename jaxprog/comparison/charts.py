@@ -25,26 +25,29 @@ def differences(
 ) -> Html | None:
   """Returns each cell's difference to the reference, in points; None of one.
 
-  The largest comes first. What is told from 0 is filled.
+  The largest comes first. Those of p < 0.05 are filled.
   """
-  found = [(x.cell, x.difference.estimate) for x in summaries if x.difference]
+  found = [
+    (x.cell, x.difference.estimate, x.is_shown)
+    for x in summaries
+    if x.difference
+  ]
   if not found:
     return None
   found.sort(key=lambda x: -x[1].mean)
   ends = [0.0]
-  for _, e in found:
+  for _, e, _ in found:
     ends += [100 * x for x in (e.low, e.mean, e.high) if x is not None]
   room = 0.04 * (max(ends) - min(ends) or 1.0)
   scale = timeline.Scale(min(ends) - room, max(ends) + room)
   rows = []
-  for cell, e in found:
+  for cell, e, is_shown in found:
     said = verdicts.format_points(e)
     # One run has no interval.
     low, mean, high = (
       scale.at(100 * (e.mean if x is None else x))
       for x in (e.low, e.mean, e.high)
     )
-    is_shown = statistics.is_difference(e)
     bar = charts.interval_bar(
       (low, mean, high), scale.at(0), is_shown, f'{cell}: {said} points'
     )
@@ -52,7 +55,7 @@ def differences(
   ticks = [(scale.at(x), f'{x:+g}' if x else '0') for x in scale.ticks()]
   return charts.bar_rows(
     f'Final top-1 less that of {reference}, in points, 95% intervals',
-    [tag('span', '○ not told from 0', class_='entry')],
+    [tag('span', '○ not told from 0 (Holm)', class_='entry')],
     [*rows, ('', charts.axis(ticks), '')],
   )
 

@@ -275,7 +275,7 @@ def _draw_differences(
 ) -> None:
   """Draws how each cell's final top-1 differs, and says it on the right.
 
-  Filled is what is told from 0. Cells without a run that is done come last.
+  Filled are those of p < 0.05. Cells without a run that is done come last.
   """
   found = tables.summarize(runs, reference)
   others = [x for x in found if x.cell != reference]
@@ -287,8 +287,7 @@ def _draw_differences(
       e = x.difference.estimate
       if e.low is not None and e.high is not None:
         axes.plot([100 * e.low, 100 * e.high], [i, i], color=_INK)
-      is_shown = statistics.is_difference(e)
-      fill = _INK if is_shown else 'white'
+      fill = _INK if x.is_shown else 'white'
       axes.plot(100 * e.mean, i, 'o', color=_INK, markerfacecolor=fill)
       said = [f'{verdicts.format_points(e)}, n = {e.n}', *said]
     texts.append(', '.join(said) or 'no run yet')
@@ -296,7 +295,7 @@ def _draw_differences(
   _bare(
     axes,
     f'final top-1 less that of {shorten(reference, _LONG)}, points: mean and '
-    '95% interval; filled: told from 0',
+    '95% interval; filled: p < 0.05 (Holm)',
   )
   axes.grid(visible=False, axis='y')
   axes.set_yticks(range(len(others)), [shorten(x.cell, _LONG) for x in others])

@@ -46,6 +46,11 @@ class CellSummary(NamedTuple):
     return {x: statuses.count(x) for x in ('done', 'diverged', 'failed')}
 
   @property
+  def is_shown(self) -> bool:
+    """Whether it differs from the reference, all cells taken together."""
+    return self.p_value is not None and self.p_value < 1 - statistics.CONFIDENCE
+
+  @property
   def learning_rates(self) -> list[float]:
     """The rates of all runs, each once."""
     return sorted({run['learning_rate'] for run in self.runs} - {None})
