@@ -5,7 +5,7 @@ import comparison_fixture as fixture
 import pytest
 
 from jaxprog import errors
-from jaxprog.comparison import page, tables, verdicts
+from jaxprog.comparison import charts, page, tables, verdicts
 from jaxprog.reporting.page import markup
 from jaxprog.tools import report
 
@@ -40,8 +40,9 @@ def test_the_page_has_the_figures_of_the_table(workdir):
   text = (workdir / 'report.html').read_text()
   summaries = tables.summarize(result['runs'], result['reference'])
   for table in tables.tabulate(summaries):
-    for cell in (*table.titles, *itertools.chain(*table.rows)):
-      assert cell == '-' or page.markup.join(cell) in text
+    titles = [column.title for column in table.columns]
+    for cell in (*titles, *itertools.chain(*table.rows)):
+      assert cell == '-' or markup.join(cell) in text
 
 
 def test_what_is_said_is_escaped(workdir):
@@ -119,6 +120,12 @@ def test_curves_are_there_for_every_cost(tmp_path, seeds, lines):
   assert text.count('<path class="line') == 3 * (lines + 1)
   # The interval at the end of a mean.
   assert text.count('class="whisker') == (3 * 7 if seeds == 4 else 0)
+
+
+def test_a_run_that_failed_changes_no_axis():
+  runs = [fixture.create_run('a', seed, 0.95) for seed in range(2)]
+  failed = fixture.create_run('a', 2, None, 'failed', num_images=0)
+  assert charts.curves([*runs, failed], 0.9) == charts.curves(runs, 0.9)
 
 
 def test_of_many_cells_the_best_have_curves(tmp_path):

@@ -275,3 +275,14 @@ def test_the_first_sentence_says_which_cells_differ():
   )
   lost = cell('lost', [None], status='failed')
   assert verdicts.ranking([lost], a).startswith('Lost is not shown')
+
+
+def test_of_many_cells_one_is_not_named_for_its_interval_alone():
+  ladder, *others = statistics.by_cell(
+    comparison_fixture.create_arms(5)
+  ).values()
+  scores = [statistics.final_scores(arm) for arm in (others[3], ladder)]
+  assert statistics.is_difference(statistics.compare(*scores).estimate)
+  name = others[3][0]['cell']
+  assert name in verdicts.ranking(others[3:4], ladder).split(' than ladder')[1]
+  assert name not in verdicts.ranking(others, ladder)

@@ -1,5 +1,6 @@
 """The calls of a notebook."""
 
+import copy
 import inspect
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def test_a_model_and_a_stage_of_ones_own(data_dir, tmp_path):
   assert three['stem'] is None
   assert 'two' in jaxprog.report(history)
   assert isinstance(jaxprog.report(history), str)
+  assert copy.copy(jaxprog.report(history)) == jaxprog.report(history)
   assert '&lt;!DOCTYPE' in jaxprog.report(history)._repr_html_()
   assert isinstance(history, dict)
   assert history._repr_html_().count('<tr>') == 3

@@ -1,5 +1,6 @@
 import base64
 import csv
+import datetime
 import io
 import itertools
 import math
@@ -238,9 +239,23 @@ def test_the_time_says_what_is_in_no_figure():
   assert 'before saves and compilation were timed' in read(history).words()
   history['wall_seconds'] = 1e6
   assert 'The rest is the start' in read(history).words()
+  # An older program has trained the first stage.
+  history['stages'][0].pop('compile_seconds', None)
+  assert 'of imagenette were not timed' in read(history).words()
+  history['stages'][0]['compile_seconds'] = 1.0
+  assert 'were not timed' not in read(history).words()
   history['stages'][0]['resumed_at_steps'] = [100]
   words = read(history).words()
   assert 'resumed in its middle counts only the time since' in words
+
+
+def test_a_run_lasts_no_shorter_than_its_stages():
+  history = history_fixture.create_history((2,))
+  history['stages'][0]['seconds'] = 3600.0
+  history['stages'][0]['epochs'][0] |= {'seconds': 3600.0, 'eval_seconds': 0.0}
+  history['stages'][0]['epochs'][1] |= {'seconds': 0.0, 'eval_seconds': 0.0}
+  history['wall_seconds'] = 60.0  # Of a call after the history was lost.
+  assert '1:00:00 from start to end' in read(history).words()
 
 
 def test_interrupted_resumed_and_stopped_runs_say_so():
@@ -329,6 +344,13 @@ def test_an_unreadable_thumbnail_is_a_box_and_a_good_one_an_image():
   page = read(history)
   assert not [x for tag, x in page.elements if tag == 'img']
   assert 'no image' in page.words()
+
+
+def test_sizes_are_those_of_each_phase():
+  history = history_fixture.create_history((2,))
+  (stage,) = history['stages']
+  stage['phases'] = [[1, {'image_size': 256}], [1.5, {'image_size': 288}]]
+  assert '224 → 256 → 288 after epoch 1, 1.5 64' in read(history).words()
 
 
 def test_few_classes_are_listed_and_many_are_counted():
@@ -754,6 +776,19 @@ def test_chromium_renews_a_page_until_its_run_is_over(
     browser.wait_for_load()
   assert '1 of 4 stages finished' in browser.evaluate('document.body.innerText')
   assert browser.evaluate('document.querySelector("details").open')
+
+
+def test_chromium_renews_no_page_of_a_run_that_has_long_been_silent(
+  browser, tmp_path
+):
+  history = history_fixture.create_history((3,))
+  chip = 'document.querySelector(".live").textContent'
+  for age, said in ((20, 'renewed every'), (40, 'nothing new for long')):
+    when = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=age)
+    history['written'] = when.isoformat(timespec='seconds')
+    path = write_page(tmp_path / 'report.html', history, is_live=True)
+    browser.open(path, 1280)
+    assert said in browser.evaluate(chip)
 
 
 def test_chromium_prints_all_of_it(browser, tmp_path):

@@ -1,6 +1,9 @@
+import math
+
 import numpy as np
 import pytest
 
+import jaxprog
 from jaxprog.tools import lr_find
 
 RATES = np.geomspace(1e-6, 10, 200)
@@ -27,3 +30,11 @@ def test_what_is_not_finite_is_no_minimum():
 def test_smoothing_is_unbiased_from_the_first_step():
   np.testing.assert_allclose(lr_find.smoothed([3.0] * 5), 3.0)
   assert lr_find.smoothed([1.0, 2.0]) == pytest.approx([1.0, 29 / 19])
+
+
+def test_without_a_loss_nothing_is_written(data_dir, tmp_path, monkeypatch):
+  monkeypatch.setattr(lr_find, '_run', lambda *_: [math.nan])
+  config = jaxprog.load_config(f'tests/tiny_config.py:{data_dir}')
+  with pytest.raises(jaxprog.UserError, match='three is nan before any rate'):
+    lr_find.lr_find(config, tmp_path)
+  assert list(tmp_path.iterdir()) == []

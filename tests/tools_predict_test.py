@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import os
 import shutil
@@ -252,16 +253,21 @@ def test_memory_does_not_grow_with_the_folder(config, workdir, tmp_path):
 
 def test_right_and_wrong_are_marked_by_the_name_of_the_folder(config, workdir):
   found = trained.load_trained(config, workdir)
-  first, second = found.class_names[:2]
+  meta = {**found.meta, 'classes': ['n1', 'n2', 'n3'], 'class_names': None}
+  meta['class_names'] = first, second, _ = 'crane', 'dog', 'crane'
+  found = dataclasses.replace(found, meta=meta)
 
-  def tile(folder, name):
-    prediction = {'file': f'{folder}/x.png', 'name': name, 'probability': 0.5}
-    return predict._tile(prediction, found)
+  def tile(folder, name, label='n1'):
+    prediction = {'file': f'{folder}/x.png', 'class': label, 'name': name}
+    return predict._tile({**prediction, 'probability': 0.5}, found)
 
   assert tile(first, first)[1:] == (f'✓ {first}', '50.0%', True)
   wrong = tile(second, first)
   assert wrong[1:] == (f'✗ {first}', f'50.0%, is {second}', False)
   assert tile('holidays', first)[1:] == (first, '50.0%', None)
+  # Two classes may share a name.
+  assert tile('n3', first)[1:] == (f'✗ {first}', '50.0%, is crane', False)
+  assert tile('crane', first, 'n3').is_right
 
 
 def test_a_long_title_is_whole_on_several_lines():

@@ -174,6 +174,21 @@ def test_a_page_that_takes_long_is_written_rarely(tmp_path):
   assert [i for i, x in enumerate(written) if x] == [0, 20]
 
 
+@pytest.mark.parametrize(('seconds', 'is_live'), [(0.0, False), (1.0, True)])
+def test_a_run_that_a_signal_ends_says_so_where_that_is_quick(
+  tmp_path, seconds, is_live
+):
+  create_workdir(tmp_path)
+  cost = itertools.count(0.0, seconds).__next__
+  with futures.ThreadPoolExecutor(1) as executor:
+    reporter = outputs.Reporter(executor, tmp_path, list, cost=cost)
+    reporter.refresh()
+    executor.submit(time.sleep, 0).result()  # The page is written.
+    reporter.stop()
+  text = (tmp_path / 'report.html').read_text()
+  assert ('data-live' in text) == is_live
+
+
 def test_reports_of_a_run_without_a_history_are_left_out(tmp_path):
   with futures.ThreadPoolExecutor(1) as executor:
     reporter = outputs.Reporter(executor, tmp_path, list)

@@ -10,6 +10,7 @@ import runs
 from tensorboard.backend.event_processing import plugin_event_accumulator
 
 import jaxprog
+from jaxprog import files
 from jaxprog.data import records
 from jaxprog.reliability import checkpoints, integrity
 from jaxprog.training import described, ladder, trained
@@ -145,6 +146,11 @@ def create_task(arguments, batch_size):
 
 
 def test_rates_schedule_and_length_go_on_in_the_same_epoch(arguments, workdir):
+  # An older program noted no time of the run, but what its stages took.
+  history = runs.read_history(workdir)
+  del history['wall_seconds']
+  history['stages'][0]['seconds'] = 3600.0
+  files.write_json(workdir / 'training_history.json', history)
   stage = go_on(
     arguments,
     workdir,
@@ -161,6 +167,7 @@ def test_rates_schedule_and_length_go_on_in_the_same_epoch(arguments, workdir):
     False,
     True,
   ]
+  assert runs.read_history(workdir)['wall_seconds'] > 3600
   # The rates that it had are still there, and then come those of now.
   rates = stage['learning_rates']
   assert len(rates) == 18

@@ -25,26 +25,29 @@ def differences(
 ) -> Html | None:
   """Returns each cell's difference to the reference, in points; None of one.
 
-  The largest comes first. What is told from 0 is filled.
+  The largest comes first. Those of p < 0.05 are filled.
   """
-  found = [(x.cell, x.difference.estimate) for x in summaries if x.difference]
+  found = [
+    (x.cell, x.difference.estimate, x.is_shown)
+    for x in summaries
+    if x.difference
+  ]
   if not found:
     return None
   found.sort(key=lambda x: -x[1].mean)
   ends = [0.0]
-  for _, e in found:
+  for _, e, _ in found:
     ends += [100 * x for x in (e.low, e.mean, e.high) if x is not None]
   room = 0.04 * (max(ends) - min(ends) or 1.0)
   scale = timeline.Scale(min(ends) - room, max(ends) + room)
   rows = []
-  for cell, e in found:
+  for cell, e, is_shown in found:
     said = verdicts.format_points(e)
     # One run has no interval.
     low, mean, high = (
       scale.at(100 * (e.mean if x is None else x))
       for x in (e.low, e.mean, e.high)
     )
-    is_shown = statistics.is_difference(e)
     bar = charts.interval_bar(
       (low, mean, high), scale.at(0), is_shown, f'{cell}: {said} points'
     )
@@ -52,7 +55,7 @@ def differences(
   ticks = [(scale.at(x), f'{x:+g}' if x else '0') for x in scale.ticks()]
   return charts.bar_rows(
     f'Final top-1 less that of {reference}, in points, 95% intervals',
-    [tag('span', '○ not told from 0', class_='entry')],
+    [tag('span', '○ not told from 0 (Holm)', class_='entry')],
     [*rows, ('', charts.axis(ticks), '')],
   )
 
@@ -94,7 +97,8 @@ def _curves(
   values = [100 * target, *(y for line in series for y in line.values)]
   x_end = max((x for line in series for x, _ in line.points), default=1.0)
   aim = [(0.0, 100 * target), (x_end, 100 * target)]
-  count = min((r['num_images'] for x in arms.values() for r in x), default=1)
+  done = [run for runs in arms.values() for run in statistics.done(runs)]
+  count = min((run['num_images'] for run in done), default=1)
   return charts.line_chart(
     'Means with 95% intervals at their ends' if labels else 'Single runs',
     [*series, charts.Series('target', 'chance', aim, stairs=True)],
@@ -115,19 +119,13 @@ def _draw_arm(
   cell: str, runs: Sequence[Record], style: str, axis: Axis
 ) -> tuple[list[charts.Series], list[charts.Label]]:
   """Returns an arm's mean and its last interval; of few runs these alone."""
-  done, curve = statistics.done(runs), statistics.mean_curve(runs, axis)
-  name = f'{cell} (n = {len(done)})'
-  if len(done) >= figures.MIN_MEAN and curve is not None:
-    points = list(zip(curve.grid.tolist(), 100 * curve.mean, strict=True))
-    label = charts.Label(*points[-1], '', style)
-    if curve.low is not None and curve.high is not None:
-      ends = 100 * float(curve.low[-1]), 100 * float(curve.high[-1])
-      label = label._replace(interval=ends)
-    return [charts.Series(name, style, points)], [label]
-  series = []
-  for run in done:
-    x, y = statistics.points(run, axis)
-    points = list(zip(x.tolist(), (100 * y).tolist(), strict=True))
-    series.append(charts.Series(name, f'{style} single', points))
-    name = ''  # It is said once.
-  return series, []
+  name, labels = f'{cell} (n = {len(statistics.done(runs))})', []
+  lines, interval = statistics.lines(runs, axis)
+  drawn = [list(zip(x.tolist(), y, strict=True)) for x, y in lines]
+  if interval:
+    labels = [charts.Label(*drawn[0][-1], '', style, interval)]
+  if len(drawn) > 1:
+    style = f'{style} single'
+  return [
+    charts.Series('' if i else name, style, x) for i, x in enumerate(drawn)
+  ], labels

@@ -1,22 +1,22 @@
 """Pictures of a comparison: grids, differences, curves over images."""
 
-import io
 import pathlib
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
-import matplotlib.backends.backend_agg
 import matplotlib.colors
 import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from jaxprog import files
 from jaxprog.comparison import statistics, tables, verdicts
 from jaxprog.comparison.statistics import Estimate, Record
+from jaxprog.reporting import plots
+from jaxprog.reporting.facts import shorten
+from jaxprog.reporting.plots import Figure
 
 # Okabe and Ito's colours without the yellow, too faint for lines on white.
 _COLORS = (
@@ -25,43 +25,15 @@ _COLORS = (
 )
 # The next seven lines have the same colours and another dash.
 _DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)))
-_INK, _SOFT = '#333333', '#6b6b6b'
+_INK, _SOFT = plots.INK, '#6b6b6b'
 # Even in lightness and without red against green.
 MAP = 'cividis'
 
 _SMALL = 8.5
-# Of the frame there is what guides the eye.
-_STYLE: dict[Any, Any] = {
-  'figure.dpi': 130,
-  'figure.titlesize': 13,
-  'figure.titleweight': 'bold',
-  'font.size': 9.5,
-  'text.color': _INK,
-  'axes.labelcolor': _INK,
-  'axes.titlesize': 10.5,
-  'axes.titlelocation': 'left',
-  'axes.axisbelow': True,
-  'axes.edgecolor': '#bbbbbb',
-  'axes.spines.left': False,
-  'axes.spines.right': False,
-  'axes.spines.top': False,
-  'axes.grid': True,
-  'grid.color': '#e6e6e6',
-  'xtick.color': _INK,
-  'xtick.major.size': 0,
-  'ytick.color': _INK,
-  'ytick.major.size': 0,
-  'legend.frameon': False,
-  'legend.handlelength': 2.6,
-}
-# A decorator; each figure is made within it.
-_styled: Any = matplotlib.rc_context(_STYLE)
-# With fewer runs each is drawn: an interval of few says little.
-MIN_MEAN = 4
 # How many of the best cells of a grid have a curve.
 _NUM_BEST = 4
-# Letters that fit the width of a cell.
-_CELL_WIDTH = 12
+# Letters of a name, and those that fit the width of a cell.
+_LONG, _CELL_WIDTH = 34, 12
 # Stage ends of two arms closer than this part of the axis are one line.
 _SAME_BOUNDARY = 0.02
 
@@ -76,7 +48,6 @@ class Grid(NamedTuple):
   runs: Mapping[tuple[str, str], Sequence[Record]]
 
 
-@_styled  # Ticks are made when it is saved.
 def plot(
   workdir: pathlib.Path, runs: Sequence[Record], target: float
 ) -> pathlib.Path:
@@ -98,9 +69,7 @@ def plot(
       figure = draw_forest(runs, runs[0]['cell'])
     else:
       figure = draw_grid(runs, grid)
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', metadata={'Software': None})
-  files.write_bytes(path, buffer.getvalue())
+  files.write_bytes(path, plots.encode(figure))
   return path
 
 
@@ -125,7 +94,6 @@ def find_grid(runs: Sequence[Record]) -> Grid | None:
   return Grid(row_key, column_key, rows, columns, found)
 
 
-@_styled
 def draw_grid(runs: Sequence[Record], grid: Grid) -> Figure:
   """Returns a heat map of mean top-1, beside curves of the best cells."""
   width = max(4.2, 1.15 * len(grid.columns) + 1.6)
@@ -136,12 +104,10 @@ def draw_grid(runs: Sequence[Record], grid: Grid) -> Figure:
   _draw_heat(heat, grid)
   cells = ranked(statistics.by_cell(runs)).items()
   chosen = dict([(c, r) for c, r in cells if statistics.done(r)][:_NUM_BEST])
-  _draw_curves(curves, chosen, _styles(chosen))
-  curves.set_title('The best cells')
+  _draw_curves(curves, chosen, _styles(chosen), 'The best cells')
   return figure
 
 
-@_styled
 def draw_forest(runs: Sequence[Record], reference: str) -> Figure:
   """Returns each cell's difference to the reference, the largest first."""
   count = len(statistics.by_cell(runs))
@@ -150,7 +116,6 @@ def draw_forest(runs: Sequence[Record], reference: str) -> Figure:
   return figure
 
 
-@_styled
 def draw_ladder(
   runs: Sequence[Record], target: float, reference: str
 ) -> Figure:
@@ -181,10 +146,19 @@ def draw_ladder(
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
-  figure = Figure(figsize=(width, height), layout='constrained')
-  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-  figure.suptitle(title, x=0.01, ha='left')
+  figure = plots.create_figure(width, height)
+  figure.set_layout_engine('constrained')
+  figure.suptitle(
+    title, x=0.01, ha='left', fontsize=13, color=_INK, weight='bold'
+  )
   return figure
+
+
+def _bare(axes: Axes, x_title: str, y_title: str = '', title: str = '') -> None:
+  plots.bare(axes)
+  axes.set_xlabel(x_title, color=_INK)
+  axes.set_ylabel(y_title, color=_INK)
+  axes.set_title(title, loc='left', fontsize=10.5, color=_INK)
 
 
 def _draw_heat(axes: Axes, grid: Grid) -> None:
@@ -197,44 +171,39 @@ def _draw_heat(axes: Axes, grid: Grid) -> None:
     text = _cell_text(grid.runs[grid.rows[i], grid.columns[j]])
     color = _on('w' if np.isnan(mean) else colors(image.norm(mean)))
     axes.text(j, i, text, ha='center', va='center', color=color)
-  names = [textwrap.fill(_shorten(x), _CELL_WIDTH) for x in grid.columns]
+  names = [textwrap.fill(shorten(x, _LONG), _CELL_WIDTH) for x in grid.columns]
   axes.set_xticks(range(len(grid.columns)), names)
-  axes.set_yticks(range(len(grid.rows)), map(_shorten, grid.rows))
-  axes.set_xlabel(grid.column_key)
-  axes.set_ylabel(grid.row_key)
+  axes.set_yticks(range(len(grid.rows)), [shorten(x, _LONG) for x in grid.rows])
+  _bare(
+    axes, grid.column_key, grid.row_key, 'Final top-1 (%): mean, ± std, runs'
+  )
   axes.grid(visible=False)
   axes.spines[:].set_visible(False)
-  axes.set_title('Final top-1 (%): mean, ± std, runs')
 
 
 def _draw_curves(
   axes: Axes,
   cells: Mapping[str, Sequence[Record]],
   styles: Mapping[str, Mapping[str, Any]],
+  title: str = '',
 ) -> None:
   """Draws each cell's mean over images, with the interval at its end.
 
   Of few runs these alone. Names stand beside the ends.
   """
+  _bare(axes, 'training images', 'top-1 (%)', title)
   ends: list[tuple[float, str, str]] = []
   for cell, runs in cells.items():
-    finished = statistics.done(runs)
-    curve, style = statistics.mean_curve(runs, 'images'), styles[cell]
-    if not finished:
-      continue
-    drawn = [statistics.points(run, 'images') for run in finished]
-    if len(finished) >= MIN_MEAN and curve is not None:
-      drawn = [(curve.grid, curve.mean)]
-      if curve.low is not None and curve.high is not None:
-        x, low, high = curve.grid[-1], curve.low[-1], curve.high[-1]
-        axes.vlines(x, 100 * low, 100 * high, color=style['color'])
-    for x, y in drawn:
-      width = 1.8 if len(drawn) == 1 else 1.0
-      axes.plot(x, 100 * y, label=cell, linewidth=width, **style)
-    said = f'{_shorten(cell)} (n = {len(finished)})'
-    ends.append((100 * drawn[0][1][-1], said, style['color']))
-  axes.set_xlabel('training images')
-  axes.set_ylabel('top-1 (%)')
+    lines, interval = statistics.lines(runs, 'images')
+    style = styles[cell]
+    for x, y in lines:
+      width = 1.8 if len(lines) == 1 else 1.0
+      axes.plot(x, y, label=cell, linewidth=width, **style)
+    if interval:
+      axes.vlines(lines[0][0][-1], *interval, color=style['color'])
+    if lines:
+      said = f'{shorten(cell, _LONG)} (n = {len(statistics.done(runs))})'
+      ends.append((lines[0][1][-1], said, style['color']))
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
   axes.xaxis.set_major_formatter(lambda x, _: tables.format_count(x))
   _limit_accuracy(axes)
@@ -289,7 +258,7 @@ def _mark_boundaries(axes: Axes, arms: Mapping[str, Sequence[Record]]) -> None:
       continue
     axes.axvline(x, color=_SOFT, linewidth=1, linestyle=(0, (1, 2)))
     axes.annotate(
-      f'{_shorten(name, 20)} ends',
+      f'{shorten(name, 20)} ends',
       (x, 1.0),
       xycoords=('data', 'axes fraction'),
       xytext=(0, 3 + 11 * len(ends)),
@@ -306,7 +275,7 @@ def _draw_differences(
 ) -> None:
   """Draws how each cell's final top-1 differs, and says it on the right.
 
-  Filled is what is told from 0. Cells without a run that is done come last.
+  Filled are those of p < 0.05. Cells without a run that is done come last.
   """
   found = tables.summarize(runs, reference)
   others = [x for x in found if x.cell != reference]
@@ -318,21 +287,22 @@ def _draw_differences(
       e = x.difference.estimate
       if e.low is not None and e.high is not None:
         axes.plot([100 * e.low, 100 * e.high], [i, i], color=_INK)
-      is_shown = statistics.is_difference(e)
-      fill = _INK if is_shown else 'white'
+      fill = _INK if x.is_shown else 'white'
       axes.plot(100 * e.mean, i, 'o', color=_INK, markerfacecolor=fill)
       said = [f'{verdicts.format_points(e)}, n = {e.n}', *said]
     texts.append(', '.join(said) or 'no run yet')
   axes.axvline(0, color=_SOFT, linewidth=1, linestyle=':')
-  axes.grid(visible=False, axis='y')
-  axes.set_yticks(range(len(others)), [_shorten(x.cell) for x in others])
-  axes.set_ylim(max(len(others), 1) - 0.5, -0.5)
-  axes.set_xlabel(
-    f'final top-1 less that of {_shorten(reference)}, points: mean and 95% '
-    'interval; filled: told from 0'
+  _bare(
+    axes,
+    f'final top-1 less that of {shorten(reference, _LONG)}, points: mean and '
+    '95% interval; filled: p < 0.05 (Holm)',
   )
+  axes.grid(visible=False, axis='y')
+  axes.set_yticks(range(len(others)), [shorten(x.cell, _LONG) for x in others])
+  axes.set_ylim(max(len(others), 1) - 0.5, -0.5)
   numbers = axes.secondary_yaxis('right')
   numbers.set_yticks(range(len(others)), texts)
+  numbers.tick_params(colors=_INK, length=0, labelsize=9)
   numbers.spines['right'].set_visible(False)
 
 
@@ -389,11 +359,3 @@ def _on(color: Any) -> str:
   """Returns black or white: what can be read on `color`."""
   red, green, blue = matplotlib.colors.to_rgb(color)
   return 'k' if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else 'w'
-
-
-def _shorten(text: str, length: int = 34) -> str:
-  """Returns `text` without its middle: names of cells differ at either end."""
-  if len(text) <= length:
-    return text
-  half = (length - 3) // 2
-  return f'{text[:half]}...{text[-half:]}'

@@ -7,11 +7,26 @@ from typing import Any
 
 from jaxprog import errors, files
 from jaxprog.comparison import charts, tables
-from jaxprog.reporting.page import html, markup
-from jaxprog.reporting.page.markup import Html, join, tag
+from jaxprog.reporting.page import html
+from jaxprog.reporting.page.markup import Html, join, render, tag
+from jaxprog.reporting.parts import Column, Table
 
 # Of what comparison.json holds; see docs/compare.md.
 VERSION = 2
+_CELLS = (
+  Column('cell', lambda x: x['name'], left=True),
+  Column('stages', lambda x: ', '.join(x['stages']), left=True),
+  Column('changed', lambda x: _changes(x) or '-', left=True),
+  Column('equal', lambda x: x['equal'] or 'own length', left=True),
+)
+_RUNS = (
+  Column('cell', lambda x: x['cell'], left=True),
+  Column('seed', lambda x: str(x['seed'])),
+  Column('final top-1', lambda x: _final(x['final_top1'])),
+  Column('rate', lambda x: f'{x["learning_rate"]:.3g}'),
+  Column('status', lambda x: x['status'], left=True),
+  Column('resumed', lambda x: str(x['resumed'])),
+)
 
 
 def write_page(workdir: pathlib.Path) -> pathlib.Path:
@@ -62,12 +77,16 @@ def _create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
       (
         'accuracy',
         'Accuracy',
-        join(_table(accuracies), *(tag('p', x, class_='note') for x in notes)),
+        join(render(accuracies), *(tag('p', x, class_='note') for x in notes)),
       ),
       ('curves', 'Curves', charts.curves(result['runs'], target)),
-      ('costs', 'Costs', _table(costs)),
-      ('cells', 'Cells', _table(_cells(result))),
-      ('runs', 'Runs', _table(_runs(result))),
+      ('costs', 'Costs', render(costs)),
+      (
+        'cells',
+        'Cells',
+        render(Table(_CELLS, result['cells'], 'What was trained')),
+      ),
+      ('runs', 'Runs', render(Table(_RUNS, result['runs'], 'Every run'))),
     ],
     'Made from comparison.json; --mode=report makes it again. Each run has a '
     'report of its own below cells/.',
@@ -82,37 +101,9 @@ def _verdicts(result: Mapping[str, Any]) -> Html:
   )
 
 
-def _table(table: tables.Table) -> Html:
-  return markup.table(
-    table.titles, table.rows, caption=table.caption, left=table.left
-  )
+def _final(top1: float | None) -> str:
+  return '-' if top1 is None else f'{top1:.2%}'
 
 
-def _cells(result: Mapping[str, Any]) -> tables.Table:
-  rows = [
-    (
-      cell['name'],
-      ', '.join(cell['stages']),
-      ', '.join(f'{k}={v}' for k, v in cell['overrides'].items()) or '-',
-      cell['equal'] or 'own length',
-    )
-    for cell in result['cells']
-  ]
-  titles = 'cell', 'stages', 'changed', 'equal'
-  return tables.Table(titles, rows, (0, 1, 2, 3), 'What was trained')
-
-
-def _runs(result: Mapping[str, Any]) -> tables.Table:
-  rows = [
-    (
-      run['cell'],
-      str(run['seed']),
-      '-' if run['final_top1'] is None else f'{100 * run["final_top1"]:.2f}%',
-      f'{run["learning_rate"]:.3g}',
-      run['status'],
-      str(run['resumed']),
-    )
-    for run in result['runs']
-  ]
-  titles = 'cell', 'seed', 'final top-1', 'rate', 'status', 'resumed'
-  return tables.Table(titles, rows, (0, 4), 'Every run')
+def _changes(cell: Mapping[str, Any]) -> str:
+  return ', '.join(f'{k}={v}' for k, v in cell['overrides'].items())

@@ -34,6 +34,8 @@ Axis = Literal['images', 'flops', 'seconds', 'epochs']
 
 # More points than this do not show in a plot's line.
 _MAX_POINTS = 400
+# With fewer runs each is drawn.
+_MIN_MEAN = 4
 # Where an interval of a difference and of an accuracy may lie.
 _DIFFERENCES, _ACCURACIES = (-1.0, 1.0), (0.0, 1.0)
 
@@ -462,6 +464,24 @@ def mean_curve(runs: Iterable[Record], axis: Axis) -> MeanCurve | None:
   own = binomial_variance(mean, min(run['num_images'] for run in done(runs)))
   low, high, _ = _interval(spread, mean, Noise(own), _ACCURACIES)
   return MeanCurve(grid, mean, low, high)
+
+
+def lines(
+  runs: Iterable[Record], axis: Axis
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[float, float] | None]:
+  """Returns a cell's lines in percent, and the interval at the end of its mean.
+
+  That is the only one; of few runs, whose interval says little, each is one.
+  """
+  finished = done(runs)
+  curve = mean_curve(finished, axis)
+  if len(finished) < _MIN_MEAN or curve is None:
+    drawn = [points(run, axis) for run in finished]
+    return [(x, 100 * y) for x, y in drawn], None
+  mean = [(curve.grid, 100 * curve.mean)]
+  if curve.low is None or curve.high is None:
+    return mean, None
+  return mean, (100 * float(curve.low[-1]), 100 * float(curve.high[-1]))
 
 
 def _common_grid(costs: Sequence[np.ndarray]) -> np.ndarray:

@@ -2,18 +2,19 @@
 
 import csv
 import io
+import operator
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import rich.box
 import rich.console
-import rich.table
 import rich.text
 
 from jaxprog import files
 from jaxprog.comparison import statistics, verdicts
 from jaxprog.comparison.statistics import Axis, Difference, Estimate, Record
+from jaxprog.reporting.parts import Column, Table
+from jaxprog.reporting.report import terminal_table
 
 _AXES: tuple[Axis, ...] = ('epochs', 'images', 'flops', 'seconds')
 _NONE = '-'
@@ -45,6 +46,11 @@ class CellSummary(NamedTuple):
     return {x: statuses.count(x) for x in ('done', 'diverged', 'failed')}
 
   @property
+  def is_shown(self) -> bool:
+    """Whether it differs from the reference, all cells taken together."""
+    return self.p_value is not None and self.p_value < 1 - statistics.CONFIDENCE
+
+  @property
   def learning_rates(self) -> list[float]:
     """The rates of all runs, each once."""
     return sorted({run['learning_rate'] for run in self.runs} - {None})
@@ -57,18 +63,6 @@ class CellSummary(NamedTuple):
     if not ends:
       return {}
     return {axis: sum(end[axis] for end in ends) / len(ends) for axis in _AXES}
-
-
-class Table(NamedTuple):
-  """A table as people read it; the columns that are not `left` are numbers.
-
-  Its caption stands on a page alone.
-  """
-
-  titles: tuple[str, ...]
-  rows: Sequence[tuple[str, ...]]
-  left: tuple[int, ...] = (0,)
-  caption: str = ''
 
 
 def summarize(runs: Iterable[Record], reference: str) -> list[CellSummary]:
@@ -97,18 +91,32 @@ def summarize(runs: Iterable[Record], reference: str) -> list[CellSummary]:
   ]
 
 
+def create_table(
+  titles: Sequence[str],
+  rows: Sequence[tuple[str, ...]],
+  caption: str = '',
+  left: Sequence[int] = (0,),
+) -> Table:
+  """Returns a table of texts; the columns that are not `left` are numbers."""
+  columns = [
+    Column(title, operator.itemgetter(i), left=i in left)
+    for i, title in enumerate(titles)
+  ]
+  return Table(columns, rows, caption)
+
+
 def tabulate(summaries: Sequence[CellSummary]) -> tuple[Table, Table]:
   """Returns the accuracies and the costs of all cells."""
-  accuracies = Table(
+  accuracies = create_table(
     ('cell', 'n', 'top-1', 'std', '95% interval', 'difference', 'p'),
     [_accuracy_row(summary) for summary in summaries],
-    caption='Final top-1 over seeds, %',
+    'Final top-1 over seeds, %',
   )
-  costs = Table(
+  costs = create_table(
     ('cell', 'best rate', 'epochs', 'images', 'FLOPs', 'seconds', 'runs'),
     [_cost_row(summary) for summary in summaries],
+    'Means over runs',
     left=(0, 6),
-    caption='Means over runs',
   )
   return accuracies, costs
 
@@ -118,26 +126,10 @@ def render(
 ) -> rich.console.Group:
   """Returns both tables and notes on them, for 80 columns."""
   texts = map(rich.text.Text, notes(summaries, reference))
-  accuracies, costs = (to_rich(x, gap=1) for x in tabulate(summaries))
-  return rich.console.Group(accuracies, costs, *texts)
-
-
-def to_rich(table: Table, gap: int = 2) -> rich.table.Table:
-  """Returns a table for the terminal, `gap` letters between its columns."""
-  rendered = rich.table.Table(
-    box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, gap - 1)
+  accuracies, costs = (
+    terminal_table(x.columns, x.rows, gap=1) for x in tabulate(summaries)
   )
-  for i, title in enumerate(table.titles):
-    # Only texts may have to be broken.
-    rendered.add_column(
-      title,
-      justify='left' if i in table.left else 'right',
-      no_wrap=i not in table.left,
-      overflow='fold',
-    )
-  for row in table.rows:
-    rendered.add_row(*map(rich.text.Text, row))
-  return rendered
+  return rich.console.Group(accuracies, costs, *texts)
 
 
 def notes(summaries: Sequence[CellSummary], reference: str) -> list[str]:

@@ -137,16 +137,22 @@ def overall(name: str, answers: Mapping[Axis, tuple[str, str]]) -> str:
 def ranking(arms: Sequence[_Arm], reference: _Arm) -> str:
   """Returns the first line of a page: which arms differ from the reference.
 
-  By the final accuracy, the largest difference first.
+  By the final accuracy, the largest difference first; by p-values adjusted for
+  their number, since the largest of many is no single comparison.
   """
   theirs = statistics.final_scores(reference)
   found = {
-    _name(arm): statistics.compare(scores, theirs).estimate
+    _name(arm): statistics.compare(scores, theirs)
     for arm in arms
     if theirs and (scores := statistics.final_scores(arm))
   }
-  ranked = sorted(found.items(), key=lambda x: -x[1].mean)
-  differ = [(k, e) for k, e in ranked if statistics.is_difference(e)]
+  p_values = statistics.holm([x.p_value for x in found.values()])
+  differ = [
+    (name, x.estimate)
+    for (name, x), p in zip(found.items(), p_values, strict=True)
+    if p is not None and p < 1 - statistics.CONFIDENCE
+  ]
+  differ.sort(key=lambda x: -x[1].mean)
   clauses = []
   for word, sign in (('better', 1), ('worse', -1)):
     said = [

@@ -191,11 +191,14 @@ def time_note(history: Mapping[str, Any]) -> str:
     'A later stage is compiled while the one before trains: what counts is '
     'waiting for it. A save within an epoch is in its training.'
   )
+  untimed = [x['name'] for x in history['stages'] if 'compile_seconds' not in x]
   if 'wall_seconds' in history:
     note += (
       ' The rest is the start, the look at the best weights of each stage and '
       'what else lies between.'
     )
+    if untimed:
+      note += f' Saves and compilation of {", ".join(untimed)} were not timed.'
   else:
     note = 'Written before saves and compilation were timed: they are in none.'
   if any(stage.get('resumed_at_steps') for stage in history['stages']):

@@ -39,15 +39,15 @@ def write_reports(
   return paths
 
 
-def write_page(workdir: str | os.PathLike[str]) -> None:
+def write_page(workdir: str | os.PathLike[str], *, is_live: bool) -> None:
   """Writes report.html alone, which is quick enough for every epoch."""
-  page = html.page(rundir.read_run(workdir), is_live=True)
+  page = html.page(rundir.read_run(workdir), is_live=is_live)
   files.write_bytes(pathlib.Path(workdir) / 'report.html', page.encode())
 
 
 # After a page that took a core for more than a moment, in seconds, none is
-# written for so many times as long.
-_QUICK, _REST = 0.1, 20.0
+# written for so many times as long. A run that a signal ends waits no longer.
+_QUICK, _REST, _LEAST = 0.1, 20.0, 1.0
 
 
 class Reporter:
@@ -84,9 +84,18 @@ class Reporter:
     """Lets all reports be written anew, if the run has a history by then."""
     return self._executor.submit(self._write, is_last)
 
-  def _write_page(self) -> None:
+  def stop(self) -> None:
+    """Writes report.html once more, of a run that has ended, if that is quick.
+
+    The rest takes longer than a signal allows.
+    """
+    if self._clock() >= self._next:
+      page = self._executor.submit(self._write_page, False)
+      futures.wait([page], timeout=_LEAST)
+
+  def _write_page(self, is_live: bool = True) -> None:
     began = self._cost()
-    write_page(self._workdir)
+    write_page(self._workdir, is_live=is_live)
     took = self._cost() - began
     if took > _QUICK:
       self._next = self._clock() + _REST * took

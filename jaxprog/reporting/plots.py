@@ -45,7 +45,7 @@ def plot_history(
     path: where to write it; replaced atomically, so that it can be looked at
       during a run.
   """
-  figure = _create_figure(12, 8.5)
+  figure = create_figure(12, 8.5)
   spans = timeline.spans(history['stages'])
   loss, accuracy, rate = figure.subplots(
     3, 1, sharex=True, height_ratios=(3, 3, 2)
@@ -91,10 +91,10 @@ def plot_learning_rates(
   names = list(learning_rates)
   columns = min(len(names), 4)
   rows = -(-len(names) // columns)
-  figure = _create_figure(3 * columns, 2.4 * rows)
+  figure = create_figure(3 * columns, 2.4 * rows)
   for i, name in enumerate(names):
     axes = figure.add_subplot(rows, columns, i + 1)
-    _bare(axes)
+    bare(axes)
     rates = learning_rates[name]
     epochs = np.linspace(0, num_epochs[name], len(rates) + 1)
     axes.step(epochs, [*rates, rates[-1]], where='post', color=RATE)
@@ -122,9 +122,9 @@ def plot_lr_find(
     found: its stage, rates, losses, smoothed losses and suggestions.
     path: replaced atomically.
   """
-  figure = _create_figure(8, 4.4)
+  figure = create_figure(8, 4.4)
   axes = figure.add_subplot()
-  _bare(axes)
+  bare(axes)
   rates, losses, smooth = (
     np.array(found[x], float) for x in ('rates', 'losses', 'smooth')
   )
@@ -158,7 +158,8 @@ def plot_lr_find(
   _save(figure, path)
 
 
-def _create_figure(width: float, height: float) -> Figure:
+def create_figure(width: float, height: float) -> Figure:
+  """Returns an empty figure of so many inches."""
   figure = Figure(figsize=(width, height), dpi=130)
   matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
   return figure
@@ -179,7 +180,7 @@ def encode(figure: matplotlib.figure.Figure) -> bytes:
 
 def _style(axes: Axes, title: str, spans: Sequence[timeline.Span]) -> None:
   axes.set_ylabel(title, color=INK)
-  _bare(axes)
+  bare(axes)
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
   if not spans:
     axes.set_xticks([])
@@ -193,7 +194,7 @@ def _style(axes: Axes, title: str, spans: Sequence[timeline.Span]) -> None:
       axes.axvline(span.begin, color=_RULE, linewidth=0.8)
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
   """Leaves of the frame what guides the eye."""
   axes.grid(color=GRID, linewidth=0.8)
   axes.set_axisbelow(True)

@@ -45,10 +45,15 @@ def summary_table(history: Mapping[str, Any]) -> rich.table.Table:
 
 
 def terminal_table(
-  columns: Iterable[Column], rows: Iterable[Any]
+  columns: Iterable[Column], rows: Iterable[Any], gap: int = 2
 ) -> rich.table.Table:
-  """Returns a table for a terminal; only its texts take a second line."""
-  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+  """Returns a table for a terminal; only its texts take a second line.
+
+  Between two columns there are `gap` letters.
+  """
+  table = rich.table.Table(
+    box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, gap - 1)
+  )
   for column in columns:
     table.add_column(
       column.title,

@@ -38,6 +38,9 @@ class Report(str):
     created._run = run
     return created
 
+  def __reduce__(self) -> tuple[Any, ...]:
+    return Report, (self._run,)  # What a copy is made of, or another process's.
+
   def _repr_html_(self) -> str:
     # In a frame: it has a style and a script of its own.
     page = str(html.page(self._run))

@@ -123,16 +123,6 @@ class Span:
     steps = row['epoch'] * per_epoch * min(1.0, self.stage['num_epochs'])
     return max(0, round(row['global_step'] - steps))
 
-  def segments(self, field: str) -> list[tuple[float, float, Any]]:
-    """Returns begin, end and value of `field` as the stage's phases set it."""
-    found = [[self.begin, self.end, self.stage[field]]]
-    for from_epoch, changes in self.stage.get('phases') or ():
-      at = self.begin + from_epoch
-      if field in changes and at < self.end:
-        found[-1][1] = at
-        found.append([at, self.end, changes[field]])
-    return [(begin, end, value) for begin, end, value in found]
-
 
 def spans(stages: Sequence[Mapping[str, Any]]) -> list[Span]:
   """Returns the stages that have rows, end to end."""
@@ -170,7 +160,9 @@ def fit_top1(values: Sequence[float], num_images: int) -> Scale:
   if best > _ERRORS_FROM:
     least = 50 / max(num_images, 1)
     top = 100 - max(100 - best, least) / 1.5
-    return Scale(max(0.0, low - 2), top, least_error=least / 1.5)
+    # Of few images that are all right, the least that is wrong is shown too.
+    low = max(0.0, min(low - 2, 100 - 3 * least))
+    return Scale(low, top, least_error=least / 1.5)
   low = max(0.0, low - 0.1 * (best - low))
   return Scale(low, best + 0.05 * (best - low) + 0.1)
 

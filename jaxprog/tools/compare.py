@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import rich.console
+import rich.table
 import rich.text
 from ml_collections import config_dict
 
@@ -36,6 +37,7 @@ from jaxprog.comparison.statistics import Record
 from jaxprog.data import workers
 from jaxprog.monitoring import activity, environment
 from jaxprog.reliability import lock, mirror, signals
+from jaxprog.reporting.report import terminal_table
 from jaxprog.training import preflight
 from jaxprog.training import run as run_lib
 
@@ -211,7 +213,7 @@ def compare(
     comparison = Comparison(config, workdir, chosen, console)
     comparison.say(f'comparison: {len(chosen)} cells, the costs of their steps')
     planned = _plan_all(comparison)
-    console.print(tables.to_rich(_plan_table(planned)))
+    console.print(_plan_table(planned))
     with mirror.hold(workdir, url) as comparison.owner:
       files.write_json(workdir / 'config.json', config_lib.to_json(config))
       _tune(comparison)
@@ -493,7 +495,7 @@ def _remarks(result: Mapping[str, Any]) -> Iterator[str]:
   )
 
 
-def _plan_table(planned: Sequence[Planned]) -> tables.Table:
+def _plan_table(planned: Sequence[Planned]) -> rich.table.Table:
   """Returns what was derived: a row for each cell."""
   rows = []
   for run in planned:
@@ -511,4 +513,5 @@ def _plan_table(planned: Sequence[Planned]) -> tables.Table:
     )
     rows.append(row)
   titles = ('cell', 'equal', 'epochs', 'images', 'FLOPs', 'rate')
-  return tables.Table(titles, rows)
+  table = tables.create_table(titles, rows)
+  return terminal_table(table.columns, table.rows)

@@ -41,7 +41,7 @@ def lr_find(
   steepest of `suggestions`, None where the loss never fell.
 
   Raises:
-    UserError: for mistakes in the config or the data.
+    UserError: for mistakes in the config or the data, or without a loss.
   """
   workdir = paths.workdir(workdir)
   known = [x.name for x in stages.create_stages(config)]
@@ -59,6 +59,12 @@ def lr_find(
   ratio = math.log(config.lr_find_max / config.lr_find_min) / (num_steps - 1)
   rates = config.lr_find_min * np.exp(ratio * np.arange(num_steps))
   losses = _run(setup, workdir, rates.astype(np.float32))
+  if not math.isfinite(losses[0]):
+    raise errors.UserError(
+      f'The loss of {stage} is {losses[0]} before any rate was tried.',
+      f'--stage={stage}',
+      'Look at its images, and at the weights that it begins with.',
+    )
   rates = rates[: len(losses)]
   smooth = smoothed(losses)
   suggestions = suggest(rates, smooth)

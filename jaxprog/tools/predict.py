@@ -326,14 +326,18 @@ def _tile(x: Prediction, trained: trained_lib.Trained) -> contact_sheet.Tile:
     file = errors.printable(path.name)
     return contact_sheet.Tile(None, 'cannot be read', file)
   name, percent = errors.printable(x['name']), formats.percent(x['probability'])
-  names = dict(zip(trained.classes, trained.class_names, strict=True))
-  names |= {name: name for name in trained.class_names}
-  if (label := names.get(path.parent.name)) is None:
+  folder = path.parent.name
+  # Some classes of ImageNet share a name.
+  labels = {
+    label: said
+    for label, said in zip(trained.classes, trained.class_names, strict=True)
+    if folder in (label, said)
+  }
+  if not labels:
     return contact_sheet.Tile(path, name, percent)
-  is_right = label == x['name']
-  if is_right:
+  if x['class'] in labels:
     return contact_sheet.Tile(path, f'✓ {name}', percent, True)
-  detail = f'{percent}, is {errors.printable(label)}'
+  detail = f'{percent}, is {errors.printable(next(iter(labels.values())))}'
   return contact_sheet.Tile(path, f'✗ {name}', detail, False)
 
 

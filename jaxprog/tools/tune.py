@@ -8,6 +8,7 @@ a search was killed is resumed, not begun again.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
@@ -21,11 +22,13 @@ from ml_collections import config_dict
 
 from jaxprog import buckets, errors, files, formats, stages
 from jaxprog import config as config_lib
-from jaxprog.comparison import statistics, tables
+from jaxprog.comparison import statistics
 from jaxprog.data import workers
 from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import lock, mirror, signals
+from jaxprog.reporting.parts import Column
+from jaxprog.reporting.report import terminal_table
 from jaxprog.training import ladder, loop, preflight
 
 # Why there can be no search; help(jaxprog) looks at this module all the same.
@@ -357,21 +360,16 @@ def _show(
 ) -> None:
   """Prints the ten best trials and what they do not say."""
   fields = [x['field'] for x in config.search]
-  titles = ('trial', 'top-1', 'epochs', 'status', *fields)
   ranked = sorted(found['trials'], key=lambda x: -(x['top1'] or 0))
-  rows = [
-    (
-      trial['directory'],
-      formats.percent(trial['top1']),
-      str(trial['epochs']),
-      trial['status'],
-      *(_short(trial['parameters'].get(field)) for field in fields),
-    )
-    for trial in ranked[:10]
+  columns = [
+    Column('trial', lambda x: x['directory'], left=True),
+    Column('top-1', lambda x: formats.percent(x['top1'])),
+    Column('epochs', lambda x: str(x['epochs'])),
+    Column('status', lambda x: x['status'], left=True),
+    *(Column(x, functools.partial(_parameter, x), left=True) for x in fields),
   ]
-  table = tables.Table(titles, rows, left=tuple(range(len(titles))))
   console = rich.console.Console(markup=False)
-  console.print(tables.to_rich(table))
+  console.print(terminal_table(columns, ranked[:10]))
   pruned = sum(x['status'] == 'pruned' for x in found['trials'])
   alike = len(found['alike'])
   console.print(
@@ -384,6 +382,10 @@ def _show(
     markup=False,
     soft_wrap=True,
   )
+
+
+def _parameter(field: str, trial: Mapping[str, Any]) -> str:
+  return _short(trial['parameters'].get(field))
 
 
 def _short(value: Any) -> str:

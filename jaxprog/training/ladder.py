@@ -109,7 +109,9 @@ def _train_stages(run: run_lib.Run) -> None:
       left = _run_stage(run, index, task, left)
   except errors.Stopped as e:
     run.incidents.add('signal', str(e))
-    raise  # Plots take longer than a signal allows.
+    if jax.process_index() == 0:
+      run.reporter.stop()
+    raise
   except Exception:
     with contextlib.suppress(Exception):  # It would hide what ended the run.
       _write_reports(run, wait=True)

@@ -94,14 +94,12 @@ def open_run(
   stop: signals.StopRequest,
   stack: contextlib.ExitStack,
   *,
-  began: float,
+  began: float,  # When this call did, by the monotonic clock.
   allow_config_change: bool = False,
   on_epoch: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
   shorten: Callable[[setup_lib.Task], setup_lib.Task] = lambda task: task,
 ) -> Run:
   """Returns a run of `setup`, all checked; `stack` closes what it has opened.
-
-  `began` is when this call did, by the monotonic clock.
 
   Raises:
     UserError: for mistakes in the data or the workdir.
@@ -127,19 +125,13 @@ def open_run(
     progress.message(line)
   if changes:
     incidents.add('config_change', '; '.join(changes))
-  before = resume.read_config(workdir)
-  peers.wait_for_all('config')  # One of them replaces it.
-  plain = _write_inputs(config, workdir, before)
+  before, plain = _write_inputs(config, workdir)
   history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
   names = loggers.chosen(config) if writes else ()
   writer = stack.enter_context(loggers.open_loggers(names, workdir, note))
   writer.write_hparams(tensorboard.flatten_config(plain))
   fetcher = fetching.Fetcher(config, [x.dataset for x in tasks])
-  dog = watchdog.Watchdog(
-    config.watchdog_minutes,
-    log=workdir / 'watchdog.log',
-    on_timeout=lambda text: incidents.add('watchdog', text),
-  )
+  dog = _create_watchdog(config, workdir, incidents)
   return Run(
     setup=setup,
     tasks=tasks,
@@ -159,7 +151,25 @@ def open_run(
       _create_executor('reporter', stack), workdir, incidents.entries
     ),
     before=before,
-    began=began - history.get('wall_seconds', 0.0),
+    began=began - _seconds_so_far(history),
+  )
+
+
+def _seconds_so_far(history: dict[str, Any]) -> float:
+  """Returns what a run took; of an older program's its stages alone."""
+  known = sum(stage['seconds'] for stage in history['stages'])
+  return history.get('wall_seconds', known)
+
+
+def _create_watchdog(
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  incidents: incidents_lib.Incidents,
+) -> watchdog.Watchdog:
+  return watchdog.Watchdog(
+    config.watchdog_minutes,
+    log=workdir / 'watchdog.log',
+    on_timeout=lambda text: incidents.add('watchdog', text),
   )
 
 
@@ -221,15 +231,15 @@ def _show_changes(
 
 
 def _write_inputs(
-  config: config_dict.ConfigDict,
-  workdir: pathlib.Path,
-  before: config_dict.ConfigDict | None,
-) -> dict[str, Any]:
-  """Writes what runs and on what; returns the config that config.json has.
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> tuple[config_dict.ConfigDict | None, dict[str, Any]]:
+  """Writes what runs and on what; returns the config so far, and that of now.
 
-  It is complete, and stages that are done are as they were. Once `before`
-  alone, the run's config so far, told how they were.
+  The latter is complete, and stages that are done are as they were. Once the
+  former alone told how they were.
   """
+  before = resume.read_config(workdir)
+  peers.wait_for_all('config')  # One of them replaces it.
   plain = config_lib.to_json(stages.complete(config))
   so_far = config_lib.to_json(before) if before else {}
   for i, stage in enumerate(plain['stages']):
@@ -244,7 +254,7 @@ def _write_inputs(
           path.unlink(missing_ok=True)
       files.write_json(workdir / 'config.json', plain)
       files.write_json(workdir / 'environment.json', environment.environment())
-  return plain
+  return before, plain
 
 
 def _create_executor(

@@ -101,25 +101,12 @@ def line_chart(
   sign: str = 'best epoch',
   names_at_ends: bool = False,
 ) -> Html:
-  """Returns lines over x from 0 to `x_end`.
+  """Returns lines over x from 0 to `x_end`; what is outside `y` is cut off.
 
-  Args:
-    title: above the chart, beside the names of its series.
-    series: lines that break where there is no value.
-    y: the vertical scale; what is outside is cut off.
-    x_end: end of the horizontal axis.
-    x_label: what the horizontal axis counts.
-    format_y: writes a tick of the vertical axis.
-    format_x: writes one of the horizontal axis.
-    summary: the chart in a sentence, for those who cannot see it.
-    height: of the plot, in pixels.
-    spans: of stages, every other one shaded, named above the plot.
-    marks: at the foot of the plot.
-    labels: named points; of those that would touch, the last ones stay.
-    hints: x and what the pointer shows nearest to it.
-    sign: what the dot of a label stands for; with its interval, if it has one.
-    names_at_ends: lines are named where they end, if there is room, and the
-      chart cannot be zoomed.
+  Of `labels` that would touch, the last ones stay; their dots stand for `sign`.
+  `hints` are x and what the pointer shows nearest to it, `summary` is for those
+  who cannot see the chart. With `names_at_ends` lines are named there, if there
+  is room, and the chart cannot be zoomed.
   """
   plane = _Plane(x_end, y, height, _HEAD if labels else _TOP)
   shapes = [
@@ -198,38 +185,6 @@ def _legend(
     span = ' and 95% interval' if any(x.interval for x in labels) else ''
     marked.append(tag('span', f'● {sign}{span}', class_='entry'))
   return [*names, *marked]
-
-
-def strip_chart(
-  rows: Mapping[str, Sequence[tuple[float, float, float]]], x_end: float
-) -> Html:
-  """Returns, for each name, bars (begin, end, value) that say their value.
-
-  The larger the value beside the others of its row, the stronger the colour.
-  """
-  drawn = []
-  for name, bars in rows.items():
-    top = max((value for _, _, value in bars), default=1) or 1
-    # Each in an image of its own, which cuts off what is too long.
-    cells = [
-      tag(
-        'svg',
-        _bar(
-          (0, 1),
-          (0, 26),
-          'bar',
-          f'{name} {value:g}',
-          fill_opacity=f'{0.12 + 0.48 * value / top:.2f}',
-        ),
-        _text(f'{value:g}', '50%', 17),
-        x=_percent(begin / x_end),
-        width=_percent((end - begin) / x_end),
-        height=26,
-      )
-      for begin, end, value in bars
-    ]
-    drawn += [tag('span', name, class_='strip-name'), _image(cells, 26)]
-  return tag('div', *drawn, class_='panel strips')
 
 
 def bar_rows(
@@ -311,34 +266,6 @@ def interval_bar(
     _dot(middle, 12, 5, 'mean shown' if is_shown else 'mean', summary),
   ]
   return _image(shapes, 24, summary, 'range')
-
-
-def histogram(
-  title: str,
-  bars: Sequence[tuple[str, int]],
-  names: Sequence[tuple[float, str]],
-  summary: str,
-) -> Html:
-  """Returns a bar for each (name, count), over `names` at parts of it."""
-  height = 120.0
-  top = max((count for _, count in bars), default=0) or 1
-  width = 1 / max(len(bars), 1)
-  rects = [
-    _bar(
-      ((i + 0.06) * width, (i + 0.94) * width),
-      (height - count / top * (height - 4), height),
-      'bar',
-      f'{name}: {count:,}',
-    )
-    for i, (name, count) in enumerate(bars)
-  ]
-  return tag(
-    'figure',
-    tag('figcaption', tag('b', title)),
-    _image(rects, height, f'{title}. {summary}'),
-    axis(names),
-    class_='small',
-  )
 
 
 def range_bar(

@@ -111,12 +111,13 @@ def _distribution(parts: Sequence[float]) -> Html:
   counts = [0] * 10
   for part in parts:
     counts[min(int(10 * part), 9)] += 1
-  bars = [(f'{10 * i}–{10 * i + 10}%', n) for i, n in enumerate(counts)]
-  return charts.histogram(
-    f'Classes by their accuracy, all {len(parts):,}',
-    bars,
-    [(x / 100, f'{x}%') for x in range(0, 101, 20)],
-    '; '.join(f'{name}: {count}' for name, count in bars),
+  rows = []
+  for i, count in enumerate(counts):
+    name = f'{10 * i}–{10 * i + 10}%'
+    bar = charts.stacked_bar([('classes', 'bar', count)], name, max(counts))
+    rows.append((name, bar, f'{count:,}'))
+  return charts.bar_rows(
+    f'Classes by their accuracy, all {len(parts):,}', [], rows
   )
 
 

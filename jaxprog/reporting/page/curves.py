@@ -1,4 +1,4 @@
-"""The section of loss, accuracy, rate and sizes over the whole ladder."""
+"""The section of loss, accuracy and rate over the whole ladder."""
 
 import csv
 import functools
@@ -44,7 +44,7 @@ _COLUMNS = (
 
 
 def curves(run: RunFiles) -> Iterator[Html]:
-  """Yields loss, accuracy, rate, and sizes over the whole ladder."""
+  """Yields loss, accuracy and rate over the whole ladder."""
   spans = timeline.spans(run.stages)
   if not spans:
     yield tag('p', 'No epoch is finished yet.')
@@ -59,12 +59,6 @@ def curves(run: RunFiles) -> Iterator[Html]:
   yield _loss_chart(draw, spans)
   yield _top1_chart(draw, spans)
   yield _rate_chart(draw, spans)
-  yield tag('h3', 'Image and batch size')
-  sizes = {
-    name: [segment for span in spans for segment in span.segments(field)]
-    for name, field in (('px', 'image_size'), ('batch', 'batch_size'))
-  }
-  yield charts.strip_chart(sizes, spans[-1].end)
   tables = (_table(x.stage) for x in spans)
   yield tag('details', tag('summary', 'Every epoch in figures'), *tables)
   yield tag(

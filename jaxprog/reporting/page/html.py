@@ -1,6 +1,8 @@
 """report.html: a run on one page that needs nothing else, no network either."""
 
-from collections.abc import Sequence
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxprog.reporting import facts
 from jaxprog.reporting.page import overview, script, sections, style
@@ -19,6 +21,9 @@ _PAGE = Html("""<!DOCTYPE html>
 """)
 # A page is loaded anew every so many seconds while its run goes on.
 _RENEWED = 15
+# A run that was killed cannot say so: without anything new for so many seconds,
+# and for as long as so many epochs, it has ended.
+_SILENT_SECONDS, _SILENT_EPOCHS = 1800, 4
 # Without scripts it forgets what was unfolded.
 _AGAIN = Html(
   '<noscript><meta http-equiv="refresh" content="{0}"/></noscript>\n'
@@ -33,10 +38,11 @@ _SECTION = Html(
 def page(run: RunFiles, *, is_live: bool = False) -> str:
   """Returns the page of a run that is finished or under way.
 
-  One that `is_live` renews itself, until it is written without that.
+  One that `is_live` renews itself, until it is written without that or has
+  had nothing new for long.
   """
   status, chip = overview.describe_status(run)
-  live = f'renewed every {_RENEWED} seconds'
+  renewed = f'renewed every {_RENEWED} seconds'
   written = run.history.get('written')
   contents = [
     (section.name, section.title, join(*map(render, section.parts(run))))
@@ -51,7 +57,7 @@ def page(run: RunFiles, *, is_live: bool = False) -> str:
         'p',
         tag('span', status, class_=f'chip {chip}'),
         *overview.remark_chips(run),
-        tag('span', live, class_='chip') if is_live else None,
+        tag('span', renewed, class_='chip live') if is_live else None,
         tag('span', f'as of {facts.describe_time(written)}', class_='note')
         if written
         else None,
@@ -62,8 +68,23 @@ def page(run: RunFiles, *, is_live: bool = False) -> str:
     'One run with one seed: n = 1. Made from training_history.json, '
     'config.json, environment.json and incidents.jsonl of the workdir; '
     '--mode=report makes it again.',
-    is_live=is_live,
+    live=_describe_live(run.history) if is_live else None,
   )
+
+
+def _describe_live(history: Mapping[str, Any]) -> Html:
+  """Returns how often a page is loaded anew, and until when."""
+  epochs = [
+    (row['seconds'] or 0.0) + (row.get('eval_seconds') or 0.0)
+    for stage in history['stages']
+    for row in stage['epochs']
+  ]
+  silent = max(_SILENT_SECONDS, _SILENT_EPOCHS * max(epochs, default=0.0))
+  until = None
+  if written := history.get('written'):
+    when = datetime.datetime.fromisoformat(written)
+    until = (when + datetime.timedelta(seconds=silent)).isoformat()
+  return Html(' data-live="{0}" data-until="{1}"').format(_RENEWED, until)
 
 
 def create_header(kind: str, title: str, below: Html) -> Html:
@@ -78,12 +99,12 @@ def document(
   parts: Sequence[tuple[str, str, Html]],
   footer: str,
   *,
-  is_live: bool = False,
+  live: Html | None = None,
 ) -> str:
   """Returns a whole page of sections (id, title, content) with their list."""
   return _PAGE.format(
-    live=Html(f' data-live="{_RENEWED}"') if is_live else '',
-    again=_AGAIN.format(_RENEWED) if is_live else '',
+    live=live or '',
+    again=_AGAIN.format(_RENEWED) if live else '',
     script=Html(script.SCRIPT),
     title=title,
     css=Html(style.CSS),

@@ -17,8 +17,8 @@ STAGES = (
   Column('classes', lambda x: f'{x["num_classes"]:,}'),
   Column('train', lambda x: f'{x["num_train_images"]:,}'),
   Column('val', lambda x: _describe_split(x)),
-  Column('px', lambda x: str(x['image_size'])),
-  Column('batch', lambda x: str(x['batch_size'])),
+  Column('px', lambda x: _by_phase(x, 'image_size')),
+  Column('batch', lambda x: _by_phase(x, 'batch_size')),
   Column('epochs', lambda x: f'{facts.trained_epochs(x)}/{x["num_epochs"]:g}'),
   Column('recipe', lambda x: f'{x["optimizer"]}, {x["schedule"]}', True, True),
   Column('weights', lambda x: _describe_weights(x), wide=True),
@@ -113,7 +113,9 @@ def _headline(run: RunFiles) -> Html:
 
 
 def _time_tiles(run: RunFiles) -> Iterator[Html]:
-  if wall := run.history.get('wall_seconds'):
+  if 'wall_seconds' in run.history:
+    # A history that was lost in between leaves a clock that knows less.
+    wall = sum(map(sum, facts.run_split(run.history).values()))
     yield _tile(formats.duration(wall), 'from start to end')
   trained = formats.duration(facts.total_seconds(run))
   yield _tile(trained, 'trained and evaluated')
@@ -190,6 +192,15 @@ def _describe_split(stage: Mapping[str, Any]) -> tuple[str, str]:
   """Returns how many images are evaluated on, and whether they are held out."""
   held = facts.chooses_on_holdout(stage)
   return f'{stage["num_eval_images"]:,}', 'held out' if held else ''
+
+
+def _by_phase(stage: Mapping[str, Any], field: str) -> tuple[str, str]:
+  """Returns the values that a stage's phases set, and when."""
+  phases = stage.get('phases') or ()
+  later = [(x, changes[field]) for x, changes in phases if field in changes]
+  values = stage[field], *(value for _, value in later)
+  since = ', '.join(f'{x:g}' for x, _ in later)
+  return ' → '.join(map(str, values)), since and f'after epoch {since}'
 
 
 def config_difference(

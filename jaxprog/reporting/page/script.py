@@ -2,7 +2,8 @@
 
 Charts of the same axis zoom together: what lies in `.view` is made wider than
 its chart, while its letters keep their size. A page of a run that goes on is
-loaded anew; what is unfolded and what is zoomed stays.
+loaded anew, while there may be something new; what is unfolded and what is
+zoomed stays.
 """
 
 SCRIPT = """
@@ -97,7 +98,10 @@ SCRIPT = """
       open: [...folds.keys()].filter(i => folds[i].open)}));
   });
   page.classList.add('scripts');
-  if (page.dataset.live)
-    setTimeout(() => location.reload(), 1000 * page.dataset.live);
+  const {live, until} = page.dataset;
+  if (live && Date.now() > Date.parse(until))
+    document.querySelector('.live').textContent = 'nothing new for long';
+  else if (live)
+    setTimeout(() => location.reload(), 1000 * live);
 })();
 """

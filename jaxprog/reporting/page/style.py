@@ -153,7 +153,7 @@ svg .name { fill: currentColor; }
 .named .panel { grid-template-columns: 44px minmax(0, 1fr) 16rem; }
 .named .line-of { display: none; }
 .switch > input { accent-color: var(--accent); }
-.switch > label { margin-right: 1.2rem; }
+.switch > label { margin-right: 1.2rem; white-space: nowrap; }
 .switch > .choice { display: none; }
 .switch > input:nth-of-type(1):checked ~ .choice:nth-of-type(1),
 .switch > input:nth-of-type(2):checked ~ .choice:nth-of-type(2),
@@ -170,11 +170,6 @@ svg .name { fill: currentColor; }
 .t-save { color: var(--ema); fill: var(--ema); }
 .t-compile { color: var(--val); fill: var(--val); }
 .t-rest { color: var(--rule); fill: var(--rule); }
-.strips { margin: .2rem 0 1.6rem; row-gap: 4px; }
-.strips .bar { stroke: var(--page); }
-.strips text { fill: var(--ink); }
-.strip-name { text-align: right; font-size: .75rem; color: var(--soft);
-  line-height: 26px; }
 .rows { display: grid; gap: .55rem 1rem; align-items: center;
   grid-template-columns: minmax(0, max-content) minmax(0, 1fr) max-content;
   font-size: .9rem; margin: .6rem 0 1.4rem; }
@@ -222,7 +217,7 @@ footer { color: var(--soft); font-size: .83rem; margin: 4rem 0 2.5rem; }
   .first b { font-size: 2.4rem; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .rows { gap: .5rem .6rem; }
-  .rows > span { max-width: 6.5rem; white-space: normal; }
+  .rows > span:not(.num) { max-width: 6.5rem; white-space: normal; }
   .bands small, .rows .axis text:nth-child(even) { display: none; }
   .panel, .named .panel { grid-template-columns: 34px minmax(0, 1fr);
     column-gap: 6px; }
