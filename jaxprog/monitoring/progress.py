@@ -114,7 +114,7 @@ class Progress:
     plain = not console.is_terminal or console.is_dumb_terminal
     self._view: notebook.View | _PlainView | _LiveView
     if console.is_jupyter:
-      self._view = notebook.View(quiet=console.quiet)
+      self._view = notebook.open_view(quiet=console.quiet)
     elif plain or os.environ.get('NO_COLOR'):
       self._view = _PlainView(console)
     else:
