@@ -11,6 +11,7 @@ of a run is one more thing being done.
 
 import contextlib
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -147,7 +148,8 @@ class _Display:
   def __init__(self, clock: Callable[[], float] = time.monotonic):
     self.clock = clock
     self.stream_name = 'stderr'
-    self.is_silent = False
+    # A worker imports the user's script, and loads again what that loads.
+    self.is_silent = multiprocessing.current_process().name != 'MainProcess'
     self._lock = threading.RLock()
     self._activities: list[Activity] = []
     self._thread: threading.Thread | None = None
