@@ -93,6 +93,7 @@ def train(
         on_epoch=on_epoch,
         shorten=shorten,
       )
+      _announce(run)
     _train_stages(run)
     run.progress.message(report.summary_table(run.history))
   return shown.History(run.history)
@@ -100,7 +101,6 @@ def train(
 
 def _train_stages(run: run_lib.Run) -> None:
   """Trains each stage; reports are drawn while the next one trains."""
-  _announce(run)
   left = None
   try:
     for index, task in enumerate(_compile_ahead(run)):
