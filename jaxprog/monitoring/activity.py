@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from jaxprog import formats
 
@@ -353,7 +353,7 @@ def hear() -> None:
   _display.hear()
 
 
-def can_draw(stream: TextIO) -> bool:
+def can_draw(stream: IO[str]) -> bool:
   """Returns whether lines of a stream can be drawn anew."""
   return (
     stream.isatty()
