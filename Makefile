@@ -9,6 +9,8 @@ RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
 
 .PHONY: quickstart test test-faults lint format everything clean
+# A Python without venv leaves a folder that only looks finished.
+.DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
 	$(RUN) main.py --config=configs/quickstart.py --workdir=$(WORKDIR)

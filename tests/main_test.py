@@ -329,7 +329,6 @@ def test_a_run_from_nothing_is_never_silent_for_ten_seconds(tmp_path):
     for (before, _), (now, line) in itertools.pairwise(lines)
   ]
   print(''.join(f'{at:7.2f}  {line}' for at, line in lines))
-  assert gaps[0][0] < 2.0
   assert max(gaps)[0] < 10.0, max(gaps)
   text = ''.join(line for _, line in lines)
   assert f'report   {tmp_path}/run/report.html' in text

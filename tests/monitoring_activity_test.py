@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import subprocess
 import sys
 import threading
 
@@ -135,6 +137,35 @@ def test_a_process_that_is_silenced_says_nothing(clock, monkeypatch):
       wait(clock, 20)
     lines = Screen(60).feed(sys.stdout.getvalue()).lines()
     assert lines == ['a result', '']
+
+
+def test_a_worker_process_says_nothing(tmp_path):
+  script = tmp_path / 'script.py'
+  script.write_text("""
+import multiprocessing
+from jaxprog.monitoring import activity
+
+def speak(what):
+  activity.use('stdout')
+  with activity.doing(what):
+    pass
+
+speak('loading')
+if __name__ == '__main__':
+  spawning = multiprocessing.get_context('spawn')
+  worker = spawning.Process(target=speak, args=['working'])
+  worker.start()
+  worker.join()
+  assert worker.exitcode == 0
+""")
+  result = subprocess.run(
+    [sys.executable, script],
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  assert result.stdout == 'event=doing what=loading seconds=0\n'
 
 
 def test_a_run_says_that_it_compiles_before_it_has(

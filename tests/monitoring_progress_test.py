@@ -416,20 +416,19 @@ def test_pipe_gets_a_line_on_steps_every_eight_seconds():
 
 
 @pytest.mark.parametrize(
-  ('variables', 'live'),
+  ('kind', 'variables', 'live'),
   [
-    ({'TERM': 'xterm'}, True),
-    ({'TERM': 'dumb'}, False),
-    ({'TERM': 'xterm', 'NO_COLOR': '1'}, False),
-    ({'TERM': 'xterm', 'NO_COLOR': ''}, True),
+    (Terminal, {'TERM': 'xterm'}, True),
+    (Terminal, {'TERM': 'dumb'}, False),
+    (Terminal, {'TERM': 'xterm', 'NO_COLOR': '1'}, False),
+    (Terminal, {'TERM': 'xterm', 'NO_COLOR': ''}, True),
+    (io.StringIO, {'TERM': 'xterm', 'FORCE_COLOR': '1'}, False),
   ],
 )
-def test_live_only_where_it_can_be(monkeypatch, variables, live):
+def test_live_only_where_it_can_be(monkeypatch, kind, variables, live):
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
-  console = rich.console.Console(
-    file=io.StringIO(), force_terminal=True, _environ=variables
-  )
+  console = rich.console.Console(file=kind(), _environ=variables)
   with progress_lib.Progress(1, console=console, clock=Clock()) as shown:
     shown.start_stage(0, 'a', [10])
   text = console.file.getvalue()

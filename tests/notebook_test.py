@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 
 import pytest
 
@@ -54,3 +55,41 @@ def test_it_runs_as_it_stands(tmp_path, monkeypatch):
   place = {'metadata': {'path': str(tmp_path)}}
   nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
   check_outputs(notebook)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec('ipykernel') is None, reason='needs the extra test'
+)
+def test_an_output_says_what_is_being_done_below_the_tables():
+  begin = """
+import time
+from jaxprog.monitoring import activity, notebook, progress
+compiling = activity.doing('compiling', last=70.0)
+_ = compiling.__enter__()
+while notebook._current is None:
+  time.sleep(0.1)
+"""
+  train = """
+run = progress.Progress(1)
+run.start_stage(0, 'three', [5])
+while 'compiling' not in notebook._current._html():
+  time.sleep(0.1)
+"""
+  end = """
+_ = compiling.__exit__(None, None, None)
+"""
+  cells = map(nbformat.v4.new_code_cell, (begin, train, train + end))
+  notebook = nbformat.v4.new_notebook(cells=list(cells))
+  client = nbclient.NotebookClient(notebook, timeout=60)
+  client.execute(cwd=str(ROOT))
+  shown = []
+  for cell in notebook.cells:
+    (output,) = cell.outputs  # One, and no lines of events.
+    shown.append(output['data']['text/html'])
+  line = '<p>compiling: 0:0., about 1:10 the last time</p>'
+  assert re.fullmatch(line, shown[0])
+  assert 'three' in shown[1]
+  assert 'compiling: 0:' in shown[1]
+  assert 'three' in shown[2]
+  assert 'compiling' not in shown[2]

@@ -335,3 +335,15 @@ def test_another_thread_never_asks_to_stop():
   thread.start()
   thread.join()
   assert found == [None, True]
+
+
+@pytest.mark.parametrize('name', ['stdout', 'stderr'])
+def test_whichever_stream_is_a_terminal_has_its_cursor_back(name):
+  ours, its = os.openpty()
+  streams = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, name: its}
+  code = "from jaxprog.reliability import signals; signals.leave_now('', 3)"
+  result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, **streams)
+  os.close(its)
+  assert result.returncode == 3
+  assert os.read(ours, 100).endswith(b'\x1b[?25h')
+  os.close(ours)

@@ -194,7 +194,8 @@ def test_a_search_without_optuna_names_the_extra(tmp_path):
     text=True,
   )
   assert told.returncode == 2
-  what, where, how = told.stderr.splitlines()
+  # Before them may stand that libraries are being loaded.
+  what, where, how = told.stderr.splitlines()[-3:]
   assert 'needs a package that is not installed' in what
   assert where == '--mode=tune'
   assert how == "pip install 'jaxprog[tune]'"

@@ -1,5 +1,8 @@
+import time
 import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxprog.training import compile_times
@@ -35,3 +38,19 @@ def test_without_a_cache_nothing_is_kept():
   with compile_times.noted(task):
     pass
   assert compile_times.last(task) is None
+
+
+def test_what_was_read_and_not_compiled_is_no_news(tmp_path):
+  def compile_step():
+    jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.ones((8, 8))).compile()
+
+  compile_step()  # From here on JAX's cache has it.
+  task = create_task(tmp_path)
+  with compile_times.noted(task):
+    time.sleep(1.0)
+  with compile_times.noted(task):
+    compile_step()
+  assert compile_times.last(task) >= 1.0
+  with compile_times.noted(task):
+    pass
+  assert compile_times.last(task) < 1.0

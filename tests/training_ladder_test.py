@@ -32,8 +32,14 @@ def test_a_gpu_times_kernels_before_the_first_stage_trains(
     folder = checkpoints.stage_directory(tmp_path, name)
     with checkpoints.Checkpoints(folder, print) as saved:
       saved.mark_done({})
+  config = types.SimpleNamespace(compilation_cache_dir='')
   tasks = [
-    types.SimpleNamespace(stage=types.SimpleNamespace(name=name))
+    types.SimpleNamespace(
+      config=config,
+      model='network',
+      stage=types.SimpleNamespace(name=name, optimizer='adamw'),
+      train_steps={},
+    )
     for name in STAGES
   ]
   run = types.SimpleNamespace(
@@ -41,6 +47,7 @@ def test_a_gpu_times_kernels_before_the_first_stage_trains(
     workdir=tmp_path,
     compiler=Compiler(),
     dog=watchdog.Watchdog(0),
+    waits={},
   )
   compiled = ladder._compile_ahead(run)
   assert next(compiled) is tasks[0]

@@ -3,13 +3,15 @@
   with activity.doing('compiling stage 2 of 4', last=70):
 
 On a terminal the innermost of what is being done stands in the last line of
-the screen, below all that is printed. Anywhere else it is a line of
-`key=value`, when something new has begun and whenever nothing was said for ten
-seconds. One thread sees to both; a bar of a run is one more thing being done.
+the screen, below all that is printed; in a notebook below the run's tables.
+Anywhere else it is a line of `key=value`, when something new has begun and
+whenever nothing was said for ten seconds. One thread sees to all of it; a bar
+of a run is one more thing being done.
 """
 
 import contextlib
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -17,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from jaxprog import formats
 
@@ -57,7 +59,7 @@ class Activity:
 
   def event(self, now: float) -> str:
     """Returns it as a line of `key=value`."""
-    values: dict[str, Any] = {'what': ', '.join(filter(None, self._names()))}
+    values: dict[str, Any] = {'what': self._name()}
     if self.total:
       values |= {'done': self.done, 'total': self.total}
     values['seconds'] = round(now - self.began)
@@ -67,23 +69,27 @@ class Activity:
 
   def line(self, now: float, width: int, ascii_only: bool = False) -> str:
     """Returns it as a line of at most `width`."""
-    text = ', '.join(filter(None, self._names()))
+    head, tail = self._name(), self._took(now)
+    room = width - len(head) - len(tail) - 2
+    if self.total and room >= _BAR_WIDTH // 2:
+      size = min(room, _BAR_WIDTH)
+      return f'{head} {bar(self.done / self.total, size, ascii_only)} {tail}'
+    return self.text(now)[:width]
+
+  def text(self, now: float) -> str:
+    """Returns it in words."""
+    return f'{self._name()}: {self._took(now)}'
+
+  def _name(self) -> str:
+    return ', '.join(filter(None, (self.what, self.part)))
+
+  def _took(self, now: float) -> str:
     took = formats.duration(now - self.began)
     if self.total:
-      count = self._count()
-      tail = f' {count}  {took}'
-      room = width - len(text) - len(tail) - 1
-      if room >= _BAR_WIDTH // 2:
-        part = self.done / self.total
-        size = min(room, _BAR_WIDTH)
-        return f'{text} {bar(part, size, ascii_only)}{tail}'
-      return f'{text}:{tail}'[:width]
+      return f'{self._count()}  {took}'
     if self.last is not None:
       took += f', about {formats.duration(self.last)} the last time'
-    return f'{text}: {took}'[:width]
-
-  def _names(self) -> tuple[str, str]:
-    return self.what, self.part
+    return took
 
   def _count(self) -> str:
     match self.unit:
@@ -142,7 +148,8 @@ class _Display:
   def __init__(self, clock: Callable[[], float] = time.monotonic):
     self.clock = clock
     self.stream_name = 'stderr'
-    self.is_silent = False
+    # A worker imports the user's script, and loads again what that loads.
+    self.is_silent = multiprocessing.current_process().name != 'MainProcess'
     self._lock = threading.RLock()
     self._activities: list[Activity] = []
     self._thread: threading.Thread | None = None
@@ -152,15 +159,17 @@ class _Display:
     # Where the foot is drawn, while one may be; and whether it stands there.
     self._screen: TextIO | None = None
     self._is_drawn = self._is_in_line = False
+    self._is_notebook = False
 
   def enter(self, activity: Activity) -> None:
     with self._lock:
       self._activities.append(activity)
-      if self.is_silent or _is_notebook():
+      if self.is_silent:
         return
       if self._thread is None:
         self._open()
-      if self._screen is None and self._said == -math.inf:
+      is_first = self._said == -math.inf
+      if is_first and self._screen is None and not self._is_notebook:
         self._say(activity)
 
   def leave(self, activity: Activity) -> None:
@@ -192,7 +201,12 @@ class _Display:
         self.draw()
         return
       now, inner = self.clock(), self._activities[-1]
-      is_new = not inner.is_said and now - inner.began >= _BRIEF_SECONDS
+      is_long = now - inner.began >= _BRIEF_SECONDS
+      if self._is_notebook:
+        if is_long:
+          _notebook().say(inner.text(now))
+        return
+      is_new = is_long and not inner.is_said
       if is_new or now - self._said >= _SILENT_SECONDS:
         self._say(inner)
 
@@ -233,9 +247,10 @@ class _Display:
   def _open(self) -> None:
     """Begins to show; a terminal's streams go above the foot from here on."""
     self._is_in_line = False
+    self._is_notebook = _is_notebook()
     streams = [getattr(sys, name) for name in (self.stream_name, 'stdout')]
     screens = [x for x in streams if x is not None and can_draw(x)]
-    if screens:
+    if screens and not self._is_notebook:
       self._screen = screens[0]
       for name in ('stdout', 'stderr'):
         one = getattr(sys, name)
@@ -249,6 +264,8 @@ class _Display:
 
   def _close(self) -> None:
     self.erase()
+    if self._is_notebook:
+      _notebook().say('')
     self._screen = self._thread = None
     for name in ('stdout', 'stderr'):
       one = getattr(sys, name)
@@ -336,7 +353,7 @@ def hear() -> None:
   _display.hear()
 
 
-def can_draw(stream: TextIO) -> bool:
+def can_draw(stream: IO[str]) -> bool:
   """Returns whether lines of a stream can be drawn anew."""
   return (
     stream.isatty()
@@ -351,4 +368,15 @@ def is_ascii(encoding: str | None) -> bool:
 
 
 def _is_notebook() -> bool:
-  return 'ipykernel' in sys.modules
+  if 'ipykernel' not in sys.modules:  # Rich would be loaded for nothing.
+    return False
+  import rich.console
+
+  return rich.console.Console().is_jupyter
+
+
+def _notebook() -> Any:
+  """Returns what shows it in a notebook, loaded only there."""
+  from jaxprog.monitoring import notebook
+
+  return notebook

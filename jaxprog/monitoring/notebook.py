@@ -1,8 +1,9 @@
-"""What a notebook shows while a run goes on: tables that grow in place."""
+"""What a notebook shows: a run's tables and what is being done, in place."""
 
 import dataclasses
 import io
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ _COLUMNS = {
   'seconds': 'time',
   'images_per_second': 'images/s',
 }
+# What is being done another thread may say.
+_lock = threading.RLock()
 _NOTHING = Markup()
 _TABLE = Markup('<table><thead>{}</thead><tbody>{}</tbody></table>')
 _ROW = Markup('<tr>{}</tr>')
@@ -61,16 +64,17 @@ class View:
 
   def __init__(self, *, quiet: bool = False):
     """Shows nothing yet, and if `quiet` never anything."""
+    self.cell, self.is_taken = _count_cells(), False
     self._quiet = quiet
     self._handle: Any = None
     self._next_refresh = -math.inf
     self._stages: list[_Stage] = []
     self._status = _NOTHING
+    self._said = ''
     self._messages: list[str] = []
 
   def describe(self, stages: Sequence[Any]) -> None:
-    """Says that the first stage is on its way; each is shown as it begins."""
-    self._say('compiling the first step')
+    """Shows nothing: each stage is shown as it begins."""
 
   def begin(self, at: Any, details: Mapping[str, Any]) -> None:
     """Begins the table of a stage."""
@@ -112,8 +116,8 @@ class View:
       f'{formats.percent(best["top1"])} at epoch {best["epoch"]}, '
       f'{formats.duration(stage["seconds"])}'
     )
-    more = at.index + 1 < at.num_stages
-    self._say('on the way to the next stage' if more else '')
+    self._status = _NOTHING
+    self._show()
 
   def message(self, text: rich.console.RenderableType) -> None:
     """Keeps `text`, folded below the tables."""
@@ -132,26 +136,73 @@ class View:
 
   def close(self) -> None:
     """Leaves what is shown, without a bar."""
-    self._say('')
-
-  def _say(self, text: str) -> None:
-    self._status = _SAID.format(text) if text else _NOTHING
+    self._status = _NOTHING
     self._show()
+
+  def say(self, text: str) -> None:
+    """Writes what is being done below all else, '' for nothing."""
+    if text != self._said:
+      self._said = text
+      self._show()
 
   def _show(self) -> None:
     from IPython import display
 
-    data = {'text/html': self._html(), 'text/plain': 'A run of jaxprog.'}
     if self._quiet:
       return
-    if self._handle is None:
-      self._handle = display.display(data, raw=True, display_id=True)
-    else:
-      self._handle.update(data, raw=True)
+    with _lock:
+      plain = 'A run of jaxprog.' if self._stages else self._said
+      data = {'text/html': self._html(), 'text/plain': plain}
+      if self._handle is None:
+        self._handle = display.display(data, raw=True, display_id=True)
+      else:
+        self._handle.update(data, raw=True)
 
   def _html(self) -> str:
     parts = [stage.html() for stage in self._stages]
     if self._messages:
       said = '\n'.join(self._messages)
       parts.append(_MESSAGES.format(len(self._messages), said))
-    return str(_NOTHING.join([*parts, self._status]))
+    doing = _SAID.format(self._said) if self._said else _NOTHING
+    return str(_NOTHING.join([*parts, self._status, doing]))
+
+
+# Where what is being done is said.
+_current: View | None = None
+
+
+def open_view(*, quiet: bool) -> View:
+  """Returns what a run is shown in, below which other things are said.
+
+  One output is enough: that of what was done in this cell before the run.
+  """
+  global _current
+  if quiet:
+    return View(quiet=True)
+  with _lock:
+    if (view := _view_of_cell()) is None or view.is_taken:
+      view = _current = View()
+    view.is_taken = True
+    return view
+
+
+def say(text: str) -> None:
+  """Says what is being done, below the run of this cell if it has one."""
+  global _current
+  with _lock:
+    view = _view_of_cell()
+    if view is None and text:
+      view = _current = View()
+    if view is not None:
+      view.say(text)
+
+
+def _view_of_cell() -> View | None:
+  return _current if _current and _current.cell == _count_cells() else None
+
+
+def _count_cells() -> int:
+  from IPython import get_ipython
+
+  shell = get_ipython()
+  return shell.execution_count if shell else 0

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -111,11 +110,10 @@ class Progress:
     self._at: _Standing
     self._timer: _Timer
     console = console or rich.console.Console(markup=False)
-    plain = not console.is_terminal or console.is_dumb_terminal
     self._view: notebook.View | _PlainView | _LiveView
     if console.is_jupyter:
-      self._view = notebook.View(quiet=console.quiet)
-    elif plain or os.environ.get('NO_COLOR'):
+      self._view = notebook.open_view(quiet=console.quiet)
+    elif not activity.can_draw(console.file):
       self._view = _PlainView(console)
     else:
       self._view = _LiveView(console)

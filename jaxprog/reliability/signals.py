@@ -248,8 +248,8 @@ def leave_now(text: str, code: int) -> None:
   It flushes nothing: whoever holds a stream may be what hangs.
   """
   with contextlib.suppress(Exception):
-    if os.isatty(1):
-      os.write(1, _CLEAR)
+    for stream in [x for x in (1, 2) if os.isatty(x)][:1]:
+      os.write(stream, _CLEAR)
     say(text)
     for child in multiprocessing.active_children():
       child.kill()

@@ -23,6 +23,8 @@ from jaxprog.training.transfer import handover
 # The test ends when the smoothed loss is this much above its least.
 _DIVERGED = 4.0
 _SMOOTHING = 0.9
+# What it compiles of a task.
+_STEP = 'first step'
 
 
 @copies.in_bucket()
@@ -103,10 +105,10 @@ def _run(
     state = task.create_state(
       jax.device_put(variables, task.shardings.replicated)
     )
-  took = compile_times.last(task)
+  took = compile_times.last(task, _STEP)
   with (
     activity.doing(f'compiling {stage.name}', last=took),
-    compile_times.noted(task),
+    compile_times.noted(task, _STEP),
   ):
     train_step = task.trace_train_step(task.program(0)).lower().compile()
   losses: list[float] = []

@@ -93,6 +93,7 @@ def train(
         on_epoch=on_epoch,
         shorten=shorten,
       )
+      _announce(run)
     _train_stages(run)
     run.progress.message(report.summary_table(run.history))
   return shown.History(run.history)
@@ -100,7 +101,6 @@ def train(
 
 def _train_stages(run: run_lib.Run) -> None:
   """Trains each stage; reports are drawn while the next one trains."""
-  _announce(run)
   left = None
   try:
     for index, task in enumerate(_compile_ahead(run)):
@@ -168,9 +168,8 @@ def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
 
   at_once = len(run.tasks) if jax.default_backend() == 'gpu' else 1
   ahead = begin(run.tasks[:at_once])
-  for index, next_task in enumerate(run.tasks):
-    what = f'compiling stage {index + 1} of {len(run.tasks)}'
-    took = compile_times.last(next_task)
+  for index in range(len(run.tasks)):
+    what, took = _describe_compiling(run.tasks, index, len(ahead))
     (_, began), *_ = ahead
     # Large networks compile for long.
     with run.dog.pause(), activity.doing(what, last=took, since=began):
@@ -179,6 +178,19 @@ def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
     run.waits[task.stage.name] = time.monotonic() - asked
     ahead = ahead[1:] + begin(run.tasks[at_once + index :][:1])
     yield task
+
+
+def _describe_compiling(
+  tasks: Sequence[setup_lib.Task], index: int, count: int
+) -> tuple[str, float | None]:
+  """Returns that `count` stages are compiled, and how long it took before."""
+  known = [compile_times.last(x) for x in tasks[index : index + count]]
+  took = [x for x in known if x is not None]
+  what = f'stage {index + 1}' if count == 1 else f'{count} stages'
+  return (
+    f'compiling {what} of {len(tasks)}',
+    sum(took) if len(took) == count else None,
+  )
 
 
 def _run_stage(
