@@ -156,9 +156,15 @@ def count_epochs(workdir: pathlib.Path) -> int:
 def screen(text: str) -> str:
   """Returns the lines that a terminal shows of `text`, colours in them."""
   lines, row, colour, end = [''], 0, '', 0
+  at_start = False
 
   def write(part: str) -> None:
-    lines[row] += colour + part if part else ''
+    nonlocal at_start
+    if not part:
+      return
+    # What moves to the start of a line writes all of it again.
+    lines[row] = ('' if at_start else lines[row]) + colour + part
+    at_start = False
 
   for found in _CONTROL.finditer(text):
     write(text[end : found.start()])
@@ -166,15 +172,18 @@ def screen(text: str) -> str:
     parameters, kind = found.groups()
     if kind == 'm':
       colour = '' if parameters in ('', '0') else f'\x1b[{parameters}m'
-      lines[row] += '' if colour else '\x1b[0m'
+      if not colour and not at_start:
+        lines[row] += '\x1b[0m'
     elif kind == 'A':
       row = max(0, row - int(parameters or 1))
-    elif kind == 'K' or found.group() == '\r':
-      # What moves to the start of a line writes all of it again.
-      if text[end : end + 1] != '\n':
-        lines[row] = ''
+    elif kind == 'K':
+      lines[row] = ''
+    elif kind == 'J':  # All from here on; the cursor is at the start.
+      lines[row:] = ['']
+    elif found.group() == '\r':
+      at_start = True
     elif found.group() == '\n':
-      row += 1
+      row, at_start = row + 1, False
       lines += [''] * (row == len(lines))
   write(text[end:])
   return '\n'.join(lines).rstrip()

@@ -117,3 +117,7 @@ def test_a_picture_of_a_terminal_has_what_was_written_last():
   again = '\r\x1b[2K\x1b[1A\x1b[2K'  # Up a line, both erased.
   text = f'one\r\ntwo{again}\x1b[32mONE\x1b[0m\r\nTWO 1\r\x1b[2KTWO 2\r\n'
   assert made['screen'](text) == '\x1b[32mONE\x1b[0m\nTWO 2'
+  # What stands at the foot is taken away, and drawn again below a new row.
+  foot = '\x1b[?25l\r\x1b[J{}\r\n{}\x1b[1A\r'
+  text = 'a\r\n' + foot.format(1, 2) + '\r\x1b[Jb\r\n' + foot.format(3, 4)
+  assert made['screen'](text) == 'a\nb\n3\n4'
