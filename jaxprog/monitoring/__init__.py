@@ -1,6 +1,6 @@
 """Instruments of a running stage: what they note, others read and show.
 
 history, incidents, outcomes, diagnostics, environment, step_times, memory and
-profile note; progress, notebook, bars and pictures show; loggers hand figures
-to tensorboard and services.
+profile note; progress, notebook, activity and pictures show; loggers hand
+figures to tensorboard, events and services.
 """
