@@ -195,14 +195,16 @@ def run_part(
 ) -> list[dict[str, Any]]:
   """Returns what the part's commands found, or what came instead."""
   now = time.monotonic()
+  left_out = {'figure': 'left out, no time', 'left_out': True}
   if ends - now < LEAST_SECONDS:
-    return [{'what': '', 'figure': 'left out, no time', 'left_out': True}]
+    return [{'what': '', **left_out}]
   ends = min(ends, now + part.seconds)
   rows: list[dict[str, Any]] = []
   log.write_text('')
   for name, command in part.commands.items():
     if time.monotonic() >= ends:
-      break
+      rows.append({'what': name, **left_out})
+      continue
     began = log.stat().st_size
     with log.open('a') as file:
       code = run_command(command, file, ends)
@@ -285,7 +287,7 @@ def draw_table(rows: list[dict[str, Any]], seconds: float) -> str:
   beside = [x for x in TOGETHER if any(row['part'] == x for row in rows)]
   if len(beside) > 1:
     lines += ['', f'{", ".join(beside)} ran beside one another.']
-  if left := [x['part'] for x in rows if x.get('left_out')]:
+  if left := {x['part']: None for x in rows if x.get('left_out')}:
     lines += ['', f'Left out: --parts={",".join(left)}']
   return '\n'.join(lines) + '\n'
 
@@ -293,7 +295,8 @@ def draw_table(rows: list[dict[str, Any]], seconds: float) -> str:
 def say(what: str, figure: str, values: dict[str, Any], **more: Any) -> None:
   """Prints a row of the table, as a part's command does."""
   row = {'what': what, 'figure': figure, 'values': values, **more}
-  print('ROW', json.dumps(row), flush=True)
+  # In one piece: libraries write there, too.
+  print(f'ROW {json.dumps(row)}\n', end='', flush=True)
 
 
 if __name__ == '__main__':

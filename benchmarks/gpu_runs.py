@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import pathlib
-import platform
 import shutil
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ import numpy as np
 
 from benchmarks.gpu import say
 from jaxprog import formats, start_from
+from jaxprog.monitoring import environment
 
 # A save in every so many steps, so that a run is killed in mid-epoch.
 SAVE_STEPS = 7
@@ -57,12 +57,13 @@ def describe_machine(args: argparse.Namespace) -> None:
   """Says what this is measured on, and with what."""
   import jax
 
-  first, cores = jax.devices()[0], len(os.sched_getaffinity(0))
-  device = f'{len(jax.devices())} x {first.device_kind}'
-  if limit := (first.memory_stats() or {}).get('bytes_limit'):
+  found = environment.environment()
+  devices, cores = found['devices'], len(os.sched_getaffinity(0))
+  device = f'{devices["count"]} x {devices["kind"]}'
+  if limit := devices['memory_bytes']:
     device += f', {formats.size(limit)} for JAX'
-  device += f', {cores} cores of {name_processor()}'
-  versions = {'Python': platform.python_version()}
+  device += f', {cores} cores of {found["cpu"]}'
+  versions = {'Python': found['python']}
   for name in ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch'):
     try:
       versions[name] = importlib.import_module(name).__version__
@@ -77,16 +78,6 @@ def describe_machine(args: argparse.Namespace) -> None:
   figure = f'{device}, driver {values["driver"]}'
   say('device', figure, values, toy=args.toy)
   say('versions', ', '.join(f'{k} {v}' for k, v in versions.items()), versions)
-
-
-def name_processor() -> str:
-  """Returns the processor's own name, where it tells it."""
-  try:
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-  except OSError:
-    return platform.machine()
-  names = [x.partition(': ')[2] for x in lines if x.startswith('model name')]
-  return names[0] if names else platform.machine()
 
 
 def read_driver() -> str:

@@ -81,7 +81,7 @@ def report(history: dict[str, Any]) -> str:
   """
   from jaxprog.reporting import rundir, shown
 
-  return shown.Report(rundir.RunFiles('', history))
+  return shown.show_report(rundir.RunFiles('', history))
 
 
 def __getattr__(name: str) -> Any:

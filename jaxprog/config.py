@@ -185,8 +185,9 @@ def with_mirror(
 def config_hash(config: config_dict.ConfigDict) -> str:
   """Returns 16 hex digits that change whenever the result might."""
   plain = {k: v for k, v in to_json(config).items() if k not in _FREE}
-  for field in fields.names(fields.CONFIG, 'hashed'):
-    plain[field] = fields.CONFIG[field].default
+  for name, field in fields.CONFIG.items():
+    if field.hashed is not None:
+      plain[name] = field.hashed
   text = json.dumps(plain, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 

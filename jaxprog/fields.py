@@ -47,8 +47,8 @@ class Field:
     traced: whether the compiled step holds its value, which no shape shows.
     scheduled: whether it decides when and at what rate steps are taken, and
       not what one of them computes.
-    hashed: whether its default is in the config's hash, though it is free: it
-      was not always.
+    hashed: what stands for it in the config's hash, though it is free: it was
+      not always, and that was its default. None: nothing does.
   """
 
   name: str
@@ -63,7 +63,7 @@ class Field:
   phase: bool = False
   traced: bool = False
   scheduled: bool = False
-  hashed: bool = False
+  hashed: float | None = None
 
   def check(self, value: Any, where: str) -> Any:
     """Returns `value` as the field's type: ints widened, lists as tuples.
@@ -297,14 +297,14 @@ class ConfigFields:
   # --mode=plan: the part of a chip's published rates that a step reaches; 0: as
   # published of ResNet-50, 0.7 on TPUs and 0.38 on GPUs (docs/plan.md).
   plan_utilization: float = field(
-    0.0, within='[0, 1]', free=True, local=True, hashed=True
+    0.0, within='[0, 1]', free=True, local=True, hashed=0.7
   )
   # --mode=plan: what a chip costs an hour, in your currency; 0: unknown.
-  chip_hour_price: float = field(0.0, free=True, local=True, hashed=True)
+  chip_hour_price: float = field(0.0, free=True, local=True, hashed=0.0)
   # --mode=plan: training images a second that a core of the hosts makes ready;
   # 0: as measured for the stage's storage (docs/data.md).
   images_per_core: float = field(
-    0.0, unit='images/s', free=True, local=True, hashed=True
+    0.0, unit='images/s', free=True, local=True, hashed=0.0
   )
 
   # --mode=lr_find: so many steps, each at a higher rate.

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 
@@ -162,6 +163,14 @@ def test_hash_changes_with_what_changes_the_result():
   other_rate = config_lib.load_config(FILE, {'stages[3].learning_rate': '1'})
   assert config_lib.config_hash(other_place) == config_lib.config_hash(config)
   assert config_lib.config_hash(other_rate) != config_lib.config_hash(config)
+
+
+def test_another_default_of_what_is_free_changes_no_hash(monkeypatch):
+  before = config_lib.config_hash(config_lib.load_config(FILE))
+  for name in fields.names(fields.CONFIG, 'free'):
+    changed = dataclasses.replace(fields.CONFIG[name], default='another')
+    monkeypatch.setitem(fields.CONFIG, name, changed)
+  assert config_lib.config_hash(config_lib.load_config(FILE)) == before
 
 
 @pytest.mark.parametrize('field', fields.names(fields.CONFIG, 'free'))

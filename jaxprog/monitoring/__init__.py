@@ -2,5 +2,5 @@
 
 history, incidents, outcomes, diagnostics, environment, step_times, memory and
 profile note; progress, notebook, activity and pictures show; loggers hand
-figures to tensorboard and services.
+figures to tensorboard, events and services.
 """

@@ -120,7 +120,12 @@ class Writer:
   def write_images(self, step: int, draw: Callable[[], Images]) -> None:
     """Writes the pictures that `draw`, called in the thread, returns."""
     drawn = functools.cache(draw)
-    self._submit(lambda logger: logger.write_images(step, drawn()))
+
+    def write(logger: Logger) -> None:
+      if not isinstance(logger, Csv):  # Which has no use for them.
+        logger.write_images(step, drawn())
+
+    self._submit(write)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """Writes what the run was made with, once for each process."""

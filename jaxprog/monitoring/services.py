@@ -24,6 +24,8 @@ class Wandb:
 
   def __init__(self, workdir: pathlib.Path, kept: dict[str, Any]):
     """Begins a run, or goes on with the one that was `kept`."""
+    # Its own errors would be sent, offline too.
+    os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')
     import wandb
 
     kept.setdefault('id', secrets.token_hex(4))

@@ -1,8 +1,9 @@
 """What calls from Python return, as notebooks show it."""
 
 import base64
-from collections.abc import Mapping
 from typing import Any
+
+from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import stages
@@ -30,29 +31,31 @@ class History(dict[str, Any]):
 class Report(str):
   """The report of a run as text, shown as the page with its pictures."""
 
-  _run: rundir.RunFiles
-
-  def __new__(cls, run: rundir.RunFiles) -> 'Report':
-    """Returns the text; the page is made when it is shown."""
-    created = super().__new__(cls, report.report(run))
-    created._run = run
-    return created
+  run: rundir.RunFiles
 
   def __reduce__(self) -> tuple[Any, ...]:
     return Report, (self._run,)  # What a copy is made of, or another process's.
 
   def _repr_html_(self) -> str:
     # In a frame: it has a style and a script of its own.
-    page = str(html.page(self._run))
+    page = str(html.page(self.run))
     return str(tag('iframe', srcdoc=page, width='100%', height=600))
 
 
-def config_html(config: Mapping[str, Any]) -> str | None:
+def show_report(run: rundir.RunFiles) -> Report:
+  """Returns the report of a run; its page is made when it is shown."""
+  text = Report(report.report(run))
+  text.run = run
+  return text
+
+
+def config_html(config: config_dict.ConfigDict) -> str | None:
   """Returns what of a config is not as by default, None if it is none of ours.
 
   Of a comparison or a search it is that of its base.
   """
-  config = config.get('base', config)
+  base = config.get('base')
+  config = base if isinstance(base, config_dict.ConfigDict) else config
   if not {'stages', 'stage_defaults'} <= {*config}:
     return None
   plain = config_lib.to_json(stages.complete(config))

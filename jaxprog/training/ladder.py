@@ -266,8 +266,6 @@ def _finish_stage(course: loop.Course, state: state_lib.TrainState) -> None:
   meta = {**course.meta, 'epoch': record['epochs'][-1]}
   step, saved = int(state.step), course.checkpoints
   record['last_step'] = course.first_step + step
-  scalars = {f'weights/{name} final top-1': record['epochs'][-1]['val_top1']}
-  run.writer.write_scalars(record['last_step'], scalars)
   run.owner.check()
   saved.save_weights('final', course.taken(step), state.variables, meta)
   saved.wait()
@@ -275,6 +273,8 @@ def _finish_stage(course: loop.Course, state: state_lib.TrainState) -> None:
   record |= _examine(run, course.task)
   draw = functools.partial(pictures.draw_mistakes, name, record['diagnostics'])
   run.writer.write_images(record['last_step'], draw)
+  scalars = {f'weights/{name} final top-1': record['epochs'][-1]['val_top1']}
+  run.writer.write_scalars(record['last_step'], scalars)
   saved.mark_done({**course.meta, 'record': record})
   run.save_stages()
 
