@@ -33,9 +33,6 @@ class Report(str):
 
   run: rundir.RunFiles
 
-  def __reduce__(self) -> tuple[Any, ...]:
-    return Report, (self._run,)  # What a copy is made of, or another process's.
-
   def _repr_html_(self) -> str:
     # In a frame: it has a style and a script of its own.
     page = str(html.page(self.run))
