@@ -9,6 +9,7 @@ from concurrent import futures
 
 import numpy as np
 import pytest
+import runs
 import tensorflow_datasets as tfds
 from conftest import ROOT
 
@@ -91,7 +92,7 @@ def test_a_low_hard_limit_is_three_lines(many_files, tmp_path):
   )
   assert [code for code, _, _ in found] == [2, 2, 2, 2]
   for _, _, err in found[:3]:
-    lines = err.strip().split('\n')
+    lines = runs.without_activity(err)
     assert len(lines) == 3
     assert 'the hard limit is 256' in lines[0]
     assert 'ulimit -Hn' in lines[2]

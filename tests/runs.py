@@ -70,6 +70,12 @@ def call_main(*arguments):
   )
 
 
+def without_activity(text):
+  """Returns the lines of an output, but for those of what is being done."""
+  lines = text.strip().split('\n')
+  return [x for x in lines if not x.startswith('event=doing ')]
+
+
 def snapshot(folder):
   """Returns size and time of all that is in a folder, and of itself."""
   return {

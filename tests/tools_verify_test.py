@@ -64,7 +64,7 @@ def config(tmp_path):
 def assert_three_lines(result, *expected):
   """The user's mistake: what is wrong, where, and what to do."""
   assert result.returncode == 2, result.stdout + result.stderr
-  assert len(result.stderr.strip().split('\n')) <= 3
+  assert len(runs.without_activity(result.stderr)) <= 3
   for text in expected:
     assert str(text) in result.stderr
 
