@@ -55,10 +55,11 @@ def zip_link(name, target):
 
 
 def files_below(root) -> dict[str, bytes]:
+  """Returns the files of a folder, but for what Python makes of configs."""
   return {
     str(x.relative_to(root)): x.read_bytes()
     for x in root.rglob('*')
-    if x.is_file()
+    if x.is_file() and x.suffix != '.pyc'
   }
 
 
