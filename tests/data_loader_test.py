@@ -332,6 +332,7 @@ except jaxprog.UserError as e:
 """
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_told_what_to_write(data_dir, tmp_path):
   script = tmp_path / 'mine.py'
   script.write_text(

@@ -59,6 +59,7 @@ def call(tmp_path, limits, *calls):
   return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_a_soft_limit_is_raised_to_what_is_needed(many_files, tmp_path):
   config = f'--config=tests/tiny_config.py:{many_files}'
   arguments = (

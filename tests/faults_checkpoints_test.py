@@ -223,6 +223,7 @@ def small_disk(workdir):
   subprocess.run(['umount', str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_older_steps_stay(
   run_main, config, expected, workdir, small_disk
 ):

@@ -88,6 +88,7 @@ def test_a_run_lies_in_its_bucket_and_is_scored_elsewhere(
   assert not (found / 'checkpoints' / 'seven' / 'latest').exists()
 
 
+@pytest.mark.slow
 def test_killed_here_it_goes_on_elsewhere_with_the_same_bits(
   server, first, machine, config, monkeypatch, tmp_path
 ):

@@ -129,6 +129,7 @@ def test_a_search_goes_on_where_it_was_stopped(run_main, data_dir, tmp_path):
   assert count == 5  # Those stopped, and those that went on with them.
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_worse_than_the_others_is_pruned(
   data_dir, tmp_path, capsys
 ):

@@ -251,6 +251,7 @@ def test_what_cannot_be_handed_over_is_said_before_training(data_dir, tmp_path):
   assert not list(pathlib.Path(tmp_path).glob('*/checkpoints/*/latest'))
 
 
+@pytest.mark.slow
 def test_a_ladder_of_operators_through_the_command_line(data_dir, tmp_path):
   finished = runs.call_main(
     f'--config=tests/tiny_config.py:{data_dir}',
