@@ -65,6 +65,18 @@ def test_the_config_offers_every_preset():
   assert start_from('default').xla_flags in xla_flags.PRESETS
 
 
+def test_short_stages_on_cuda_take_kernels_by_rule(monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS', raising=False)
+  cuda, rule = 'PJRT C API\ncuda 13000', {'xla_gpu_autotune_level': 0}
+  assert xla_flags.step_options('none', cuda, 499) == rule
+  assert xla_flags.step_options('none', cuda, 500) == {}
+  assert xla_flags.step_options('none', 'cpu', 499) == {}
+  # Triton's deterministic kernels have no rule.
+  assert xla_flags.step_options('deterministic', cuda, 499) == {}
+  monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_autotune_level=4')
+  assert xla_flags.step_options('none', cuda, 499) == {}
+
+
 STARTS = """
 import os, sys
 import jax

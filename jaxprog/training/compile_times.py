@@ -16,6 +16,7 @@ from jaxprog.training import setup as setup_lib
 # Beside what is kept compiled: where that is gone, so is this.
 _FILE = 'compile_seconds.json'
 _KEPT = 200
+_writing = threading.Lock()
 # How JAX says that it has not compiled, but read.
 _HIT = '/jax/compilation_cache/cache_hits'
 
@@ -49,10 +50,11 @@ def noted(task: setup_lib.Task, part: str = '') -> Iterator[None]:
   path = _path(task)
   if path is None:
     return
-  key, known = _key(task, part), _read(task)
-  took, before = round(time.monotonic() - began, 1), known.pop(key, 0.0)
-  known[key] = max(took, before) if hits else took
-  with contextlib.suppress(OSError):  # It is not worth a run.
+  took = round(time.monotonic() - began, 1)
+  with _writing, contextlib.suppress(OSError):  # It is not worth a run.
+    key, known = _key(task, part), _read(task)
+    before = known.pop(key, 0.0)
+    known[key] = max(took, before) if hits else took
     files.write_json(path, dict(list(known.items())[-_KEPT:]))
 
 

@@ -144,8 +144,9 @@ def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
   """Yields each task compiled; the next one compiles while one trains.
 
   On GPUs all compile before the first one trains: XLA chooses kernels by timing
-  them there, training would disturb that, and what was chosen is kept. What is
-  done already needs no compiler. Rates are noted beside it.
+  them there, training would disturb that, and what was chosen is kept. Those
+  are compiled one after the other, in one order on all hosts, others side by
+  side. What is done already needs no compiler. Rates are noted beside it.
   """
 
   def prepare(task):
@@ -164,7 +165,10 @@ def _compile_ahead(run: run_lib.Run) -> Iterator[setup_lib.Task]:
 
   def begin(tasks):
     now = time.monotonic()
-    return [(run.compiler.submit(prepare, task), now) for task in tasks]
+    by_rule = [setup_lib.compiler_options(x.config, x.steps) for x in tasks]
+    pools = [run.compilers if x else run.compiler for x in by_rule]
+    submitted = zip(pools, tasks, strict=True)
+    return [(pool.submit(prepare, task), now) for pool, task in submitted]
 
   at_once = len(run.tasks) if jax.default_backend() == 'gpu' else 1
   ahead = begin(run.tasks[:at_once])
@@ -184,13 +188,16 @@ def _describe_compiling(
   tasks: Sequence[setup_lib.Task], index: int, count: int
 ) -> tuple[str, float | None]:
   """Returns that `count` stages are compiled, and how long it took before."""
-  known = [compile_times.last(x) for x in tasks[index : index + count]]
-  took = [x for x in known if x is not None]
   what = f'stage {index + 1}' if count == 1 else f'{count} stages'
-  return (
-    f'compiling {what} of {len(tasks)}',
-    sum(took) if len(took) == count else None,
-  )
+  what = f'compiling {what} of {len(tasks)}'
+  in_turn, side_by_side = [0.0], [0.0]
+  for task in tasks[index : index + count]:
+    took = compile_times.last(task)
+    if took is None:
+      return what, None
+    by_rule = setup_lib.compiler_options(task.config, task.steps)
+    (side_by_side if by_rule else in_turn).append(took)
+  return what, max(sum(in_turn), *side_by_side)
 
 
 def _run_stage(

@@ -46,6 +46,8 @@ class Run:
   fetcher: fetching.Fetcher
   # Compiles the next stage while this one trains.
   compiler: futures.Executor
+  # For what needs no device to compile: side by side.
+  compilers: futures.Executor
   # Told the name of a stage and each row of its history.
   on_epoch: Callable[[str, dict[str, Any]], object]
   reporter: outputs.Reporter
@@ -146,6 +148,7 @@ def open_run(
     dog=stack.enter_context(dog),
     fetcher=stack.enter_context(contextlib.closing(fetcher)),
     compiler=_create_executor('compiler', stack),
+    compilers=_create_executor('compilers', stack, num_threads=4),
     on_epoch=on_epoch,
     reporter=outputs.Reporter(
       _create_executor('reporter', stack), workdir, incidents.entries
@@ -258,9 +261,9 @@ def _write_inputs(
 
 
 def _create_executor(
-  name: str, stack: contextlib.ExitStack
+  name: str, stack: contextlib.ExitStack, num_threads: int = 1
 ) -> futures.ThreadPoolExecutor:
-  """Returns one thread that nobody waits for: it may compile for minutes."""
-  executor = futures.ThreadPoolExecutor(1, name)
+  """Returns threads that nobody waits for: they may compile for minutes."""
+  executor = futures.ThreadPoolExecutor(num_threads, name)
   stack.callback(executor.shutdown, wait=False, cancel_futures=True)
   return executor

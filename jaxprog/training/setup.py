@@ -400,6 +400,7 @@ def _create_steps(
     jax.jit,
     in_shardings=(replicated, divided, replicated),
     out_shardings=replicated,
+    compiler_options=compiler_options(config, steps),
   )
 
   def create_train_step(program):
@@ -422,6 +423,14 @@ def _create_steps(
   }
   model = create_model(stage.eval_size)
   return train_steps, jit(steps_lib.create_eval_step(model, pixels))
+
+
+def compiler_options(
+  config: config_dict.ConfigDict, steps: epochs.Steps
+) -> dict[str, bool | int]:
+  """Returns how a stage's steps are compiled here, beside all flags."""
+  platform = jax.devices()[0].client.platform_version
+  return xla_flags.step_options(config.xla_flags, platform, steps.total)
 
 
 def compile_task(task: Task, *, carried: bool) -> Task:

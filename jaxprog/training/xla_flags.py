@@ -33,6 +33,9 @@ _VARIABLES = {'tpu': 'LIBTPU_INIT_ARGS', 'gpu': 'XLA_FLAGS'}
 # buffers need some GB beside it.
 _MEMORY = 'XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'
 _MEMORY_PART = 0.9
+# On an H100 trying kernels out takes some 10 s a stage; what a short one could
+# save by the best of them is less.
+_TUNED_STEPS = 500
 
 
 def use(preset: str) -> None:
@@ -51,6 +54,22 @@ def use(preset: str) -> None:
     words += [f'--{k}={v}' for k, v in flags.items() if k not in known]
     if words:
       os.environ[variable] = ' '.join(words)
+
+
+def step_options(
+  preset: str, platform: str, num_steps: int
+) -> dict[str, bool | int]:
+  """Returns how XLA compiles a stage of `num_steps` steps, beside all flags.
+
+  A short stage on an NVIDIA GPU takes kernels by rule and not by trial, unless
+  the environment says how to choose, or the preset needs them tried out.
+  `platform` is a client's `platform_version`.
+  """
+  name = 'xla_gpu_autotune_level'
+  if 'cuda' not in platform or num_steps >= _TUNED_STEPS:
+    return {}
+  chosen = preset == 'deterministic' or name in os.environ.get('XLA_FLAGS', '')
+  return {} if chosen else {name: 0}
 
 
 def memory_part() -> float:
