@@ -49,6 +49,8 @@ class Field:
       not what one of them computes.
     hashed: what stands for it in the config's hash, though it is free: it was
       not always, and that was its default. None: nothing does.
+    younger: whether there are hashes from before it was declared: at its
+      default it is no part of them.
   """
 
   name: str
@@ -64,6 +66,7 @@ class Field:
   traced: bool = False
   scheduled: bool = False
   hashed: float | None = None
+  younger: bool = False
 
   def check(self, value: Any, where: str) -> Any:
     """Returns `value` as the field's type: ints widened, lists as tuples.
@@ -410,6 +413,11 @@ class StageFields:
   # (arXiv:1710.09412, arXiv:1905.04899).
   mixup_alpha: float = field(0.0, phase=True, traced=True)
   cutmix_alpha: float = field(0.0, phase=True, traced=True)
+  # Chance that a training image skips the last residual block; it rises
+  # linearly from 0 at the first one (Huang et al. 2016, arXiv:1603.09382).
+  drop_path: float = field(
+    0.0, within='[0, 1)', phase=True, traced=True, younger=True
+  )
 
   # What decides which weights are best: 'validation', or 'holdout:2%' of the
   # training images; then the validation images are looked at once, at the end.
@@ -549,6 +557,13 @@ class StageFields:
   early_stopping_patience: int = field(0, unit='evaluations', scheduled=True)
   early_stopping_min_delta: float = field(0.0, scheduled=True)
 
+  # What training lowers: 'softmax', the cross-entropy of the classes, or 'bce',
+  # the mean over them of whether each is there: mixup and CutMix then show two
+  # classes. Validation always measures 'softmax'.
+  loss: str = field('softmax', choices=('bce', 'softmax'), younger=True)
+  # bce: targets above it become 1, all others 0, such as 0.2 (Wightman et al.
+  # 2021, arXiv:2110.00476); 0: they stay as they were mixed.
+  bce_target_threshold: float = field(0.0, within='[0, 1)', younger=True)
   # Part of the target spread evenly over all classes, in training only.
   label_smoothing: float = field(0.0, within='[0, 1)', phase=True, traced=True)
   # Compute in config.dtype; False: float32 throughout.

@@ -240,6 +240,7 @@ def _create_stage(stage: config_dict.ConfigDict, where: str) -> Stage:
     *_schedule_mistakes(created),
     *_optimizer_mistakes(created),
     *_image_mistakes(created),
+    *_loss_mistakes(created),
   ):
     raise errors.UserError(what, f'{where}.{field}', suggestion)
   return created
@@ -388,3 +389,20 @@ def _image_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
   if magnitude in changed and stage.auto_augment != 'rand_augment':
     what = f"{magnitude} changes, but auto_augment is not 'rand_augment'."
     yield 'phases', what, ''
+
+
+def _loss_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
+  """Yields as `_weight_mistakes`."""
+  threshold = stage.bce_target_threshold
+  if threshold and stage.loss != 'bce':
+    yield (
+      'bce_target_threshold',
+      f'The loss {stage.loss!r} has no threshold of targets.',
+      "Set loss to 'bce', or bce_target_threshold to 0.",
+    )
+  if threshold and any(part.label_smoothing for _, part in stage.parts):
+    yield (
+      'label_smoothing',
+      'Behind a bce_target_threshold, targets are 0 or 1: none is smooth.',
+      'Set label_smoothing or bce_target_threshold to 0.',
+    )

@@ -131,6 +131,8 @@ def _describe_augmentation(stage: stages_lib.Stage) -> str:
   for field, name in (('mixup_alpha', 'mixup'), ('cutmix_alpha', 'cutmix')):
     if value := getattr(stage, field):
       parts.append(f'{name} {value:g}')
+  if stage.drop_path:
+    parts.append(f'blocks skipped 0%-{stage.drop_path:.2g}')
   if stage.label_smoothing:
     parts.append(f'labels smoothed {stage.label_smoothing:g}')
   return ', '.join(parts)
