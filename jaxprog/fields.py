@@ -383,6 +383,11 @@ class StageFields:
   # width-to-height ratio (its inverse is the smallest).
   min_crop_area: float = field(0.08, within='(0, 1]', phase=True)
   max_crop_aspect: float = field(4 / 3, within='[1, inf)')
+  # How its pixels are resized: 'bilinear', 'bicubic', or 'random', one of the
+  # two for each image.
+  crop_interpolation: str = field(
+    'bilinear', choices=('bicubic', 'bilinear', 'random'), younger=True
+  )
   # Mirror half of the training images, left to right.
   flip: bool = True
   # Mirror an image every other epoch instead of by chance.
@@ -440,6 +445,10 @@ class StageFields:
   )
   # Images in one step, over all devices of all processes.
   batch_size: int = field(128, unit='images', within='[1, inf)', phase=True)
+  # Copies of each image in a batch, each augmented by itself (Hoffer et al.
+  # 2019, arXiv:1901.09335). An epoch shows as many images as before, and so
+  # fewer different ones.
+  augment_repeats: int = field(1, within='[1, inf)', younger=True)
 
   # Images whose gradients are computed at once, on all devices; those of a
   # whole batch are averaged before the update. 0: the whole batch.
@@ -541,6 +550,9 @@ class StageFields:
   # Keep an exponential moving average of the weights, evaluated beside them;
   # how much of it stays each step, 0: none.
   ema_decay: float = field(0.0, within='[0, 1)')
+  # How less of it stays at first: after n steps at most 1 - (1 + n)^-x, as in
+  # timm's ModelEmaV3, whose x is 2/3; 0: at most (1 + n) / (10 + n).
+  ema_warmup_power: float = field(0.0, younger=True)
 
   # Train only the head in the first epochs.
   freeze_epochs: float = field(0.0, unit='epochs')

@@ -4,6 +4,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import tiny_config
 from flax import linen as nn
@@ -426,6 +427,21 @@ def test_the_average_follows_weights_and_statistics():
     jax.tree.leaves(current.ema), jax.tree.leaves(expected), strict=True
   ):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_warms_up_as_in_timm():
+  torch = pytest.importorskip('torch', reason=parity.REASON)
+  utils = parity.import_module('timm.utils')
+  stage = stages.create_stages(tiny_config.get_config())[0]
+  stage = dataclasses.replace(stage, ema_decay=0.99, ema_warmup_power=2 / 3)
+  peer = utils.ModelEmaV3(torch.nn.Linear(1, 1), 0.99, use_warmup=True)
+  at = np.array([0, 1, 2, 10, 500, 999, 1000, 5000])
+  # Its steps are counted after the update that they follow.
+  expected = [peer.get_decay(int(step) + 1) for step in at]
+  assert expected[0] == 0 < expected[3] < expected[-1] == 0.99
+  np.testing.assert_allclose(
+    steps.average_decay(stage, at), expected, rtol=1e-6
+  )
 
 
 def test_the_plateau_scales_the_rate():

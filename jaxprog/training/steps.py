@@ -122,7 +122,7 @@ def _learn(state, grads, batch_stats, learning_rate, tx, stage, frozen):
     'params': params,
     'batch_stats': batch_stats,
     'opt_state': opt_state,
-    'ema': _average(state, params, batch_stats, stage.ema_decay),
+    'ema': _average(state, params, batch_stats, stage),
   }
 
 
@@ -232,21 +232,31 @@ def _create_grads_fn(
   return grads_of
 
 
-def _average(state, params, batch_stats, decay):
+def _average(state, params, batch_stats, stage):
   """Returns the next averaged variables, statistics included.
 
-  Averages of weights need averages of their statistics. In the first steps
-  less of the old is kept, so that a short stage does not average its start.
+  Averages of weights need averages of their statistics.
   """
   if not state.ema:
     return {}
-  count = state.step.astype(jnp.float32)
-  decay = jnp.minimum(decay, (1 + count) / (10 + count))
+  decay = average_decay(stage, state.step)
   return jax.tree.map(
     lambda old, new: decay * old + (1 - decay) * new,
     state.ema,
     {'params': params, 'batch_stats': batch_stats},
   )
+
+
+def average_decay(stage: stages.Stage, step: jax.Array) -> jax.Array:
+  """Returns how much of the average stays at `step`, f32.
+
+  In the first steps less of the old is kept, so that a short stage does not
+  average its start.
+  """
+  count = step.astype(jnp.float32)
+  if power := stage.ema_warmup_power:
+    return jnp.minimum(stage.ema_decay, 1 - (1 + count) ** -power)
+  return jnp.minimum(stage.ema_decay, (1 + count) / (10 + count))
 
 
 def _all_finite(tree: Any) -> jax.Array:
