@@ -49,6 +49,8 @@ class Field:
       not what one of them computes.
     hashed: what stands for it in the config's hash, though it is free: it was
       not always, and that was its default. None: nothing does.
+    younger: whether there are hashes from before it was declared: at its
+      default it is no part of them.
   """
 
   name: str
@@ -64,6 +66,7 @@ class Field:
   traced: bool = False
   scheduled: bool = False
   hashed: float | None = None
+  younger: bool = False
 
   def check(self, value: Any, where: str) -> Any:
     """Returns `value` as the field's type: ints widened, lists as tuples.
@@ -380,6 +383,11 @@ class StageFields:
   # width-to-height ratio (its inverse is the smallest).
   min_crop_area: float = field(0.08, within='(0, 1]', phase=True)
   max_crop_aspect: float = field(4 / 3, within='[1, inf)')
+  # How its pixels are resized: 'bilinear', 'bicubic', or 'random', one of the
+  # two for each image.
+  crop_interpolation: str = field(
+    'bilinear', choices=('bicubic', 'bilinear', 'random'), younger=True
+  )
   # Mirror half of the training images, left to right.
   flip: bool = True
   # Mirror an image every other epoch instead of by chance.
@@ -410,6 +418,11 @@ class StageFields:
   # (arXiv:1710.09412, arXiv:1905.04899).
   mixup_alpha: float = field(0.0, phase=True, traced=True)
   cutmix_alpha: float = field(0.0, phase=True, traced=True)
+  # Chance that a training image skips the last residual block; it rises
+  # linearly from 0 at the first one (Huang et al. 2016, arXiv:1603.09382).
+  drop_path: float = field(
+    0.0, within='[0, 1)', phase=True, traced=True, younger=True
+  )
 
   # What decides which weights are best: 'validation', or 'holdout:2%' of the
   # training images; then the validation images are looked at once, at the end.
@@ -432,6 +445,10 @@ class StageFields:
   )
   # Images in one step, over all devices of all processes.
   batch_size: int = field(128, unit='images', within='[1, inf)', phase=True)
+  # Copies of each image in a batch, each augmented by itself (Hoffer et al.
+  # 2019, arXiv:1901.09335). An epoch shows as many images as before, and so
+  # fewer different ones.
+  augment_repeats: int = field(1, within='[1, inf)', younger=True)
 
   # Images whose gradients are computed at once, on all devices; those of a
   # whole batch are averaged before the update. 0: the whole batch.
@@ -533,6 +550,9 @@ class StageFields:
   # Keep an exponential moving average of the weights, evaluated beside them;
   # how much of it stays each step, 0: none.
   ema_decay: float = field(0.0, within='[0, 1)')
+  # How less of it stays at first: after n steps at most 1 - (1 + n)^-x, as in
+  # timm's ModelEmaV3, whose x is 2/3; 0: at most (1 + n) / (10 + n).
+  ema_warmup_power: float = field(0.0, younger=True)
 
   # Train only the head in the first epochs.
   freeze_epochs: float = field(0.0, unit='epochs')
@@ -549,6 +569,13 @@ class StageFields:
   early_stopping_patience: int = field(0, unit='evaluations', scheduled=True)
   early_stopping_min_delta: float = field(0.0, scheduled=True)
 
+  # What training lowers: 'softmax', the cross-entropy of the classes, or 'bce',
+  # the mean over them of whether each is there: mixup and CutMix then show two
+  # classes. Validation always measures 'softmax'.
+  loss: str = field('softmax', choices=('bce', 'softmax'), younger=True)
+  # bce: targets above it become 1, all others 0, such as 0.2 (Wightman et al.
+  # 2021, arXiv:2110.00476); 0: they stay as they were mixed.
+  bce_target_threshold: float = field(0.0, within='[0, 1)', younger=True)
   # Part of the target spread evenly over all classes, in training only.
   label_smoothing: float = field(0.0, within='[0, 1)', phase=True, traced=True)
   # Compute in config.dtype; False: float32 throughout.

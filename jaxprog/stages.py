@@ -240,6 +240,7 @@ def _create_stage(stage: config_dict.ConfigDict, where: str) -> Stage:
     *_schedule_mistakes(created),
     *_optimizer_mistakes(created),
     *_image_mistakes(created),
+    *_loss_mistakes(created),
   ):
     raise errors.UserError(what, f'{where}.{field}', suggestion)
   return created
@@ -365,6 +366,12 @@ def _optimizer_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
       'head_rate_factor and backbone_rate_factor are both 0: nothing moves.',
       'Set one of them above 0.',
     )
+  if stage.ema_warmup_power and not stage.ema_decay:
+    yield (
+      'ema_warmup_power',
+      'There is no average to warm up: ema_decay is 0.',
+      'Set ema_decay to 0.9999 or so, or ema_warmup_power to 0.',
+    )
   micro = stage.micro_batch_size
   if micro and any(part.batch_size % micro for _, part in stage.parts):
     what = f'micro_batch_size {micro} does not divide the batch size.'
@@ -383,8 +390,32 @@ def _image_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
   if least > most:
     what = f'erasing_min_area {least:g} is above erasing_max_area {most:g}.'
     yield 'erasing_min_area', what, ''
+  repeats = stage.augment_repeats
+  if repeats > 1 and any(p.batch_size < 3 * repeats for _, p in stage.parts):
+    yield (
+      'augment_repeats',
+      f'augment_repeats {repeats} leaves less than three images in a batch.',
+      'Lower it to at most a third of the batch_size.',
+    )
   changed = {field for phase in stage.phases for field, _ in phase.changes}
   magnitude = 'rand_augment_magnitude'
   if magnitude in changed and stage.auto_augment != 'rand_augment':
     what = f"{magnitude} changes, but auto_augment is not 'rand_augment'."
     yield 'phases', what, ''
+
+
+def _loss_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
+  """Yields as `_weight_mistakes`."""
+  threshold = stage.bce_target_threshold
+  if threshold and stage.loss != 'bce':
+    yield (
+      'bce_target_threshold',
+      f'The loss {stage.loss!r} has no threshold of targets.',
+      "Set loss to 'bce', or bce_target_threshold to 0.",
+    )
+  if threshold and any(part.label_smoothing for _, part in stage.parts):
+    yield (
+      'label_smoothing',
+      'Behind a bce_target_threshold, targets are 0 or 1: none is smooth.',
+      'Set label_smoothing or bce_target_threshold to 0.',
+    )

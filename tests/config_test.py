@@ -173,6 +173,18 @@ def test_another_default_of_what_is_free_changes_no_hash(monkeypatch):
   assert config_lib.config_hash(config_lib.load_config(FILE)) == before
 
 
+def test_a_younger_field_at_its_default_is_no_part_of_the_hash():
+  config = config_lib.load_config(FILE)
+  before = config_lib.config_hash(config)
+  older = config_lib.load_config(FILE)
+  for name in fields.names(fields.STAGE, 'younger'):
+    for stage in older.stages:
+      del stage[name]
+  assert config_lib.config_hash(older) == before
+  config.stages[0].drop_path = 0.1
+  assert config_lib.config_hash(config) != before
+
+
 @pytest.mark.parametrize('field', fields.names(fields.CONFIG, 'free'))
 def test_what_is_free_forbids_no_resume(field):
   old = config_lib.load_config(FILE)

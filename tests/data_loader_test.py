@@ -8,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+import parity
 import pytest
 from data_fixtures import encode, photo, stage, write_class_folders
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -104,6 +105,73 @@ def test_an_epoch_visits_every_example_at_most_once(dataset):
   assert (seen[0] != seen[1]).mean() > 0.9
   # What one epoch leaves out, another has.
   assert len(set(np.concatenate(seen).tolist())) > 1430
+
+
+@pytest.mark.parametrize('process_count', [1, 2, 4])
+def test_copies_of_an_image_fill_a_batch(dataset, process_count):
+  a_stage = stage(batch_size=60, num_epochs=2, augment_repeats=3)
+  steps = epochs.count_steps(a_stage, len(dataset.train))
+  assert steps.total == 2 * (1437 // 60)  # As many as without.
+
+  def read(step, index, count):
+    batches = batches_lib.TrainBatches(
+      dataset.train,
+      a_stage,
+      seed=0,
+      steps=steps,
+      process_index=index,
+      process_count=count,
+    )
+    return batches_lib.read_batch(batches, step), batches.indices(step)[1]
+
+  order = batches_lib.epoch_order(0, 1, 1437)
+  for step in (23, 25):
+    whole, _ = read(step, 0, 1)
+    parts = [read(step, i, process_count) for i in range(process_count)]
+    for name in whole:
+      together = np.concatenate([part[name] for part, _ in parts])
+      np.testing.assert_array_equal(together, whole[name])
+    examples = np.concatenate([x for _, x in parts])
+    first = 20 * (step - 23)
+    assert sorted(examples) == sorted([*order[first : first + 20]] * 3)
+    np.testing.assert_array_equal(whole['index'] % 1437, examples)
+    assert len(set(whole['index'])) == 60
+    copies = whole['image'].reshape(3, 20, -1)
+    assert (copies[0] != copies[1]).any(axis=-1).mean() > 0.5
+    # What mixing pairs, the last with the first too, are different images.
+    assert (examples != np.roll(examples, 1)).all()
+    for _, found in parts if process_count > 2 else ():
+      assert len(set(found)) == 15  # Each host has other copies.
+
+
+@pytest.mark.parametrize(
+  ('count', 'repeats'), [(10, 1), (10, 2), (10, 3), (11, 3), (15, 5), (16, 5)]
+)
+def test_neighbours_are_never_copies(count, repeats):
+  for start in range(0, 5 * count, count):
+    found = batches_lib.repeat_positions(start, count, repeats)
+    expected = np.arange(start, start + count)
+    np.testing.assert_array_equal(
+      np.sort(found[0] * repeats + found[1]), expected
+    )
+    assert (found[0] != np.roll(found[0], 1)).all()
+    if repeats == 1:
+      np.testing.assert_array_equal(found[0], expected)
+
+
+@pytest.mark.parametrize('hosts', [1, 2, 4])
+def test_batches_of_copies_are_those_of_timms_sampler(hosts):
+  peer = parity.import_module('timm.data.distributed_sampler')
+  samplers = [
+    list(peer.RepeatAugSampler(range(1024), hosts, rank, shuffle=False))
+    for rank in range(hosts)
+  ]
+  for step in range(1024 // 64):
+    part = slice(step * 64 // hosts, (step + 1) * 64 // hosts)
+    theirs = [x for sampler in samplers for x in sampler[part]]
+    found, _ = batches_lib.repeat_positions(step * 64, 64, 3)
+    assert sorted(found) == sorted(theirs)
+  assert sum(map(len, samplers)) == 1024  # An epoch is images seen.
 
 
 def test_an_order_is_uniform():

@@ -347,3 +347,46 @@ def test_center_crop_is_torchvisions(interpolation, eval_crop):
       )
       # At most 1 is asked for; the one resize differs by its rounding alone.
       assert difference(got, expected) < 0.3
+
+
+@pytest.mark.parametrize('size', [(90, 64), (700, 500)])
+def test_a_bicubic_crop_is_torchvisions(size):
+  functional = parity.import_module('torchvision.transforms.functional')
+  pixels = texture(*size)
+  options = {'min_area': 0.3, 'max_aspect': 4 / 3}
+  for seed in range(5):
+    rng = np.random.default_rng(seed)
+    got = preprocess.random_crop(
+      encode(pixels), 32, rng, interpolation='bicubic', **options
+    )
+    left, top, right, bottom = preprocess.sample_box(
+      *size, np.random.default_rng(seed), *options.values()
+    )
+    expected = functional.resized_crop(
+      Image.fromarray(pixels),
+      *(top, left, bottom - top, right - left),
+      (32, 32),
+      functional.InterpolationMode.BICUBIC,
+    )
+    # Theirs does not see what is beside the crop.
+    inner = slice(2, -2), slice(2, -2)
+    np.testing.assert_array_equal(got[inner], np.asarray(expected)[inner])
+
+
+def test_a_random_crop_is_resized_one_way_or_the_other():
+  image, names = encode(texture(90, 64)), ('bilinear', 'bicubic')
+  options = {'min_area': 0.3, 'max_aspect': 4 / 3}
+
+  def crop_each(name):
+    return [
+      preprocess.random_crop(
+        image, 32, np.random.default_rng(i), interpolation=name, **options
+      )
+      for i in range(60)
+    ]
+
+  chosen, bilinear, bicubic = map(crop_each, ('random', *names))
+  cubic = [np.array_equal(a, b) for a, b in zip(chosen, bicubic, strict=True)]
+  linear = [np.array_equal(a, b) for a, b in zip(chosen, bilinear, strict=True)]
+  assert [not x for x in cubic] == linear
+  assert 15 < sum(cubic) < 45

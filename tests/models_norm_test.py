@@ -478,6 +478,14 @@ def test_a_users_own_network_has_its_own_norms(field, value, data_dir):
     setup.create_setup(config, model=Small)
 
 
+def test_a_users_own_network_skips_no_blocks(data_dir):
+  config = tiny_config.get_config(data_dir)
+  config.stages[1]['phases'] = ({'from_epoch': 1, 'drop_path': 0.1},)
+  setup.create_setup(config, model=Small, only=['three'])
+  with pytest.raises(errors.UserError, match='drop_path is for the networks'):
+    setup.create_setup(config, model=Small)
+
+
 def test_weights_of_one_mode_load_in_another(tmp_path):
   config = tiny_config.get_config()
   models = []

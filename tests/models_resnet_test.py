@@ -2,6 +2,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import parity
 import pytest
@@ -34,10 +35,10 @@ def jitted_init(model, images):
   )
 
 
-def jitted_apply(model, variables, images):
+def jitted_apply(model, *arguments):
   """Returns logits and statistics of a training batch."""
   apply = functools.partial(model.apply, train=True, mutable=['batch_stats'])
-  return jax.jit(apply)(variables, images)
+  return jax.jit(apply)(*arguments)
 
 
 # Parameters of the published networks for 1000 classes (torchvision's table).
@@ -233,13 +234,14 @@ def test_every_weight_of_a_blurred_network_gets_a_gradient():
     assert np.any(grad)
 
 
-def trace_gradients(model, variables, images):
+def trace_gradients(model, variables, images, *paths):
   """Returns the trace of gradients, statistics and loss of `model`."""
 
   def loss(params, batch_stats):
     logits, changed = model.apply(
       {'params': params, 'batch_stats': batch_stats},
       images,
+      *paths,
       train=True,
       mutable=['batch_stats'],
     )
@@ -249,8 +251,9 @@ def trace_gradients(model, variables, images):
   return grad.trace(variables['params'], variables['batch_stats'])
 
 
-@pytest.mark.parametrize('groups', [1, 2])
-def test_recomputed_blocks_compute_the_same(groups):
+@pytest.mark.parametrize(('groups', 'skip'), [(1, True), (2, False)])
+def test_recomputed_blocks_compute_the_same(groups, skip):
+  paths = [2.0 * np.random.default_rng(1).integers(0, 2, (8, 4))] * skip
   images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
   plain, recomputed = (
     create(norm_groups=groups, remat_blocks=r) for r in (False, True)
@@ -258,7 +261,7 @@ def test_recomputed_blocks_compute_the_same(groups):
   assert init(plain, 16) == init(recomputed, 16)
   variables = jax.tree.map(lambda x: x + 0.1, jitted_init(plain, images))
   expected, found = (
-    trace_gradients(model, variables, images)
+    trace_gradients(model, variables, images, *paths)
     .lower()
     .compile()(variables['params'], variables['batch_stats'])
     for model in (plain, recomputed)
@@ -336,3 +339,45 @@ def test_resnet50_equals_pytorch(blur_pool):
   )
   scale = np.abs(expected).max()
   np.testing.assert_allclose(found, expected, atol=1e-4 * scale, rtol=0)
+
+
+@pytest.mark.parametrize(
+  ('block', 'theirs'),
+  [
+    (resnet.BasicBlock, 'BasicBlock'),
+    (resnet.BottleneckBlock, 'Bottleneck'),
+  ],
+)
+def test_blocks_are_skipped_as_in_timms_drop_path(block, theirs):
+  """Its masks, read from what goes through them, and the logits they make."""
+  torch = pytest.importorskip('torch', reason=parity.REASON)
+  timm = parity.import_module('timm.models.resnet')
+  model = resnet.ResNet((1, 1, 1, 2), block, num_classes=3)
+  variables = networks.draw(init(model, 64))
+  peer = timm.ResNet(
+    getattr(timm, theirs), (1, 1, 1, 2), num_classes=3, drop_path_rate=0.4
+  ).train()
+  state_dict = interchange.to_state_dict(variables)
+  peer.load_state_dict({k: torch.from_numpy(v) for k, v in state_dict.items()})
+  rates, masks = [], []
+
+  def note(module, inputs, output):
+    first = (slice(None), 0, 0, 0)
+    masks.append((output[first] / inputs[0][first]).detach().numpy())
+    rates.append(module.drop_prob)
+
+  for module in peer.modules():
+    if type(module).__name__ == 'DropPath':
+      module.register_forward_hook(note)
+  images = np.random.default_rng(1).normal(size=(4, 64, 64, 3))
+  images = images.astype(np.float32)
+  torch.manual_seed(0)
+  expected = peer(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+  expected = expected.detach().numpy()
+  # The first block has no mask: its chance is 0.
+  np.testing.assert_allclose(resnet.path_rates(model, 0.4), [0, *rates])
+  paths = np.stack([np.ones(4), *masks], axis=1).round(4)
+  assert 1 < (paths == 0).sum() < 12
+  found, _ = jitted_apply(model, variables, images, paths)
+  assert expected.std() > 0.1
+  np.testing.assert_allclose(found, expected, atol=2e-3, rtol=0)

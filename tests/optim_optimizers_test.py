@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import parity
 import pytest
 import runs
 import tiny_config
@@ -158,6 +159,17 @@ def test_lamb_equals_its_formula(kind):
   params, grads = problem()
   tx = create_optimizer('lamb', weight_decay=0.3, weight_decay_kind=kind)
   close(run(tx, params, grads), run_numpy(direction, params, grads))
+
+
+def test_lamb_is_timms():
+  """With its clipping; vectors have neither decay nor a trust ratio."""
+  lamb = parity.import_module('timm.optim').Lamb
+  params, grads = problem()
+  tx = create_optimizer('lamb', eps=1e-6, weight_decay=0.3, gradient_clipping=1)
+  expected = run_torch(
+    lambda _, groups: lamb(groups, lr=1.0), params, grads, 0.3
+  )
+  close(run(tx, params, grads), expected)
 
 
 @pytest.mark.parametrize('kind', ['auto', 'coupled', 'decoupled'])

@@ -4,6 +4,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import tiny_config
 
@@ -306,3 +307,22 @@ def test_takes_ints_traced_and_not(schedule):
   found = [fn(step) for step in range(12)]
   assert {(x.shape, x.dtype) for x in found} == {((), jnp.dtype('float32'))}
   close(jax.jit(jax.vmap(fn))(jnp.arange(12)), np.array(found))
+
+
+@pytest.mark.parametrize('warmup', [0, 7])
+def test_cosine_to_a_floor_is_timms(warmup):
+  torch = pytest.importorskip('torch', reason=parity.REASON)
+  scheduler = parity.import_module('timm.scheduler')
+  sgd = torch.optim.SGD([torch.zeros(1)], PEAK)
+  peer = scheduler.CosineLRScheduler(
+    sgd,
+    t_initial=40 - warmup,
+    lr_min=0.01 * PEAK,
+    warmup_t=warmup,
+    warmup_prefix=True,
+  )
+  expected = [peer._get_lr(t)[0] for t in range(45)]
+  found = learning_rates(
+    'cosine_warmup', 40, warmup, at=jnp.arange(45), end_factor=0.01
+  )
+  close(found, expected, rtol=2e-6)

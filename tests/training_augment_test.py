@@ -503,3 +503,32 @@ def test_eight_devices_compute_what_one_does():
   devices, difference = found.stdout.split()
   assert int(devices) == 8
   assert float(difference) <= 1e-6
+
+
+def test_paths_are_dropped_as_often_as_asked_and_keep_their_mean():
+  rates, n = np.array([0.0, 0.1, 0.5, 0.9]), 20_000
+  draw = jit(lambda keys: augment.draw_paths(keys, rates))
+  paths = np.asarray(draw(keys(n)))
+  np.testing.assert_allclose(
+    np.where(paths == 0, 1 / (1 - rates), paths),
+    np.broadcast_to(1 / (1 - rates), (n, 4)),
+    rtol=1e-6,
+  )
+  # Five standard deviations of a mean of n.
+  np.testing.assert_allclose((paths == 0).mean(axis=0), rates, atol=5 / n**0.5)
+  deviation = np.sqrt(rates / (1 - rates) / n)
+  assert (np.abs(paths.mean(axis=0) - 1) <= 5 * deviation + 1e-6).all()
+  # Blocks are skipped one by one, and so are images.
+  dropped = (paths[:, 1:] == 0).astype(float)
+  together = np.corrcoef(dropped.T) - np.eye(3)
+  neighbours = np.corrcoef(dropped[1:, 1], dropped[:-1, 1])[0, 1]
+  assert max(np.abs(together).max(), abs(neighbours)) < 5 / n**0.5
+
+
+def test_paths_are_those_of_the_example():
+  rates, order = (0.0, 0.5, 0.5), np.random.default_rng(0).permutation(64)
+  whole = np.asarray(augment.draw_paths(keys(64), rates))
+  shuffled = augment.draw_paths(keys(64)[order], rates)
+  np.testing.assert_array_equal(shuffled, whole[order])
+  later = np.asarray(augment.draw_paths(keys(64, epoch=1), rates))
+  assert (later[:, 1:] != whole[:, 1:]).any(axis=0).all()

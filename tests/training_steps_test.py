@@ -4,6 +4,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import tiny_config
 from flax import linen as nn
@@ -240,12 +241,25 @@ def test_micro_batches_share_the_count_of_the_batch(mixup_alpha):
         np.testing.assert_allclose(found[name], wanted[name], 2e-6, 1e-7)
 
 
+def shown_residuals(current):
+  """Returns a state whose blocks do something: at first they are shortcuts."""
+  params = {
+    name: {**block, 'norm2': {**block['norm2'], 'scale': jnp.ones(width)}}
+    for name, block in current.params.items()
+    if name.startswith('block')
+    for width in block['norm2']['scale'].shape
+  }
+  return current.replace(params={**current.params, **params})
+
+
 def test_batch_norm_sees_each_micro_batch_by_itself():
+  fields = {'drop_path': 0.5, 'loss': 'bce'}
   _, current, step_in_parts, _ = create(
-    model=small_resnet(), micro_batch_size=2
+    model=small_resnet(), micro_batch_size=2, **fields
   )
+  current = shown_residuals(current)
   after, _ = step_in_parts(current, batch(4), jax.random.key(1))
-  _, _, step, _ = create(model=small_resnet())
+  _, _, step, _ = create(model=small_resnet(), **fields)
   data = batch(4)
   expected = current
   for part in (slice(0, 4, 2), slice(1, 4, 2)):
@@ -259,6 +273,22 @@ def test_batch_norm_sees_each_micro_batch_by_itself():
     strict=True,
   ):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_an_image_skips_the_same_blocks_wherever_it_stands():
+  data, order = batch(12), np.random.default_rng(0).permutation(12)
+  moved = {name: x[order] for name, x in data.items()}
+  later = {**data, 'epoch': data['epoch'] + 1}
+  _, current, step, _ = create(model=small_resnet(), drop_path=0.5)
+  current = shown_residuals(current)
+  _, expected = step(current, data, jax.random.key(1))
+  _, again = step(current, moved, jax.random.key(1))
+  np.testing.assert_allclose(again['grad_norm'], expected['grad_norm'], 1e-4)
+  for others in (
+    step(current, later, jax.random.key(1)),
+    step(current, data, jax.random.key(2)),
+  ):
+    assert abs(others[1]['grad_norm'] / expected['grad_norm'] - 1) > 1e-2
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted():
@@ -369,8 +399,10 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_then_starts_anew():
 
 
 def test_a_frozen_step_trains_the_head_on_the_running_statistics():
-  model, current, _, frozen_step = create(model=small_resnet(), frozen=9)
-  data = batch()
+  model, current, _, frozen_step = create(
+    model=small_resnet(), frozen=9, drop_path=0.5
+  )
+  current, data = shown_residuals(current), batch()
   x = augment.normalise(data['image'], *PIXELS)
   after, metrics = frozen_step(current, data, jax.random.key(1))
   logits = np.asarray(model.apply(current.variables, x, train=False))
@@ -395,6 +427,21 @@ def test_the_average_follows_weights_and_statistics():
     jax.tree.leaves(current.ema), jax.tree.leaves(expected), strict=True
   ):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_warms_up_as_in_timm():
+  torch = pytest.importorskip('torch', reason=parity.REASON)
+  utils = parity.import_module('timm.utils')
+  stage = stages.create_stages(tiny_config.get_config())[0]
+  stage = dataclasses.replace(stage, ema_decay=0.99, ema_warmup_power=2 / 3)
+  peer = utils.ModelEmaV3(torch.nn.Linear(1, 1), 0.99, use_warmup=True)
+  at = np.array([0, 1, 2, 10, 500, 999, 1000, 5000])
+  # Its steps are counted after the update that they follow.
+  expected = [peer.get_decay(int(step) + 1) for step in at]
+  assert expected[0] == 0 < expected[3] < expected[-1] == 0.99
+  np.testing.assert_allclose(
+    steps.average_decay(stage, at), expected, rtol=1e-6
+  )
 
 
 def test_the_plateau_scales_the_rate():

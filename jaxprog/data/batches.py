@@ -20,7 +20,7 @@ from jaxprog.stages import Stage
 
 # Host arrays of b examples: `image` uint8 (b, S, S, 3), `label` int32 (b,),
 # `mask` bool (b,); in training `index` and `epoch` int32 (b,), of which
-# augmentation on the device is a function.
+# augmentation is a function: copy c of example i of n has the index c * n + i.
 HostBatch = dict[str, np.ndarray]
 # Name -> shape and dtype of the arrays of a batch.
 Layout = tuple[tuple[str, tuple[int, ...], str], ...]
@@ -69,13 +69,29 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   return np.random.Generator(stream).permutation(num_examples)
 
 
+def repeat_positions(
+  start: int, count: int, repeats: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns positions in an order, and which copy of each is meant, (count,).
+
+  They are numbers `start` to `start` + `count` of an order of which each
+  element stands there `repeats` times in a row, as timm's RepeatAugSampler has
+  it; then sorted by copy, so that neighbours, which mixing pairs and a device
+  normalises together, are different images.
+  """
+  positions, copies = np.divmod(np.arange(start, start + count), repeats)
+  by_copy = np.argsort(copies, kind='stable')
+  return positions[by_copy], copies[by_copy]
+
+
 class TrainBatches:
   """This process's part of each training batch, by step within the stage.
 
   Global batch s of an epoch is positions [s * B, (s + 1) * B) of the epoch's
   order, of which process p of P has the p-th of P equal parts. What does not
-  fill a last batch is left out for that epoch. An image that cannot be decoded
-  is hidden by `mask`.
+  fill a last batch is left out for that epoch. With augment_repeats, the order
+  has each example so often, and an epoch ends where it would without. An image
+  that cannot be decoded is hidden by `mask`.
   """
 
   def __init__(
@@ -113,7 +129,7 @@ class TrainBatches:
 
   def fill(self, step: int, rows: range, batch: HostBatch) -> list[BadImage]:
     """Writes `rows` of batch `step`; returns those that it could not."""
-    epoch, indices = self.indices(step)
+    epoch, views = self._views(step)
     part, records = self._steps.part(self._stage, step), self._split
     rng, bad = np.random.Generator(np.random.Philox(0)), []
     crop = functools.partial(
@@ -122,13 +138,15 @@ class TrainBatches:
       rng=rng,
       min_area=part.min_crop_area,
       max_aspect=part.max_crop_aspect,
+      interpolation=part.crop_interpolation,
     )
     for row in rows:
-      index = int(indices[row])
-      batch['index'][row], batch['epoch'][row] = index, epoch
+      view = int(views[row])
+      index = view % len(records)
+      batch['index'][row], batch['epoch'][row] = view, epoch
       batch['label'][row] = records.labels[index]
       out = batch['image'][row]
-      _start_example(rng, self._seed, epoch, index)
+      _start_example(rng, self._seed, epoch, view)
       reason = _read(records, index, records.image, crop, out)
       batch['mask'][row] = not reason
       if reason:
@@ -143,12 +161,23 @@ class TrainBatches:
 
   def indices(self, step: int) -> tuple[int, np.ndarray]:
     """Returns the epoch of `step` and the examples of its batch."""
+    epoch, views = self._views(step)
+    return epoch, views % len(self._split)
+
+  def _views(self, step: int) -> tuple[int, np.ndarray]:
+    """Returns the epoch of `step` and the `index` of each row of its batch."""
     epoch = self._steps.epoch(step)
     batch_size = self._steps.phase(step).batch_size
+    positions, copies = repeat_positions(
+      (step - self._steps.epoch_start(epoch)) * batch_size,
+      batch_size,
+      self._stage.augment_repeats,
+    )
     local_batch_size = batch_size // self._process_count
-    start = (step - self._steps.epoch_start(epoch)) * batch_size
-    start += self._process_index * local_batch_size
-    return epoch, self._epoch_order(epoch)[start : start + local_batch_size]
+    start = self._process_index * local_batch_size
+    rows = slice(start, start + local_batch_size)
+    examples = self._epoch_order(epoch)[positions[rows]]
+    return epoch, copies[rows] * len(self._split) + examples
 
   def _epoch_order(self, epoch: int) -> np.ndarray:
     # One tuple, replaced whole: threads may compute it twice, never mix it.

@@ -95,25 +95,30 @@ def random_crop(
   *,
   min_area: float,
   max_aspect: float,
+  interpolation: str = 'bilinear',
   name: str = '',
   out: np.ndarray | None = None,
 ) -> np.ndarray:
   """Returns a random crop, resized, as uint8 (size, size, 3).
 
   Of JPEGs only the crop is decoded, at the scale that it needs; the rest of
-  the way is an antialiased bilinear resize. `out` is filled if it is given.
+  the way is an antialiased resize: bilinear, bicubic, or one of them at random.
+  `out` is filled if it is given.
   """
   opened = open_image(image, name)
   box = sample_box(opened.width, opened.height, rng, min_area, max_aspect)
+  if interpolation == 'random':
+    interpolation = 'bicubic' if rng.random() < 0.5 else 'bilinear'
   shrink = min(box[2] - box[0], box[3] - box[1]) / size
   denominator = 1
   while denominator < 8 and shrink >= 2 * denominator * _DRAFT_RATIO:
     denominator *= 2
   pixels, inside, scale = opened.read(box, denominator)
-  if scale == 1 and max(box[2] - box[0], box[3] - box[1]) <= _LITTLE * size:
+  little = max(box[2] - box[0], box[3] - box[1]) <= _LITTLE * size
+  if scale == 1 and little and interpolation == 'bilinear':
     left, top, right, bottom = map(int, inside)
     return _resize_little(pixels[top:bottom, left:right], size, out)
-  return _resize(pixels, inside, size, 'bilinear', out)
+  return _resize(pixels, inside, size, interpolation, out)
 
 
 def center_crop(

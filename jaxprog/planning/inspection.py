@@ -264,7 +264,7 @@ def _check_batches(seen: Inspection) -> Iterator[Finding]:
 
 def _check_network(seen: Inspection) -> Iterator[Finding]:
   if seen.model is not None:
-    setup_lib.check_own_network(seen.config)
+    setup_lib.check_own_network(seen.config, seen.chosen)
     yield Finding(True, 'network: your own')
 
 

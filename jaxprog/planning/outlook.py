@@ -114,6 +114,10 @@ def look_ahead(task: setup_lib.Task) -> Outlook:
 def _describe_augmentation(stage: stages_lib.Stage) -> str:
   """Returns what a stage does to its training images, in words."""
   parts = [f'crop {stage.min_crop_area:.0%}-100%']
+  if stage.crop_interpolation != 'bilinear':
+    parts[0] += f', {stage.crop_interpolation}'
+  if stage.augment_repeats > 1:
+    parts.append(f'{stage.augment_repeats} copies of an image')
   if stage.flip:
     parts.append('mirror, alternating' if stage.alternating_flip else 'mirror')
   colors = ('brightness', 'contrast', 'saturation', 'hue')
@@ -131,6 +135,10 @@ def _describe_augmentation(stage: stages_lib.Stage) -> str:
   for field, name in (('mixup_alpha', 'mixup'), ('cutmix_alpha', 'cutmix')):
     if value := getattr(stage, field):
       parts.append(f'{name} {value:g}')
+  if stage.loss != 'softmax':
+    parts.append(f'loss {stage.loss}')
+  if stage.drop_path:
+    parts.append(f'blocks skipped 0%-{stage.drop_path:.2g}')
   if stage.label_smoothing:
     parts.append(f'labels smoothed {stage.label_smoothing:g}')
   return ', '.join(parts)

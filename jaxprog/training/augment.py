@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # What color_jitter changes. Draws depend on their order.
 COLORS = ('brightness', 'contrast', 'saturation', 'hue')
@@ -20,7 +21,7 @@ _ERASING_ASPECT = 0.3
 _ERASING_TRIES = 10
 
 # Streams of random numbers that must never meet.
-_FLIP, _COLORS, _ERASING, _NOISE = 0, 1, 2, 3
+_FLIP, _COLORS, _ERASING, _NOISE, _PATHS = 0, 1, 2, 3, 4
 # In place of an example's index, which is never as large.
 _MIX = 2**31 - 1
 
@@ -235,6 +236,20 @@ def _rectangle(height, width, top, left, bottom, right):
   """Returns where rows are in [top, bottom) and columns in [left, right)."""
   y, x = jnp.arange(height)[:, None], jnp.arange(width)
   return (top <= y) & (y < bottom) & (left <= x) & (x < right)
+
+
+def draw_paths(keys: jax.Array, rates: Sequence[float]) -> jax.Array:
+  """Returns what the residual of each block is multiplied with, f32 (N, B).
+
+  It is 0 with the chance that `rates`, (B,), names, and else what makes its
+  mean 1 (Huang et al. 2016, arXiv:1603.09382; the scale is timm's DropPath's).
+  """
+  kept = 1 - np.array(rates, np.float32)
+
+  def draw(key):
+    return jnp.where(jax.random.uniform(key, kept.shape) < kept, 1 / kept, 0)
+
+  return jax.vmap(draw)(_stream(keys, _PATHS))
 
 
 def mix(

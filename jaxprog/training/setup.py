@@ -170,7 +170,7 @@ def create_setup(
   all_stages = stages_lib.create_stages(config)
   chosen = stages_lib.select(all_stages, only, skip)
   if model is not None:
-    check_own_network(config)
+    check_own_network(config, chosen)
   xla_flags.use(config.xla_flags)
   devices.keep_compiled(paths.cache_dir(config))
   devices.check_platform(config.platform)
@@ -507,7 +507,9 @@ def create_model_fn(
   )
 
 
-def check_own_network(config: config_dict.ConfigDict) -> None:
+def check_own_network(
+  config: config_dict.ConfigDict, chosen: Sequence[stages_lib.Stage]
+) -> None:
   """Refuses what only the config's network does, for a user's own."""
   for field, default in (('batch_norm', 'global'), ('remat', 'none')):
     if config[field] != default:
@@ -515,4 +517,11 @@ def check_own_network(config: config_dict.ConfigDict) -> None:
         f'{field} is for the networks of the config; yours came as model.',
         f'config.{field}',
         f'Do it in your module, and leave {field} at {default!r}.',
+      )
+  for stage in chosen:
+    if any(part.drop_path for _, part in stage.parts):
+      raise errors.UserError(
+        'drop_path is for the networks of the config; yours came as model.',
+        f'stage {stage.name!r}',
+        'Do it in your module, and leave drop_path at 0.',
       )

@@ -11,8 +11,9 @@ import optax
 from flax import linen as nn
 
 from jaxprog import epochs, stages
+from jaxprog.models import resnet
 from jaxprog.optim import optimizers
-from jaxprog.training import augment
+from jaxprog.training import augment, losses
 from jaxprog.training import state as state_lib
 
 Batch = dict[str, jax.Array]
@@ -38,10 +39,11 @@ def create_train_step(
 
   `batch` is the global one: uint8 image (N, H, W, 3), int32 label, index and
   epoch (N,), bool mask (N,), False where the loss must not look. How an image
-  is augmented depends on `rng`, its index and its epoch alone; how images are
-  mixed, on `rng` and `state.step`. `metrics` are this step's means; their sums
-  go into `state.metrics`. A step whose loss, gradient or new state is not
-  finite changes nothing but `step` and is counted as skipped.
+  is augmented, and which blocks it skips, depends on `rng`, its index and its
+  epoch alone; how images are mixed, on `rng` and `state.step`. `metrics` are
+  this step's means; their sums go into `state.metrics`. A step whose loss,
+  gradient or new state is not finite changes nothing but `step` and is counted
+  as skipped.
 
   Args:
     model: classifies images; its classifier is the module `head`.
@@ -66,7 +68,10 @@ def create_train_step(
       mixup_alpha=stage.mixup_alpha,
       cutmix_alpha=stage.cutmix_alpha,
     )
-    grads, batch_stats, loss, top1 = grads_of(state, images, targets, weights)
+    examples = [images, targets, weights]
+    if stage.drop_path and not frozen:
+      examples.append(_draw_paths(model, stage, rng, batch))
+    grads, batch_stats, loss, top1 = grads_of(state, *examples)
     learning_rate = state.rate_scale * jnp.asarray(
       learning_rate_fn(state.step), jnp.float32
     )
@@ -117,7 +122,7 @@ def _learn(state, grads, batch_stats, learning_rate, tx, stage, frozen):
     'params': params,
     'batch_stats': batch_stats,
     'opt_state': opt_state,
-    'ema': _average(state, params, batch_stats, stage.ema_decay),
+    'ema': _average(state, params, batch_stats, stage),
   }
 
 
@@ -150,39 +155,48 @@ def augment_batch(
   return images
 
 
+def _draw_paths(
+  model: nn.Module, stage: stages.Stage, rng: jax.Array, batch: Batch
+) -> jax.Array:
+  """Returns `paths` of a batch, as `resnet.ResNet` takes them."""
+  keys = augment.example_keys(rng, batch['epoch'], batch['index'])
+  return augment.draw_paths(keys, resnet.path_rates(model, stage.drop_path))
+
+
 def _create_grads_fn(
   model: nn.Module, stage: stages.Stage, frozen: bool
 ) -> Callable[..., Any]:
-  """Returns f(state, images, targets, weights).
+  """Returns f(state, images, targets, weights, *paths).
 
-  What comes back is grads, batch_stats, loss and top1, the last two being
-  means over what `weights` (N,), 0 or 1, let them see; top1 asks for the class
-  that `targets` (N, classes) names most. With a micro_batch_size they are
-  sums over the micro-batches, one after the other, each divided by what the
-  whole batch shows: its means, but that BatchNorm sees each by itself.
+  `paths` say which blocks each image skips, if any does. What comes back is
+  grads, batch_stats, loss and top1, the last two being means over what
+  `weights` (N,), 0 or 1, let them see; top1 asks for the class that `targets`
+  (N, classes) names most. With a micro_batch_size they are sums over the
+  micro-batches, one after the other, each divided by what the whole batch
+  shows: its means, but that BatchNorm sees each by itself.
   """
+  loss_fn = losses.create_loss_fn(stage)
 
-  def loss_fn(trained, fixed, batch_stats, count, images, targets, weights):
+  def mean_loss(
+    trained, fixed, batch_stats, count, images, targets, weights, *paths
+  ):
     variables = {'params': {**fixed, **trained}, 'batch_stats': batch_stats}
     if frozen:
       logits: Any = model.apply(variables, images, train=False)
     else:
       logits, changed = model.apply(
-        variables, images, train=True, mutable=['batch_stats']
+        variables, images, *paths, train=True, mutable=['batch_stats']
       )
       batch_stats = changed.get('batch_stats', {})
-    correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
-    targets = optax.smooth_labels(targets, stage.label_smoothing)
-    losses = optax.softmax_cross_entropy(logits, targets)
-    loss = jnp.sum(jnp.where(weights > 0, losses, 0)) / count
-    top1 = jnp.sum(weights * correct) / count
-    return loss, (batch_stats, loss, top1)
+    loss, hits = loss_fn(logits, targets, weights)
+    loss = loss / count
+    return loss, (batch_stats, loss, hits / count)
 
   def grads_of_part(state, batch_stats, count, *examples):
     trained, fixed = state.params, {}
     if frozen:
       trained, fixed = {'head': state.params['head']}, state.params
-    grads, aux = jax.grad(loss_fn, has_aux=True)(
+    grads, aux = jax.grad(mean_loss, has_aux=True)(
       trained, fixed, batch_stats, count, *examples
     )
     if frozen:
@@ -190,8 +204,9 @@ def _create_grads_fn(
       grads = {**zeros, **grads}
     return grads, *aux
 
-  def grads_of(state, images, targets, weights):
-    examples, batch_size = (images, targets, weights), len(images)
+  def grads_of(state, *examples):
+    images, _, weights, *_ = examples
+    batch_size = len(images)
     count = jnp.maximum(jnp.sum(weights), 1)
     micro = stage.micro_batch_size or batch_size
     parts = batch_size // micro
@@ -217,21 +232,31 @@ def _create_grads_fn(
   return grads_of
 
 
-def _average(state, params, batch_stats, decay):
+def _average(state, params, batch_stats, stage):
   """Returns the next averaged variables, statistics included.
 
-  Averages of weights need averages of their statistics. In the first steps
-  less of the old is kept, so that a short stage does not average its start.
+  Averages of weights need averages of their statistics.
   """
   if not state.ema:
     return {}
-  count = state.step.astype(jnp.float32)
-  decay = jnp.minimum(decay, (1 + count) / (10 + count))
+  decay = average_decay(stage, state.step)
   return jax.tree.map(
     lambda old, new: decay * old + (1 - decay) * new,
     state.ema,
     {'params': params, 'batch_stats': batch_stats},
   )
+
+
+def average_decay(stage: stages.Stage, step: jax.Array) -> jax.Array:
+  """Returns how much of the average stays at `step`, f32.
+
+  In the first steps less of the old is kept, so that a short stage does not
+  average its start.
+  """
+  count = step.astype(jnp.float32)
+  if power := stage.ema_warmup_power:
+    return jnp.minimum(stage.ema_decay, 1 - (1 + count) ** -power)
+  return jnp.minimum(stage.ema_decay, (1 + count) / (10 + count))
 
 
 def _all_finite(tree: Any) -> jax.Array:
