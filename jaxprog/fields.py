@@ -49,6 +49,8 @@ class Field:
       not what one of them computes.
     hashed: what stands for it in the config's hash, though it is free: it was
       not always, and that was its default. None: nothing does.
+    younger: whether there are hashes from before it was declared: at its
+      default it is no part of them.
   """
 
   name: str
@@ -64,6 +66,7 @@ class Field:
   traced: bool = False
   scheduled: bool = False
   hashed: float | None = None
+  younger: bool = False
 
   def check(self, value: Any, where: str) -> Any:
     """Returns `value` as the field's type: ints widened, lists as tuples.
