@@ -438,6 +438,9 @@ class StageFields:
   eval_crop: float = field(0.875, within='(0, 1]')
   # 'bilinear' or 'bicubic'.
   eval_interpolation: str = field('bilinear', choices=('bicubic', 'bilinear'))
+  # Evaluation takes the mean of the logits of an image and its mirror image, in
+  # twice the time; predict and exports look at the image alone.
+  eval_flip: bool = field(False, younger=True)
 
   # Passes over the training images; fractions are allowed.
   num_epochs: float = field(

@@ -451,6 +451,13 @@ def test_baselines_are_of_the_same_data_at_the_nearest_setting():
   )
   ffcv = [x for x in found if 'ffcv' in x.baseline.source]
   assert [x.baseline.num_epochs for x in ffcv] == [56]
+  assert 'with flip averaging, here without' in ffcv[0].differs
+  for stage in history['stages']:
+    stage['eval_flip'] = True
+  (ffcv,) = (
+    x for x in compare(history, 'resnet50') if 'ffcv' in x.baseline.source
+  )
+  assert not any('flip averaging' in x for x in ffcv.differs)
   both = compare(history, 'resnet34')
   assert len([x for x in both if x.stage == 'tiny_imagenet']) == 2
 

@@ -485,6 +485,36 @@ def test_evaluation_counts_like_numpy():
   np.testing.assert_allclose(sums['loss'], loss, rtol=1e-5)
 
 
+class Left(nn.Module):
+  """Has the reds of the left column for logits."""
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    return x[:, :, 0, 0]
+
+
+def test_flip_averaging_scores_the_mean_logits_of_both_mirror_images():
+  images = np.random.default_rng(0).integers(0, 256, (40, 7, 5, 3), np.uint8)
+  labels = np.arange(40) % 7
+  batch = {'image': images, 'label': labels, 'mask': np.ones(40, bool)}
+  found = {}
+  for flip in (False, True):
+    step = jax.jit(steps.create_eval_step(Left(), PIXELS, flip=flip))
+    found[flip] = step({}, batch, steps.zero_eval_sums())
+  mean, std = PIXELS[0][0], PIXELS[1][0]
+  left, right = (
+    (images[:, :, column, 0] / 255 - mean) / std for column in (0, -1)
+  )
+  for flip, logits in ((False, left), (True, (left + right) / 2)):
+    sums, outcomes = found[flip]
+    chosen = np.argmax(logits, axis=1)
+    np.testing.assert_array_equal(outcomes['predicted'], chosen)
+    assert sums['top1'] == (chosen == labels).sum()
+    loss = -np.log(softmax(logits)[np.arange(40), labels]).sum()
+    np.testing.assert_allclose(sums['loss'], loss, rtol=1e-5)
+  assert (found[True][1]['predicted'] != found[False][1]['predicted']).any()
+
+
 def test_an_image_that_could_not_be_decoded_counts_as_wrong():
   sums = evaluate([[9.0, 0, 0, 0], [0, 0, 0, 9.0]], [0, -1])
   assert (sums['count'], sums['top1'], sums['top5']) == (2, 1, 1)

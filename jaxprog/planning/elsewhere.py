@@ -108,8 +108,9 @@ def fill_in(
   found.step_seconds = a_step / chip_rate
   found.input_seconds = a_step / input_rate
   found.fed_step_seconds = a_step / rate
-  # An evaluated image is a third of the work.
-  found.evaluation_seconds = found.num_eval_images / 3 / rate / num_chips
+  # An evaluated image is a third of the work, and so is its mirror image.
+  looks = found.num_eval_images * (1 + stage.eval_flip)
+  found.evaluation_seconds = looks / 3 / rate / num_chips
   if input_rate < chip_rate:
     bound_by = 'input'
     found.notes.append(

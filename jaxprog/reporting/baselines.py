@@ -58,9 +58,11 @@ _AIRBENCH = 'KellerJordan/cifar10-airbench, README'
 _ONLY_LOG = 'the only public training log found'
 _REMARKS = {
   _ONLY_LOG: 'its sizes are the usual ones, not said',
-  _FFCV: 'with flip averaging, and images that grow from 160 px',
-  _AIRBENCH: 'with the mean over mirrored and shifted images',
+  _FFCV: 'with images that grow from 160 px',
+  _AIRBENCH: 'with the mean over shifted images',
 }
+# Whose scores are of an image and its mirror image.
+_FLIPS = (_FFCV, _AIRBENCH)
 # By dataset: the model, the sizes that it was trained and tested at, top-1
 # after so many epochs, the source.
 _PUBLISHED: dict[str, list[tuple[str, int, int, dict[int, Any], str]]] = {
@@ -174,6 +176,10 @@ def _differences(
     yield f'{baseline.image_size} px, here {stage["image_size"]} px'
   if _eval_size(stage) != baseline.eval_size:
     yield f'tested at {baseline.eval_size} px, here at {_eval_size(stage)} px'
+  flips = baseline.source in _FLIPS
+  if flips != stage.get('eval_flip', False):
+    here = 'with flip averaging, here without'
+    yield here if flips else 'without flip averaging, here with it'
   # The row of a shorter last epoch counts less.
   done = min(len(stage['epochs']), stage['num_epochs'])
   if done != baseline.num_epochs:

@@ -253,7 +253,9 @@ def _find_score(trained: trained_lib.Trained) -> _Score:
 
 def _is_seen_alike(trained: trained_lib.Trained) -> bool:
   """Returns whether images are used as those that gave the score were."""
-  seen = operator.attrgetter('eval_size', 'eval_crop', 'eval_interpolation')
+  seen = operator.attrgetter(
+    'eval_size', 'eval_crop', 'eval_interpolation', 'eval_flip'
+  )
   return seen(trained.stage) == seen(trained.trained_stage)
 
 
@@ -306,9 +308,10 @@ def _describe_score(trained: trained_lib.Trained) -> str:
   found, stage = _find_score(trained), trained.trained_stage
   number = '' if found.num_images is None else f'{found.num_images:,} '
   images = 'validation' if found.split == 'validation' else 'held-out training'
+  looks = ', the mean logits of both mirror images' * stage.eval_flip
   text = (
     f'Top-1 {found.top1:.1%}, top-5 {found.top5:.1%} of {number}{images} '
-    f'images, one centre crop of {stage.eval_size} px each.'
+    f'images, one centre crop of {stage.eval_size} px each{looks}.'
   )
   if trained.weights == 'final':
     return text

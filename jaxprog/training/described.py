@@ -95,6 +95,7 @@ def fields(task: setup_lib.Task) -> dict[str, Any]:
     'eval_split': stage.eval_split,
     'holdout': holdout,
     'eval_image_size': stage.eval_size,
+    'eval_flip': stage.eval_flip,
     'data_version': dataset.version,
     'decoder': jpeg.version(),
     'excluded_images': dict(dataset.excluded),

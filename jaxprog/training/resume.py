@@ -27,6 +27,7 @@ from jaxprog.training import state as state_lib
 _FIXED = (
   'blur_pool',
   'eval_crop',
+  'eval_flip',
   'eval_interpolation',
   'eval_split',
   'mean_rgb',

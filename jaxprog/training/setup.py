@@ -422,7 +422,9 @@ def _create_steps(
     for program in _list_programs(stage, steps).values()
   }
   model = create_model(stage.eval_size)
-  return train_steps, jit(steps_lib.create_eval_step(model, pixels))
+  return train_steps, jit(
+    steps_lib.create_eval_step(model, pixels, flip=stage.eval_flip)
+  )
 
 
 def compiler_options(

@@ -303,7 +303,10 @@ def _add_metrics(sums, metrics, count):
 
 
 def create_eval_step(
-  model: nn.Module, pixels: tuple[Sequence[float], Sequence[float]]
+  model: nn.Module,
+  pixels: tuple[Sequence[float], Sequence[float]],
+  *,
+  flip: bool = False,
 ) -> Callable[[Any, Batch, Metrics], tuple[Metrics, Outcomes]]:
   """Returns eval_step(variables, batch, sums) -> (sums, outcomes), pure.
 
@@ -311,12 +314,16 @@ def create_eval_step(
   image that could not be decoded has the label -1: it counts as wrong, with
   the loss of a guess. `outcomes` says of every row, hidden ones included:
   loss, rank (classes that score above its own, 0 where it is right),
-  predicted (class) and confidence (its probability).
+  predicted (class) and confidence (its probability). With `flip` the logits
+  are the mean of those of an image and its mirror image, one after the other.
   """
 
   def eval_step(variables, batch, sums):
     images = augment.normalise(batch['image'], *pixels)
     logits: Any = model.apply(variables, images, train=False)
+    if flip:
+      mirrored: Any = model.apply(variables, images[:, :, ::-1], train=False)
+      logits = (logits + mirrored) / 2
     labels, mask = batch['label'], batch['mask']
     known = labels >= 0
     labels = jnp.maximum(labels, 0)

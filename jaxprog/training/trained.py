@@ -30,6 +30,7 @@ _OF_PIXELS = ('mean_rgb', 'std_rgb')
 _OF_USE = (
   'batch_size',
   'eval_crop',
+  'eval_flip',
   'eval_image_size',
   'eval_interpolation',
   'mixed_precision',
