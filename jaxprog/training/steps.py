@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from jaxprog import epochs, stages
 from jaxprog.optim import optimizers
-from jaxprog.training import augment
+from jaxprog.training import augment, distillation
 from jaxprog.training import state as state_lib
 
 Batch = dict[str, jax.Array]
@@ -33,6 +33,7 @@ def create_train_step(
   *,
   num_classes: int,
   frozen: bool = False,
+  teach: distillation.Teach | None = None,
 ) -> Callable[..., tuple[state_lib.TrainState, Metrics]]:
   """Returns train_step(state, batch, rng) -> (state, metrics), pure.
 
@@ -53,10 +54,12 @@ def create_train_step(
     num_classes: length of the logits.
     frozen: train the head alone: the backbone is a fixed function of the
       image, with its running statistics, and needs no gradient.
+    teach: what a teacher says of images; the step's last argument is then that
+      teacher.
   """
-  grads_of = _create_grads_fn(model, stage, frozen)
+  grads_of = _create_grads_fn(model, stage, frozen, teach)
 
-  def train_step(state, batch, rng):
+  def train_step(state, batch, rng, *teacher):
     weights = batch['mask'].astype(jnp.float32)
     images, targets = augment.mix(
       jax.random.fold_in(rng, state.step),
@@ -66,7 +69,9 @@ def create_train_step(
       mixup_alpha=stage.mixup_alpha,
       cutmix_alpha=stage.cutmix_alpha,
     )
-    grads, batch_stats, loss, top1 = grads_of(state, images, targets, weights)
+    grads, batch_stats, loss, top1 = grads_of(
+      state, images, targets, weights, *teacher
+    )
     learning_rate = state.rate_scale * jnp.asarray(
       learning_rate_fn(state.step), jnp.float32
     )
@@ -147,13 +152,18 @@ def augment_batch(
       min_area=stage.erasing_min_area,
       max_area=stage.erasing_max_area,
     )
+  if stage.low_frequency_size:
+    images = augment.keep_low_frequencies(images, stage.low_frequency_size)
   return images
 
 
 def _create_grads_fn(
-  model: nn.Module, stage: stages.Stage, frozen: bool
+  model: nn.Module,
+  stage: stages.Stage,
+  frozen: bool,
+  teach: distillation.Teach | None,
 ) -> Callable[..., Any]:
-  """Returns f(state, images, targets, weights).
+  """Returns f(state, images, targets, weights), last a teacher if one teaches.
 
   What comes back is grads, batch_stats, loss and top1, the last two being
   means over what `weights` (N,), 0 or 1, let them see; top1 asks for the class
@@ -161,42 +171,52 @@ def _create_grads_fn(
   sums over the micro-batches, one after the other, each divided by what the
   whole batch shows: its means, but that BatchNorm sees each by itself.
   """
+  told = ['batch_stats']
+  if teach and stage.distill_features:
+    told.append('intermediates')
 
-  def loss_fn(trained, fixed, batch_stats, count, images, targets, weights):
-    variables = {'params': {**fixed, **trained}, 'batch_stats': batch_stats}
+  def loss_fn(
+    trained, fixed, batch_stats, count, lesson, images, targets, weights
+  ):
+    params, features = {**fixed, **trained}, None
+    variables = {'params': params, 'batch_stats': batch_stats}
     if frozen:
       logits: Any = model.apply(variables, images, train=False)
     else:
-      logits, changed = model.apply(
-        variables, images, train=True, mutable=['batch_stats']
-      )
+      logits, changed = model.apply(variables, images, train=True, mutable=told)
       batch_stats = changed.get('batch_stats', {})
+      features = distillation.last_features(changed)
     correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
     targets = optax.smooth_labels(targets, stage.label_smoothing)
     losses = optax.softmax_cross_entropy(logits, targets)
+    if lesson is not None:
+      losses = distillation.join_losses(
+        losses, lesson, logits, features, params, stage
+      )
     loss = jnp.sum(jnp.where(weights > 0, losses, 0)) / count
     top1 = jnp.sum(weights * correct) / count
     return loss, (batch_stats, loss, top1)
 
-  def grads_of_part(state, batch_stats, count, *examples):
+  def grads_of_part(state, batch_stats, count, teacher, *examples):
+    lesson = teach and teach(teacher, examples[0], state.step)
     trained, fixed = state.params, {}
     if frozen:
       trained, fixed = {'head': state.params['head']}, state.params
     grads, aux = jax.grad(loss_fn, has_aux=True)(
-      trained, fixed, batch_stats, count, *examples
+      trained, fixed, batch_stats, count, lesson, *examples
     )
     if frozen:
       zeros = jax.tree.map(jnp.zeros_like, state.params)
       grads = {**zeros, **grads}
     return grads, *aux
 
-  def grads_of(state, images, targets, weights):
+  def grads_of(state, images, targets, weights, teacher=None):
     examples, batch_size = (images, targets, weights), len(images)
     count = jnp.maximum(jnp.sum(weights), 1)
     micro = stage.micro_batch_size or batch_size
     parts = batch_size // micro
     if parts == 1:
-      return grads_of_part(state, state.batch_stats, count, *examples)
+      return grads_of_part(state, state.batch_stats, count, teacher, *examples)
 
     def split(x):
       # Every parts-th example: each device keeps the examples it has.
@@ -204,7 +224,7 @@ def _create_grads_fn(
 
     def add_part(sums, part):
       grads, batch_stats, loss, top1 = grads_of_part(
-        state, sums[1], count, *part
+        state, sums[1], count, teacher, *part
       )
       total = jax.tree.map(jnp.add, (sums[0], *sums[2:]), (grads, loss, top1))
       return (total[0], batch_stats, *total[1:]), None
@@ -230,7 +250,10 @@ def _average(state, params, batch_stats, decay):
   return jax.tree.map(
     lambda old, new: decay * old + (1 - decay) * new,
     state.ema,
-    {'params': params, 'batch_stats': batch_stats},
+    {
+      'params': state_lib.without_projection(params),
+      'batch_stats': batch_stats,
+    },
   )
 
 
