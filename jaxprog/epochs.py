@@ -31,6 +31,7 @@ class Steps:
       would end that the stage's end may cut short. (): nowhere.
     milestones: where the `step` schedule lowers the rate.
     frozen: first steps, which train the head alone.
+    taught: first steps, in which a teacher is asked.
   """
 
   phases: tuple[Phase, ...]
@@ -39,6 +40,7 @@ class Steps:
   restarts: tuple[int, ...] = ()
   milestones: tuple[int, ...] = ()
   frozen: int = 0
+  taught: int = 0
 
   @property
   def epoch_ends(self) -> tuple[int, ...]:
@@ -51,7 +53,8 @@ class Steps:
   @property
   def starts(self) -> tuple[int, ...]:
     """Steps from which on another program may run, the first one 0."""
-    found = {0, self.frozen, *(phase.first_step for phase in self.phases)}
+    phases = (phase.first_step for phase in self.phases)
+    found = {0, self.frozen, self.taught, *phases}
     return tuple(sorted(step for step in found if step < self.total))
 
   def epoch_start(self, epoch: float) -> int:
@@ -99,6 +102,9 @@ def count_steps(stage: Stage, num_train_images: int) -> Steps:
     milestones=tuple(map(step_at, stage.milestones)),
     frozen=step_at(stage.freeze_epochs),
   )
+  if stage.distill_from:
+    ends = step_at(stage.distill_epochs) if stage.distill_epochs else MAX_STEP
+    steps = dataclasses.replace(steps, taught=min(ends, steps.total))
   steps = dataclasses.replace(steps, restarts=_restarts(stage, steps))
   _check_steps(stage, steps)
   return steps
@@ -157,6 +163,8 @@ def _check_steps(stage: Stage, steps: Steps) -> None:
       'Lower num_epochs.',
     )
   warmup = 'warmup_steps' if stage.warmup_steps else 'warmup_epochs'
+  if stage.distill_from and not steps.taught:
+    raise _no_step(stage, 'distill_epochs', steps, stage.distill_epochs)
   for field, found, rest in (
     (warmup, (steps.warmup,), 'leaves no step to decay in'),
     ('restart_epochs', steps.restarts[:1], 'is all that follows the warmup'),

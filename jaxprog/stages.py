@@ -74,6 +74,15 @@ class Stage(fields.StageFields):
     return Storage(kind, *map(int, numbers))
 
   @property
+  def teacher_stage(self) -> tuple[str, str]:
+    """The stage that teaches, '' if none does, and which of its weights."""
+    kind, *names = self.distill_from.split(':')
+    if kind != 'stage':
+      return '', ''
+    name, *weights = names
+    return name, ''.join(weights) or 'best'
+
+  @property
   def is_coupled(self) -> bool:
     """Whether weight decay is part of the gradient."""
     if self.weight_decay_kind == 'auto':
@@ -271,12 +280,45 @@ def _weight_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
   elif path and not path.endswith('.safetensors'):
     what = f'init_from must be a .safetensors file, not {path!r}.'
     yield 'init_from', what, ''
+  yield from _teacher_mistakes(stage)
   weights = stage.shrink or stage.perturb
   if stage.transfer == 'shrink_and_perturb' and not weights:
     yield (
       'shrink',
       'shrink and perturb are both 0: all weights would be 0.',
       "Set perturb above 0, or transfer to 'none'.",
+    )
+
+
+def _teacher_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
+  """Yields as `_weight_mistakes`."""
+  source = stage.distill_from
+  if not source:
+    return
+  if source.endswith(_PICKLES):
+    runs = 'is a pickle, which can run any code when it is read'
+    yield 'distill_from', f'distill_from {runs}: {source}', HOW_TO_CONVERT
+  of_stage = re.fullmatch(r'stage:[^:]+(:(best|ema))?', source)
+  if not of_stage and not source.endswith('.safetensors'):
+    yield (
+      'distill_from',
+      f'distill_from is no teacher: {source!r}.',
+      "Write 'stage:NAME', 'stage:NAME:ema' or a .safetensors file.",
+    )
+  if stage.teacher_stage[0] == stage.name:
+    yield 'distill_from', 'A stage does not teach itself.', ''
+  if not stage.distill_weight and not stage.distill_features:
+    yield (
+      'distill_weight',
+      'distill_weight and distill_features are both 0: nothing is taught.',
+      'Set one of them above 0, or leave distill_from out.',
+    )
+  if stage.distill_epochs > stage.num_epochs:
+    yield (
+      'distill_epochs',
+      f'distill_epochs {stage.distill_epochs:g} is past the last of '
+      f'{stage.num_epochs:g} epochs.',
+      'Set it to 0 to be taught to the end.',
     )
 
 
@@ -397,6 +439,14 @@ def _image_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
       f'augment_repeats {repeats} leaves less than three images in a batch.',
       'Lower it to at most a third of the batch_size.',
     )
+  for _, part in stage.parts:
+    if part.low_frequency_size > part.image_size:
+      yield (
+        'low_frequency_size',
+        f'low_frequency_size {part.low_frequency_size} is above image_size '
+        f'{part.image_size}.',
+        'Lower it, or set it to 0 for the image itself.',
+      )
   changed = {field for phase in stage.phases for field, _ in phase.changes}
   magnitude = 'rand_augment_magnitude'
   if magnitude in changed and stage.auto_augment != 'rand_augment':

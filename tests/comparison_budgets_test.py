@@ -14,7 +14,7 @@ def cost(name, num_epochs, per_epoch, images, flops):
   """Returns the cost of a stage whose steps are all alike."""
   phases = (epochs.Phase(0, 0, per_epoch, images),)
   steps = epochs.Steps(phases, round(num_epochs * per_epoch))
-  return budgets.StageCost(name, num_epochs, steps, {(0, False): flops})
+  return budgets.StageCost(name, num_epochs, steps, {(0, False, False): flops})
 
 
 @pytest.fixture(scope='module')
@@ -31,7 +31,11 @@ def ladder(data_dir):
 def test_a_stage_costs_what_its_steps_do_whatever_they_are():
   phases = epochs.Phase(0, 0, 20, 8), epochs.Phase(1, 20, 10, 16)
   steps = epochs.Steps(phases, 30, frozen=10)
-  flops = {(0, True): 1.0, (0, False): 5.0, (1, False): 7.0}
+  flops = {
+    (0, True, False): 1.0,
+    (0, False, False): 5.0,
+    (1, False, False): 7.0,
+  }
   stage = budgets.StageCost('x', 3.0, steps, flops)
   assert stage.at(0) == (0, 0.0)
   assert stage.at(10) == (80, 10.0)

@@ -111,6 +111,14 @@ def test_ints_become_floats_and_lists_become_tuples():
     ({'erasing_min_area': 0.5}, 'above erasing_max_area'),
     ({'hue': 0.6}, 'at most 0.5'),
     ({'schedule': 'step', 'milestones': (1, 2.5)}, None),
+    ({'distill_from': 'stage:three'}, 'does not teach itself'),
+    ({'distill_from': 'stage:two:all'}, "no teacher: 'stage:two:all'"),
+    ({'distill_from': 'a.pth'}, 'is a pickle'),
+    ({'distill_from': 'stage:two', 'distill_weight': 0}, 'nothing is taught'),
+    ({'distill_from': 'stage:two', 'distill_epochs': 3}, 'past the last'),
+    ({'distill_from': 'stage:two:ema', 'distill_epochs': 2}, None),
+    ({'low_frequency_size': 16}, 'above image_size 8'),
+    ({'low_frequency_size': 7}, '0 or at least 8'),
   ],
 )
 def test_mistakes_in_a_stage(changes, expected):

@@ -360,6 +360,33 @@ def check_shares(shares, alpha):
   assert abs(squares.mean() - variance) < 3.3 * squares.std() / np.sqrt(n)
 
 
+@pytest.mark.parametrize(('side', 'size'), [(32, 16), (33, 16), (32, 15)])
+def test_low_frequencies_are_the_middle_of_numpys_spectrum(side, size):
+  images = np.random.default_rng(0).normal(size=(2, side, side, 3))
+  spectrum = np.fft.fftshift(np.fft.fft2(images, axes=(1, 2)), axes=(1, 2))
+  first = side // 2 - size // 2
+  rows = slice(first, first + size)
+  middle = np.fft.ifftshift(spectrum[:, rows, rows], axes=(1, 2))
+  expected = np.fft.ifft2(middle, axes=(1, 2)).real * (size / side) ** 2
+  found = augment.keep_low_frequencies(images.astype(np.float32), size)
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  means = found.mean((1, 2)), images.mean((1, 2))
+  np.testing.assert_allclose(*means, atol=1e-6)
+
+
+def test_waves_that_fit_a_smaller_image_lose_nothing():
+  def wave(side):
+    x = np.arange(side) / side
+    rows, columns = np.cos(2 * np.pi * 3 * x), np.sin(2 * np.pi * 5 * x)
+    return np.outer(1 + rows, columns)[None, :, :, None].astype(np.float32)
+
+  found = augment.keep_low_frequencies(wave(64), 16)
+  np.testing.assert_allclose(found, wave(16), atol=1e-5)
+  np.testing.assert_array_equal(
+    augment.keep_low_frequencies(wave(64), 64), wave(64)
+  )
+
+
 def test_mixup_averages_with_one_share_a_step():
   mixed, mixed_targets, images, targets = mix_many(0.2, 0.0)
   shares = mixed_targets[:, 0, 0]

@@ -41,7 +41,7 @@ def compare(loss_fn, logits, targets, peer, their_targets):
   expected.backward()
 
   def mean(logits):
-    return loss_fn(logits, targets, jnp.ones(N))[0] / N
+    return jnp.mean(loss_fn(logits, targets))
 
   found, grads = jax.value_and_grad(mean)(logits)
   np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
@@ -88,16 +88,6 @@ def test_softmax_of_mixed_targets_is_timms():
   targets = mixed(labels)
   peer = timm_loss.SoftTargetCrossEntropy()
   compare(create(), logits, targets, peer, torch.from_numpy(targets))
-
-
-@pytest.mark.parametrize('loss', ['bce', 'softmax'])
-def test_what_is_hidden_may_be_nan(loss):
-  logits, labels = draw()
-  targets, shown = mixed(labels), np.arange(N) < 5
-  expected = create(loss=loss)(logits[:5], targets[:5], jnp.ones(5))
-  logits[5:] = np.nan
-  found = create(loss=loss)(logits, targets, shown.astype(np.float32))
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_binary_losses_of_extreme_logits_are_finite():

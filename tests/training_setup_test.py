@@ -83,6 +83,7 @@ def test_what_a_step_needs_to_know_is_made_once(data_dir):
       part.image_size,
       tuple(getattr(part, field) for field in setup._TRACED),
       step < task.steps.frozen,
+      False,
     )
   assert set(programs) == set(task.train_steps)
   assert len(programs[0].options) > 0
@@ -116,3 +117,20 @@ def test_a_short_run_with_recomputed_blocks_loses_nothing(donated, data_dir):
   _, (_, metrics) = take_steps(create_task(data_dir, remat='blocks'))
   for name, value in donated[1][1].items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-3)
+
+
+def test_low_frequencies_are_a_smaller_network_of_the_same_weights(data_dir):
+  config = tiny_config.get_config(data_dir)
+  phases = ({'from_epoch': 1, 'low_frequency_size': 0},)
+  config.stages[2].update(
+    image_size=32, low_frequency_size=16, phases=phases, num_epochs=2
+  )
+  made = setup.create_setup(config, only=['ten_again'])
+  task = setup.create_task(made, made.chosen[0])
+  first, last = (task.program(x) for x in (0, task.steps.total - 1))
+  assert first.image_size == last.image_size == 32
+  shapes = [
+    {tuple(x.aval.shape) for y in trace.jaxpr.eqns for x in y.outvars}
+    for trace in map(task.trace_train_step, (first, last))
+  ]
+  assert [(48, 16, 16, 3) in x for x in shapes] == [True, False]

@@ -22,9 +22,9 @@ from jaxprog.training import setup as setup_lib
 # Fields of a stage that are counted in its epochs.
 _IN_EPOCHS = [x.name for x in fields.STAGE.values() if x.unit == 'epochs']
 
-# FLOPs of one step, forward, backward and update, by the index of its phase and
-# whether only the head trains.
-_StepFlops = Mapping[tuple[int, bool], float]
+# FLOPs of one step, forward, backward and update, a teacher's too, by the index
+# of its phase, whether only the head trains and whether a teacher is asked.
+_StepFlops = Mapping[tuple[int, bool, bool], float]
 
 
 class HandOver(NamedTuple):
@@ -187,7 +187,8 @@ def _key(ladder: config_dict.ConfigDict, stage: stages_lib.Stage) -> str:
   own['phases'] = [
     {k: v for k, v in x.items() if k != 'from_epoch'} for x in own['phases']
   ]
-  own['freeze_epochs'] = bool(own['freeze_epochs'])
+  for field in ('distill_epochs', 'freeze_epochs'):
+    own[field] = bool(own[field])
   for field in ('seed', 'stages', 'stage_defaults'):
     plain.pop(field)
   return json.dumps([plain, own, others], sort_keys=True)
@@ -208,6 +209,7 @@ def _trace(setup: setup_lib.Setup, stage: stages_lib.Stage) -> _Measured:
   return _Measured(len(task.dataset.train), flops, handover)
 
 
-def _kind(steps: epochs_lib.Steps, step: int) -> tuple[int, bool]:
+def _kind(steps: epochs_lib.Steps, step: int) -> tuple[int, bool, bool]:
   """Returns what decides the cost of a step; see `_StepFlops`."""
-  return steps.phases.index(steps.phase(step)), step < steps.frozen
+  phase = steps.phases.index(steps.phase(step))
+  return phase, step < steps.frozen, step < steps.taught

@@ -1,10 +1,13 @@
 """ResNet variables under the names of torchvision's and timm's state dicts."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
+
+from jaxprog.models import resnet
 
 Variables = dict[str, Any]
 Path = tuple[str, ...]
@@ -31,6 +34,7 @@ _FIELDS = {
   ('batch_stats', 'mean'): 'running_mean',
   ('batch_stats', 'var'): 'running_var',
 }
+_BLOCK = re.compile(r'layer(\d+)\.(\d+)\.')
 # Axes of ours in their order, by the number of axes: HWIO becomes OIHW.
 _AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 
@@ -82,6 +86,19 @@ def describe(like: Variables) -> dict[str, tuple[int, ...]]:
     name: tuple(leaf.shape[i] for i in axes)
     for name, leaf, axes in _match(like).values()
   }
+
+
+def find_network(
+  shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Any] | None:
+  """Returns the fields that make a state dict's network, None if none do."""
+  blocks = {x.groups() for x in map(_BLOCK.match, shapes) if x}
+  sizes = [sum(group == str(i) for group, _ in blocks) for i in range(1, 5)]
+  name = resnet.find_name(sizes, 'layer1.0.conv3.weight' in shapes)
+  stem = shapes.get('conv1.weight', ())
+  if name is None or len(stem) != 4:
+    return None
+  return {'name': name, 'num_filters': stem[0], 'stem_kernel': stem[3]}
 
 
 def is_counter(name: str) -> bool:

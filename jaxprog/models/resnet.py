@@ -183,6 +183,7 @@ class ResNet(nn.Module):
           blur_pool=self.blur_pool,
           name=f'block{i + 1}_{j + 1}',
         )(x, next(each))
+    self.sow('intermediates', 'features', x)  # Nothing, unless asked for.
     # f32 from here: a bf16 softmax has three digits.
     x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
     return nn.Dense(
@@ -212,6 +213,12 @@ _MODELS: dict[str, tuple[tuple[int, ...], _ModuleDef]] = {
   'resnet101': ((3, 4, 23, 3), BottleneckBlock),
   'resnet152': ((3, 8, 36, 3), BottleneckBlock),
 }
+
+
+def find_name(block_sizes: Sequence[int], bottleneck: bool) -> str | None:
+  """Returns the name of a network by its blocks, None if it has none."""
+  wanted = tuple(block_sizes), BottleneckBlock if bottleneck else BasicBlock
+  return next((name for name, x in _MODELS.items() if x == wanted), None)
 
 
 def create_model(name: str, *, image_size: int, **fields: Any) -> ResNet:

@@ -12,6 +12,8 @@ import optax
 from jaxprog import stages
 from jaxprog.optim import eight_bit
 
+# The module that leads to a teacher's features: it learns as the head does.
+PROJECTION = 'distill_projection'
 # Root mean square of Muon's updates: what AdamW's have in practice (Liu et al.
 # 2025, arXiv:2502.16982, section 2.2), so that one learning rate fits both.
 _MUON_RMS = 0.2
@@ -94,7 +96,7 @@ def rate_factors(params: Any, stage: stages.Stage) -> Any:
   def factor(path, _):
     name = path[0].key
     head, backbone = stage.head_rate_factor, stage.backbone_rate_factor
-    own = head if name == 'head' else backbone
+    own = head if name in ('head', PROJECTION) else backbone
     return own * stage.layer_decay ** groups.index(_layer_group(name))
 
   return jax.tree_util.tree_map_with_path(factor, params)
@@ -102,7 +104,7 @@ def rate_factors(params: Any, stage: stages.Stage) -> Any:
 
 def _layer_group(name: str) -> tuple[int, tuple[str | int, ...]]:
   """Returns a key that is the same within a group and sorts by depth."""
-  if name == 'head':
+  if name in ('head', PROJECTION):
     return 2, ()
   if name.startswith('stem_'):
     return 0, ()

@@ -5,6 +5,7 @@ zeros; nothing is trained. What is compiled is kept for the run.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import pathlib
@@ -110,7 +111,7 @@ def _compile(
 
 def _estimate_bytes(task: setup_lib.Task, trace: jax.stages.Traced) -> int:
   """Returns about what a step needs on each device, its state included."""
-  state = preflight.count_bytes(task.state_shapes)
+  state = preflight.count_bytes((task.state_shapes, task.teacher))
   together = costs.estimate_bytes(trace.jaxpr)
   return state + (together - state) // jax.device_count()
 
@@ -176,9 +177,12 @@ def _time_train_step(
     task.batch_shapes(program.batch_size, program.image_size, training=True)
   )
   state, seconds = _zeros(task.state_shapes), []
+  task = dataclasses.replace(task, teacher=_zeros(task.teacher))
   for _ in range(num_steps + 1):
     begin = time.perf_counter()
-    state, _ = jax.block_until_ready(step(state, batch, task.step_rng))
+    state, _ = jax.block_until_ready(
+      step(state, batch, *task.arguments(program))
+    )
     seconds.append(time.perf_counter() - begin)
   return statistics.median(seconds[1:])
 

@@ -18,7 +18,7 @@ from jaxprog.reporting import plots
 from jaxprog.training import compile_times, preflight
 from jaxprog.training import feed as feed_lib
 from jaxprog.training import setup as setup_lib
-from jaxprog.training.transfer import handover
+from jaxprog.training.transfer import handover, teacher
 
 # The test ends when the smoothed loss is this much above its least.
 _DIVERGED = 4.0
@@ -102,6 +102,7 @@ def _run(
   )
   with activity.doing(f'starting {stage.name}'):
     variables, _ = handover.hand_over(setup, workdir, task)
+    task = teacher.attend(workdir, task, {})
     state = task.create_state(
       jax.device_put(variables, task.shardings.replicated)
     )
@@ -110,7 +111,8 @@ def _run(
     activity.doing(f'compiling {stage.name}', last=took),
     compile_times.noted(task, _STEP),
   ):
-    train_step = task.trace_train_step(task.program(0)).lower().compile()
+    program = task.program(0)
+    train_step = task.trace_train_step(program).lower().compile()
   losses: list[float] = []
   with (
     contextlib.closing(feed_lib.Feed(task, task.seed, 0)) as feed,
@@ -118,7 +120,7 @@ def _run(
   ):
     for rate in rates:
       batch = feed.next()
-      state, metrics = train_step(state, batch, task.step_rng)
+      state, metrics = train_step(state, batch, *task.arguments(program))
       losses.append(float(metrics['loss']))
       show(len(losses), len(rates), f'{rate:.1e}')
       smooth = smoothed(losses)

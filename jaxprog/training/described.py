@@ -31,7 +31,7 @@ def describe(task: setup_lib.Task) -> progress_lib.Description:
     warmup_steps=task.steps.warmup,
     peak_learning_rate=stage.peak_learning_rate,
     final_learning_rate=float(task.learning_rate_fn(task.steps.total - 1)),
-    parameters=state_lib.count_params(task.state_shapes.params),
+    parameters=state_lib.count_params(task.state_shapes.variables['params']),
   )
 
 
@@ -100,7 +100,7 @@ def fields(task: setup_lib.Task) -> dict[str, Any]:
     'decoder': jpeg.version(),
     'excluded_images': dict(dataset.excluded),
     'phases': [[x.from_epoch, dict(x.changes)] for x in stage.phases],
-    'num_params': state_lib.count_params(task.state_shapes.params),
+    'num_params': state_lib.count_params(task.state_shapes.variables['params']),
     'dtype': task.dtype.name,
     'stem': stem._asdict() if stem is not None else None,
   }

@@ -28,7 +28,7 @@ from jaxprog.training import (
 from jaxprog.training import run as run_lib
 from jaxprog.training import setup as setup_lib
 from jaxprog.training import state as state_lib
-from jaxprog.training.transfer import handover
+from jaxprog.training.transfer import handover, teacher
 
 
 def train(
@@ -246,6 +246,7 @@ def _open_stage(
   name = task.stage.name
   run.dog.beat(f'the start of {name}')
   state, record, is_saved = _resume(run, task, saved) or _begin(run, task)
+  task = teacher.attend(run.workdir, task, record)
   waited = record.get('compile_seconds', 0.0) + run.waits.get(name, 0.0)
   record['compile_seconds'] = waited
   run.save_history()

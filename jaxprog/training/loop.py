@@ -226,8 +226,9 @@ def _is_finite(
     jax.tree.map(jnp.copy, state),  # The step takes its memory.
     step=jax.device_put(np.int32(step), task.shardings.replicated),
   )
-  train_step = task.train_steps[task.program(step)]
-  _, metrics = train_step(state, batch, task.step_rng)
+  program = task.program(step)
+  train_step = task.train_steps[program]
+  _, metrics = train_step(state, batch, *task.arguments(program))
   values = metrics['loss'], metrics['grad_norm']
   return all(math.isfinite(float(x)) for x in values)
 
@@ -341,8 +342,9 @@ def _train_epoch(
     # Step n is dispatched before the metrics of those before it are read.
     ahead = _steps_ahead(feed.timing(0)['seconds'], step - first - len(pending))
     profile.begin_step(step)
-    train_step = task.train_steps[task.program(step)]
-    state, metrics = train_step(state, batch, task.step_rng)
+    program = task.program(step)
+    train_step = task.train_steps[program]
+    state, metrics = train_step(state, batch, *task.arguments(program))
     profile.end_step(step, metrics)
     jax.copy_to_host_async(metrics)
     pending.append((step, metrics))

@@ -8,30 +8,22 @@ import optax
 
 from jaxprog import stages
 
-# Of logits and targets (N, classes) and weights (N,): the loss and the hits.
-LossFn = Callable[
-  [jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]
-]
+# Of logits and targets, f32 (N, classes): each example's loss, (N,).
+LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def create_loss_fn(stage: stages.Stage) -> LossFn:
-  """Returns loss_fn(logits, targets, weights) -> (loss, hits), pure.
+  """Returns loss_fn(logits, targets) -> losses, pure.
 
-  Both are sums over the examples, of which `weights`, 0 or 1, hides some.
   `targets` are the parts of an example that are of each class, which mixup and
-  CutMix have made of labels; they are smoothed here. A hit is a logit that is
-  highest where the target is.
+  CutMix have made of labels; they are smoothed here.
   """
 
-  def loss_fn(logits, targets, weights):
-    hits = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
+  def loss_fn(logits, targets):
     targets = optax.smooth_labels(targets, stage.label_smoothing)
     if stage.loss == 'bce':
-      losses = binary_losses(logits, targets, stage.bce_target_threshold)
-    else:
-      losses = optax.softmax_cross_entropy(logits, targets)
-    # What is hidden may be anything, NaN too.
-    return jnp.sum(jnp.where(weights > 0, losses, 0)), jnp.sum(weights * hits)
+      return binary_losses(logits, targets, stage.bce_target_threshold)
+    return optax.softmax_cross_entropy(logits, targets)
 
   return loss_fn
 

@@ -23,7 +23,7 @@ from jaxprog.reliability import checkpoints, lock, peers, signals, watchdog
 from jaxprog.reporting import outputs
 from jaxprog.training import fetching, preflight, resume
 from jaxprog.training import setup as setup_lib
-from jaxprog.training.transfer import handover, pretrained
+from jaxprog.training.transfer import handover, pretrained, teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +208,7 @@ def create_tasks(
     stage = task.stage
     if not checkpoints.is_done(workdir, stage.name):
       handover.check(setup, task, before, workdir)
+      teacher.check(setup, task, workdir)
       is_begun = resume.check(task, workdir, config)
       # A stage that has begun has its weights in its own checkpoints.
       if stage.init_from and not is_begun:

@@ -20,9 +20,10 @@ from jaxprog.data.records import Dataset
 from jaxprog.models import resnet
 from jaxprog.monitoring import activity
 from jaxprog.optim import optimizers, schedules
-from jaxprog.training import alike, devices, xla_flags
+from jaxprog.training import alike, devices, distillation, xla_flags
 from jaxprog.training import state as state_lib
 from jaxprog.training import steps as steps_lib
+from jaxprog.training.transfer import pretrained
 
 # Called with num_classes, image_size and dtype; returns a Flax module whose
 # classifier is named head.
@@ -51,6 +52,8 @@ class Program(NamedTuple):
   # Values of _TRACED, which the compiled step is made for.
   options: tuple[float, ...]
   frozen: bool
+  # Whether a teacher is asked.
+  taught: bool
 
 
 # What a phase may change in the compiled step, besides shapes.
@@ -72,7 +75,7 @@ class Task:
   state_shapes: state_lib.TrainState
   # What runs on the devices: init(rng) -> variables, init_head(rng) -> the
   # head's part of them, create_state(variables) -> state,
-  # train_steps[program](state, batch, rng) -> (state, metrics),
+  # train_steps[program](state, batch, *arguments(program)) -> (state, metrics),
   # eval_step(variables, batch, sums) -> (sums, outcomes).
   init: Any
   init_head: Any
@@ -84,6 +87,13 @@ class Task:
   seed: int
   init_rng: jax.Array
   step_rng: jax.Array
+  # Who teaches beside the labels, {} where nobody does: shapes, until the
+  # stage begins.
+  teacher: distillation.Teacher
+
+  def arguments(self, program: Program) -> tuple[Any, ...]:
+    """Returns what a training step takes besides state and batch."""
+    return (self.step_rng, self.teacher) if program.taught else (self.step_rng,)
 
   @property
   def num_workers(self) -> int:
@@ -138,7 +148,7 @@ class Task:
       program.batch_size, program.image_size, training=True
     )
     step = self.train_steps[program]
-    return step.trace(self.state_shapes, batch, self.step_rng)
+    return step.trace(self.state_shapes, batch, *self.arguments(program))
 
   def trace_eval_step(self) -> jax.stages.Traced:
     """Returns the trace of an evaluation step."""
@@ -352,13 +362,21 @@ def create_task(
   seed = zlib.crc32(f'{setup.config.seed}/{stage.name}'.encode())
   init_rng, step_rng = jax.random.split(jax.random.key(seed))
   init = functools.partial(state_lib.init_variables, model, stage.image_size)
+  create_teacher, teacher = _find_teacher(
+    setup, stage, create_model, jax.eval_shape(init, init_rng), dtype
+  )
   create_state = functools.partial(
-    state_lib.create_state, tx=tx, ema=stage.ema_decay > 0
+    state_lib.create_state,
+    tx=tx,
+    ema=stage.ema_decay > 0,
+    projection=functools.partial(
+      _create_projection, stage, model, create_teacher, teacher, init_rng
+    ),
   )
   state_shapes = jax.eval_shape(lambda rng: create_state(init(rng)), init_rng)
   jit = functools.partial(jax.jit, out_shardings=replicated)
   train_steps, eval_step = _create_steps(
-    setup, stage, create_model, tx, learning_rate_fn
+    setup, stage, create_model, create_teacher, tx, learning_rate_fn
   )
   return Task(
     config=setup.config,
@@ -378,6 +396,59 @@ def create_task(
     seed=seed,
     init_rng=_place_key(init_rng, replicated),
     step_rng=_place_key(step_rng, replicated),
+    teacher=_place(teacher, replicated),
+  )
+
+
+def _find_teacher(
+  setup: Setup,
+  stage: stages_lib.Stage,
+  create_model: Callable[[int], nn.Module],
+  variables: Any,
+  dtype: Any,
+) -> tuple[Callable[[int], nn.Module], distillation.Teacher]:
+  """Returns what makes a stage's teacher for an image size, and its shapes.
+
+  `create_model` and `variables` are the stage's own network and its shapes:
+  another stage's is the same, once its head has the classes of this one.
+
+  Raises:
+    UserError: if it is a file that is missing, or of none of our networks.
+  """
+  if not stage.distill_from:
+    return create_model, {}
+  num_classes = len(setup.datasets[stage.name].classes)
+  if not stage.teacher_stage[0]:
+    network = pretrained.find_network(stage)
+
+    def create_model(image_size):
+      return resnet.create_model(
+        image_size=image_size, num_classes=num_classes, dtype=dtype, **network
+      )
+
+    size = stage.image_size
+    init = functools.partial(state_lib.init_variables, create_model(size), size)
+    variables = jax.eval_shape(init, jax.random.key(0))
+  known = jax.ShapeDtypeStruct((num_classes,), jnp.bool_)
+  return create_model, {'variables': variables, 'known': known}
+
+
+def _create_projection(
+  stage: stages_lib.Stage,
+  model: nn.Module,
+  create_teacher: Callable[[int], nn.Module],
+  teacher: distillation.Teacher,
+  rng: jax.Array,
+  variables: Any,
+) -> dict[str, Any]:
+  """Returns what leads from features of `variables` to those of a teacher."""
+  if not stage.distill_from or not stage.distill_features:
+    return {}
+  return distillation.create_projection(
+    (model, create_teacher(stage.image_size)),
+    (variables, teacher['variables']),
+    stage.image_size,
+    jax.random.fold_in(rng, zlib.crc32(b'projection')),
   )
 
 
@@ -385,6 +456,7 @@ def _create_steps(
   setup: Setup,
   stage: stages_lib.Stage,
   create_model: Callable[[int], nn.Module],
+  create_teacher: Callable[[int], nn.Module],
   tx: optax.GradientTransformation,
   learning_rate_fn: optax.Schedule,
 ) -> tuple[dict[Program, Any], Any]:
@@ -396,29 +468,42 @@ def _create_steps(
   config, dataset = setup.config, setup.datasets[stage.name]
   steps, pixels = setup.steps[stage.name], (config.mean_rgb, config.std_rgb)
   replicated, divided = setup.shardings
-  jit = functools.partial(
-    jax.jit,
-    in_shardings=(replicated, divided, replicated),
-    out_shardings=replicated,
-    compiler_options=compiler_options(config, steps),
-  )
+
+  def jit(function, arguments=1, **options):
+    return jax.jit(
+      function,
+      in_shardings=(replicated, divided, *[replicated] * arguments),
+      out_shardings=replicated,
+      compiler_options=compiler_options(config, steps),
+      **options,
+    )
 
   def create_train_step(program):
     options = dict(zip(_TRACED, program.options, strict=True))
+    part = dataclasses.replace(stage, **options)
+    size = part.low_frequency_size or program.image_size
+    teach = None
+    if program.taught:
+      teach = distillation.create_teach_fn(
+        create_teacher(size), part, steps, frozen=program.frozen
+      )
     return steps_lib.create_train_step(
-      create_model(program.image_size),
+      create_model(size),
       tx,
       learning_rate_fn,
-      dataclasses.replace(stage, **options),
+      part,
       steps,
       pixels,
       num_classes=dataset.num_classes,
       frozen=program.frozen,
+      teach=teach,
     )
 
   donated = 0 if config.donate_state else ()
   train_steps = {
-    program: jit(create_train_step(program), donate_argnums=donated)
+    program: jit(
+      create_train_step(program), 1 + program.taught, donate_argnums=donated
+    )
     for program in _list_programs(stage, steps).values()
   }
   model = create_model(stage.eval_size)
@@ -467,6 +552,8 @@ def _list_programs(
       image_size=part.image_size,
       options=tuple(getattr(part, field) for field in _TRACED),
       frozen=step < steps.frozen,
+      taught=step < steps.taught
+      and distillation.is_taught(stage, frozen=step < steps.frozen),
     )
     for step, part in parts.items()
   }

@@ -1,5 +1,6 @@
 """Everything a stage's training has learned or counted, as one pytree."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+
+from jaxprog.optim import optimizers
 
 METRICS = ('count', 'loss', 'top1', 'grad_norm', 'steps', 'skipped')
 
@@ -18,7 +21,8 @@ class TrainState:
   `metrics` are the sums of the open epoch, so that an epoch that was
   interrupted ends with the same figures as one that was not. `rate_scale` is
   what the plateau schedule has lowered the rate to, as a part. `ema` are the
-  averaged variables, {} where the stage has none.
+  averaged variables, {} where the stage has none. `params` may hold what only
+  training needs; `variables` have none of that.
   """
 
   step: jax.Array
@@ -32,7 +36,13 @@ class TrainState:
   @property
   def variables(self) -> dict[str, Any]:
     """What the model is applied to."""
-    return {'params': self.params, 'batch_stats': self.batch_stats}
+    params = without_projection(self.params)
+    return {'params': params, 'batch_stats': self.batch_stats}
+
+
+def without_projection(params: dict[str, Any]) -> dict[str, Any]:
+  """Returns the parameters of the network alone."""
+  return {k: v for k, v in params.items() if k != optimizers.PROJECTION}
 
 
 def init_variables(
@@ -52,13 +62,18 @@ def create_state(
   tx: optax.GradientTransformation,
   *,
   ema: bool = False,
+  projection: Callable[[Any], dict[str, Any]] = lambda variables: {},
 ) -> TrainState:
-  """Returns the state of a stage that starts from `variables`."""
+  """Returns the state of a stage that starts from `variables`.
+
+  `projection` draws what leads from its features to those of a teacher.
+  """
+  params = {**variables['params'], **projection(variables)}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    params=variables['params'],
+    params=params,
     batch_stats=variables['batch_stats'],
-    opt_state=tx.init(variables['params']),
+    opt_state=tx.init(params),
     metrics=zero_metrics(),
     rate_scale=jnp.ones((), jnp.float32),
     # A copy: two leaves of a donated state may not share memory.

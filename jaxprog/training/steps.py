@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxprog import epochs, stages
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers
-from jaxprog.training import augment, losses
+from jaxprog.training import augment, distillation, losses
 from jaxprog.training import state as state_lib
 
 Batch = dict[str, jax.Array]
@@ -34,6 +34,7 @@ def create_train_step(
   *,
   num_classes: int,
   frozen: bool = False,
+  teach: distillation.Teach | None = None,
 ) -> Callable[..., tuple[state_lib.TrainState, Metrics]]:
   """Returns train_step(state, batch, rng) -> (state, metrics), pure.
 
@@ -55,10 +56,12 @@ def create_train_step(
     num_classes: length of the logits.
     frozen: train the head alone: the backbone is a fixed function of the
       image, with its running statistics, and needs no gradient.
+    teach: what a teacher says of images; the step's last argument is then that
+      teacher.
   """
-  grads_of = _create_grads_fn(model, stage, frozen)
+  grads_of = _create_grads_fn(model, stage, frozen, teach)
 
-  def train_step(state, batch, rng):
+  def train_step(state, batch, rng, *teacher):
     weights = batch['mask'].astype(jnp.float32)
     images, targets = augment.mix(
       jax.random.fold_in(rng, state.step),
@@ -71,7 +74,9 @@ def create_train_step(
     examples = [images, targets, weights]
     if stage.drop_path and not frozen:
       examples.append(_draw_paths(model, stage, rng, batch))
-    grads, batch_stats, loss, top1 = grads_of(state, *examples)
+    grads, batch_stats, loss, top1 = grads_of(
+      state, teacher[0] if teacher else None, *examples
+    )
     learning_rate = state.rate_scale * jnp.asarray(
       learning_rate_fn(state.step), jnp.float32
     )
@@ -152,6 +157,8 @@ def augment_batch(
       min_area=stage.erasing_min_area,
       max_area=stage.erasing_max_area,
     )
+  if stage.low_frequency_size:
+    images = augment.keep_low_frequencies(images, stage.low_frequency_size)
   return images
 
 
@@ -164,9 +171,12 @@ def _draw_paths(
 
 
 def _create_grads_fn(
-  model: nn.Module, stage: stages.Stage, frozen: bool
+  model: nn.Module,
+  stage: stages.Stage,
+  frozen: bool,
+  teach: distillation.Teach | None,
 ) -> Callable[..., Any]:
-  """Returns f(state, images, targets, weights, *paths).
+  """Returns f(state, teacher, images, targets, weights, *paths).
 
   `paths` say which blocks each image skips, if any does. What comes back is
   grads, batch_stats, loss and top1, the last two being means over what
@@ -175,43 +185,56 @@ def _create_grads_fn(
   micro-batches, one after the other, each divided by what the whole batch
   shows: its means, but that BatchNorm sees each by itself.
   """
-  loss_fn = losses.create_loss_fn(stage)
+  losses_of = losses.create_loss_fn(stage)
+  told = ['batch_stats']
+  if teach and stage.distill_features:
+    told.append('intermediates')
 
-  def mean_loss(
-    trained, fixed, batch_stats, count, images, targets, weights, *paths
+  def loss_fn(
+    trained, fixed, batch_stats, count, lesson, images, targets, weights, *paths
   ):
-    variables = {'params': {**fixed, **trained}, 'batch_stats': batch_stats}
+    params, features = {**fixed, **trained}, None
+    variables = {'params': params, 'batch_stats': batch_stats}
     if frozen:
       logits: Any = model.apply(variables, images, train=False)
     else:
       logits, changed = model.apply(
-        variables, images, *paths, train=True, mutable=['batch_stats']
+        variables, images, *paths, train=True, mutable=told
       )
       batch_stats = changed.get('batch_stats', {})
-    loss, hits = loss_fn(logits, targets, weights)
-    loss = loss / count
-    return loss, (batch_stats, loss, hits / count)
+      features = distillation.last_features(changed)
+    found = losses_of(logits, targets)
+    if lesson is not None:
+      found = distillation.join_losses(
+        found, lesson, logits, features, params, stage
+      )
+    # What is hidden may be anything, NaN too.
+    loss = jnp.sum(jnp.where(weights > 0, found, 0)) / count
+    correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
+    top1 = jnp.sum(weights * correct) / count
+    return loss, (batch_stats, loss, top1)
 
-  def grads_of_part(state, batch_stats, count, *examples):
+  def grads_of_part(state, batch_stats, count, teacher, *examples):
+    lesson = teach and teach(teacher, examples[0], state.step)
     trained, fixed = state.params, {}
     if frozen:
       trained, fixed = {'head': state.params['head']}, state.params
-    grads, aux = jax.grad(mean_loss, has_aux=True)(
-      trained, fixed, batch_stats, count, *examples
+    grads, aux = jax.grad(loss_fn, has_aux=True)(
+      trained, fixed, batch_stats, count, lesson, *examples
     )
     if frozen:
       zeros = jax.tree.map(jnp.zeros_like, state.params)
       grads = {**zeros, **grads}
     return grads, *aux
 
-  def grads_of(state, *examples):
+  def grads_of(state, teacher, *examples):
     images, _, weights, *_ = examples
     batch_size = len(images)
     count = jnp.maximum(jnp.sum(weights), 1)
     micro = stage.micro_batch_size or batch_size
     parts = batch_size // micro
     if parts == 1:
-      return grads_of_part(state, state.batch_stats, count, *examples)
+      return grads_of_part(state, state.batch_stats, count, teacher, *examples)
 
     def split(x):
       # Every parts-th example: each device keeps the examples it has.
@@ -219,7 +242,7 @@ def _create_grads_fn(
 
     def add_part(sums, part):
       grads, batch_stats, loss, top1 = grads_of_part(
-        state, sums[1], count, *part
+        state, sums[1], count, teacher, *part
       )
       total = jax.tree.map(jnp.add, (sums[0], *sums[2:]), (grads, loss, top1))
       return (total[0], batch_stats, *total[1:]), None
@@ -243,7 +266,10 @@ def _average(state, params, batch_stats, stage):
   return jax.tree.map(
     lambda old, new: decay * old + (1 - decay) * new,
     state.ema,
-    {'params': params, 'batch_stats': batch_stats},
+    {
+      'params': state_lib.without_projection(params),
+      'batch_stats': batch_stats,
+    },
   )
 
 

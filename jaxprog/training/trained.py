@@ -154,7 +154,10 @@ def load_trained(
   )
   _check_meta(trained, () if model else _OF_NETWORK, of_run)
   used = {field: getattr(trained.stage, field) for field in _OF_USE}
-  stage_of_run = dataclasses.replace(trained.trained_stage, **used)
+  # Who taught it may be gone.
+  stage_of_run = dataclasses.replace(
+    trained.trained_stage, distill_from='', **used
+  )
   trained = dataclasses.replace(trained, stage=stage_of_run)
   xla_flags.use(config.xla_flags)
   devices.keep_compiled(paths.cache_dir(config))

@@ -77,6 +77,30 @@ def load(
   )
 
 
+def find_network(stage: stages.Stage) -> dict[str, Any]:
+  """Returns what makes the network whose weights `distill_from` names.
+
+  That is what `resnet.create_model` takes, as the tensors' shapes tell it, and
+  whether it blurs, which a file of ours says.
+
+  Raises:
+    UserError: if it is missing or damaged, or none of our networks.
+  """
+  where = f'stage {stage.name!r}: distill_from={stage.distill_from}'
+  with _open(paths.expand(stage.distill_from, where), where) as file:
+    names = file.keys()
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    blurs = (file.metadata() or {}).get('blur_pool') == 'true'
+  found = interchange.find_network(shapes)
+  if found is None:
+    raise errors.UserError(
+      'The file holds none of our ResNets.',
+      where,
+      "It must hold one under torchvision's and timm's names.",
+    )
+  return {**found, 'blur_pool': blurs}
+
+
 @contextlib.contextmanager
 def _open(path: pathlib.Path, where: str) -> Iterator[Any]:
   if not os.path.isfile(path):  # It raises nothing, whatever the name.
