@@ -1,6 +1,7 @@
 """Datasets of the Hugging Face Hub, by its own client and in its own cache."""
 
 import pathlib
+import textwrap
 
 from jaxprog import errors
 from jaxprog.data import builders, parquet, sources, tars
@@ -19,15 +20,15 @@ def find(name: str) -> pathlib.Path | None:
   for revision, pattern in _WANTED:
     try:
       folder = _get(name, revision, pattern, local_files_only=True)
-    except (ImportError, OSError, ValueError):
-      continue  # Not there, or not all of it.
+    except Exception:  # Not there, or not all of it, or no client.
+      continue
     if folder:
       return folder
   return None
 
 
 def fetch(name: str) -> None:
-  """Brings a dataset to the cache; what is there already stays.
+  """Brings a dataset to the cache; what is there serves if the Hub does not.
 
   Raises:
     UserError: if the Hub has no such dataset, or it cannot come.
@@ -38,9 +39,12 @@ def fetch(name: str) -> None:
       return
   except ImportError as e:
     raise errors.not_installed('hf:NAME', where, e, 'hf') from e
-  except (OSError, ValueError, RuntimeError) as e:
+  except Exception as e:  # The client and what it calls raise many.
+    if find(name):
+      return
+    text = textwrap.shorten(f'{type(e).__name__}: {e}', 300)
     raise errors.UserError(
-      f'It cannot be fetched: {" ".join(str(e).split())[:300]}',
+      f'It cannot be fetched: {text}',
       where,
       'Is the name right? For what is not public: hf auth login',
     ) from e
@@ -69,8 +73,7 @@ def _get(
 ) -> pathlib.Path | None:
   """Returns where files of a revision are, None if it has none of these.
 
-  Whatever huggingface_hub raises comes through, but that there is no such
-  revision; all of it are OSError, ValueError or RuntimeError.
+  Whatever huggingface_hub raises comes through, but that a revision is none.
   """
   import huggingface_hub
   from huggingface_hub import errors as hub_errors
