@@ -24,8 +24,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from jaxprog import errors, files
 
-# Not folder:PATH, the name of a dataset, nor a drive of one letter.
-_URL = re.compile(r'(?!folder:)([a-z][a-z0-9]+):/+(.+)', re.DOTALL | re.I)
+# Not folder:PATH or its like, the name of a dataset, nor a drive of one letter.
+_URL = re.compile(
+  r'(?!(?:folder|parquet|wds):)([a-z][a-z0-9]+):/+(.+)', re.DOTALL | re.I
+)
 # Schemes whose paths begin with a slash.
 _LOCAL = ('file', 'local')
 _ABSOLUTE = (*_LOCAL, 'memory')

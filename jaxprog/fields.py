@@ -327,7 +327,8 @@ class StageFields:
   # One sentence for the report.
   description: str = field('', free=True, scheduled=True)
 
-  # A name that README lists under Data, tfds:NAME or folder:PATH.
+  # A name that README lists under Data, folder:PATH, parquet:PATH, hf:NAME,
+  # wds:TARS or tfds:NAME.
   dataset: str = ''
   # Checked against the dataset; 0: whatever it has.
   num_classes: int = 0

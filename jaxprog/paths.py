@@ -7,7 +7,9 @@ by somebody else; whoever opens a path asks here.
 import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ml_collections import config_dict
 
@@ -79,18 +81,48 @@ def cache_dir(config: config_dict.ConfigDict) -> pathlib.Path | None:
   return expand(path, f'config.compilation_cache_dir={path}') if path else None
 
 
-def dataset_folder(dataset: str) -> pathlib.Path | None:
-  """Returns the folder that folder:PATH names, None for other datasets.
+class Source(NamedTuple):
+  """What KIND:PLACE?image=NAME&label=NAME says of where a dataset lies."""
 
-  Of folder:gs://BUCKET/PATH it is the copy.
+  kind: str
+  # A folder, tars or a name of the Hub.
+  place: str
+  # The columns or keys that hold images and labels; '': what they are is found.
+  image: str
+  label: str
+
+
+def dataset_source(dataset: str) -> Source:
+  """Returns where a dataset lies that is called by that; a name is a kind."""
+  kind, _, rest = dataset.partition(':')
+  if kind not in ('hf', 'parquet', 'wds'):
+    return Source(kind, rest, '', '')
+  place, _, options = rest.partition('?')
+  named = dict(x.partition('=')[::2] for x in options.split('&'))
+  return Source(kind, place, named.get('image', ''), named.get('label', ''))
+
+
+def dataset_folder(dataset: str) -> pathlib.Path | None:
+  """Returns the folder of folder:PATH, parquet:PATH or wds:TARS, else None.
+
+  Of one in a bucket it is the copy.
   """
-  source, _, path = dataset.partition(':')
-  if source != 'folder':
+  kind, place, _, _ = dataset_source(dataset)
+  if kind not in ('folder', 'parquet', 'wds'):
     return None
+  if kind == 'wds':
+    place = tars_folder(place)
   where = f'dataset {dataset!r}'
-  if buckets.is_url(path):
-    return copy(path, where=where)
-  return expand(path, where)
+  if buckets.is_url(place):
+    return copy(place, where=where)
+  return expand(place, where)
+
+
+def tars_folder(place: str) -> str:
+  """Returns the folder of tars: what comes before that which varies."""
+  start = re.split(r'[*{]|::', place)[0]
+  is_folder = start == place and not re.search(r'\.t[^/]+$', place)
+  return place if is_folder else os.path.dirname(start) or '.'
 
 
 def _readable(path: str | os.PathLike[str], where: str) -> pathlib.Path:

@@ -20,8 +20,15 @@ _DATASET = fields.Field(
   'dataset',
   str,
   '',
-  choices=(*named.DATASETS, 'folder:PATH', 'tfds:NAME'),
-  pattern='(folder|tfds):(?s:.+)',
+  choices=(
+    *named.DATASETS,
+    *('folder:PATH', 'hf:NAME', 'parquet:PATH', 'tfds:NAME', 'wds:TARS'),
+    'parquet:PATH?image=COLUMN&label=COLUMN',
+  ),
+  pattern=(
+    '(folder|tfds):(?s:.+)|'
+    r'(hf|parquet|wds):[^?]+(\?(image|label)=[^&=]+(&(image|label)=[^&=]+)?)?'
+  ),
 )
 # Files of weights that run code when they are read.
 _PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth', '.tar')

@@ -9,6 +9,7 @@ import stat
 import tarfile
 import zipfile
 
+import pyarrow as pa
 import pytest
 
 from jaxprog import errors, named
@@ -70,11 +71,23 @@ def folder(tmp_path):
   return path
 
 
-@pytest.mark.parametrize('kind', ['a.tar', 'a.tar.gz', 'a.tgz', 'a.zip'])
+def write_zstd(path, tar):
+  """Packs a tar in two frames, as they who use several cores do."""
+  whole = tar.read_bytes()
+  frames = (pa.compress(x, 'zstd', True) for x in (whole[:700], whole[700:]))
+  path.write_bytes(b''.join(frames))
+  return path
+
+
+@pytest.mark.parametrize(
+  'kind', ['a.tar', 'a.tar.gz', 'a.tgz', 'a.tar.zst', 'a.zip']
+)
 def test_an_archive_unpacks_whole(tmp_path, folder, kind):
   path = tmp_path / kind
   if kind.endswith('zip'):
     write_zip(path)
+  elif kind.endswith('zst'):
+    write_zstd(path, write_tar(tmp_path / 'b.tar'))
   else:
     write_tar(path, mode='w:gz' if kind.endswith('gz') else 'w')
   seen = []
@@ -222,7 +235,9 @@ def test_a_disk_that_fills_up_is_not_the_archives_fault(tmp_path, folder):
   assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize('kind', ['a.tar', 'a.tgz', 'a.zip', 'no archive'])
+@pytest.mark.parametrize(
+  'kind', ['a.tar', 'a.tgz', 'a.tar.zst', 'a.zip', 'no archive']
+)
 def test_a_damaged_archive_is_said(tmp_path, folder, kind):
   path = tmp_path / kind
   content = {'pets/a': bytes(range(256)) * 400}
@@ -232,6 +247,8 @@ def test_a_damaged_archive_is_said(tmp_path, folder, kind):
     path.write_bytes(data)
   else:
     write_tar(path, content, mode='w:gz' if kind.endswith('gz') else 'w')
+    if kind.endswith('zst'):
+      write_zstd(path, path)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] if kind != 'no archive' else b'no')
   with pytest.raises(errors.UserError, match='cannot be read') as caught:
@@ -267,11 +284,14 @@ def cut_the_end(data: bytes) -> bytes:
   [
     ('tar', flip_a_header),
     ('tar.gz', flip_a_header),
+    ('tar.zst', flip_a_header),
     ('tar', lambda data: data[: 3 * 512 * 20]),  # Between two members.
     ('tar', lambda data: data[: 3 * 512 * 20 + 100]),
     ('tar', lambda data: data + data),
     ('tar', lambda data: data + b'x'),
     ('tar.gz', lambda data: data[: 3 * 512 * 20]),
+    ('tar.zst', lambda data: data[: 3 * 512 * 20]),
+    ('tar.zst', lambda data: data + b'x'),
     ('zip', swallow_an_entry),
     ('zip', cut_the_end),
   ],
@@ -282,7 +302,12 @@ def test_no_part_of_an_archive_is_taken_for_the_whole(
   path = tmp_path / 'archive'
   write = write_zip if kind == 'zip' else write_tar
   data = spoil(write(path, MANY).read_bytes())
-  path.write_bytes(gzip.compress(data) if kind == 'tar.gz' else data)
+  match kind:
+    case 'tar.gz':
+      data = gzip.compress(data)
+    case 'tar.zst':
+      data = pa.compress(data, 'zstd', True)
+  path.write_bytes(data)
   with pytest.raises(errors.UserError, match='cannot be read') as caught:
     archives.extract(path, folder, sha256=sha256(path))
   assert len(str(caught.value).split('\n')) == 3

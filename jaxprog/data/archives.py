@@ -26,6 +26,7 @@ from jaxprog import errors, files
 from jaxprog.data import parts
 
 BLOCK = 1 << 20
+_ZSTD = b'\x28\xb5\x2f\xfd'
 # No file is larger, and no place in one further.
 _MAX_BYTES = 2**62
 # A tar's header that says more than that about the next member is damaged.
@@ -57,6 +58,26 @@ class _Member(NamedTuple):
   size: int
   # '' for a file or a folder, else what it is instead.
   refused: str
+
+
+class Place(NamedTuple):
+  """Where a file lies within a tar that is not compressed."""
+
+  archive: pathlib.Path
+  offset: int
+  size: int
+
+  def read_bytes(self) -> bytes:
+    """Returns the contents of the file.
+
+    Raises:
+      OSError: if they cannot be read, or the tar has become shorter.
+    """
+    with open(self.archive, 'rb', buffering=0) as archive:
+      data = os.pread(archive.fileno(), self.size, self.offset)
+    if len(data) < self.size:
+      raise OSError(errno.EIO, 'it ends in the middle')
+    return data
 
 
 class _TarInfo(tarfile.TarInfo):
@@ -146,11 +167,11 @@ def extract(
   expected: Collection[str] = (),
   progress: parts.Progress | None = None,
 ) -> tuple[pathlib.Path, ...]:
-  """Returns what a .tar, .tar.gz or .zip holds at its top, now in `folder`.
+  """Returns what a .tar, .tar.gz, .tar.zst or .zip holds, now in `folder`.
 
-  It unpacks beside them and is renamed when complete, so that an interrupted
-  call leaves nothing that looks finished. Unless `expected` is empty, one of
-  these names must be at its top.
+  That is what is at its top. It unpacks beside them and is renamed when
+  complete, so that an interrupted call leaves nothing that looks finished.
+  Unless `expected` is empty, one of these names must be at its top.
 
   Raises:
     UserError: if its sum is another, it holds what could be written elsewhere
@@ -173,6 +194,31 @@ def extract(
     raise errors.UserError(
       f'Cannot unpack: {e.strerror or e}.', f'{archive} to {folder}'
     ) from e
+
+
+def list_files(
+  archive: pathlib.Path, within: Place | None = None
+) -> list[tuple[str, Place]]:
+  """Returns the files in a tar, or in the tar `within` one: names and places.
+
+  Raises:
+    UserError: if it is compressed, damaged or cut off, or holds links.
+  """
+  found = []
+  with _reading(archive), open(archive, 'rb', buffering=0) as file:
+    end = archive.stat().st_size
+    if within is not None:
+      end = within.offset + within.size
+      file.seek(within.offset)
+    with tarfile.TarFile(fileobj=file, tarinfo=_TarInfo) as tar:
+      for x in tar:
+        if refused := _tar_refusal(x):
+          raise tarfile.ReadError(f'{x.name} is {refused}')
+        if x.offset_data + x.size > end:
+          raise tarfile.ReadError('it ends in the middle')
+        if x.isfile():
+          found.append((x.name, Place(archive, x.offset_data, x.size)))
+  return found
 
 
 def _compare(path: str | os.PathLike[str], expected: str, found: str) -> None:
@@ -212,7 +258,7 @@ def _reading(archive: pathlib.Path) -> Iterator[None]:
     raise errors.UserError(
       f'The archive cannot be read: {" ".join(str(e).split())[:200]}.',
       str(archive),
-      'Is it whole, and a .tar, .tar.gz, .tgz or .zip without a password?',
+      'Is it whole, and a .tar, .tar.gz, .tar.zst or .zip without a password?',
     ) from e
 
 
@@ -227,7 +273,7 @@ def _list_members(archive: pathlib.Path) -> list[_Member]:
     return [
       _Member(x.orig_filename, x.file_size, _zip_refusal(x)) for x in members
     ]
-  with tarfile.open(archive, tarinfo=_TarInfo) as tar:
+  with _open_tar(archive) as tar:
     found = []
     for x in tar:
       if not 0 <= x.size <= _MAX_BYTES:  # By what a header before its own says.
@@ -241,10 +287,30 @@ def _list_members(archive: pathlib.Path) -> list[_Member]:
   return found
 
 
+@contextlib.contextmanager
+def _open_tar(archive: pathlib.Path) -> Iterator[tarfile.TarFile]:
+  """Opens a tar, packed or not, to be read once and in order."""
+  if _begin(archive) != _ZSTD:
+    with tarfile.open(archive, tarinfo=_TarInfo) as tar:
+      yield tar
+    return
+  import pyarrow as pa  # Before 3.14 Python knows no zstd; tfds needs this.
+
+  with (
+    pa.CompressedInputStream(str(archive), 'zstd') as unpacked,
+    tarfile.open(fileobj=unpacked, mode='r|', tarinfo=_TarInfo) as tar,
+  ):
+    yield tar
+
+
 def _is_zip(archive: pathlib.Path) -> bool:
   # Not zipfile's answer: a tar whose last member is a .zip is none.
+  return _begin(archive) in (b'PK\3\4', b'PK\5\6')
+
+
+def _begin(archive: pathlib.Path) -> bytes:
   with open(archive, 'rb') as file:
-    return file.read(4) in (b'PK\3\4', b'PK\5\6')
+    return file.read(4)
 
 
 def _is_wanted(name: str) -> bool:
@@ -375,5 +441,5 @@ def _unpack_members(
     with zipfile.ZipFile(archive) as zipped:
       zipped.extractall(folder, wanted(zipped.infolist(), 'orig_filename'))
   else:
-    with tarfile.open(archive, tarinfo=_TarInfo) as tar:
+    with _open_tar(archive) as tar:
       tar.extractall(folder, wanted(tar, 'name'), filter='data')

@@ -13,16 +13,31 @@ import io
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import tensorflow_datasets as tfds
 
 from jaxprog import errors, named
 from jaxprog.data import folders, index, parts
 
-_AGAIN = 'Is the folder complete? Unpack or copy it again.'
+AGAIN = 'Is the folder complete? Unpack or copy it again.'
 # The splits' names in every prepared dataset that comes from here.
 TRAIN, EVAL = 'train', 'validation'
+
+
+class Held(Protocol):
+  """An image in a file of many, as `archives.Place` is; any thread reads it."""
+
+  @property
+  def archive(self) -> pathlib.Path:
+    """The file."""
+
+  @property
+  def size(self) -> int:
+    """Its bytes; where only reading tells them, the mean of some."""
+
+  def read_bytes(self) -> bytes:
+    """Returns its bytes, or raises OSError."""
 
 
 class RawImage(NamedTuple):
@@ -30,8 +45,8 @@ class RawImage(NamedTuple):
 
   file_name: str
   wnid: str
-  # The encoded bytes themselves, or the file that holds them.
-  data: bytes | pathlib.Path
+  # The encoded bytes themselves, or what holds them.
+  data: bytes | pathlib.Path | Held
 
   def read(self) -> bytes:
     """Returns the encoded bytes.
@@ -41,20 +56,42 @@ class RawImage(NamedTuple):
     """
     if isinstance(self.data, bytes):
       return self.data
+    data = self.data
     try:
-      return self.data.read_bytes()
+      return data.read_bytes()
     except OSError as e:
-      raise _unreadable(self.data, e) from e
+      path = data if isinstance(data, pathlib.Path) else data.archive
+      raise unreadable(path, e) from e
+
+  @property
+  def size(self) -> int:
+    """The number of encoded bytes."""
+    match self.data:
+      case bytes():
+        return len(self.data)
+      case pathlib.Path():
+        return self.data.stat().st_size
+    return self.data.size
+
+  @property
+  def container(self) -> pathlib.Path | None:
+    """The folder or archive that holds it, if one does."""
+    match self.data:
+      case bytes():
+        return None
+      case pathlib.Path():
+        return self.data.parent
+    return self.data.archive
 
 
 class Looks(NamedTuple):
   """How a raw folder looked when it was listed; paths are below it."""
 
-  # When each folder was last written to, in ns.
+  # When each folder or tar was last written to, in ns.
   times: dict[str, int]
   # SHA-256 of each list of classes, labels or names.
   lists: dict[str, str]
-  # Hash of the names, sizes and times of each folder's images.
+  # Hash of the names, sizes and times of each folder's images, or of a tar.
   images: dict[str, str]
 
 
@@ -328,7 +365,7 @@ class _Listing:
         above = os.path.dirname(above) or '.'
       entries = folders.scan(self._root / folder)
     except OSError as e:
-      raise _unreadable(self._root / folder, e) from e
+      raise unreadable(self._root / folder, e) from e
     for entry in entries:
       if entry.kind == folders.LOST:
         raise errors.UserError(
@@ -385,13 +422,13 @@ class _Listing:
     if not os.path.isdir(self._root / folder):
       other = f' ({", ".join(also)} would do too)' if also else ''
       what = f'There is no folder {folder}/{other}.'
-      raise errors.UserError(what, str(self._root), _AGAIN)
+      raise errors.UserError(what, str(self._root), AGAIN)
 
   def read_list(self, name: str) -> list[str]:
     """Returns the lines of a list in which each stands once."""
     where, lines = str(self._root / name), self._read_lines(name)
     if not lines:
-      raise errors.UserError(f'{name} is empty.', where, _AGAIN)
+      raise errors.UserError(f'{name} is empty.', where, AGAIN)
     line, count = collections.Counter(lines).most_common(1)[0]
     if count > 1:
       raise errors.UserError(
@@ -479,7 +516,7 @@ class _Listing:
         raise OSError(0, 'it is no file')
       data = file.read_bytes()
     except OSError as e:
-      raise _unreadable(file, e) from e
+      raise unreadable(file, e) from e
     self._looks.lists[name] = hashlib.sha256(data).hexdigest()
     lines = _decode(data, file).split('\n')
     return [line.strip() for line in lines if line.strip()]
@@ -512,7 +549,7 @@ def _check_classes(
       if wnid not in known:
         raise _unknown_class(wnid, root, f'the {len(classes)} of training')
     for wnid in classes:
-      if not _is_storable(wnid):
+      if not folders.is_storable(wnid):
         raise errors.UserError(
           f"Class '{wnid}' has a name that a text file cannot hold.",
           str(root / 'train' / wnid),
@@ -520,20 +557,9 @@ def _check_classes(
         )
       if not listing.get(wnid):
         what = f'Class {wnid!r} has no images in the {split} split.'
-        raise errors.UserError(what, str(root), _AGAIN)
+        raise errors.UserError(what, str(root), AGAIN)
   if not classes:
     raise errors.UserError('There are no class folders.', str(root / 'train'))
-
-
-def _is_storable(name: str) -> bool:
-  """Returns whether a class is the same after it was written and read.
-
-  tfds keeps a name a line and strips what it reads; our own lists have a tab
-  between names, and other programs break lines where `splitlines` does.
-  """
-  if not folders.is_utf8(name) or '\t' in name:
-    return False
-  return [x.strip() for x in name.splitlines() if x.strip()] == [name]
 
 
 def _decode(data: bytes, file: pathlib.Path) -> str:
@@ -552,9 +578,10 @@ def _decode(data: bytes, file: pathlib.Path) -> str:
   )
 
 
-def _unreadable(path: pathlib.Path, error: OSError) -> errors.UserError:
+def unreadable(path: pathlib.Path, error: OSError) -> errors.UserError:
+  """Returns what to say of what cannot be read."""
   what = f'{path.name} cannot be read: {error.strerror}.'
-  return errors.UserError(what, str(path), _AGAIN)
+  return errors.UserError(what, str(path), AGAIN)
 
 
 def _unknown_class(

@@ -20,7 +20,17 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming, read_only_builder
 
 from jaxprog import buckets, errors, files, named, paths
-from jaxprog.data import builders, folders, packs, parts, remote, shards
+from jaxprog.data import (
+  builders,
+  folders,
+  hub,
+  packs,
+  parquet,
+  parts,
+  remote,
+  shards,
+  tars,
+)
 from jaxprog.data import records as records_lib
 from jaxprog.data.records import Dataset, Records
 from jaxprog.stages import Storage
@@ -30,6 +40,12 @@ _FULL = (
   *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
   'Not enough disk space',
 )
+# Where images belong that are in no folder of data_dir.
+_LIE_IN = {
+  'folder': 'Its images belong into PATH/{train,val}/CLASS/.',
+  'parquet': "PATH is a folder with train and validation in its files' names.",
+  'wds': 'Write wds:PATH/{train-{000..146},val-{00..06}}.tar, or wds:PATH.',
+}
 # Beside the records: how the raw folder looked.
 _LOOKS = 'raw_folder.json'
 # What looking at the times of raw files may take at a start, in seconds.
@@ -94,6 +110,8 @@ def check_dataset(
   """
   data_dir = pathlib.Path(data_dir)
   prepared = find_prepared(dataset, data_dir)
+  if prepared and paths.dataset_source(dataset).kind == 'hf':
+    return 'prepared'  # What the cache has is never another.
   root = _find_raw(dataset, data_dir)
   if prepared and (root is None or _is_untouched(root, prepared, seconds)):
     return 'prepared'
@@ -204,6 +222,10 @@ def _find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
 
 def _raw_folders(dataset: str, data_dir: pathlib.Path) -> list[pathlib.Path]:
   """Returns where a dataset may lie raw."""
+  source = paths.dataset_source(dataset)
+  if source.kind == 'hf':
+    folder = hub.find(source.place)
+    return [folder] if folder else []
   folder = paths.dataset_folder(dataset)
   known = [data_dir / name for name in named.find(dataset).folders]
   return [folder] if folder else known
@@ -223,10 +245,14 @@ def fetch_raw(
   data_dir: pathlib.Path,
   progress: parts.Progress | None = None,
 ) -> None:
-  """Brings what a dataset can be prepared from, where a bucket has it.
+  """Brings what a dataset can be prepared from, where a bucket or Hub has it.
 
-  Nothing comes where the dataset is here already. `progress` is told of bytes.
+  Nothing comes where the dataset is here already. `progress` is told of bytes
+  of a bucket.
   """
+  source = paths.dataset_source(dataset)
+  if source.kind == 'hf' and not find_prepared(dataset, data_dir):
+    hub.fetch(source.place)
   if not is_here(dataset, data_dir):
     sources = _raw_folders(dataset, data_dir)
     came = any(remote.fetch_folder(x, progress) for x in sources)
@@ -276,19 +302,35 @@ def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
   if dataset == 'digits':
     return builders.list_digits()
   folder = _find_raw(dataset, data_dir)
-  return builders.list_raw(dataset, folder) if folder else None
+  if folder is None:
+    return None
+  kind, place, image, label = paths.dataset_source(dataset)
+  match kind:
+    case 'hf':
+      return hub.list_raw(dataset, folder, image, label)
+    case 'parquet':
+      return parquet.list_raw(dataset, folder, image, label)
+    case 'wds':
+      return tars.list_raw(dataset, folder, place, image, label)
+  return builders.list_raw(dataset, folder)
 
 
 def folder_config(dataset: str) -> str:
-  """Returns a name for the prepared copy of folder:PATH, '' for others."""
+  """Returns a name for the prepared copy of folder:PATH and its like, or ''."""
+  kind, place, *columns = paths.dataset_source(dataset)
   folder = paths.dataset_folder(dataset)
-  if folder is None:
+  if folder is None and kind != 'hf':
     return ''
-  path = buckets.shown(os.path.abspath(folder))
+  path = buckets.shown(os.path.abspath(folder)) if folder else place
   if not folders.is_utf8(path):
     what = 'The path of the folder is not UTF-8.'
     raise errors.UserError(what, path, 'Rename it.')
-  digest = hashlib.sha256(path.encode()).hexdigest()[:8]
+  if kind == 'folder':
+    whole = path
+  else:
+    files = place.removeprefix(paths.tars_folder(place)) * (kind == 'wds')
+    whole = '\0'.join((kind, path, files, *columns))
+  digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
   return f'{os.path.basename(path)}-{digest}'
 
 
@@ -344,7 +386,7 @@ def _is_untouched(
     names = list(looks.images)
     random.shuffle(names)
     for name in names:
-      if folders.summarise(folders.scan(root / name)) != looks.images[name]:
+      if folders.look(root / name) != looks.images[name]:
         return False
       if time.monotonic() > deadline:
         break
@@ -386,15 +428,16 @@ def _is_edited(
     (builders.TRAIN, opened.train),
     (builders.EVAL, opened.eval),
   ):
-    images = {
-      (image.wnid, image.file_name): image
-      for image in raw.images(split)
-      if isinstance(image.data, pathlib.Path) and image.data.parent in written
-    }
-    names = records.names() if images else ()
-    for i, name in enumerate(names):
-      image = images.get((records.classes[records.labels[i]], name))
-      if image and image.read() != records.original(i):
+    # A few images are held at a time: what they are read from may be large.
+    images = (x for x in raw.images(split) if x.container in written)
+    known: dict[tuple[str, str], int] = {}
+    for image in images:
+      if not known:
+        labels = (records.classes[x] for x in records.labels)
+        keys = zip(labels, records.names(), strict=True)
+        known = {key: i for i, key in enumerate(keys)}
+      i = known.get((image.wnid, image.file_name))
+      if i is not None and image.read() != records.original(i):
         return True
   return False
 
@@ -508,12 +551,19 @@ def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
       f'its raw images are in {buckets.shown(found)}',
       'Prepare it, once, where there is room for both: --mode=prepare',
     )
-  if source == 'folder':
+  if source == 'hf':
+    return errors.UserError(
+      f'{dataset!r} is not here.',
+      'looked in the cache of huggingface_hub',
+      'Fetch and prepare it, once: --mode=prepare',
+    )
+  if source in _LIE_IN:
+    place = str(raw[0]) if source != 'folder' else rest
     is_url = buckets.is_url(rest)
     return errors.UserError(
-      f'There is no folder {rest!r}.',
+      f'There is no folder {place!r}.',
       f'dataset {dataset!r}' if is_url else f'looked in {pathlib.Path.cwd()}',
-      'Its images belong into PATH/{train,val}/CLASS/.',
+      _LIE_IN[source],
     )
   known = named.find(dataset)
   looked = list(map(buckets.shown, raw))

@@ -144,9 +144,9 @@ def verify_dataset(
 
 def manifest_path(dataset: str, data_dir: pathlib.Path) -> pathlib.Path:
   """Returns where the SHA-256 sums of a dataset are kept."""
-  source = dataset.partition(':')[0]
-  if source == 'folder':  # Two paths may differ in what is no file name.
-    dataset = f'folder_{preparation.folder_config(dataset)}'
+  # Two paths may differ in what is no file name.
+  if config := preparation.folder_config(dataset):
+    dataset = f'{dataset.partition(":")[0]}_{config}'
   name = re.sub(r'[^\w.-]', '_', dataset)
   return data_dir / 'manifests' / f'{name}.sha256'
 

@@ -1,0 +1,253 @@
+import json
+import os
+import pathlib
+
+import pyarrow as pa
+import pytest
+from data_fixtures import encode, photo, read_all
+from pyarrow import parquet as pq
+
+from jaxprog import errors
+from jaxprog.data import preparation, tars, verification
+
+NAMES = ('tench, Tinca tinca', 'cat', 'dog')
+
+
+def images(split: str, count: int = 9) -> list[tuple[str, int, bytes]]:
+  """Returns name, label and bytes of images, no two alike."""
+  start = {'train': 0, 'validation': 100, 'test': 200}[split]
+  return [
+    (f'{split}_{i}.png', i % 3, encode(photo(20, 16, start + i)))
+    for i in range(count)
+  ]
+
+
+def write_parquet(path, rows, *, image='image', label='label', **options):
+  """Writes rows as the Hub has them: what they are, say the metadata."""
+  features = {
+    image: {'_type': 'Image'},
+    label: {'_type': 'ClassLabel', 'names': list(NAMES)},
+  }
+  noted = json.dumps({'info': {'features': features}})
+  kind = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
+  table = pa.table(
+    {
+      image: pa.array([{'bytes': x, 'path': n} for n, _, x in rows], kind),
+      label: pa.array([x for _, x, _ in rows], pa.int64()),
+    }
+  ).replace_schema_metadata({'huggingface': noted})
+  path.parent.mkdir(parents=True, exist_ok=True)
+  pq.write_table(table, path, row_group_size=options.pop('group', 2), **options)
+
+
+def write_hub(root: pathlib.Path) -> pathlib.Path:
+  train = images('train')
+  for i, part in enumerate((train[:5], train[5:])):
+    write_parquet(root / f'data/train-0000{i}-of-00002.parquet', part)
+  write_parquet(
+    root / 'data/validation-00000-of-00001.parquet', images('validation')
+  )
+  return root
+
+
+def write_tars(root: pathlib.Path) -> pathlib.Path:
+  """Writes what WebDataset's own writer makes of the same images."""
+  webdataset = pytest.importorskip('webdataset')
+  root.mkdir(parents=True, exist_ok=True)
+  train = images('train')
+  for name, part in (
+    ('train-000', train[:5]),
+    ('train-001', train[5:]),
+    ('val-000', images('validation')),
+  ):
+    with webdataset.TarWriter(f'{root}/{name}.tar') as writer:
+      for file, label, data in part:
+        key = f'folder/{file.removesuffix(".png")}'
+        writer.write({'__key__': key, 'png': data, 'cls': str(label)})
+  (root / 'classnames.txt').write_text('\n'.join(NAMES))
+  return root
+
+
+def check_records(dataset, names=NAMES):
+  """Checks every image, its name and its class."""
+  assert dataset.classes == tuple(sorted(names))
+  for split, records in (
+    ('train', dataset.train),
+    ('validation', dataset.eval),
+  ):
+    known = {name: (label, data) for name, label, data in images(split)}
+    found = read_all(records)
+    assert sorted(x['file_name'] for x in found) == sorted(known)
+    for x in found:
+      label, data = known[x['file_name']]
+      assert (x['wnid'], x['image']) == (names[label], data)
+      assert dataset.classes[x['label']] == x['wnid']
+
+
+def test_the_hubs_parquet(tmp_path):
+  write_hub(tmp_path / 'hub')
+  name = f'parquet:{tmp_path}/hub'
+  check_records(preparation.load_dataset(name, tmp_path / 'data'))
+
+
+def test_webdatasets_tars(tmp_path):
+  root = write_tars(tmp_path / 'wds')
+  pattern = f'wds:{root}/{{train-{{000..001}},val-{{000..000}}}}.tar'
+  for name in (pattern, f'wds:{root}'):
+    check_records(preparation.load_dataset(name, tmp_path / 'data'))
+
+
+def test_it_is_verified(tmp_path):
+  name = f'parquet:{write_hub(tmp_path / "hub")}'
+  for kind in ('raw', 'prepared'):
+    report = verification.verify_dataset(name, tmp_path / 'data')
+    assert (report['kind'], report['errors']) == (kind, [])
+    preparation.prepare(name, tmp_path / 'data')
+
+
+def test_columns_of_other_names_and_classes_that_are_words(tmp_path):
+  rows = images('train')
+  table = pa.table(
+    {
+      'id': list(range(9)),
+      'photo': [x for _, _, x in rows],
+      'thumb': [x for _, _, x in rows],
+      'kind': pa.array(['cat', 'dog', 'ant'] * 3).dictionary_encode(),
+    }
+  )
+  for split in ('train', 'test'):
+    (tmp_path / split).mkdir()
+    pq.write_table(table, tmp_path / split / 'x.parquet')
+  with pytest.raises(errors.UserError, match='no one column of images') as e:
+    preparation.load_dataset(f'parquet:{tmp_path}', tmp_path / 'data')
+  assert 'photo (binary)' in e.value.what
+  name = f'parquet:{tmp_path}?image=photo&label=kind'
+  dataset = preparation.load_dataset(name, tmp_path / 'data')
+  assert dataset.classes == ('ant', 'cat', 'dog')
+  # An image without a name is called by its file and row.
+  by_name = {x['file_name']: x for x in read_all(dataset.train)}
+  assert by_name['x-7']['image'] == rows[7][2]
+  assert by_name['x-7']['wnid'] == 'dog'
+
+
+def test_imagenets_classes_and_names_are_those_of_its_folder(tmp_path):
+  # The Hub calls files NAME_WNID.JPEG, and two classes alike.
+  wnids = ('n02012849', 'n03126707', 'n01440764')
+  for split, start in (('train', '{0}_{1}'), ('val', 'ILSVRC2012_val_{1:08}')):
+    rows = [
+      (f'{start.format(wnids[y], i)}_{wnids[y]}.JPEG', y, data)
+      for i, (_, y, data) in enumerate(images('train'))
+    ]
+    write_parquet(tmp_path / f'{split}-00000-of-00001.parquet', rows)
+  dataset = preparation.load_dataset(f'parquet:{tmp_path}', tmp_path / 'data')
+  assert dataset.classes == tuple(sorted(wnids))
+  assert dataset.class_names == ('dog', 'tench, Tinca tinca', 'cat')
+  assert sorted(dataset.train.names())[0] == 'n01440764_2.JPEG'
+  assert sorted(dataset.eval.names())[0] == 'ILSVRC2012_val_00000000.JPEG'
+
+
+def test_numbers_without_names_sort_as_numbers(tmp_path):
+  table = pa.table(
+    {'image': [x for _, _, x in images('train', 11)], 'label': range(11)}
+  )
+  for split in ('train', 'val'):
+    pq.write_table(table, tmp_path / f'{split}.parquet')
+  dataset = preparation.load_dataset(f'parquet:{tmp_path}', tmp_path / 'data')
+  assert dataset.classes == tuple(f'{i:02}' for i in range(11))
+
+
+def damage(root: pathlib.Path, how: str) -> str:
+  """Spoils a folder of the Hub's files; returns what is said of it."""
+  first = root / 'data/train-00000-of-00002.parquet'
+  match how:
+    case 'incomplete':
+      first.unlink()
+      return '1 of 2 files train-… are missing'
+    case 'no evaluation':
+      (root / 'data/validation-00000-of-00001.parquet').unlink()
+      return 'needs files for training and for evaluation; there are 2 of train'
+    case 'Git LFS':
+      first.write_text('version https://git-lfs.github.com/spec/v1\n')
+      return 'it stands for a file in Git LFS'
+    case 'cut off':
+      os.truncate(first, first.stat().st_size // 2)
+      return 'cannot be read'
+    case 'unlabelled':
+      write_parquet(first, [(n, -1, x) for n, _, x in images('train')])
+      return 'Image 0 has no label'
+    case 'out of range':
+      write_parquet(first, [(n, 3, x) for n, _, x in images('train')])
+      return 'Image 0 is of class 3; there are 3'
+    case 'a class without images':
+      path = root / 'data/validation-00000-of-00001.parquet'
+      write_parquet(path, [x for x in images('validation') if x[1]])
+      return f'Class {NAMES[0]!r} has no images in the validation split'
+    case 'two datasets':
+      write_hub(root / 'more')
+      return 'There are 2 datasets: data, more/data'
+    case 'no bytes':
+      write_parquet(first, [(n, y, None) for n, y, _ in images('train')])
+      return 'row 0 has no bytes'
+  raise ValueError(how)
+
+
+@pytest.mark.parametrize(
+  'how',
+  [
+    'incomplete',
+    'no evaluation',
+    'Git LFS',
+    'cut off',
+    'unlabelled',
+    'out of range',
+    'a class without images',
+    'two datasets',
+    'no bytes',
+  ],
+)
+def test_what_is_not_in_order_is_refused(tmp_path, how):
+  said = damage(write_hub(tmp_path / 'hub'), how)
+  with pytest.raises(errors.UserError) as caught:
+    preparation.load_dataset(f'parquet:{tmp_path}/hub', tmp_path / 'data')
+  assert said in caught.value.what
+  assert len(str(caught.value).split('\n')) == 3
+  assert not list((tmp_path / 'data').rglob('*.array_record*'))
+
+
+def test_a_file_written_anew_is_noticed(tmp_path):
+  root = write_hub(tmp_path / 'hub')
+  name, data_dir = f'parquet:{root}', tmp_path / 'data'
+  before = preparation.load_dataset(name, data_dir)
+  path = root / 'data/validation-00000-of-00001.parquet'
+  os.utime(path, ns=(1, path.stat().st_mtime_ns + 10**9))
+  with pytest.raises(errors.UserError, match='were written to'):
+    preparation.check_dataset(name, data_dir)
+  preparation.prepare(name, data_dir)  # It is what it was.
+  after = preparation.load_dataset(name, data_dir)
+  assert after.train.source is before.train.source
+  rows = images('validation')
+  rows[4] = (*rows[4][:2], images('test')[4][2])
+  write_parquet(path, rows)
+  with pytest.raises(errors.UserError, match='--mode=prepare'):
+    preparation.check_dataset(name, data_dir)
+  preparation.prepare(name, data_dir)
+  after = preparation.load_dataset(name, data_dir)
+  assert after.fingerprint != before.fingerprint
+  assert rows[4][2] in [x['image'] for x in read_all(after.eval)]
+
+
+@pytest.mark.parametrize(
+  ('pattern', 'expanded'),
+  [
+    ('a.tar', ['a.tar']),
+    ('a-{000..002}.tar', ['a-000.tar', 'a-001.tar', 'a-002.tar']),
+    ('{8..10}', ['8', '9', '10']),
+    ('{08..10}', ['08', '09', '10']),
+    ('{a,b}{0..1}', ['a0', 'a1', 'b0', 'b1']),
+    ('{t-{0..1},v-{0..0}}.tar', ['t-0.tar', 't-1.tar', 'v-0.tar']),
+    ('{t,}x', ['tx', 'x']),
+    ('open{0..1', ['open{0..1']),
+  ],
+)
+def test_braces(pattern, expanded):
+  assert tars.expand(pattern) == expanded
