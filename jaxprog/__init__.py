@@ -22,6 +22,7 @@ if TYPE_CHECKING:
   from jaxprog.data.records import Dataset
   from jaxprog.reporting.plots import plot_history
   from jaxprog.tools.audit import audit
+  from jaxprog.tools.calibrate import calibrate
   from jaxprog.tools.check import check
   from jaxprog.tools.compare import compare
   from jaxprog.tools.dry_run import dry_run
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
   from jaxprog.tools.plan import plan
   from jaxprog.tools.predict import predict
   from jaxprog.tools.prepare import prepare
+  from jaxprog.tools.probe import probe
   from jaxprog.tools.report import write_report
   from jaxprog.tools.tune import tune
   from jaxprog.tools.verify import verify

@@ -96,12 +96,30 @@ def _verify(
   return jaxprog.verify(config, workdir, **given)
 
 
-def _evaluate(config: Any, workdir: str, *, input: str, **saved: Any) -> None:
-  scores = jaxprog.evaluate(config, workdir, dataset=input, **saved)
+def _evaluate(
+  config: Any,
+  workdir: str,
+  *,
+  input: str,
+  probe: bool,
+  calibrate: bool,
+  **saved: Any,
+) -> None:
+  if probe:
+    lines = [
+      f'{x["from"]} {x["to"]} {100 * x["top1"]:.1f}'
+      for x in jaxprog.probe(config, workdir)
+    ]
+  elif calibrate:
+    found = jaxprog.calibrate(config, workdir, **saved)
+    lines = [f'{found["temperature"]:.3f}']
+  else:
+    scores = jaxprog.evaluate(config, workdir, dataset=input, **saved)
+    lines = [f'{100 * scores["top1"]:.1f}']
   import jax
 
   if jax.process_index() == 0:
-    print(f'{100 * scores["top1"]:.1f}')
+    print('\n'.join(lines))
 
 
 def _report(config: None, workdir: str) -> None:
@@ -160,6 +178,12 @@ _PLACE = {
   'process_id': 'Which one this is, from 0.',
   'connect_seconds': 'How long they wait for each other at the start (300).',
 }
+# What some flags leave of those that their mode takes.
+_NARROWED = {
+  'checkpoints': set[str](),  # All of the workdir.
+  'probe': {*_PLACE},  # All of its stages.
+  'calibrate': {*_SAVED, *_PLACE},
+}
 MODES: dict[str, Mode] = {
   'train': Mode(
     'Trains the stages, or goes on where it was stopped.',
@@ -206,7 +230,13 @@ MODES: dict[str, Mode] = {
   'eval': Mode(
     'Scores saved weights on the evaluation images.',
     '--workdir=runs/first --stage=ten',
-    {**_SAVED, 'input': 'Another dataset with the same classes.', **_PLACE},
+    {
+      **_SAVED,
+      'input': 'Another dataset with the same classes.',
+      'calibrate': 'Fit a temperature, for predict and export.',
+      'probe': "What each stage's weights know of the data of later ones.",
+      **_PLACE,
+    },
     call=_evaluate,
   ),
   'predict': Mode(
@@ -263,7 +293,14 @@ def create_flags() -> Flags:
   flags.DEFINE_integer(
     'connect_seconds', 300, '', lower_bound=1, flag_values=asked
   )
-  for name in ('allow_config_change', 'checkpoints', 'download', 'dry_run'):
+  for name in (
+    'allow_config_change',
+    'calibrate',
+    'checkpoints',
+    'download',
+    'dry_run',
+    'probe',
+  ):
     flags.DEFINE_bool(name, False, '', asked)
   flags.DEFINE_bool('help', False, '', asked, short_name='h')
   flags.DEFINE_bool('version', False, '', asked)
@@ -364,7 +401,8 @@ def _processes(asked: Flags) -> contextlib.AbstractContextManager[None]:
   from jaxprog.reliability import cluster
 
   place = asked.coordinator, asked.process_count, asked.process_id
-  names = ('mode', 'only', 'skip', 'stage', 'weights', 'input', 'dry_run')
+  names = ['mode', 'only', 'skip', 'stage', 'weights', 'input', 'dry_run']
+  names += ['calibrate', 'probe']
   values = [f'--{name}={asked[name].value}' for name in names]
   command = ' '.join([*values, f'--allow={asked.allow_config_change}'])
   return cluster.processes(
@@ -438,8 +476,9 @@ def check_flags(asked: Flags) -> None:
       errors.did_you_mean(asked.mode, MODES),
     )
   taken = {*MODES[asked.mode].flags}
-  if asked.checkpoints and 'checkpoints' in taken:
-    taken = {'checkpoints'}  # All of the workdir.
+  narrow = _narrow(asked)
+  if narrow in taken:
+    taken = {narrow, *(_NARROWED[narrow] & taken)}
   for name in {*asked} - {*taken, *_EVERYWHERE}:
     flag = asked[name]
     given = flag.present and flag.value is not False
@@ -453,10 +492,16 @@ def check_flags(asked: Flags) -> None:
       )
 
 
+def _narrow(asked: Flags) -> str:
+  """Returns the flag that leaves few others to its mode, '' if none does."""
+  return next((name for name in _NARROWED if asked[name].value), '')
+
+
 def _name_mode(asked: Flags) -> str:
   """Returns the mode as it was asked for."""
-  of_checkpoints = asked.mode == 'verify' and asked.checkpoints
-  return f'--mode={asked.mode}' + ' --checkpoints' * of_checkpoints
+  narrow = _narrow(asked)
+  is_taken = asked.mode in MODES and narrow in MODES[asked.mode].flags
+  return f'--mode={asked.mode}' + f' --{narrow}' * is_taken
 
 
 def _describe(mode: str) -> str:

@@ -49,12 +49,11 @@ def diagnose(
   """
   right = outcomes['rank'] < 1
   bins = calibration(outcomes['confidence'], right)
-  errors = sum(count * abs(mean - accuracy) for count, mean, accuracy in bins)
   counts = np.bincount(labels, minlength=num_classes)
   rights = np.bincount(labels[right], minlength=num_classes)
   return {
     'nll': float(np.mean(outcomes['loss'], dtype=np.float64)),
-    'ece': errors / max(len(labels), 1),
+    'ece': calibration_error(bins),
     'calibration': bins,
     'per_class': np.stack([counts, rights], axis=1).tolist(),
     'confusions': _confusions(outcomes, labels, num_classes),
@@ -80,6 +79,12 @@ def calibration(
   divisor = np.maximum(counts, 1)
   bins = counts, confidences / divisor, rights / divisor
   return list(zip(*(x.tolist() for x in bins), strict=True))
+
+
+def calibration_error(bins: Sequence[tuple[int, float, float]]) -> float:
+  """Returns how far confidence and accuracy are apart, over all images."""
+  gaps = sum(count * abs(mean - accuracy) for count, mean, accuracy in bins)
+  return gaps / max(sum(count for count, _, _ in bins), 1)
 
 
 def _confusions(

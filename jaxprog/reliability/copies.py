@@ -31,6 +31,7 @@ _STEP = re.compile(r'((?:.*/)?checkpoints/[^/]+/([^/]+)/\d+)/.+', re.DOTALL)
 # What the program writes into a workdir: other things lie there too, where that
 # is a bucket itself, or the folder that one stands in.
 FOLDERS = (
+  'calibration',
   'cells',
   'checkpoints',
   'eval',
@@ -74,13 +75,13 @@ _Result = TypeVar('_Result')
 
 
 def in_bucket(
-  *, weights: bool = True, chosen: bool = False
+  *, weights: bool | str = True, chosen: bool = False
 ) -> Callable[[Callable[_Params, _Result]], Callable[_Params, _Result]]:
   """Lets a function whose `workdir` is a URL find the run in a folder.
 
   What the function writes there is uploaded when it returns. Without `weights`
-  it asks for no checkpoint; with `chosen`, for those of the kind that its own
-  argument `weights` names.
+  it asks for no checkpoint; a kind of them asks for that one, and `chosen` for
+  the kind that the function's own argument `weights` names.
   """
 
   def decorate(

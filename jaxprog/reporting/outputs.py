@@ -1,5 +1,6 @@
 """Writes the reports of a run from the files of its workdir alone."""
 
+import contextlib
 import math
 import os
 import pathlib
@@ -8,7 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
 
-from jaxprog import files
+from jaxprog import errors, files
+from jaxprog.reliability import lock
 from jaxprog.reporting import plots, report, rundir
 from jaxprog.reporting.page import html
 
@@ -43,6 +45,20 @@ def write_page(workdir: str | os.PathLike[str], *, is_live: bool) -> None:
   """Writes report.html alone, which is quick enough for every epoch."""
   page = html.page(rundir.read_run(workdir), is_live=is_live)
   files.write_bytes(pathlib.Path(workdir) / 'report.html', page.encode())
+
+
+def add_to_reports(workdir: str | os.PathLike[str]) -> None:
+  """Writes text and page anew, with what was found since the run has ended.
+
+  One that is under way has them written by its next epoch.
+  """
+  workdir = pathlib.Path(workdir)
+  with contextlib.suppress(errors.UserError):  # It is held, or has no history.
+    lock.check_free(workdir)
+    run = rundir.read_run(workdir)
+    text = workdir / 'training_report.txt'
+    files.write_bytes(text, report.report(run).encode())
+    write_page(workdir, is_live=False)
 
 
 # After a page that took a core for more than a moment, in seconds, none is

@@ -5,12 +5,14 @@ import difflib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprog import buckets, errors
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents as incidents_lib
+from jaxprog.monitoring import temperature
 
 # Any of these in a folder shows that a run, a comparison or a search has begun.
 _SIGNS = (
@@ -37,6 +39,10 @@ class RunFiles(NamedTuple):
   incidents: Sequence[dict[str, Any]] | None = None
   # What --mode=plan has left, None if it was never asked.
   hardware_plan: dict[str, Any] | None = None
+  # What --mode=eval --probe has left, a row a pair of stages, and of the best
+  # weights --calibrate, by stage.
+  probed: Sequence[dict[str, Any]] = ()
+  temperatures: Mapping[str, dict[str, Any]] = types.MappingProxyType({})
 
   @property
   def stages(self) -> list[dict[str, Any]]:
@@ -62,13 +68,20 @@ def read_run(workdir: str | os.PathLike[str]) -> RunFiles:
     UserError: if there is no history, or a damaged one.
   """
   workdir = pathlib.Path(workdir)
+  history = history_lib.load_history(workdir / 'training_history.json')
+  fitted = {
+    x['name']: temperature.read(workdir, x['name'], 'best')
+    for x in history['stages']
+  }
   return RunFiles(
     name=workdir.resolve().name,
-    history=history_lib.load_history(workdir / 'training_history.json'),
+    history=history,
     config=_read_object(workdir / 'config.json'),
     environment=_read_object(workdir / 'environment.json'),
     incidents=incidents_lib.read(workdir / 'incidents.jsonl'),
     hardware_plan=_read_object(workdir / 'hardware_plan.json'),
+    probed=(_read_object(workdir / 'probe.json') or {}).get('rows', ()),
+    temperatures={name: x for name, x in fitted.items() if x},
   )
 
 

@@ -230,6 +230,8 @@ def _describe_file(trained: trained_lib.Trained) -> dict[str, str]:
   text = {
     k: v if isinstance(v, str) else json.dumps(v) for k, v in fields.items()
   }
+  if trained.temperature != 1:
+    text['temperature'] = json.dumps(trained.temperature)
   return {'format': 'pt', **text}
 
 
@@ -281,7 +283,7 @@ def _write_card(trained: trained_lib.Trained) -> str:
 for each logit.
 
 ## Accuracy
-{_describe_score(trained)}
+{_describe_score(trained)}{_describe_temperature(trained)}
 
 ## Training
 {_describe_training(trained)}
@@ -316,6 +318,16 @@ def _describe_score(trained: trained_lib.Trained) -> str:
   if trained.weights == 'final':
     return text
   return f'{text} The epoch was chosen by its accuracy on {stage.eval_split}.'
+
+
+def _describe_temperature(trained: trained_lib.Trained) -> str:
+  if trained.temperature == 1:
+    return ''
+  return (
+    f'\n\nProbabilities are the softmax of the logits over '
+    f'{trained.temperature:.4g}, a temperature that was fitted to these '
+    'weights; the logits themselves are as in training.'
+  )
 
 
 def _describe_training(trained: trained_lib.Trained) -> str:

@@ -73,7 +73,8 @@ def predict(
   and top5 [(class, probability)], or error, where it cannot be read. Images
   are cropped as in evaluation; EXIF orientation is ignored, as in training.
   The first rows are printed, all are written to WORKDIR/predictions/NAME.csv,
-  and the first images are drawn in NAME.png; NAME is that of `input`.
+  and the first images are drawn in NAME.png; NAME is that of `input`. Where
+  `calibrate` has fitted a temperature, probabilities are at that.
 
   `input` is an image, or a folder of them and of folders; the data that the
   run was trained on is not needed. `stage`, `weights` and `model` are those of
@@ -105,6 +106,10 @@ def predict(
     paths = _write(workdir, trained, found.root, predictions)
   _show(found.root, predictions, paths)
   _show_notes(found, predictions, turned, console)
+  if trained.temperature != 1:
+    console.print(
+      f'Probabilities are at a temperature of {trained.temperature:.3g}.'
+    )
   return predictions
 
 
@@ -212,7 +217,7 @@ def _create_predict_step(trained: trained_lib.Trained) -> Any:
   def predict_step(variables, images):
     logits = apply(variables, images)
     _, classes = jax.lax.top_k(logits, k)
-    probabilities = jax.nn.softmax(logits)
+    probabilities = jax.nn.softmax(logits / trained.temperature)
     return jax.numpy.take_along_axis(probabilities, classes, -1), classes
 
   return predict_step

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from ml_collections import config_dict
 
 from jaxprog import config as config_lib
-from jaxprog import errors, paths, stages
+from jaxprog import errors, files, paths, stages
+from jaxprog.monitoring import temperature
 from jaxprog.reliability import checkpoints
 from jaxprog.reporting import rundir
 from jaxprog.training import augment, devices, preflight, setup, xla_flags
@@ -54,6 +56,8 @@ class Trained:
   model_fn: setup.ModelFn
   # What done.json says of the stage; {} unless `export` has put it there.
   record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # What logits are divided by to become probabilities; 1: none was fitted.
+  temperature: float = 1.0
 
   @functools.cached_property
   def run_config(self) -> config_dict.ConfigDict:
@@ -83,6 +87,17 @@ class Trained:
   def epoch(self) -> int:
     """The epoch of the stage that the weights come from."""
     return int(self.meta['epoch']['epoch'])
+
+  @functools.cached_property
+  def calibrated_for(self) -> dict[str, Any]:
+    """These weights and how they see images, which a temperature is for."""
+    leaves = jax.tree.leaves(self.variables)
+    return {
+      'digest': files.digest_parts(*(np.asarray(x).tobytes() for x in leaves)),
+      'image_size': self.stage.eval_size,
+      'eval_crop': self.stage.eval_crop,
+      'interpolation': self.stage.eval_interpolation,
+    }
 
   def create_model(self, dtype: Any = None) -> nn.Module:
     """Returns the network for evaluation images, in the stage's own dtype."""
@@ -121,7 +136,8 @@ def load_trained(
   """Returns saved weights of `stage`, else of the last one that is done.
 
   `weights` are the best, the final or the averaged ones (ema); `model` is what
-  `train` was given in place of the config's own network.
+  `train` was given in place of the config's own network. A temperature that was
+  fitted to other weights, or for images of another size or crop, is left out.
 
   Raises:
     UserError: if there is no run, or none of these weights, or another config
@@ -164,6 +180,11 @@ def load_trained(
   devices.check_platform(config.platform)
   _check_shapes(trained)
   preflight.check_workdir(workdir)
+  fitted = temperature.read(workdir, name, weights)
+  if fitted and all(
+    fitted.get(k) == v for k, v in trained.calibrated_for.items()
+  ):
+    return dataclasses.replace(trained, temperature=fitted['temperature'])
   return trained
 
 

@@ -36,7 +36,24 @@ def classes(run: RunFiles) -> Iterator[Part]:
   if not seen:
     yield tag('p', 'No stage is over yet: its best weights are looked at then.')
   yield Words([[x for stage in seen for x in _most_frequent(stage)]])
-  yield from (_stage(stage, stage is seen[-1]) for stage in seen)
+  yield Words([[x for stage in seen for x in _temperatures(run, stage)]])
+  for stage in seen:
+    yield _stage(stage, _find_fitted(run, stage), stage is seen[-1])
+
+
+def _find_fitted(
+  run: RunFiles, stage: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+  """Returns the temperature of the weights that the stage's figures are of."""
+  found = run.temperatures.get(stage['name'])
+  if found and found.get('epoch') == stage['diagnostics'].get('epoch'):
+    return found
+  return None
+
+
+def _temperatures(run: RunFiles, stage: Mapping[str, Any]) -> Iterator[str]:
+  if fitted := _find_fitted(run, stage):
+    yield f'{stage["name"]}: {_describe_fitted(fitted)}'
 
 
 def _most_frequent(stage: Mapping[str, Any]) -> Iterator[str]:
@@ -48,7 +65,9 @@ def _most_frequent(stage: Mapping[str, Any]) -> Iterator[str]:
     yield f'{stage["name"]}: {"; ".join(words)}'
 
 
-def _stage(stage: Mapping[str, Any], unfolded: bool) -> Html:
+def _stage(
+  stage: Mapping[str, Any], fitted: Mapping[str, Any] | None, unfolded: bool
+) -> Html:
   found = stage['diagnostics']
   said = (
     f' {formats.percent(found.get("top1"))} of '
@@ -65,6 +84,7 @@ def _stage(stage: Mapping[str, Any], unfolded: bool) -> Html:
         'div',
         tag('h4', 'Calibration'),
         _calibration(found),
+        _fitted(fitted),
         tag('h4', 'Most frequent mistakes'),
         _confusions(stage),
       ),
@@ -133,6 +153,38 @@ def _calibration(found: Mapping[str, Any]) -> Html:
     'Bars below the dashed line: too sure. Fainter bars hold fewer images.'
   )
   return join(charts.reliability(bins, said), render(f'{said}. {meaning}'))
+
+
+def _fitted(fitted: Mapping[str, Any] | None) -> Html | None:
+  """Returns the calibration before and after, where one was fitted."""
+  if fitted is None:
+    return None
+  charts_of = [
+    join(
+      tag('b', f'{when}, temperature {value:.3g}'),
+      charts.reliability(
+        fitted[when]['calibration'],
+        f'{when}: expected calibration error '
+        f'{formats.percent(fitted[when]["ece"])}',
+      ),
+    )
+    for when, value in (('before', 1.0), ('after', fitted['temperature']))
+  ]
+  said = _describe_fitted(fitted)
+  return join(*charts_of, render(f'{said[0].upper()}{said[1:]}.'))
+
+
+def _describe_fitted(fitted: Mapping[str, Any]) -> str:
+  before, after = (
+    f'{formats.percent(x["ece"])}, {formats.cell("nll", x)} nats'
+    for x in (fitted['before'], fitted['after'])
+  )
+  return (
+    f'calibration error and log-loss {before} before and {after} after a '
+    f'temperature of {fitted["temperature"]:.3g}, fitted on '
+    f'{fitted["fitted_on"]} ({fitted["num_fitted"]:,}) and measured on '
+    f'{fitted["measured_on"]} ({fitted["num_measured"]:,})'
+  )
 
 
 def _matrix(found: Mapping[str, Any]) -> Html | None:

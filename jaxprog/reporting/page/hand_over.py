@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from jaxprog import formats
 from jaxprog.monitoring import history as history_lib
+from jaxprog.reporting import facts
 from jaxprog.reporting.page.markup import tag
-from jaxprog.reporting.parts import Column, Part, Table
+from jaxprog.reporting.parts import Column, Heading, Part, Table
 from jaxprog.reporting.rundir import RunFiles
 
 # Longer lists of names are a number, and the names are in small print.
@@ -40,6 +41,21 @@ _COLUMNS = (
   Column('what differs', lambda x: _difference(x), left=True, wide=True),
 )
 
+# Of what a linear classifier reads from one stage's features on the data of
+# another.
+PROBED = (
+  Column('weights of', lambda x: x['from'], left=True),
+  Column('on data of', lambda x: x['to'], left=True),
+  Column('top-1', lambda x: formats.percent(x['top1'])),
+  Column('95% interval', lambda x: _interval(x)),
+  Column('random weights', lambda x: formats.percent(x['random_top1'])),
+  Column('guessing', lambda x: formats.percent(1 / x['num_classes'])),
+  Column('classes', lambda x: f'{x["num_classes"]:,}', wide=True),
+  Column('of epoch', lambda x: str(x['epoch']), wide=True),
+  Column('fitted on', lambda x: f'{x["num_train_images"]:,}', wide=True),
+  Column('scored on', lambda x: f'{x["num_images"]:,}', wide=True),
+)
+
 
 def hand_over(run: RunFiles) -> Iterator[Part]:
   """Yields a table, and on the page what its figures are."""
@@ -58,6 +74,19 @@ def hand_over(run: RunFiles) -> Iterator[Part]:
     'images differ, the two are not the same question.',
     class_='note',
   )
+  if run.probed:
+    yield Heading('What weights know of later data')
+    yield Table(PROBED, run.probed, 'Linear probes of later data')
+    yield (
+      'Least squares on the features of a few training images a class (at most '
+      f'{max(x["per_class"] for x in run.probed)}), before any training on '
+      'them; random weights are those of a network that has seen nothing.'
+    )
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+  low, high = facts.interval(row['top1'], row['num_images'])
+  return f'{100 * low:.1f} to {100 * high:.1f}%'
 
 
 def _origin(transfer: Mapping[str, Any]) -> tuple[str, str]:
