@@ -298,7 +298,7 @@ class ConfigFields:
   check_steps: int = field(3, unit='steps', free=True, local=True)
 
   # --mode=plan: the part of a chip's published rates that a step reaches; 0: as
-  # published of ResNet-50, 0.7 on TPUs and 0.38 on GPUs (docs/plan.md).
+  # is known of ResNet-50, 0.7 on TPUs and 0.8 on GPUs (docs/plan.md).
   plan_utilization: float = field(
     0.0, within='[0, 1]', free=True, local=True, hashed=0.7
   )

@@ -30,6 +30,7 @@ STEP = elsewhere.Step(
   collective_bytes=100_000_000,
   compute_seconds=0.03,
   memory_seconds=0.1,
+  kernel_seconds=0.0,
   network_seconds=0.002,
   compile_seconds=180.0,
 )
@@ -74,12 +75,38 @@ def test_a_step_takes_the_slower_of_compute_and_memory_and_the_network():
 
 
 @pytest.mark.parametrize(
-  ('topology', 'reached'), [('v5e:2x2', 0.7), ('h100:4', 0.38)]
+  ('topology', 'reached'), [('v5e:2x2', 0.7), ('h100:4', 0.8)]
 )
-def test_a_step_reaches_what_is_published_of_the_platform(topology, reached):
+def test_a_step_reaches_what_is_known_of_the_platform(topology, reached):
   found = fill_in(utilization=0.0, topology=topology)
   assert found.chips['utilization'] == reached
   assert found.step_seconds == pytest.approx(0.1 / reached + 0.002)
+
+
+@pytest.mark.parametrize(
+  ('megabytes', 'batch_size', 'kernels', 'measured'),
+  [
+    (367.4, 256, 988, 0.0412),
+    (391.0, 256, 1060, 0.0451),
+    (26.9, 128, 374, 0.0036),
+    (26.6, 128, 384, 0.0033),
+  ],
+  ids=['resnet50', 'plain resnet50', 'resnet18', 'plain resnet18'],
+)
+def test_a_step_on_an_h100_takes_what_was_measured(
+  megabytes, batch_size, kernels, measured
+):
+  chip = chips.parse_topology('h100:1').chip
+  step = dataclasses.replace(
+    STEP,
+    compute_seconds=0.0,
+    memory_seconds=megabytes * 1e6 * batch_size / chip.memory_rate,
+    kernel_seconds=kernels * chips.KERNEL_SECONDS['cuda'],
+    network_seconds=0.0,
+  )
+  assert step.seconds(chips.UTILIZATION['cuda']) == pytest.approx(
+    measured, rel=0.12
+  )
 
 
 def test_hours_count_evaluations_at_a_third_of_the_work():
@@ -114,6 +141,8 @@ def test_what_bounds_a_stage_is_what_takes_longest():
   assert fill_in().chips['bound_by'] == 'memory'
   faster = dataclasses.replace(STEP, memory_seconds=0.01)
   assert fill_in(faster).chips['bound_by'] == 'compute'
+  many = dataclasses.replace(STEP, kernel_seconds=0.2)
+  assert fill_in(many).chips['bound_by'] == 'kernels'
   far = dataclasses.replace(STEP, network_seconds=1.0)
   assert fill_in(far).chips['bound_by'] == 'network'
 

@@ -59,16 +59,18 @@ class Step:
   collective_bytes: int
   compute_seconds: float
   memory_seconds: float
+  # What kernels take to begin and to end, however little they do.
+  kernel_seconds: float
   network_seconds: float
   compile_seconds: float
 
   def seconds(self, utilization: float) -> float:
     """Returns what a step takes at a part of the chip's own rates.
 
-    What the network takes is added: nothing says that it hides.
+    What kernels and the network take is added: nothing says that it hides.
     """
     own = max(self.compute_seconds, self.memory_seconds) / utilization
-    return own + self.network_seconds
+    return own + self.kernel_seconds + self.network_seconds
 
 
 def fill_in(
@@ -96,6 +98,7 @@ def fill_in(
   parts = {
     'compute': mean(lambda x: x.compute_seconds),
     'memory': mean(lambda x: x.memory_seconds),
+    'kernels': mean(lambda x: x.kernel_seconds),
     'network': mean(lambda x: x.network_seconds),
   }
   bound_by = max(parts, key=lambda name: parts[name])
@@ -160,6 +163,7 @@ class _Compiled(NamedTuple):
   traffic_bytes: float
   memory_bytes: int
   activation_bytes: int
+  kernels: int
   collectives: int
   collective_bytes: int
   seconds: float
@@ -301,11 +305,13 @@ def _compile(
   memory = costs.read_memory(program)
   if memory is None:
     raise RuntimeError('the compiler says nothing of the memory it needs')
-  exchanges = costs.read_collectives(program.as_text())
+  text = program.as_text()
+  exchanges = costs.read_collectives(text)
   compiled = _Compiled(
     traffic_bytes=costs.read_traffic(program),
     memory_bytes=memory.total,
     activation_bytes=memory.temporaries,
+    kernels=len(costs.read_operations(text)),
     collectives=len(exchanges),
     collective_bytes=sum(exchanges),
     seconds=time.perf_counter() - begin,
@@ -386,6 +392,9 @@ def _count_step(
     collective_bytes=summed,
     compute_seconds=flops / topology.num_chips / rate,
     memory_seconds=traffic / chip.memory_rate,
+    kernel_seconds=times
+    * compiled.kernels
+    * chips.KERNEL_SECONDS[chip.platform],
     network_seconds=topology.reduce_seconds(summed, sums),
     compile_seconds=compiled.seconds,
   )
