@@ -1,0 +1,85 @@
+"""A Hugging Face hub of one folder, OWNER/NAME/FILE, as its client asks it."""
+
+import contextlib
+import hashlib
+import http.server
+import pathlib
+import re
+import threading
+import urllib.parse
+
+_FILE = re.compile(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)')
+_COMMIT = '0123456789' * 4
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+  def do_HEAD(self):
+    self._answer(with_body=False)
+
+  def do_GET(self):
+    self._answer(with_body=True)
+
+  def log_message(self, *_):
+    pass
+
+  def _answer(self, with_body):
+    hub, path = self.server.hub, urllib.parse.unquote(self.path)
+    hub.requests.append((self.command, path))
+    if path.startswith('/content/'):
+      return self._send(hub.content[path.removeprefix('/content/')], with_body)
+    if not (asked := _FILE.fullmatch(path)):  # What the client has to tell.
+      return self._send(b'', with_body, 404)
+    repo, _, name = asked.groups()
+    file = hub.folder / repo / name
+    if not file.is_file():
+      known = (hub.folder / repo).is_dir()
+      code = 'EntryNotFound' if known else 'RepoNotFound'
+      return self._send(b'', with_body, 404, **{'X-Error-Code': code})
+    data = file.read_bytes()
+    if not name.endswith('.safetensors'):
+      tag = hashlib.sha1(data).hexdigest()
+      return self._send(data, with_body, ETag=f'"{tag}"')
+    # Large files lie on another host.
+    digest = hashlib.sha256(data).hexdigest()
+    hub.content.setdefault(digest, data)
+    host = hub.url.replace('127.0.0.1', 'localhost')
+    headers = {
+      'Location': f'{host}/content/{digest}',
+      'X-Linked-Etag': f'"{digest}"',
+      'X-Linked-Size': str(len(data)),
+    }
+    return self._send(b'', with_body, 302, **headers)
+
+  def _send(self, data, with_body, status=200, **headers):
+    self.send_response(status)
+    headers |= {'X-Repo-Commit': _COMMIT, 'Content-Length': str(len(data))}
+    for name, value in headers.items():
+      self.send_header(name, value)
+    self.end_headers()
+    if with_body:
+      self.wfile.write(data)
+
+
+class Hub:
+  """What it has, and what it was asked for."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+    self.requests: list[tuple[str, str]] = []
+    # SHA-256 -> what is sent for it.
+    self.content: dict[str, bytes] = {}
+    self._server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
+    self._server.hub = self
+    self.url = f'http://127.0.0.1:{self._server.server_port}'
+
+  @contextlib.contextmanager
+  def running(self):
+    """Answers within, and is gone after it: there is no network then."""
+    thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+    thread.start()
+    try:
+      yield self
+    finally:
+      self._server.shutdown()
+      self._server.server_close()
+      thread.join()
