@@ -1,14 +1,17 @@
 """A Hugging Face hub of one folder, OWNER/NAME/FILE, as its client asks it."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
+import json
 import pathlib
 import re
 import threading
 import urllib.parse
 
 _FILE = re.compile(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)')
+_UPLOAD = re.compile(r'/api/models/([^/]+/[^/]+)/(preupload|commit)/main')
 _COMMIT = '0123456789' * 4
 
 
@@ -19,8 +22,35 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def do_GET(self):
     self._answer(with_body=True)
 
+  def do_POST(self):
+    body = self.rfile.read(int(self.headers['Content-Length']))
+    answer = {'errors': [], 'warnings': []}  # Of a card: it is not looked at.
+    if asked := _UPLOAD.fullmatch(self.path):
+      repo, what = asked.groups()
+      upload = self._list_modes if what == 'preupload' else self._commit
+      answer = upload(repo, body)
+    data = json.dumps(answer).encode()
+    self._send(data, True, **{'Content-Type': 'application/json'})
+
   def log_message(self, *_):
     pass
+
+  def _list_modes(self, _, body):
+    return {
+      'files': [
+        {'path': x['path'], 'uploadMode': 'regular', 'shouldIgnore': False}
+        for x in json.loads(body)['files']
+      ]
+    }
+
+  def _commit(self, repo, body):
+    for line in map(json.loads, body.splitlines()):
+      if line['key'] == 'file':
+        path = self.server.hub.folder / repo / line['value']['path']
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(line['value']['content']))
+    url = f'{self.server.hub.url}/{repo}/commit/{_COMMIT}'
+    return {'success': True, 'commitOid': _COMMIT, 'commitUrl': url}
 
   def _answer(self, with_body):
     hub, path = self.server.hub, urllib.parse.unquote(self.path)
