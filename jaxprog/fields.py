@@ -336,7 +336,9 @@ class StageFields:
   classes: tuple[str, ...] = ()
 
   # Weights to start from in place of those of the stage before (''): a
-  # .safetensors file of config.model under torchvision's or timm's names.
+  # .safetensors file of config.model under torchvision's or timm's names, here
+  # or on the Hugging Face hub: 'timm:resnet50.a1_in1k', 'hf:OWNER/NAME' or
+  # 'hf:OWNER/NAME/FILE.safetensors'.
   init_from: str = ''
 
   # What happens to the weights of the stage before: 'plain', they are carried

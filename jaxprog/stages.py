@@ -38,6 +38,12 @@ HOW_TO_CONVERT = (
 )
 
 
+# What `init_from` calls a file of the Hugging Face hub.
+_ON_HUB = re.compile(
+  r'timm:(?P<name>[\w.-]+)|hf:(?P<repo>[\w.-]+/[\w.-]+)(/(?P<path>.+))?'
+)
+
+
 class Storage(NamedTuple):
   """How training images are kept; see `Stage.storage`."""
 
@@ -45,6 +51,13 @@ class Storage(NamedTuple):
   # Pixels of the shorter side at most; 0: no limit.
   size: int = 0
   quality: int = 0
+
+
+class HubFile(NamedTuple):
+  """A file of the Hugging Face hub, and the repository that it is in."""
+
+  repo: str
+  path: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +101,14 @@ class Stage(fields.StageFields):
       return '', ''
     name, *weights = names
     return name, ''.join(weights) or 'best'
+
+  @property
+  def hub_file(self) -> HubFile | None:
+    """What `init_from` names if it names no file of this machine."""
+    if not (found := _ON_HUB.fullmatch(self.init_from)):
+      return None
+    repo = found['repo'] or f'timm/{found["name"]}'
+    return HubFile(repo, found['path'] or 'model.safetensors')
 
   @property
   def is_coupled(self) -> bool:
@@ -281,10 +302,18 @@ def _weight_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
       "transfer is 'none': nothing would start from init_from.",
       "Set transfer to 'plain', or leave init_from out.",
     )
-  if path.endswith(_PICKLES):
+  file = stage.hub_file.path if stage.hub_file else path
+  if path.startswith(('timm:', 'hf:')) and not stage.hub_file:
+    yield (
+      'init_from',
+      f'init_from names no file of the hub: {path!r}.',
+      "Write 'timm:resnet50.a1_in1k', 'hf:OWNER/NAME' or "
+      "'hf:OWNER/NAME/FILE.safetensors'.",
+    )
+  elif file.endswith(_PICKLES):
     runs = 'is a pickle, which can run any code when it is read'
     yield 'init_from', f'init_from {runs}: {path}', HOW_TO_CONVERT
-  elif path and not path.endswith('.safetensors'):
+  elif file and not file.endswith('.safetensors'):
     what = f'init_from must be a .safetensors file, not {path!r}.'
     yield 'init_from', what, ''
   yield from _teacher_mistakes(stage)

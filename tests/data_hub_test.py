@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 
-import hub_server
+import dataset_hub
 import pytest
 from data_sources_test import check_records, write_hub
 
@@ -47,7 +47,7 @@ def fetched(tmp_path_factory):
   write_hub(root / 'hub/jaxprog/pets')
   write_hub(root / 'hub/jaxprog/more/small')
   write_hub(root / 'hub/jaxprog/more/large')
-  with hub_server.serving(root / 'hub') as (url, requests):
+  with dataset_hub.serving(root / 'hub') as (url, requests):
     said = prepare(
       root / 'data',
       'hf:jaxprog/pets',
@@ -89,7 +89,10 @@ def test_its_cache_serves_where_there_is_no_network(fetched):
 def test_what_the_hub_has_made_parquet_of_comes_too(tmp_path):
   write_hub(tmp_path / 'hub/jaxprog/pets')
   home = {'HF_HOME': str(tmp_path / 'home')}
-  with hub_server.serving(tmp_path / 'hub', 'refs/convert/parquet') as (url, _):
+  with dataset_hub.serving(tmp_path / 'hub', 'refs/convert/parquet') as (
+    url,
+    _,
+  ):
     variables = {'HF_ENDPOINT': url} | home
     assert not prepare(tmp_path / 'data', 'hf:jaxprog/pets', **variables)
   assert not prepare(

@@ -1,93 +1,115 @@
-"""A Hugging Face Hub in this process: as much of it as downloads ask for."""
+"""A Hugging Face hub of one folder, OWNER/NAME/FILE, as its client asks it."""
 
+import base64
 import contextlib
-import functools
 import hashlib
 import http.server
 import json
 import pathlib
 import re
 import threading
-from collections.abc import Iterator
+import urllib.parse
 
-COMMIT = hashlib.sha1(b'commit').hexdigest()
-_TREE = re.compile(r'/api/datasets/(.+?)/tree/[^/]+')
-_REVISION = re.compile(r'/api/datasets/(.+?)/revision/(.+)')
-_FILE = re.compile(r'/datasets/(.+?)/resolve/[^/]+/(.+)')
+_FILE = re.compile(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)')
+_UPLOAD = re.compile(r'/api/models/([^/]+/[^/]+)/(preupload|commit)/main')
+_COMMIT = '0123456789' * 4
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-  """Answers for the folders OWNER/NAME below one; all have a single branch."""
-
-  protocol_version = 'HTTP/1.1'
-
-  def __init__(self, root, branch, requests, *args):
-    self.root, self.branch, self.requests = root, branch, requests
-    super().__init__(*args)
-
+class _Handler(http.server.BaseHTTPRequestHandler):
   def do_HEAD(self):
-    self.do_GET()
+    self._answer(with_body=False)
 
   def do_GET(self):
-    path = self.path.partition('?')[0].replace('%2F', '/')
-    self.requests.append(f'{self.command} {path}')
-    if found := _FILE.fullmatch(path):
-      file = self.root / found[1] / found[2]
-      if file.is_file():
-        data = file.read_bytes()
-        etag = hashlib.sha256(data).hexdigest()
-        return self._send(200, data, {'ETag': f'"{etag}"'})
-      return self._send(404, b'', {'X-Error-Code': 'EntryNotFound'})
-    found = _TREE.fullmatch(path) or _REVISION.fullmatch(path)
-    if found is None or not (self.root / found[1]).is_dir():
-      return self._send(404, b'{}', {'X-Error-Code': 'RepoNotFound'})
-    repository = self.root / found[1]
-    if found.re is _REVISION:
-      if found[2] not in (self.branch, COMMIT):
-        return self._send(404, b'{}', {'X-Error-Code': 'RevisionNotFound'})
-      return self._send_json({'id': found[1], 'sha': COMMIT, 'siblings': []})
-    return self._send_json(
-      [
-        {
-          'type': 'file',
-          'path': str(x.relative_to(repository)),
-          'size': x.stat().st_size,
-          'oid': hashlib.sha1(x.read_bytes()).hexdigest(),
-        }
-        for x in sorted(repository.rglob('*'))
-        if x.is_file()
-      ]
-    )
+    self._answer(with_body=True)
 
-  def _send_json(self, value):
-    self._send(200, json.dumps(value).encode(), {})
+  def do_POST(self):
+    body = self.rfile.read(int(self.headers['Content-Length']))
+    answer = {'errors': [], 'warnings': []}  # Of a card: it is not looked at.
+    if asked := _UPLOAD.fullmatch(self.path):
+      repo, what = asked.groups()
+      upload = self._list_modes if what == 'preupload' else self._commit
+      answer = upload(repo, body)
+    data = json.dumps(answer).encode()
+    self._send(data, True, **{'Content-Type': 'application/json'})
 
-  def _send(self, status, data, headers):
-    self.send_response(status)
-    headers = {'X-Repo-Commit': COMMIT, **headers}
-    for name, value in headers.items():
-      self.send_header(name, value)
-    self.send_header('Content-Length', str(len(data)))
-    self.end_headers()
-    if self.command == 'GET':
-      self.wfile.write(data)
-
-  def log_message(self, *args):
+  def log_message(self, *_):
     pass
 
+  def _list_modes(self, _, body):
+    return {
+      'files': [
+        {'path': x['path'], 'uploadMode': 'regular', 'shouldIgnore': False}
+        for x in json.loads(body)['files']
+      ]
+    }
 
-@contextlib.contextmanager
-def serving(
-  root: pathlib.Path, branch: str = 'main'
-) -> Iterator[tuple[str, list[str]]]:
-  """Yields the URL of a Hub of the folders in one, and what it is asked for."""
-  requests: list[str] = []
-  handler = functools.partial(Handler, root, branch, requests)
-  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-    thread = threading.Thread(target=server.serve_forever)
+  def _commit(self, repo, body):
+    for line in map(json.loads, body.splitlines()):
+      if line['key'] == 'file':
+        path = self.server.hub.folder / repo / line['value']['path']
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(line['value']['content']))
+    url = f'{self.server.hub.url}/{repo}/commit/{_COMMIT}'
+    return {'success': True, 'commitOid': _COMMIT, 'commitUrl': url}
+
+  def _answer(self, with_body):
+    hub, path = self.server.hub, urllib.parse.unquote(self.path)
+    hub.requests.append((self.command, path))
+    if path.startswith('/content/'):
+      return self._send(hub.content[path.removeprefix('/content/')], with_body)
+    if not (asked := _FILE.fullmatch(path)):  # What the client has to tell.
+      return self._send(b'', with_body, 404)
+    repo, _, name = asked.groups()
+    file = hub.folder / repo / name
+    if not file.is_file():
+      known = (hub.folder / repo).is_dir()
+      code = 'EntryNotFound' if known else 'RepoNotFound'
+      return self._send(b'', with_body, 404, **{'X-Error-Code': code})
+    data = file.read_bytes()
+    if not name.endswith('.safetensors'):
+      tag = hashlib.sha1(data).hexdigest()
+      return self._send(data, with_body, ETag=f'"{tag}"')
+    # Large files lie on another host.
+    digest = hashlib.sha256(data).hexdigest()
+    hub.content.setdefault(digest, data)
+    host = hub.url.replace('127.0.0.1', 'localhost')
+    headers = {
+      'Location': f'{host}/content/{digest}',
+      'X-Linked-Etag': f'"{digest}"',
+      'X-Linked-Size': str(len(data)),
+    }
+    return self._send(b'', with_body, 302, **headers)
+
+  def _send(self, data, with_body, status=200, **headers):
+    self.send_response(status)
+    headers |= {'X-Repo-Commit': _COMMIT, 'Content-Length': str(len(data))}
+    for name, value in headers.items():
+      self.send_header(name, value)
+    self.end_headers()
+    if with_body:
+      self.wfile.write(data)
+
+
+class Hub:
+  """What it has, and what it was asked for."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+    self.requests: list[tuple[str, str]] = []
+    # SHA-256 -> what is sent for it.
+    self.content: dict[str, bytes] = {}
+    self._server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
+    self._server.hub = self
+    self.url = f'http://127.0.0.1:{self._server.server_port}'
+
+  @contextlib.contextmanager
+  def running(self):
+    """Answers within, and is gone after it: there is no network then."""
+    thread = threading.Thread(target=self._server.serve_forever, daemon=True)
     thread.start()
     try:
-      yield f'http://127.0.0.1:{server.server_port}', requests
+      yield self
     finally:
-      server.shutdown()
+      self._server.shutdown()
+      self._server.server_close()
       thread.join()

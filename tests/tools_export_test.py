@@ -1,6 +1,7 @@
 """What is exported is what was trained, in other programs too."""
 
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import hub_server
 import jax
 import networks
 import numpy as np
@@ -21,9 +23,10 @@ import tiny_config
 from jaxprog import errors, stages
 from jaxprog.models import interchange
 from jaxprog.reliability import checkpoints
-from jaxprog.tools import export
+from jaxprog.tools import export, hub_folder
 from jaxprog.training import setup
 from jaxprog.training import trained as trained_lib
+from jaxprog.training.transfer import pretrained
 
 # A process that knows nothing of this program.
 SERVE = """
@@ -58,6 +61,12 @@ def weights(exported):
   return checkpoints.load_weights(exported[0], 'three', 'best')
 
 
+def list_files(folder):
+  """Returns path within `folder` -> content."""
+  found = [path for path in folder.rglob('*') if path.is_file()]
+  return {str(x.relative_to(folder)): x.read_bytes() for x in found}
+
+
 def create(variables, **fields):
   """Returns `variables` as if stage 'three' had trained them."""
   config = tiny_config.get_config()
@@ -76,15 +85,19 @@ def create(variables, **fields):
   )
 
 
-def test_the_command_line_writes_four_files_and_tries_two(exported):
+def test_the_command_line_writes_four_files_and_a_folder(exported):
   workdir, result = exported
-  found = sorted(path.name for path in (workdir / 'export').iterdir())
-  assert found == [
+  found = list_files(workdir / 'export')
+  assert sorted(found) == [
     'three.labels.txt',
     'three.md',
     'three.safetensors',
     'three.stablehlo',
+    'three/README.md',
+    'three/config.json',
+    'three/model.safetensors',
   ]
+  assert found['three/model.safetensors'] == found['three.safetensors']
   lines = result.stdout.splitlines()
   assert len(lines) == 2
   assert all('read back, logits differ by' in line for line in lines)
@@ -251,6 +264,110 @@ def test_the_lines_of_the_card_load_it_in_timm(
   np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
+def test_timm_creates_the_network_of_the_folder_with_the_same_logits(tmp_path):
+  torch = pytest.importorskip('torch', reason=parity.REASON)
+  timm = parity.import_module('timm')
+  network = {'num_filters': 64, 'stem_kernel': 7}
+  like = networks.shapes('resnet18', num_classes=7, **network)
+  trained = create(
+    networks.draw(like), model='resnet18', image_size=128, **network
+  )
+  found = export.create_apply(trained)
+  assert export._is_timms(trained)
+  # Of other images than ours are by default.
+  stage = dataclasses.replace(trained.stage, eval_crop=0.95)
+  config = trained.config.copy_and_resolve_references()
+  config.std_rgb = 0.25, 0.25, 0.25
+  hub_folder.write(
+    tmp_path,
+    dataclasses.replace(trained, stage=stage, config=config),
+    safetensors.numpy.save(interchange.to_state_dict(trained.variables)),
+    card='',
+    scores={},
+    timms=True,
+  )
+  peer = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+  inputs = timm.data.resolve_model_data_config(peer)
+  assert tuple(inputs['input_size']) == (3, 128, 128)
+  assert inputs['interpolation'] == 'bilinear'
+  # 134.7 px, which we round and timm rounds down.
+  assert int(128 / inputs['crop_pct']) == 135
+  assert tuple(inputs['mean']) == config.mean_rgb
+  assert tuple(inputs['std']) == config.std_rgb
+  assert peer.pretrained_cfg['label_names'] == [f'n{i}' for i in range(7)]
+  images = export._random_images(trained)
+  mean, std = trained.config.mean_rgb, trained.config.std_rgb
+  x = ((images / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
+  with torch.no_grad():
+    expected = peer(torch.from_numpy(x.copy())).numpy()
+  assert expected.std() > 0.1
+  np.testing.assert_allclose(
+    found(trained.variables, images), expected, atol=1e-4, rtol=0
+  )
+
+
+def test_timm_refuses_a_folder_of_what_it_would_build_otherwise(exported):
+  folder = exported[0] / 'export' / 'three'
+  assert 'architecture' not in json.loads((folder / 'config.json').read_text())
+  assert 'timm cannot load it' in (folder / 'README.md').read_text()
+  timm = parity.import_module('timm')
+  with pytest.raises(KeyError, match='architecture'):
+    timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+
+def test_timms_crop_has_the_size_of_ours():
+  stage = stages.create_stages(tiny_config.get_config())[0]
+  for size in range(8, 400):
+    for crop in (0.7, 0.875, 0.9, 0.95, 1.0):
+      stage = dataclasses.replace(stage, eval_image_size=size, eval_crop=crop)
+      theirs = hub_folder._describe_crop(stage)
+      assert int(size / theirs) == round(size / crop)
+      assert theirs == pytest.approx(crop, abs=1 / size)
+
+
+def test_the_hubs_client_reads_scores_and_data_off_the_card(exported, weights):
+  huggingface_hub = pytest.importorskip('huggingface_hub', reason=parity.REASON)
+  card = huggingface_hub.ModelCard.load(
+    exported[0] / 'export' / 'three' / 'README.md'
+  )
+  assert card.data.pipeline_tag == 'image-classification'
+  row = weights[1]['epoch']
+  scores = {x.metric_name: x.metric_value for x in card.data.eval_results}
+  assert scores == {'top-1': row['val_top1'], 'top-5': row['val_top5']}
+  (dataset,) = {x.dataset_name for x in card.data.eval_results}
+  assert dataset == 'digits'
+  assert card.text.lstrip().startswith('# three: resnet10, 3 classes')
+  # What the client writes again says the same.
+  again = huggingface_hub.ModelCard(str(card))
+  assert again.data.to_dict() == card.data.to_dict()
+
+
+def test_the_folder_goes_up_as_it_is_and_comes_down_as_weights(
+  exported, tmp_path, monkeypatch
+):
+  huggingface_hub = pytest.importorskip('huggingface_hub', reason=parity.REASON)
+  constants = importlib.import_module('huggingface_hub.constants')
+  hub = hub_server.Hub(tmp_path / 'hub')
+  folder, cache = exported[0] / 'export' / 'three', str(tmp_path / 'cache')
+  with hub.running():
+    api = huggingface_hub.HfApi(endpoint=hub.url, token='hf_token')
+    api.upload_folder(repo_id='me/three', folder_path=folder)
+    for name in ('config.json', 'README.md', 'model.safetensors'):
+      api.hf_hub_download('me/three', name, cache_dir=cache)
+  assert list_files(hub.folder / 'me' / 'three') == list_files(folder)
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', cache)
+  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+  config = tiny_config.get_config()
+  config.stages[0]['init_from'] = 'hf:me/three'
+  stage = stages.create_stages(config)[0]
+  found = pretrained.load(stage, networks.shapes(), ('1', '3', '5'), config)
+  assert found.classes == ('1', '3', '5')
+  networks.assert_same_bits(
+    interchange.to_state_dict(found.variables),
+    safetensors.numpy.load_file(folder / 'model.safetensors'),
+  )
+
+
 @pytest.mark.parametrize(
   ('fields', 'expected'),
   [
@@ -286,12 +403,12 @@ def test_fast_convolutions_give_what_is_served_without_them():
 def test_what_gives_other_logits_gets_no_name(tmp_path):
   good = create(networks.draw(networks.shapes()))
   export.export_trained(good, tmp_path)
-  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  before = list_files(tmp_path)
   broken = networks.draw(networks.shapes(), seed=1)
   broken['params']['head']['bias'][0] = np.nan
   with pytest.raises(export.ParityError, match=r'three\.safetensors'):
     export.export_trained(create(broken), tmp_path)
-  assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+  assert list_files(tmp_path) == before
   with pytest.raises(export.ParityError):
     export.export_trained(create(broken), tmp_path / 'new')
   assert list((tmp_path / 'new').iterdir()) == []

@@ -26,6 +26,12 @@ def stage_from(path):
   return dataclasses.replace(stage, init_from=str(path))
 
 
+def load(path, like, classes, **fields):
+  config = tiny_config.get_config()
+  config.update(fields)
+  return pretrained.load(stage_from(path), like, classes, config)
+
+
 def save(path, variables, classes=None, **changes):
   """Writes a file of `variables`, as exported if there are `classes`."""
   tensors = {**interchange.to_state_dict(variables), **changes}
@@ -68,7 +74,7 @@ def test_a_stage_starts_from_timms_weights_with_timms_logits(path):
   like = networks.shapes(
     'resnet18', num_classes=10, num_filters=64, stem_kernel=7
   )
-  found = pretrained.load(stage_from(path), like, 'abcdefghij')
+  found = load(path, like, 'abcdefghij')
   images = torch.randn(2, 3, 128, 128)
   with torch.no_grad():
     expected = peer(images).numpy()
@@ -84,7 +90,7 @@ def test_the_head_is_carried_where_the_file_lists_the_same_classes(
   path, like, variables
 ):
   save(path, variables, ['a', 'b', 'c'])
-  found = pretrained.load(stage_from(path), like, ('a', 'b', 'c'))
+  found = load(path, like, ('a', 'b', 'c'))
   networks.assert_same_bits(found.variables, variables)
   assert found.classes == ('a', 'b', 'c')
 
@@ -95,7 +101,7 @@ def test_other_or_unknown_classes_get_a_fresh_head(
 ):
   save(path, variables, classes)
   names = ('a', 'b', 'c')
-  found = pretrained.load(stage_from(path), like, names)
+  found = load(path, like, names)
   fresh = networks.draw(like, seed=1)
   result = carry.transfer(found.variables, fresh, found.classes, names)
   networks.assert_same_bits(
@@ -109,7 +115,7 @@ def test_other_or_unknown_classes_get_a_fresh_head(
 def test_another_number_of_classes_is_no_obstacle(path, variables):
   save(path, variables, ['a', 'b', 'c'])
   like = networks.shapes(num_classes=5)
-  found = pretrained.load(stage_from(path), like, 'vwxyz')
+  found = load(path, like, 'vwxyz')
   assert found.variables['params']['head']['bias'].shape == (3,)
   fresh = networks.draw(like, seed=1)
   result = carry.transfer(found.variables, fresh, found.classes, 'vwxyz')
@@ -118,7 +124,7 @@ def test_another_number_of_classes_is_no_obstacle(path, variables):
 
 def test_a_file_without_a_head_drops_none(path, like, variables):
   save(path, variables, **{'fc.weight': None, 'fc.bias': None})
-  found = pretrained.load(stage_from(path), like, 'abc')
+  found = load(path, like, 'abc')
   fresh = networks.draw(like, seed=1)
   result = carry.transfer(found.variables, fresh, found.classes, 'abc')
   assert result.fresh == ('head',)
@@ -134,12 +140,11 @@ def test_a_thousand_logits_are_imagenets_for_its_thousand_classes_alone(path):
   classes = tuple(text.split())
   like = networks.shapes(num_classes=1000)
   save(path, networks.draw(like))
-  stage = stage_from(path)
-  assert pretrained.load(stage, like, classes).classes == classes
+  assert load(path, like, classes).classes == classes
   others = (*classes[:-1], 'n99999999')
-  assert pretrained.load(stage, like, others).classes == ()
+  assert load(path, like, others).classes == ()
   save(path, networks.draw(like), list(others))
-  assert pretrained.load(stage, like, others).classes == others
+  assert load(path, like, others).classes == others
 
 
 def test_half_precision_is_taken_exactly(path, like, variables):
@@ -148,7 +153,7 @@ def test_half_precision_is_taken_exactly(path, like, variables):
     for k, v in interchange.to_state_dict(variables).items()
   }
   safetensors.numpy.save_file(halves, path)
-  found = pretrained.load(stage_from(path), like, 'abc')
+  found = load(path, like, 'abc')
   kernel = found.variables['params']['stem_conv']['kernel']
   expected = variables['params']['stem_conv']['kernel'].astype(np.float16)
   assert kernel.dtype == np.float32
@@ -159,7 +164,7 @@ def test_files_without_counters_of_batches_are_fine(path, like, variables):
   names = interchange.to_state_dict(variables)
   counters = {k: None for k in names if interchange.is_counter(k)}
   save(path, variables, ['a', 'b', 'c'], **counters)
-  found = pretrained.load(stage_from(path), like, ('a', 'b', 'c'))
+  found = load(path, like, ('a', 'b', 'c'))
   networks.assert_same_bits(found.variables, variables)
 
 
@@ -193,12 +198,12 @@ def test_files_that_do_not_fit_are_refused_by_name(
 ):
   save(path, variables, **changes)
   if not expected:  # It is not used: another head may have another width.
-    pretrained.load(stage_from(path), like, 'abc')
+    load(path, like, 'abc')
     return
   with pytest.raises(
     errors.UserError, match=expected.replace(' .*', '.*')
   ) as e:
-    pretrained.load(stage_from(path), like, 'abc')
+    load(path, like, 'abc')
   assert str(path) in e.value.where
   assert len(str(e.value).splitlines()) <= 3
 
@@ -208,12 +213,12 @@ def test_damaged_files_are_refused(path, like, variables, size):
   save(path, variables)
   path.write_bytes(path.read_bytes()[:size])
   with pytest.raises(errors.UserError, match='damaged, or no safetensors'):
-    pretrained.load(stage_from(path), like, 'abc')
+    load(path, like, 'abc')
 
 
 def test_missing_files_are_refused(path, like):
   with pytest.raises(errors.UserError, match='no such file of weights'):
-    pretrained.load(stage_from(path), like, 'abc')
+    load(path, like, 'abc')
 
 
 class Malicious:
@@ -241,7 +246,7 @@ def test_a_pickle_under_another_name_is_never_read(path, like, tmp_path, kind):
   assert mark.exists()  # It would do its harm.
   mark.unlink()
   with pytest.raises(errors.UserError, match='pickle under another name') as e:
-    pretrained.load(stage_from(path), like, 'abc')
+    load(path, like, 'abc')
   assert not mark.exists()
   assert 'weights_only=True' in e.value.suggestion
 

@@ -38,7 +38,7 @@ def fetch(name: str) -> None:
     if any(_get(name, *x) for x in _WANTED):
       return
   except ImportError as e:
-    raise errors.not_installed('hf:NAME', where, e, 'hf') from e
+    raise errors.not_installed('hf:NAME', where, e, 'hub') from e
   except Exception as e:  # The client and what it calls raise many.
     if find(name):
       return

@@ -1,7 +1,8 @@
 """Writes a stage's weights for other programs, and tries what it has written.
 
 WORKDIR/export/ gets STAGE.safetensors (timm's names), STAGE.stablehlo (a
-function of images, for serving), STAGE.labels.txt and STAGE.md, a model card.
+function of images, for serving), STAGE.labels.txt and STAGE.md, a model card;
+and STAGE/, the same weights as timm and the Hugging Face hub take them.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from jaxprog.models import conv, interchange, resnet
 from jaxprog.monitoring import activity
 from jaxprog.reliability import checkpoints, copies
 from jaxprog.reporting import facts
+from jaxprog.tools import hub_folder
 from jaxprog.training import state as state_lib
 from jaxprog.training import trained as trained_lib
 
@@ -59,7 +61,7 @@ def export(
   stage: str = '',
   weights: str = 'best',
 ) -> dict[str, pathlib.Path]:
-  """Returns the paths of safetensors, stablehlo, labels and card.
+  """Returns the paths of safetensors, stablehlo, labels, card and folder.
 
   A file gets its name once it has been read back and has given the network's
   own logits on random images. The default stage is the last one that `workdir`
@@ -82,13 +84,14 @@ def export(
 def export_trained(
   trained: trained_lib.Trained, directory: pathlib.Path
 ) -> dict[str, pathlib.Path]:
-  """Writes the four files into `directory` and returns their paths."""
+  """Writes four files and a folder into `directory`; returns their paths."""
   name = trained.stage.name
   paths = {
     'safetensors': directory / f'{name}.safetensors',
     'stablehlo': directory / f'{name}.stablehlo',
     'labels': directory / f'{name}.labels.txt',
     'card': directory / f'{name}.md',
+    'folder': directory / name,
   }
   apply, images = create_apply(trained), _random_images(trained)
   with activity.doing(f'compiling {name}'):
@@ -112,6 +115,15 @@ def export_trained(
     _report(paths['stablehlo'], compare(path.name, found, expected))
   files.write_bytes(paths['labels'], _list_labels(trained).encode())
   files.write_bytes(paths['card'], _write_card(trained).encode())
+  score = _find_score(trained)
+  hub_folder.write(
+    paths['folder'],
+    trained,
+    encoded,
+    _write_card(trained, in_folder=True),
+    {'top-1': score.top1, 'top-5': score.top5},
+    timms=_is_timms(trained),
+  )
   return paths
 
 
@@ -271,16 +283,28 @@ def _words(text: str) -> str:
   return ' '.join(text.split())
 
 
-def _write_card(trained: trained_lib.Trained) -> str:
-  """Returns what a person has to know who did not train it, as Markdown."""
+def _write_card(
+  trained: trained_lib.Trained, *, in_folder: bool = False
+) -> str:
+  """Returns what a person has to know who did not train it, as Markdown.
+
+  Other files lie beside the one `in_folder`.
+  """
   stage, config = trained.stage, trained.config
+  if in_folder:
+    labels = 'label_names in config.json, in the order of the logits'
+    pytorch = _describe_folder(trained)
+    use = "`init_from='hf:OWNER/NAME'` starts a stage of jaxprog."
+  else:
+    labels = f'those of `{stage.name}.labels.txt`, a line for each logit'
+    pytorch = describe_timm(trained)
+    use = _describe_jax(trained)
   params = state_lib.count_params(trained.variables['params'])
   description = f'{stage.description}\n\n' if stage.description else ''
   return f"""# {stage.name}: {config.model}, {len(trained.classes):,} classes
 
 {description}{params:,} parameters, {trained.weights} weights (epoch \
-{trained.epoch}). The classes are those of `{stage.name}.labels.txt`, a line \
-for each logit.
+{trained.epoch}). The classes are {labels}.
 
 ## Accuracy
 {_describe_score(trained)}{_describe_temperature(trained)}
@@ -292,18 +316,24 @@ for each logit.
 {_describe_input(trained)}
 
 ## PyTorch
-{describe_timm(trained)}
+{pytorch}
 
 ## JAX
-{_describe_jax(trained)}
+{use}
 
 ## Licence
-None is chosen. What the licence of the images allows limits what the weights \
-may be used for: decide before you share them.
+None is chosen. What the licence of the images{_name_licence(trained)} allows \
+limits what the weights may be used for: decide before you share them.
 
 Written by jaxprog {version.VERSION}, config \
 {config_lib.config_hash(trained.run_config)}.
 """
+
+
+def _name_licence(trained: trained_lib.Trained) -> str:
+  """Returns whose licence counts beside that of the images."""
+  licence = trained.record.get('transfer', {}).get('licence')
+  return f' and that of the first weights ({licence})' if licence else ''
 
 
 def _describe_score(trained: trained_lib.Trained) -> str:
@@ -334,14 +364,17 @@ def _describe_training(trained: trained_lib.Trained) -> str:
   stage, record = trained.trained_stage, trained.record
   images = f'{record["num_train_images"]:,} images of ' if record else ''
   origin = record.get('transfer', {}).get('from')
-  # The name of a stage, or of a file: its folder is nobody's business.
-  start = f'`{pathlib.Path(origin).name}`' if origin else 'fresh weights'
+  if origin and not stage.hub_file:
+    # The name of a stage, or of a file: its folder is nobody's business.
+    origin = pathlib.Path(origin).name
+  start = f'`{origin}`' if origin else 'fresh weights'
   epochs = f'epochs: {stage.num_epochs:g}' if record else 'not finished'
   if record.get('status') == 'stopped_early':
     epochs += f', stopped after {len(record["epochs"])}'
   changes = facts.describe_changes(record)
+  dataset = hub_folder.name_dataset(stage)
   return (
-    f'{images}`{stage.dataset}`, from {start}; {epochs}; batches of '
+    f'{images}`{dataset}`, from {start}; {epochs}; batches of '
     f'{stage.batch_size}, {stage.image_size} px; {stage.optimizer}, '
     f'{stage.schedule}, peak rate {stage.peak_learning_rate:g}, weight decay '
     f'{stage.weight_decay:g}.'
@@ -378,8 +411,28 @@ next six months. `init_from='{stage.name}.safetensors'` starts a stage of
 jaxprog."""
 
 
-def describe_timm(trained: trained_lib.Trained) -> str:
-  """Returns how timm loads the weights, or why it cannot."""
+def _is_timms(trained: trained_lib.Trained) -> bool:
+  """Returns whether timm builds this very network by the name of its model."""
+  config, (_, adapted) = trained.config, _timm_code(trained, '')
+  return config.num_filters == 64 and not config.blur_pool and not adapted
+
+
+def _describe_folder(trained: trained_lib.Trained) -> str:
+  """Returns how timm loads the folder that the text lies in."""
+  if not _is_timms(trained):
+    return describe_timm(trained, hub_folder.WEIGHTS)
+  return f"""```python
+import timm
+name = 'local-dir:export/{trained.stage.name}'  # Or 'hf-hub:OWNER/NAME'.
+model = timm.create_model(name, pretrained=True).eval()
+inputs = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**inputs)
+```
+It gives the same logits."""
+
+
+def describe_timm(trained: trained_lib.Trained, file: str = '') -> str:
+  """Returns how timm loads the weights in `file`, or why it cannot."""
   config, size = trained.config, trained.stage.eval_size
   if config.num_filters != 64:
     return (
@@ -387,7 +440,9 @@ def describe_timm(trained: trained_lib.Trained) -> str:
       f'num_filters={config.num_filters}. Names and layout are those of its '
       f'{config.model}.'
     )
-  lines, adapted = _timm_code(trained)
+  lines, adapted = _timm_code(
+    trained, file or f'{trained.stage.name}.safetensors'
+  )
   text = '\n'.join(['```python', *lines, '```\n'])
   if config.blur_pool:
     return (
@@ -402,7 +457,9 @@ def describe_timm(trained: trained_lib.Trained) -> str:
   )
 
 
-def _timm_code(trained: trained_lib.Trained) -> tuple[list[str], list[str]]:
+def _timm_code(
+  trained: trained_lib.Trained, file: str
+) -> tuple[list[str], list[str]]:
   """Returns lines of Python that make `model`, and what they adapt."""
   config, stage = trained.config, trained.stage
   classes = f'num_classes={len(trained.classes)}'
@@ -423,5 +480,5 @@ def _timm_code(trained: trained_lib.Trained) -> tuple[list[str], list[str]]:
     lines.append(f'model.conv1 = torch.nn.Conv2d({shape})')
   if not stem.pool:
     lines.append('model.maxpool = torch.nn.Identity()')
-  load = f"weights = safetensors.torch.load_file('{stage.name}.safetensors')"
+  load = f"weights = safetensors.torch.load_file('{file}')"
   return [*lines, load, 'model.load_state_dict(weights, strict=True)'], adapted

@@ -144,4 +144,6 @@ def start(record: Mapping[str, Any]) -> str:
     done.append(origin['operator'])
   if origin['statistics'] != 'carry':
     done.append(f'statistics {origin["statistics"]}')
+  if 'licence' in origin:
+    done.append(f'licence {origin["licence"]}')
   return f'from {origin["from"]}, {", ".join(done)}'

@@ -212,8 +212,8 @@ def create_tasks(
       is_begun = resume.check(task, workdir, config)
       # A stage that has begun has its weights in its own checkpoints.
       if stage.init_from and not is_begun:
-        variables = task.state_shapes.variables
-        pretrained.load(stage, variables, task.dataset.classes)
+        shapes, classes = task.state_shapes.variables, task.dataset.classes
+        pretrained.load(stage, shapes, classes, task.config)
     before = stage
   return tasks
 

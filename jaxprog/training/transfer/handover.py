@@ -25,10 +25,12 @@ class _Source(NamedTuple):
   """Weights to start from, and whose they are."""
 
   name: str
-  # 'best', 'final' or 'ema', or the digest of a file.
-  weights: str
   variables: Variables
   classes: tuple[str, ...]
+  # 'best', 'final' or 'ema', or the digest of a file.
+  weights: str
+  # Of weights from the hub, as it says.
+  licence: str = ''
 
 
 def hand_over(
@@ -75,6 +77,7 @@ def hand_over(
     **head,
     'operator': operator.title.format(stage),
     'statistics': stage.transfer_statistics,
+    **({'licence': source.licence} if source.licence else {}),
   }
 
 
@@ -121,13 +124,18 @@ def _load_source(
   if name is None:
     return None
   if task.stage.init_from:
-    found = pretrained.load(
-      task.stage, task.state_shapes.variables, task.dataset.classes
+    shapes, classes = task.state_shapes.variables, task.dataset.classes
+    found = pretrained.load(task.stage, shapes, classes, task.config)
+    # Each host has fetched its own.
+    peers.compare(
+      f'weights/{task.stage.name}', {f'the weights of {name}': found.digest}
     )
-    return _Source(name, found.digest, found.variables, found.classes)
+    return _Source(
+      name, found.variables, found.classes, found.digest, found.licence
+    )
   weights = task.stage.transfer_weights
   variables, meta = checkpoints.load_weights(workdir, name, weights)
-  return _Source(name, weights, variables, tuple(meta['classes']))
+  return _Source(name, variables, tuple(meta['classes']), weights)
 
 
 def find_source(

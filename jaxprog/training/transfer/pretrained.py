@@ -1,7 +1,7 @@
 """What a stage starts from when `init_from` names a file of weights.
 
-Only safetensors: a header in JSON and plain arrays, so that reading a file
-from anywhere runs nothing.
+It lies here or on the Hugging Face hub. Only safetensors: a header in JSON and
+plain arrays, so that reading a file from anywhere runs nothing.
 """
 
 import contextlib
@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import safetensors
+from ml_collections import config_dict
 
 from jaxprog import errors, files, paths, stages
 from jaxprog.models import interchange
+from jaxprog.training.transfer import hub
 
 Variables = dict[str, Any]
 
@@ -28,6 +30,19 @@ _IMAGENET_1K = (
 )
 # All become f32 exactly.
 _DTYPES = ('F32', 'F16')
+# Fields that decide what a network computes and its weights' shapes do not
+# show: by their names in the header of a file of ours.
+_HEADER = {
+  'model': 'model',
+  'blur_pool': 'blur_pool',
+  'mean': 'mean_rgb',
+  'std': 'std_rgb',
+}
+# What timm's model_args may say: it has no effect on logits or shows in shapes.
+_HARMLESS = (
+  *('drop_block_rate', 'drop_path_rate', 'drop_rate', 'in_chans'),
+  *('num_classes', 'zero_init_last'),
+)
 
 
 class _Pretrained(NamedTuple):
@@ -38,29 +53,38 @@ class _Pretrained(NamedTuple):
   classes: tuple[str, ...]
   # The first 16 hex digits of the file's SHA-256.
   digest: str
+  # What the hub says they may be used for, '' where it says nothing.
+  licence: str = ''
 
 
 def load(
-  stage: stages.Stage, like: Variables, classes: Sequence[str]
+  stage: stages.Stage,
+  like: Variables,
+  classes: Sequence[str],
+  config: config_dict.ConfigDict,
 ) -> _Pretrained:
   """Returns the weights in the file that `stage.init_from` names.
 
   Their classes are known if the file lists them, as those do that this program
   has exported. 1000 logits without a list are taken for ImageNet-1k's, if
   `classes`, those of the stage, are that. `like` gives the network's shapes;
-  the head has the file's own where the classes differ.
+  the head has the file's own where the classes differ. Where the file or its
+  repository says more of the network, `config` must say the same.
 
   Raises:
     UserError: if it is missing or damaged, no safetensors, or of another
       network.
   """
   where = f'stage {stage.name!r}: init_from={stage.init_from}'
-  path = paths.expand(stage.init_from, where)
+  fetched = _find(stage, where)
+  path = fetched.path
   with _open(path, where) as file:
+    known = _read_header(file.metadata() or {})
+    _check_network({**known, **_read_timm(fetched.config)}, config, where)
     names = file.keys()
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    known = _classes(file.metadata() or {}, shapes, classes)
-    if known != tuple(classes):
+    found = _classes(file.metadata() or {}, shapes, classes)
+    if found != tuple(classes):
       like = _with_head_of(like, shapes)
     try:
       expected = interchange.describe(like)
@@ -73,7 +97,10 @@ def load(
     _check_names(expected, shapes, where)
     tensors = {name: _read(file, name, where) for name in expected}
   return _Pretrained(
-    interchange.from_state_dict(tensors, like), known, files.digest(path)[:16]
+    interchange.from_state_dict(tensors, like),
+    found,
+    files.digest(path)[:16],
+    fetched.licence,
   )
 
 
@@ -99,6 +126,65 @@ def find_network(stage: stages.Stage) -> dict[str, Any]:
       "It must hold one under torchvision's and timm's names.",
     )
   return {**found, 'blur_pool': blurs}
+
+
+def _find(stage: stages.Stage, where: str) -> hub.Fetched:
+  """Returns the file that a stage names, from the hub if it lies there."""
+  if stage.hub_file is None:
+    return hub.Fetched(paths.expand(stage.init_from, where), {}, '')
+  fetched = hub.fetch(stage.hub_file, where)
+  if stage.init_from.startswith('timm:') and not _read_timm(fetched.config):
+    # Of some the names and shapes are a ResNet's, and the logits are not.
+    repo = stage.hub_file.repo
+    raise errors.UserError(
+      f'Without config.json of {repo} nobody knows which network it is.',
+      where,
+      f'Where there is a network: hf download {repo} config.json',
+    )
+  return fetched
+
+
+def _read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the fields of a config that a file of ours says."""
+  known = {}
+  for name, field in _HEADER.items():
+    with contextlib.suppress(KeyError, ValueError):
+      text = metadata[name]
+      known[field] = text if field == 'model' else json.loads(text)
+  return known
+
+
+def _read_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a config that a config.json of timm's says."""
+  if 'architecture' not in config:
+    return {}
+  model, arguments = config['architecture'], config.get('model_args') or {}
+  plain = {k: arguments.get(k) for k in _HARMLESS} | {'global_pool': 'avg'}
+  if changed := [k for k, v in arguments.items() if plain.get(k) != v]:
+    model = f'{model} with other {", ".join(changed)}'
+  of_images = config.get('pretrained_cfg') or config
+  known = {
+    'model': model,
+    'mean_rgb': of_images.get('mean'),
+    'std_rgb': of_images.get('std'),
+  }
+  return {k: v for k, v in known.items() if v is not None}
+
+
+def _check_network(
+  known: Mapping[str, Any], config: config_dict.ConfigDict, where: str
+) -> None:
+  """Raises UserError unless `config` has what is known of a file's network."""
+  ours = {k: config[k] for k in known}
+  ours |= {k: list(v) for k, v in ours.items() if isinstance(v, tuple)}
+  wrong = [field for field, value in known.items() if ours[field] != value]
+  if wrong:
+    listed = (f'{x} {known[x]} (config: {ours[x]})' for x in wrong)
+    raise errors.UserError(
+      f'The weights are of a network with {", ".join(listed)}.',
+      where,
+      f'config.{" and config.".join(wrong)} must be those of the file.',
+    )
 
 
 @contextlib.contextmanager
