@@ -89,10 +89,8 @@ def test_its_cache_serves_where_there_is_no_network(fetched):
 def test_what_the_hub_has_made_parquet_of_comes_too(tmp_path):
   write_hub(tmp_path / 'hub/jaxprog/pets')
   home = {'HF_HOME': str(tmp_path / 'home')}
-  with dataset_hub.serving(tmp_path / 'hub', 'refs/convert/parquet') as (
-    url,
-    _,
-  ):
+  branch = 'refs/convert/parquet'
+  with dataset_hub.serving(tmp_path / 'hub', branch) as (url, _):
     variables = {'HF_ENDPOINT': url} | home
     assert not prepare(tmp_path / 'data', 'hf:jaxprog/pets', **variables)
   assert not prepare(

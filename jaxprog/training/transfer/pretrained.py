@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import safetensors
-from ml_collections import config_dict
 
 from jaxprog import errors, files, paths, stages
 from jaxprog.models import interchange
@@ -61,7 +60,7 @@ def load(
   stage: stages.Stage,
   like: Variables,
   classes: Sequence[str],
-  config: config_dict.ConfigDict,
+  config: Mapping[str, Any],
 ) -> _Pretrained:
   """Returns the weights in the file that `stage.init_from` names.
 
@@ -69,7 +68,8 @@ def load(
   has exported. 1000 logits without a list are taken for ImageNet-1k's, if
   `classes`, those of the stage, are that. `like` gives the network's shapes;
   the head has the file's own where the classes differ. Where the file or its
-  repository says more of the network, `config` must say the same.
+  repository says more of the network, `config` must say the same where it has
+  such a field.
 
   Raises:
     UserError: if it is missing or damaged, no safetensors, or of another
@@ -172,12 +172,12 @@ def _read_timm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_network(
-  known: Mapping[str, Any], config: config_dict.ConfigDict, where: str
+  known: Mapping[str, Any], config: Mapping[str, Any], where: str
 ) -> None:
   """Raises UserError unless `config` has what is known of a file's network."""
-  ours = {k: config[k] for k in known}
+  ours = {k: config[k] for k in known if k in config}
   ours |= {k: list(v) for k, v in ours.items() if isinstance(v, tuple)}
-  wrong = [field for field, value in known.items() if ours[field] != value]
+  wrong = [field for field, value in ours.items() if known[field] != value]
   if wrong:
     listed = (f'{x} {known[x]} (config: {ours[x]})' for x in wrong)
     raise errors.UserError(

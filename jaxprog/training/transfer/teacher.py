@@ -129,9 +129,11 @@ def _load(workdir: pathlib.Path, task: setup_lib.Task) -> _Source:
     variables, meta = checkpoints.load_weights(workdir, name, weights)
     return _Source(variables, tuple(meta['classes']))
   stage = dataclasses.replace(stage, init_from=stage.distill_from)
+  # Its network is its own; it sees what the stage's does.
+  seen = {k: task.config[k] for k in ('mean_rgb', 'std_rgb')}
   try:
     found = pretrained.load(
-      stage, task.teacher['variables'], task.dataset.classes
+      stage, task.teacher['variables'], task.dataset.classes, seen
     )
   except errors.UserError as e:
     where = e.where.replace('init_from', 'distill_from')
