@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -32,6 +33,7 @@ def create_train_step(
   pixels: tuple[Sequence[float], Sequence[float]],
   *,
   num_classes: int,
+  class_weights: np.ndarray | None = None,
   frozen: bool = False,
 ) -> Callable[..., tuple[state_lib.TrainState, Metrics]]:
   """Returns train_step(state, batch, rng) -> (state, metrics), pure.
@@ -51,10 +53,12 @@ def create_train_step(
     steps: its lengths in steps.
     pixels: mean and standard deviation that images are normalised with.
     num_classes: length of the logits.
+    class_weights: (num_classes,), what an image of each class counts in the
+      loss that is minimised; in no metric.
     frozen: train the head alone: the backbone is a fixed function of the
       image, with its running statistics, and needs no gradient.
   """
-  grads_of = _create_grads_fn(model, stage, frozen)
+  grads_of = _create_grads_fn(model, stage, class_weights, frozen)
 
   def train_step(state, batch, rng):
     weights = batch['mask'].astype(jnp.float32)
@@ -151,7 +155,10 @@ def augment_batch(
 
 
 def _create_grads_fn(
-  model: nn.Module, stage: stages.Stage, frozen: bool
+  model: nn.Module,
+  stage: stages.Stage,
+  class_weights: np.ndarray | None,
+  frozen: bool,
 ) -> Callable[..., Any]:
   """Returns f(state, images, targets, weights).
 
@@ -172,11 +179,14 @@ def _create_grads_fn(
       )
       batch_stats = changed.get('batch_stats', {})
     correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
-    targets = optax.smooth_labels(targets, stage.label_smoothing)
-    losses = optax.softmax_cross_entropy(logits, targets)
-    loss = jnp.sum(jnp.where(weights > 0, losses, 0)) / count
+    smooth = optax.smooth_labels(targets, stage.label_smoothing)
+    losses = optax.softmax_cross_entropy(logits, smooth)
+    minimised = loss = jnp.sum(jnp.where(weights > 0, losses, 0)) / count
+    if class_weights is not None:
+      losses *= jnp.sum(targets * class_weights, axis=-1)
+      minimised = jnp.sum(jnp.where(weights > 0, losses, 0)) / count
     top1 = jnp.sum(weights * correct) / count
-    return loss, (batch_stats, loss, top1)
+    return minimised, (batch_stats, loss, top1)
 
   def grads_of_part(state, batch_stats, count, *examples):
     trained, fixed = state.params, {}
