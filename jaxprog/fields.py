@@ -451,12 +451,28 @@ class StageFields:
     0.0, within='[0, 1)', phase=True, traced=True, younger=True
   )
 
+  # Classes with unequal numbers of training images. The loss of an image counts
+  # as the number of its class's images to the power of minus class_weighting
+  # (0: all alike; 1: all classes alike), on average once.
+  class_weighting: float = field(0.0, within='[0, 1]', younger=True)
+  # Or rare classes are drawn more often, and the others less: 0, an epoch shows
+  # each image once; 1, it shows as many images, and equally many of each class.
+  balanced_sampling: float = field(0.0, within='[0, 1]', younger=True)
+
   # What decides which weights are best: 'validation', or 'holdout:2%' of the
   # training images; then the validation images are looked at once, at the end.
   eval_split: str = field(
     'validation',
     choices=('validation', 'holdout:2%'),
     pattern=r'holdout:(?=.*[1-9])0*\d{1,2}(\.\d+)?%',
+  )
+  # By which score: 'val_top1', or 'val_balanced_top1', the mean of the top-1 of
+  # each class.
+  best_metric: str = field(
+    'val_top1',
+    choices=('val_balanced_top1', 'val_top1'),
+    scheduled=True,
+    younger=True,
   )
   # Side of evaluation images; 0: the largest the stage trains on.
   eval_image_size: int = field(0, unit='pixels', within='0 or [8, inf)')
@@ -594,8 +610,8 @@ class StageFields:
 
   # Stop the stage once val_top1 is this high; 0: never.
   target_top1: float = field(0.0, within='[0, 1]', scheduled=True)
-  # Stop when val_top1 has not improved by early_stopping_min_delta for so many
-  # evaluations; 0: never.
+  # Stop when best_metric has not improved by early_stopping_min_delta for so
+  # many evaluations; 0: never.
   early_stopping_patience: int = field(0, unit='evaluations', scheduled=True)
   early_stopping_min_delta: float = field(0.0, scheduled=True)
 

@@ -291,6 +291,13 @@ def _clashes(stage: Stage) -> Iterable[tuple[str, str, str]]:
   ):
     if getattr(stage, one) and getattr(stage, other):
       yield other, f'{one} and {other} are both set.', 'Set one of them to 0.'
+  if stage.class_weighting + stage.balanced_sampling > 1:
+    yield (
+      'class_weighting',
+      f'class_weighting {stage.class_weighting:g} and balanced_sampling '
+      f'{stage.balanced_sampling:g} together favour rare classes.',
+      'Lower one of them: at a sum of 1 all classes count alike.',
+    )
 
 
 def _weight_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:

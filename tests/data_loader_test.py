@@ -31,9 +31,13 @@ def digest(batch) -> str:
   ).hexdigest()
 
 
-def digests(dataset, count=12, seed=3, **options):
+def digests(dataset, count=12, seed=3, sampling=0.0, **options):
   # 5 batches an epoch.
-  a_stage = stage(batch_size=len(dataset.train) // 5, num_epochs=40)
+  a_stage = stage(
+    batch_size=len(dataset.train) // 5,
+    num_epochs=40,
+    balanced_sampling=sampling,
+  )
   steps = epochs.count_steps(a_stage, len(dataset.train))
   batches = loader.train_batches(
     dataset.train, a_stage, seed=seed, steps=steps, **options
@@ -59,13 +63,22 @@ def test_batches_are_the_same_with_any_workers_and_after_a_restart(data_dir):
       assert got == expected[start:]
 
 
+def test_balanced_batches_are_the_same_after_a_restart(data_dir):
+  dataset = preparation.load_dataset('digits', data_dir, classes=('3', '8'))
+  expected = digests(dataset, sampling=0.5)
+  for start in (3, 5):
+    got = digests(dataset, 12 - start, start_step=start, sampling=0.5)
+    assert got == expected[start:]
+
+
 def test_seeds_give_other_batches(data_dir):
   dataset = preparation.load_dataset('digits', data_dir, classes=('3', '8'))
   assert not set(digests(dataset, seed=3)) & set(digests(dataset, seed=4))
 
 
-def test_processes_share_a_global_batch(dataset):
-  a_stage = stage(batch_size=64)
+@pytest.mark.parametrize('sampling', [0.0, 1.0])
+def test_processes_share_a_global_batch(dataset, sampling):
+  a_stage = stage(batch_size=64, balanced_sampling=sampling)
   steps = epochs.count_steps(a_stage, len(dataset.train))
   options = {'seed': 5, 'steps': steps}
   for step in range(0, steps.total, 3):
@@ -96,7 +109,7 @@ def test_an_epoch_visits_every_example_at_most_once(dataset):
   seen = []
   for epoch in range(3):
     found = [batches.indices(14 * epoch + i) for i in range(14)]
-    assert [x for x, _ in found] == [epoch] * 14
+    assert {*np.concatenate([x for x, _ in found])} == {epoch}
     indices = np.concatenate([x for _, x in found])
     assert len(set(indices.tolist())) == 1400
     assert indices.min() >= 0
@@ -172,6 +185,33 @@ def test_batches_of_copies_are_those_of_timms_sampler(hosts):
     found, _ = batches_lib.repeat_positions(step * 64, 64, 3)
     assert sorted(found) == sorted(theirs)
   assert sum(map(len, samplers)) == 1024  # An epoch is images seen.
+
+
+def test_balanced_sampling_shows_all_of_a_class_before_any_again(dataset):
+  keep = np.arange(len(dataset.train)) < 0
+  for label, count in ((0, 130), (4, 33), (9, 7)):
+    keep[np.flatnonzero(dataset.train.labels == label)[:count]] = True
+  records = dataset.train.select(keep)
+  a_stage = stage(batch_size=17, num_epochs=6, balanced_sampling=1.0)
+  steps = epochs.count_steps(a_stage, len(records))
+  assert steps.phases[0].per_epoch == 10  # Of 170 images.
+  batches = batches_lib.TrainBatches(records, a_stage, seed=1, steps=steps)
+  shown = []
+  for epoch in range(6):
+    found = [batches.indices(10 * epoch + i) for i in range(10)]
+    passes, indices = (np.concatenate(x) for x in zip(*found, strict=True))
+    labels = records.labels[indices]
+    counts = np.bincount(labels)[[0, 4, 9]].tolist()
+    assert sorted(counts) == [56, 57, 57]
+    assert len(set(labels[:17].tolist())) == 3  # They are shuffled.
+    shown += zip(indices.tolist(), passes.tolist(), strict=True)
+  # An image is augmented otherwise each time, and seen as often as the others
+  # of its class.
+  assert len(set(shown)) == len(shown) == 6 * 170
+  times = np.bincount([i for i, _ in shown])
+  for label in (0, 4, 9):
+    of_class = times[records.labels == label]
+    assert of_class.max() - of_class.min() <= 1
 
 
 def test_an_order_is_uniform():

@@ -70,6 +70,10 @@ def test_the_history_tells_the_ladder(trained):
   # 1.5 epochs of 1437 // 48 = 29 steps, after two of the first stage.
   per_epoch = three['steps_per_epoch']
   assert ten['epochs'][-1]['global_step'] == 2 * per_epoch + round(1.5 * 29)
+  # The digits are nearly, but not quite, equally many.
+  best = ten['epochs'][ten['best']['epoch'] - 1]
+  assert ten['best']['balanced_top1'] == best['val_balanced_top1']
+  assert 0 < abs(best['val_balanced_top1'] - best['val_top1']) < 0.1
   assert 0 <= ten['epochs'][0]['val_top1'] <= ten['epochs'][0]['val_top5'] <= 1
 
 

@@ -1,9 +1,11 @@
 import base64
 import io
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn import metrics
 
 from jaxprog.monitoring import diagnostics, pictures
 
@@ -42,6 +44,19 @@ def test_classes_and_confusions_are_counted():
   pairs = pairs_of(found)
   assert pairs[0] == (0, 1, 2)
   assert set(pairs) == {(0, 1, 2), (0, 0, 1), (1, 1, 1), (1, 0, 1), (3, 3, 1)}
+
+
+def test_balanced_top1_is_scikit_learns_balanced_accuracy():
+  rng = np.random.default_rng(0)
+  labels = rng.choice(5, 200, p=(0.6, 0.0, 0.3, 0.09, 0.01))
+  predicted = rng.integers(0, 5, 200)
+  predicted[labels == 0] = 0
+  rank = create_outcomes(predicted, labels)['rank']
+  found = diagnostics.balanced_top1(rank, labels)
+  with warnings.catch_warnings(action='ignore'):  # Of a class without images.
+    expected = metrics.balanced_accuracy_score(labels, predicted)
+  assert found == pytest.approx(expected)
+  assert found < np.mean(rank < 1) - 0.2
 
 
 def pairs_of(found):

@@ -137,3 +137,12 @@ def test_unreadable_history_is_the_users_to_fix(tmp_path, text, what):
     history_lib.load_history(path)
   assert caught.value.where == str(path)
   assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_balanced_top1_decides_where_it_is_asked_to():
+  stage = begin(history_lib.new_history(''))
+  stage['best_metric'] = 'val_balanced_top1'
+  for epoch, top1, balanced in ((1, 0.8, 0.3), (2, 0.7, 0.5)):
+    row = history_fixture.create_row(epoch, val_top1=top1)
+    history_lib.add_epoch(stage, **row, val_balanced_top1=balanced)
+  assert stage['best'] == {'epoch': 2, 'top1': 0.7, 'balanced_top1': 0.5}

@@ -157,6 +157,27 @@ def test_raw_images_are_counted(config, tmp_path):
   assert 'has changed since it was prepared' in finding.what
 
 
+def test_unequal_classes_are_told_until_something_is_done(config, tmp_path):
+  folder = data_fixtures.write_class_folders(tmp_path / 'few', train=2)
+  for i in range(22):
+    data_fixtures.write_image(folder / 'train' / 'n02' / f'{i}.JPEG', i)
+  config.stages = [config.stages[0]]
+  config.stages[0].update(classes=(), dataset=f'folder:{folder}')
+  config.data_dir = str(tmp_path / 'data')
+  for is_prepared in (False, True):
+    if is_prepared:
+      preparation.load_dataset(f'folder:{folder}', tmp_path / 'data')
+    config.stages[0]['class_weighting'] = 0.0
+    (found,) = find(inspect(config), 'classes of')
+    assert found.what == (
+      "stage 'three': classes of 2 to 24 training images (12 times as many)"
+    )
+    assert found.ok is None
+    config.stages[0]['class_weighting'] = 0.5
+    (found,) = find(inspect(config), 'classes of')
+    assert found.ok
+
+
 def test_what_is_written_before_training_is_a_warning(config, tmp_path):
   config.data_dir = str(tmp_path)
   config.stages = [{**config.stages[0], 'storage': 'raw:8'}]

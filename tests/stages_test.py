@@ -81,6 +81,8 @@ def test_ints_become_floats_and_lists_become_tuples():
     ({'optimizer': 'adamw', 'nesterov': True}, 'no Nesterov'),
     ({'optimizer': 'adamw', 'scale_learning_rate': True}, 'about SGD'),
     ({'gradient_clipping': 1.0, 'adaptive_clipping': 0.1}, 'both set'),
+    ({'class_weighting': 0.6, 'balanced_sampling': 0.5}, 'favour rare'),
+    ({'class_weighting': 0.5, 'balanced_sampling': 0.5}, None),
     ({'weight_decay_kind': 'couple'}, "mean 'coupled'"),
     ({'ema_decay': 1.0}, 'below 1'),
     ({'micro_batch_size': 7}, 'does not divide'),

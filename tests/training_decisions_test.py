@@ -84,5 +84,15 @@ def test_stops_when_patience_is_over():
   )
 
 
+def test_what_decides_the_best_decides_when_to_stop():
+  ours = stage(
+    early_stopping_patience=1, best_metric='val_balanced_top1', num_epochs=9
+  )
+  falling = rows([0.5, 0.4], 'val_balanced_top1')
+  assert 'val_balanced_top1' in decisions.reason_to_stop(ours, falling)
+  rising = rows([0.4, 0.5], 'val_balanced_top1')
+  assert decisions.reason_to_stop(ours, rising) == ''
+
+
 def test_nothing_is_decided_before_the_first_evaluation():
   assert not reason([], target_top1=0.1, early_stopping_patience=1)

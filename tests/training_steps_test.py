@@ -39,7 +39,9 @@ class Linear(nn.Module):
     return nn.Dense(self.num_classes, name='head')(x)
 
 
-def create(num_classes=4, rate=0.5, frozen=0, model=None, **fields):
+def create(
+  num_classes=4, rate=0.5, frozen=0, model=None, class_weights=None, **fields
+):
   stage = stages.create_stages(tiny_config.get_config())[0]
   stage = dataclasses.replace(stage, **{**PLAIN, **fields})
   lengths = epochs.Steps((epochs.Phase(0, 0, 10, 6),), 10, frozen=frozen)
@@ -55,6 +57,7 @@ def create(num_classes=4, rate=0.5, frozen=0, model=None, **fields):
         lengths,
         PIXELS,
         num_classes=num_classes,
+        class_weights=class_weights,
         frozen=only_head,
       )
     )
@@ -102,6 +105,27 @@ def test_a_step_is_the_gradient_written_down():
   np.testing.assert_allclose(metrics['top1'], hits, rtol=1e-6)
   assert metrics['learning_rate'] == 0.5
   assert after.step == 1
+
+
+@pytest.mark.parametrize('micro_batch_size', [0, 3])
+def test_class_weights_are_in_the_gradient_and_in_no_metric(micro_batch_size):
+  weights = np.array([0.1, 3.0, 0.7, 1.2], np.float32)
+  fields = {'label_smoothing': 0.2, 'micro_batch_size': micro_batch_size}
+  _, before, train_step, _ = create(class_weights=weights, **fields)
+  data = batch()
+  data['mask'][1] = False
+  after, metrics = train_step(before, data, jax.random.key(1))
+
+  x = ((data['image'] / 255 - PIXELS[0]) / PIXELS[1]).reshape(6, -1)
+  head = before.params['head']
+  p = softmax(x @ head['kernel'] + head['bias'])
+  target = 0.8 * np.eye(4)[data['label']] + 0.2 / 4
+  shown = data['mask'][:, None]
+  grad = x.T @ (weights[data['label']][:, None] * shown * (p - target)) / 5
+  loss = -(shown * target * np.log(p)).sum() / 5
+  kernel = head['kernel'] - 0.5 * grad
+  np.testing.assert_allclose(after.params['head']['kernel'], kernel, atol=1e-5)
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
 
 
 def test_sums_of_an_epoch_are_weighted_by_images():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprog import errors
-from jaxprog.data import policies, preprocess
+from jaxprog.data import balance, policies, preprocess
 from jaxprog.data.records import Records
 from jaxprog.epochs import Steps
 from jaxprog.stages import Stage
@@ -26,7 +26,7 @@ HostBatch = dict[str, np.ndarray]
 Layout = tuple[tuple[str, tuple[int, ...], str], ...]
 
 # Streams of random numbers that must never meet.
-_ORDER, _CROPS = 0, 1
+_ORDER, _CROPS, _CLASSES = 0, 1, 2
 
 
 class BadImage(NamedTuple):
@@ -42,7 +42,11 @@ class RecordError(RuntimeError):
 
 
 def _start_example(
-  generator: np.random.Generator, seed: int, epoch: int, index: int
+  generator: np.random.Generator,
+  seed: int,
+  epoch: int,
+  index: int,
+  stream: int = _CROPS,
 ) -> None:
   """Lets a Philox `generator` draw the numbers of one example in one epoch.
 
@@ -54,7 +58,7 @@ def _start_example(
     'bit_generator': 'Philox',
     'state': {
       'counter': np.array((0, 0, epoch, index), np.uint64),
-      'key': np.array((seed, _CROPS), np.uint64),
+      'key': np.array((seed, stream), np.uint64),
     },
     'buffer': np.zeros(4, np.uint64),
     'buffer_pos': 4,
@@ -84,6 +88,32 @@ def repeat_positions(
   return positions[by_copy], copies[by_copy]
 
 
+def balanced_visits(
+  seed: int, epoch: int, labels: np.ndarray, sampling: float
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns how often each example of `epoch` was drawn before, and which.
+
+  They are as many as `labels`, class after class; `balance.count_draws` says
+  how many of each. A class goes on where the epoch before has left it: none of
+  its examples is drawn again before all others are.
+  """
+  counts = np.bincount(labels)
+  draws = balance.count_draws(counts, sampling)
+  members = np.split(np.argsort(labels, kind='stable'), np.cumsum(counts)[:-1])
+  rng = np.random.Generator(np.random.Philox(0))
+  passes, examples = [], []
+  for label in map(int, np.flatnonzero(counts)):
+    size, first = int(counts[label]), epoch * int(draws[label])
+    visits = np.arange(first, first + draws[label])
+    passes.append(visits // size)
+    orders = []
+    for number in range(first // size, int(visits[-1]) // size + 1):
+      _start_example(rng, seed, number, label, _CLASSES)
+      orders.append(rng.permutation(members[label]))
+    examples.append(np.concatenate(orders)[visits - first // size * size])
+  return np.concatenate(passes), np.concatenate(examples)
+
+
 class TrainBatches:
   """This process's part of each training batch, by step within the stage.
 
@@ -91,7 +121,9 @@ class TrainBatches:
   order, of which process p of P has the p-th of P equal parts. What does not
   fill a last batch is left out for that epoch. With augment_repeats, the order
   has each example so often, and an epoch ends where it would without. An image
-  that cannot be decoded is hidden by `mask`.
+  that cannot be decoded is hidden by `mask`. With balanced sampling an image
+  has epochs of its own: how often it was drawn before, so that it never looks
+  twice the same.
   """
 
   def __init__(
@@ -110,7 +142,8 @@ class TrainBatches:
     self._split, self._stage = split, stage
     self._seed, self._steps = seed, steps
     self._process_index, self._process_count = process_index, process_count
-    self._order = (-1, np.empty(0, np.int64))
+    nothing = np.empty(0, np.int64)
+    self._order = (-1, nothing, nothing)
 
   def __len__(self) -> int:
     return self._steps.total
@@ -129,7 +162,7 @@ class TrainBatches:
 
   def fill(self, step: int, rows: range, batch: HostBatch) -> list[BadImage]:
     """Writes `rows` of batch `step`; returns those that it could not."""
-    epoch, views = self._views(step)
+    epochs, views = self._views(step)
     part, records = self._steps.part(self._stage, step), self._split
     rng, bad = np.random.Generator(np.random.Philox(0)), []
     crop = functools.partial(
@@ -141,7 +174,7 @@ class TrainBatches:
       interpolation=part.crop_interpolation,
     )
     for row in rows:
-      view = int(views[row])
+      view, epoch = int(views[row]), int(epochs[row])
       index = view % len(records)
       batch['index'][row], batch['epoch'][row] = view, epoch
       batch['label'][row] = records.labels[index]
@@ -159,13 +192,13 @@ class TrainBatches:
         out[...] = policies.trivial_augment(out, rng)
     return bad
 
-  def indices(self, step: int) -> tuple[int, np.ndarray]:
-    """Returns the epoch of `step` and the examples of its batch."""
-    epoch, views = self._views(step)
-    return epoch, views % len(self._split)
+  def indices(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the examples of batch `step`, each with its own epoch first."""
+    epochs, views = self._views(step)
+    return epochs, views % len(self._split)
 
-  def _views(self, step: int) -> tuple[int, np.ndarray]:
-    """Returns the epoch of `step` and the `index` of each row of its batch."""
+  def _views(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns epoch and `index` of each row of batch `step`."""
     epoch = self._steps.epoch(step)
     batch_size = self._steps.phase(step).batch_size
     positions, copies = repeat_positions(
@@ -176,16 +209,25 @@ class TrainBatches:
     local_batch_size = batch_size // self._process_count
     start = self._process_index * local_batch_size
     rows = slice(start, start + local_batch_size)
-    examples = self._epoch_order(epoch)[positions[rows]]
-    return epoch, copies[rows] * len(self._split) + examples
+    epochs, order = self._visits(epoch)
+    places = positions[rows]
+    views = copies[rows] * len(self._split) + order[places]
+    return epochs[places], views
 
-  def _epoch_order(self, epoch: int) -> np.ndarray:
+  def _visits(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the epochs and the examples of all that `epoch` shows."""
     # One tuple, replaced whole: threads may compute it twice, never mix it.
-    known, order = self._order
+    known, epochs, order = self._order
     if known != epoch:
       order = epoch_order(self._seed, epoch, len(self._split))
-      self._order = (epoch, order)
-    return order
+      epochs = np.broadcast_to(epoch, len(order))
+      if sampling := self._stage.balanced_sampling:
+        epochs, examples = balanced_visits(
+          self._seed, epoch, self._split.labels, sampling
+        )
+        epochs, order = epochs[order], examples[order]
+      self._order = (epoch, epochs, order)
+    return epochs, order
 
 
 class EvalBatches:

@@ -12,13 +12,15 @@ import hashlib
 import io
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxprog import errors, named
-from jaxprog.data import folders, index, parts
+from jaxprog.data import folders, index, parts, writer
 
 AGAIN = 'Is the folder complete? Unpack or copy it again.'
 # The splits' names in every prepared dataset that comes from here.
@@ -110,6 +112,8 @@ class Raw:
   looks: Looks
   # What else lies there.
   left_out: tuple[folders.LeftOut, ...]
+  # Whether the images can only be read in the order in which they are listed.
+  in_order: bool = False
 
 
 class _Info(tfds.core.DatasetInfo):
@@ -140,6 +144,8 @@ class Images(tfds.core.GeneratorBasedBuilder):
     )
     # What was written, record by record.
     self.index = index.Writer(self.info.file_format)
+    # Where a preparation that is interrupted keeps what it has finished.
+    self.kept: pathlib.Path | None = None
 
   def _info(self) -> tfds.core.DatasetInfo:
     raw = self._raw
@@ -167,6 +173,67 @@ class Images(tfds.core.GeneratorBasedBuilder):
   ) -> dict[str, Any]:
     return {split: self._generate_examples(split) for split in (TRAIN, EVAL)}
 
+  def _generate_splits(
+    self,
+    dl_manager: tfds.download.DownloadManager,
+    download_config: tfds.download.DownloadConfig,
+  ) -> Sequence[Any]:
+    """Returns what was written of each split.
+
+    tfds itself would write all images twice, to sort them, from one core.
+    """
+    raw = self._raw
+    if raw.in_order:
+      return super()._generate_splits(dl_manager, download_config)
+    folder = self.kept or pathlib.Path(self.data_dir) / 'incomplete'
+    images, written = {}, {}
+    try:
+      for split in (TRAIN, EVAL):
+        images[split] = tuple(raw.images(split))
+        told = functools.partial(self._tell, self._done)
+        written[split] = writer.write_split(
+          folder, split, images[split], raw.classes, told
+        )
+    except BaseException:
+      writer.drop_unfinished(folder)
+      raise
+    found = []
+    labels = {wnid: i for i, wnid in enumerate(raw.classes)}
+    for split, done in written.items():
+      found.append(self._place(split, done.shards))
+      self._contents.update(done.digests.tobytes())
+      ordered = [images[split][i] for i in done.order]
+      self.index.note(
+        split,
+        np.array([labels[x.wnid] for x in ordered], np.int32),
+        [x.file_name.encode() for x in ordered],
+      )
+    shutil.rmtree(folder)
+    self._note_contents()
+    return found
+
+  def _tell(self, before: int, done: int) -> None:
+    self._done = before + done
+    if self._progress:
+      self._progress(self._done, self._raw.num_images)
+
+  def _place(self, split: str, shards: Sequence[writer.Shard]) -> Any:
+    """Returns what tfds notes of a split, its files in their place."""
+    template = self._get_filename_template(split_name=split)
+    for i, shard in enumerate(shards):
+      path = template.sharded_filepath(shard_index=i, num_shards=len(shards))
+      shard.path.rename(path)
+    return tfds.core.SplitInfo(
+      name=split,
+      shard_lengths=[len(x.digests) for x in shards],
+      num_bytes=sum(x.num_bytes for x in shards),
+      filename_template=template,
+    )
+
+  def _note_contents(self) -> None:
+    if self._raw.looks.images:  # Not what this Pillow makes of digits.
+      self.info.metadata['contents'] = self._contents.hexdigest()
+
   def _example_writer(self) -> index.Writer:
     return self.index
 
@@ -191,11 +258,8 @@ class Images(tfds.core.GeneratorBasedBuilder):
           'wnid': image.wnid,
         },
       )
-      self._done += 1
-      if self._progress:
-        self._progress(self._done, self._raw.num_images)
-    if self._raw.looks.images:  # Not what this Pillow makes of digits.
-      self.info.metadata['contents'] = self._contents.hexdigest()
+      self._tell(self._done, 1)
+    self._note_contents()
 
 
 def prepared_name(dataset: str) -> str:

@@ -18,7 +18,7 @@ from tensorflow_datasets.core import file_adapters, naming
 from tensorflow_datasets.core import writer as tfds_writer
 
 from jaxprog import files
-from jaxprog.data import parts, shards
+from jaxprog.data import parts, shards, writer
 
 # Records of one part of the reading: of ImageNet 0.5 GB.
 _PART = 4096
@@ -29,29 +29,34 @@ class Writer(tfds_writer.ExampleWriter):
 
   def __init__(self, file_format: file_adapters.FileFormat):
     super().__init__(file_format)
-    self._labels: dict[str, array.array[int]] = {}
+    self._labels: dict[str, np.ndarray] = {}
     self._names: dict[str, list[bytes]] = {}
 
-  def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
+  def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> None:
     """Writes the examples of one shard; those of a split come in order."""
     split = naming.FilenameInfo.from_str(os.path.basename(path)).split
     assert split is not None
-    labels = self._labels.setdefault(split, array.array('i'))
-    names = self._names.setdefault(split, [])
+    labels, names = array.array('i'), self._names.setdefault(split, [])
 
-    def note() -> Iterator[tuple[Any, bytes]]:
-      for key, record in examples:
-        label, name = _read(record, split, len(labels))
+    def note() -> Iterator[bytes]:
+      for _, record in examples:
+        label, name = _read(record, split, len(names))
         labels.append(label)
         names.append(name)
-        yield key, record
+        yield record
 
-    return super().write(path, note())
+    writer.write_records(path, note())
+    before = self._labels.get(split, np.empty(0, np.int32))
+    self._labels[split] = np.concatenate([before, np.array(labels, np.int32)])
+
+  def note(self, split: str, labels: np.ndarray, names: list[bytes]) -> None:
+    """Notes what was written otherwise: all of a split, in order."""
+    self._labels[split], self._names[split] = labels, names
 
   def save(self, directory: pathlib.Path) -> None:
     """Writes the index of all that was written to `directory`."""
     for split, labels in self._labels.items():
-      _save(directory, split, np.array(labels, np.int32), self._names[split])
+      _save(directory, split, labels, self._names[split])
 
 
 def read_labels(

@@ -6,7 +6,7 @@ import io
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ Arrays = dict[str, np.ndarray]
 
 def in_order(
   function: Callable[[_S], _T], items: Iterable[_S], num_workers: int = 0
-) -> Iterator[_T]:
+) -> Generator[_T]:
   """Yields what `function` makes of each item; a bounded number ahead.
 
   It is called from as many threads as cores unless `num_workers` says how

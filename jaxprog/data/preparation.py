@@ -188,7 +188,12 @@ def prepare(
       )
     assert builder is not None
     if is_locked:
-      _remove_leftovers(pathlib.Path(builder.data_dir).parent)
+      folder = pathlib.Path(builder.data_dir).parent
+      if raw is not None and isinstance(builder, builders.Images):
+        builder.kept = folder / f'incomplete.{_identify(raw)}'
+        _remove_leftovers(folder, builder.kept)
+      else:
+        _remove_leftovers(folder)
     try:
       _download_and_prepare(dataset, builder, data_dir)
       if isinstance(builder, builders.Images):
@@ -620,10 +625,19 @@ def _writing(root: pathlib.Path) -> Iterator[bool]:
     ) from e
 
 
-def _remove_leftovers(folder: pathlib.Path) -> None:
+def _remove_leftovers(
+  folder: pathlib.Path, but: pathlib.Path | None = None
+) -> None:
   """Removes what interrupted preparations and removals left in `folder`."""
   for leftover in folder.glob('incomplete.*'):
-    shutil.rmtree(leftover)
+    if leftover != but:
+      shutil.rmtree(leftover)
+
+
+def _identify(raw: builders.Raw) -> str:
+  """Returns what is another for any other images, or others written to."""
+  looks = json.dumps(raw.looks, sort_keys=True)
+  return files.digest_parts(raw.fingerprint, looks)[:16]
 
 
 def store(

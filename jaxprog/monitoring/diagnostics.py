@@ -60,6 +60,18 @@ def diagnose(
   }
 
 
+def balanced_top1(rank: np.ndarray, labels: np.ndarray) -> float:
+  """Returns the mean of the top-1 of each class that there are images of.
+
+  Args:
+    rank: (n,), 0 where an image is right.
+    labels: (n,), of undecodable images too.
+  """
+  counts, rights = np.bincount(labels), np.bincount(labels, rank < 1)
+  present = counts > 0
+  return float(np.mean(rights[present] / counts[present]))
+
+
 def calibration(
   confidence: np.ndarray, right: np.ndarray
 ) -> list[tuple[int, float, float]]:

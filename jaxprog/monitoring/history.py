@@ -9,6 +9,9 @@ of these has epoch, global_step, train_loss, train_top1, val_loss, val_top1,
 val_top5, learning_rate, grad_norm, seconds, images_per_second and input_wait,
 None where there is no value. Both hold more than that.
 
+Where classes are unequal, rows have val_balanced_top1, too: the mean over the
+classes of the top-1 of each.
+
 Epochs count from 1: row 3 was written when the third epoch was over.
 Accuracies are fractions in [0, 1], times seconds, `global_step` counts over
 all stages. The functions change the dicts they are given and return them.
@@ -89,7 +92,8 @@ def add_epoch(stage: Stage, **row: Any) -> Row:
   """
   rows = [r for r in stage['epochs'] if r['epoch'] != row['epoch']] + [row]
   stage['epochs'] = sorted(rows, key=lambda r: r['epoch'])
-  stage['best'] = best_epoch(stage['epochs'])
+  metric = stage.get('best_metric', 'val_top1')
+  stage['best'] = best_epoch(stage['epochs'], metric)
   stage['seconds'] = sum(
     (r['seconds'] or 0.0) + r.get('eval_seconds', 0.0) for r in stage['epochs']
   )
@@ -101,13 +105,16 @@ def best_epoch(
 ) -> dict[str, Any] | None:
   """Returns {'epoch', 'top1'} of the highest `field`, the first of equals.
 
-  None where no row has a finite one.
+  And 'balanced_top1' where the rows have it. None where no row has a finite
+  `field`, which begins with val_ or ema_.
   """
   rated = [r for r in rows if formats.is_number(r.get(field))]
   if not rated:
     return None
-  best = max(rated, key=lambda r: r[field])
-  return {'epoch': best['epoch'], 'top1': best[field]}
+  best, kind = max(rated, key=lambda r: r[field]), field.partition('_')[0]
+  scores = {x: best.get(f'{kind}_{x}') for x in ('top1', 'balanced_top1')}
+  found = {name: x for name, x in scores.items() if x is not None}
+  return {'epoch': best['epoch'], **found}
 
 
 def load_history(path: str | os.PathLike[str]) -> History:

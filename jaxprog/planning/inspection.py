@@ -1,5 +1,6 @@
 """What stands in the way of a run, found before anything is paid for."""
 
+import collections
 import dataclasses
 import functools
 import importlib.metadata
@@ -14,10 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import config_dict
 from packaging import requirements, specifiers
 
-from jaxprog import buckets, errors, formats, named, paths
+from jaxprog import buckets, errors, fields, formats, named, paths
 from jaxprog import stages as stages_lib
 from jaxprog.data import (
   builders,
@@ -39,6 +41,13 @@ _ROOT = pathlib.Path(__file__).parents[2]
 # Extras whose packages the program imports: wrong ones count, missing ones not.
 _EXTRAS = ('gcs', 'mlflow', 's3', 'tensorflow', 'trackio', 'tune', 'wandb')
 _Packages = list[requirements.Requirement]
+# The largest class over the smallest one, from which on that is said; and from
+# which on something should be done about it.
+_NOTED_RATIO, _LOPSIDED_RATIO = 1.5, 10
+_BALANCE = (
+  'Rare classes hardly count: see class_weighting, balanced_sampling and '
+  "best_metric='val_balanced_top1'."
+)
 # Of a stage that no dataset is known for, to size its head.
 _CLASSES = 1000
 
@@ -352,6 +361,43 @@ def _check_left_out(seen: Inspection) -> Iterator[Finding]:
       yield Finding(None, errors.printable(f'{name}: left out: {what}'))
 
 
+def _check_balance(seen: Inspection) -> Iterator[Finding]:
+  """Yields how unequal the classes of each dataset are; the same once."""
+  found: dict[Finding, list[str]] = {}
+  for stage in seen.chosen:
+    counts = _count_classes(seen.data[stage.name], stage.classes)
+    if not len(counts):
+      continue
+    least, most = int(counts.min()), int(counts.max())
+    what = f'classes of {least:,} training images each'
+    if least < most:
+      times = most / least
+      what = f'classes of {least:,} to {most:,} training images'
+      what += f' ({times:.3g} times as many)' * (times >= _NOTED_RATIO)
+    heeded = stage.class_weighting or stage.balanced_sampling
+    heeded = heeded or stage.best_metric != fields.STAGE['best_metric'].default
+    finding = Finding(True, what)
+    if most >= _LOPSIDED_RATIO * least and not heeded:
+      finding = Finding(None, what, _BALANCE)
+    found.setdefault(finding, []).append(repr(stage.name))
+  for finding, names in found.items():
+    stages = f'stage{"s" * (len(names) > 1)} {", ".join(names)}'
+    yield finding._replace(what=f'{stages}: {finding.what}')
+
+
+def _count_classes(data: Data, classes: Sequence[str]) -> np.ndarray:
+  """Returns the numbers of training images of the classes that have any."""
+  counts = np.zeros(0, np.int64)
+  if data.dataset:
+    counts = np.bincount(data.dataset.train.labels)
+  elif data.raw:
+    images = collections.Counter(
+      x.wnid for x in data.raw.images(builders.TRAIN)
+    )
+    counts = np.array([images[x] for x in classes or images])
+  return counts[counts > 0]
+
+
 def _check_packs(seen: Inspection) -> Iterator[Finding]:
   for stage in seen.chosen:
     if stage.stored.kind == 'original' or not any(seen.data[stage.name]):
@@ -534,6 +580,7 @@ _CHECKS: tuple[Callable[[Inspection], Iterator[Finding]], ...] = (
   _check_network,
   _check_datasets,
   _check_left_out,
+  _check_balance,
   _check_packs,
   _check_leaks,
   _check_workdir,

@@ -397,6 +397,7 @@ def _stage_notes(stage: Mapping[str, Any]) -> Iterator[str]:
 
 def _input_notes(stage: Mapping[str, Any]) -> Iterator[str]:
   """Yields sentences about what the stage was trained and chosen on."""
+  yield from _class_notes(stage)
   if validation := stage.get('validation'):
     yield (
       f'the best epoch was chosen on {stage["eval_split"]} of the training '
@@ -417,6 +418,21 @@ def _input_notes(stage: Mapping[str, Any]) -> Iterator[str]:
     )
   if limit := stage.get('input_limit'):
     yield limit
+
+
+def _class_notes(stage: Mapping[str, Any]) -> Iterator[str]:
+  """Yields a sentence if the classes are unequal."""
+  found = stage.get('validation') or stage['best'] or {}
+  if formats.is_number(found.get('balanced_top1')):
+    least, most = stage['class_sizes']
+    chose = stage['best_metric'] == 'val_balanced_top1'
+    yield (
+      f'its classes have {least:,} to {most:,} training images; balanced '
+      f'top-1, the mean over classes, is '
+      f'{formats.percent(found["balanced_top1"])}'
+      + ' and has chosen the best epoch'
+      * chose
+    )
 
 
 def _overfitting_notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

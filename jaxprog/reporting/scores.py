@@ -19,6 +19,7 @@ _NUM_NAMED = 10
 
 _OVERALL = (
   Column('top-1', lambda x: formats.percent(x['top1'])),
+  Column('balanced top-1', lambda x: formats.percent(x.get('balanced_top1'))),
   Column('top-5', lambda x: formats.percent(x['top5'])),
   Column('loss', lambda x: f'{x["nll"]:.3f} nats'),
   Column('calibration error', lambda x: f'{x["ece"]:.3f}'),
@@ -47,7 +48,8 @@ def show(found: Mapping[str, Any], console: rich.console.Console) -> None:
       f'{found["count"]:,} images',
     )
   )
-  console.print(terminal_table(_OVERALL, [found]))
+  columns = [x for x in _OVERALL if x.cell(found) != '-']
+  console.print(terminal_table(columns, [found]))
   console.print(_class_table(found['per_class']))
   classes = {x['class']: x for x in found['per_class']}
   # What another was taken for need not be in the data.

@@ -45,12 +45,12 @@ def reason_to_stop(stage: Stage, rows: Rows) -> str:
     return f'val_top1 reached the target of {stage.target_top1:.1%}'
   if not stage.early_stopping_patience:
     return ''
-  num_bad = 0
-  for gained in _list_gains(rows, 'val_top1', stage.early_stopping_min_delta):
+  num_bad, metric = 0, stage.best_metric
+  for gained in _list_gains(rows, metric, stage.early_stopping_min_delta):
     num_bad = 0 if gained else num_bad + 1
   if num_bad < stage.early_stopping_patience:
     return ''
-  return f'val_top1 did not improve for {num_bad} evaluations'
+  return f'{metric} did not improve for {num_bad} evaluations'
 
 
 def _list_gains(rows: Rows, metric: str, min_delta: float) -> list[bool]:

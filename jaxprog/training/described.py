@@ -77,6 +77,8 @@ def fields(task: setup_lib.Task) -> dict[str, Any]:
   if dataset.holdout is not None:  # What was set aside, and by which rule.
     rule, images = dataset.holdout_rule, len(dataset.holdout)
     holdout = {'rule': rule, 'part': stage.holdout_part, 'images': images}
+  sizes = np.bincount(dataset.train.labels)
+  sizes = sizes[sizes > 0]
   return {
     'name': stage.name,
     'description': stage.description,
@@ -92,7 +94,9 @@ def fields(task: setup_lib.Task) -> dict[str, Any]:
     'steps_per_epoch': task.steps.phases[0].per_epoch,
     'num_train_images': len(dataset.train),
     'num_eval_images': len(dataset.selection),
+    'class_sizes': [int(sizes.min()), int(sizes.max())],
     'eval_split': stage.eval_split,
+    'best_metric': stage.best_metric,
     'holdout': holdout,
     'eval_image_size': stage.eval_size,
     'eval_flip': stage.eval_flip,

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprog import errors
+from jaxprog.data import balance, loader, preprocess, records
 from jaxprog.data import batches as batches_lib
-from jaxprog.data import loader, preprocess, records
 from jaxprog.monitoring import diagnostics, outcomes
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import memory as memory_lib
@@ -259,7 +259,7 @@ def _name_examples(
 class Evaluation(NamedTuple):
   """What came of the n images of a split, each seen once."""
 
-  # Means: loss, top1 and top5.
+  # Means: loss, top1, top5, and balanced_top1 where that may be another one.
   scores: dict[str, float]
   # What `steps.create_eval_step` says of each image, by name, (n,) each.
   outcomes: dict[str, np.ndarray]
@@ -303,11 +303,13 @@ def evaluate(
   count = totals.pop('count')
   if count != len(split):
     raise AssertionError(f'Evaluated {count:g} of {len(split)} images.')
-  return Evaluation(
-    {name: x / count for name, x in totals.items()},
-    diagnostics.join_outcomes(batches, len(split)),
-    reader.bad,
-  )
+  scores = {name: x / count for name, x in totals.items()}
+  found = diagnostics.join_outcomes(batches, len(split))
+  asked = task.stage.best_metric == 'val_balanced_top1'
+  if asked or balance.is_unequal(np.bincount(split.labels)):
+    ranks = found['rank']
+    scores['balanced_top1'] = diagnostics.balanced_top1(ranks, split.labels)
+  return Evaluation(scores, found, reader.bad)
 
 
 def _train_epoch(
@@ -499,7 +501,8 @@ def _save_weights(
 ) -> None:
   """Saves the weights and the averaged ones, each if it is the best so far."""
   began, step = time.monotonic(), int(state.step)
-  average = history_lib.best_epoch(course.record['epochs'], 'ema_top1')
+  metric = course.task.stage.best_metric.replace('val_', 'ema_')
+  average = history_lib.best_epoch(course.record['epochs'], metric)
   saved = {'best': state.variables} if is_best else {}
   if average is not None and average['epoch'] == row['epoch']:
     saved['ema'] = state.ema

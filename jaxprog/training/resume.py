@@ -25,6 +25,7 @@ from jaxprog.training import state as state_lib
 
 # With another one the weights, or what chose the best of them, mean nothing.
 _FIXED = (
+  'best_metric',
   'blur_pool',
   'eval_crop',
   'eval_flip',

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from ml_collections import config_dict
 
 from jaxprog import epochs, errors, fields, paths
 from jaxprog import stages as stages_lib
-from jaxprog.data import leaks, loader, preparation, records, workers
+from jaxprog.data import balance, leaks, loader, preparation, records, workers
 from jaxprog.data.records import Dataset
 from jaxprog.models import resnet
 from jaxprog.monitoring import activity
@@ -478,6 +479,8 @@ def _create_steps(
       **options,
     )
 
+  class_weights = _weigh_classes(dataset, stage)
+
   def create_train_step(program):
     options = dict(zip(_TRACED, program.options, strict=True))
     part = dataclasses.replace(stage, **options)
@@ -495,6 +498,7 @@ def _create_steps(
       steps,
       pixels,
       num_classes=dataset.num_classes,
+      class_weights=class_weights,
       frozen=program.frozen,
       teach=teach,
     )
@@ -518,6 +522,21 @@ def compiler_options(
   """Returns how a stage's steps are compiled here, beside all flags."""
   platform = jax.devices()[0].client.platform_version
   return xla_flags.step_options(config.xla_flags, platform, steps.total)
+
+
+def _weigh_classes(
+  dataset: Dataset, stage: stages_lib.Stage
+) -> np.ndarray | None:
+  """Returns what an image of each class counts in the loss; None: all alike."""
+  if not stage.class_weighting:
+    return None
+  counts = np.ones(dataset.num_classes, np.int64)
+  if isinstance(dataset.train, records.Records):  # They may only be counted.
+    labels = dataset.train.labels
+    counts = balance.count_classes(labels, dataset.num_classes)
+  return balance.class_weights(
+    counts, stage.class_weighting, stage.balanced_sampling
+  )
 
 
 def compile_task(task: Task, *, carried: bool) -> Task:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -33,6 +34,7 @@ def create_train_step(
   pixels: tuple[Sequence[float], Sequence[float]],
   *,
   num_classes: int,
+  class_weights: np.ndarray | None = None,
   frozen: bool = False,
   teach: distillation.Teach | None = None,
 ) -> Callable[..., tuple[state_lib.TrainState, Metrics]]:
@@ -54,12 +56,14 @@ def create_train_step(
     steps: its lengths in steps.
     pixels: mean and standard deviation that images are normalised with.
     num_classes: length of the logits.
+    class_weights: (num_classes,), what an image of each class counts in the
+      loss that is minimised; in no metric.
     frozen: train the head alone: the backbone is a fixed function of the
       image, with its running statistics, and needs no gradient.
     teach: what a teacher says of images; the step's last argument is then that
       teacher.
   """
-  grads_of = _create_grads_fn(model, stage, frozen, teach)
+  grads_of = _create_grads_fn(model, stage, class_weights, frozen, teach)
 
   def train_step(state, batch, rng, *teacher):
     weights = batch['mask'].astype(jnp.float32)
@@ -173,6 +177,7 @@ def _draw_paths(
 def _create_grads_fn(
   model: nn.Module,
   stage: stages.Stage,
+  class_weights: np.ndarray | None,
   frozen: bool,
   teach: distillation.Teach | None,
 ) -> Callable[..., Any]:
@@ -209,10 +214,13 @@ def _create_grads_fn(
         found, lesson, logits, features, params, stage
       )
     # What is hidden may be anything, NaN too.
-    loss = jnp.sum(jnp.where(weights > 0, found, 0)) / count
+    minimised = loss = jnp.sum(jnp.where(weights > 0, found, 0)) / count
+    if class_weights is not None:
+      found *= jnp.sum(targets * class_weights, axis=-1)
+      minimised = jnp.sum(jnp.where(weights > 0, found, 0)) / count
     correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
     top1 = jnp.sum(weights * correct) / count
-    return loss, (batch_stats, loss, top1)
+    return minimised, (batch_stats, loss, top1)
 
   def grads_of_part(state, batch_stats, count, teacher, *examples):
     lesson = teach and teach(teacher, examples[0], state.step)

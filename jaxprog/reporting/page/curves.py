@@ -31,6 +31,7 @@ _COLUMNS = (
       ('train top-1', 'train_top1'),
       ('val loss', 'val_loss'),
       ('val top-1', 'val_top1'),
+      ('balanced top-1', 'val_balanced_top1'),
       ('average top-1', 'ema_top1'),
       ('val top-5', 'val_top5'),
       ('rate', 'learning_rate'),
