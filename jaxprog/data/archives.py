@@ -59,6 +59,26 @@ class _Member(NamedTuple):
   refused: str
 
 
+class Place(NamedTuple):
+  """Where a file lies within a tar that is not compressed."""
+
+  archive: pathlib.Path
+  offset: int
+  size: int
+
+  def read_bytes(self) -> bytes:
+    """Returns the contents of the file.
+
+    Raises:
+      OSError: if they cannot be read, or the tar has become shorter.
+    """
+    with open(self.archive, 'rb', buffering=0) as archive:
+      data = os.pread(archive.fileno(), self.size, self.offset)
+    if len(data) < self.size:
+      raise OSError(errno.EIO, 'it ends in the middle')
+    return data
+
+
 class _TarInfo(tarfile.TarInfo):
   """A member of a tar whose headers are all whole.
 
@@ -173,6 +193,45 @@ def extract(
     raise errors.UserError(
       f'Cannot unpack: {e.strerror or e}.', f'{archive} to {folder}'
     ) from e
+
+
+def list_files(
+  archive: pathlib.Path, within: Place | None = None
+) -> list[tuple[str, Place]]:
+  """Returns the files in a tar, or in the tar `within` one: names and places.
+
+  Raises:
+    UserError: if it is compressed, damaged or cut off, or holds links.
+  """
+  found = []
+  with _reading(archive), open(archive, 'rb', buffering=0) as file:
+    end = archive.stat().st_size
+    if within is not None:
+      end = within.offset + within.size
+      file.seek(within.offset)
+    with tarfile.TarFile(fileobj=file, tarinfo=_TarInfo) as tar:
+      for x in tar:
+        if refused := _tar_refusal(x):
+          raise tarfile.ReadError(f'{x.name} is {refused}')
+        if x.offset_data + x.size > end:
+          raise tarfile.ReadError('it ends in the middle')
+        if x.isfile():
+          found.append((x.name, Place(archive, x.offset_data, x.size)))
+  return found
+
+
+def read_files(
+  archive: pathlib.Path, names: Collection[str]
+) -> dict[str, bytes]:
+  """Returns path -> contents of the files in a tar that have these names."""
+  with _reading(archive), tarfile.open(archive, tarinfo=_TarInfo) as tar:
+    return {
+      x.name: file.read()
+      for x in tar
+      if pathlib.PurePosixPath(x.name).name in names
+      and x.isfile()
+      and (file := tar.extractfile(x))
+    }
 
 
 def _compare(path: str | os.PathLike[str], expected: str, found: str) -> None:

@@ -132,10 +132,34 @@ def is_utf8(name: str) -> bool:
   return True
 
 
+def is_storable(name: str) -> bool:
+  """Returns whether a class is the same after it was written and read.
+
+  tfds keeps a name a line and strips what it reads; our own lists have a tab
+  between names, and other programs break lines where `splitlines` does.
+  """
+  if not is_utf8(name) or '\t' in name:
+    return False
+  return [x.strip() for x in name.splitlines() if x.strip()] == [name]
+
+
 def summarise(entries: Iterable[Entry]) -> str:
   """Returns a hash of the names, sizes and times of the images."""
   images = [(x.name, x.size, x.time) for x in entries if x.kind == IMAGE]
   return hashlib.sha256(repr(images).encode()).hexdigest()[:16]
+
+
+def look(path: str | os.PathLike[str]) -> str:
+  """Returns `summarise` of a folder, or of a file that holds images.
+
+  Raises:
+    OSError: if there is neither.
+  """
+  if os.path.isdir(path):
+    return summarise(scan(path))
+  seen = os.stat(path)
+  name = os.path.basename(path)
+  return summarise([Entry(name, IMAGE, seen.st_size, seen.st_mtime_ns)])
 
 
 def describe(left_out: Iterable[LeftOut]) -> str:

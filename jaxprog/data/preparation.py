@@ -20,7 +20,15 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming, read_only_builder
 
 from jaxprog import buckets, errors, files, named, paths
-from jaxprog.data import builders, folders, packs, parts, remote, shards
+from jaxprog.data import (
+  builders,
+  folders,
+  layouts,
+  packs,
+  parts,
+  remote,
+  shards,
+)
 from jaxprog.data import records as records_lib
 from jaxprog.data.records import Dataset, Records
 from jaxprog.stages import Storage
@@ -94,7 +102,7 @@ def check_dataset(
   """
   data_dir = pathlib.Path(data_dir)
   prepared = find_prepared(dataset, data_dir)
-  root = _find_raw(dataset, data_dir)
+  root = _find_root(dataset, data_dir)
   if prepared and (root is None or _is_untouched(root, prepared, seconds)):
     return 'prepared'
   raw = list_raw(dataset, data_dir)
@@ -125,7 +133,7 @@ def prepare(
   data_dir: str | os.PathLike[str],
   *,
   progress: parts.Progress | None = None,
-) -> str:
+) -> builders.Raw | None:
   """Makes DATA_DIR/prepared/… of a dataset, unless it is there and current.
 
   Local folders come before tfds, which may download. `progress` is called
@@ -133,14 +141,13 @@ def prepare(
   labels were read, for others. What is interrupted leaves nothing that looks
   finished, and a second process waits for the first; where the file system
   knows no locks, what one of them has finished stays. Returns what the raw
-  folder holds besides, in words, '' if nothing.
+  folder holds, None if there is none.
 
   Raises:
     UserError: if there is nothing to prepare it from, or no room.
   """
   data_dir = pathlib.Path(data_dir)
   raw = list_raw(dataset, data_dir)
-  left_out = folders.describe(raw.left_out) if raw else ''
   # Before it is locked: one may not be allowed to write there.
   if current := _find_current(dataset, data_dir, raw):
     records_lib.open_dataset(dataset, current, progress)  # Indexes the labels.
@@ -152,7 +159,7 @@ def prepare(
           str(current.data_dir),
           'Prepare it where you may write, or move the raw folder away.',
         )
-    return left_out
+    return raw
   builder = None
   if raw is None:
     # Before anything is written: what cannot be had leaves no folder behind.
@@ -160,7 +167,7 @@ def prepare(
     _check_source(dataset, builder, data_dir)
   with _writing(data_dir / 'prepared') as is_locked:
     if _find_current(dataset, data_dir, raw):
-      return left_out
+      return raw
     prepared = find_prepared(dataset, data_dir)
     if prepared is not None:
       remote.remove(pathlib.Path(prepared.data_dir))
@@ -181,7 +188,7 @@ def prepare(
     records_lib.open_dataset(dataset, builder, progress)  # Indexes the labels.
     if raw is not None:
       _write_looks(builder, raw.looks)
-  return left_out
+  return raw
 
 
 def _find_current(
@@ -200,6 +207,12 @@ def _find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
   """Returns the raw folder of a dataset, if there is one."""
   folders = _raw_folders(dataset, data_dir)
   return next((x for x in folders if x.is_dir()), None)
+
+
+def _find_root(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
+  """Returns the folder that holds a dataset's raw splits, if there is one."""
+  folder = _find_raw(dataset, data_dir)
+  return layouts.locate(folder) if folder else None
 
 
 def _raw_folders(dataset: str, data_dir: pathlib.Path) -> list[pathlib.Path]:
@@ -275,8 +288,10 @@ def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
   """
   if dataset == 'digits':
     return builders.list_digits()
-  folder = _find_raw(dataset, data_dir)
-  return builders.list_raw(dataset, folder) if folder else None
+  root = _find_root(dataset, data_dir)
+  if root is None:
+    return None
+  return layouts.list_folder(root, named.find(dataset).class_names)
 
 
 def folder_config(dataset: str) -> str:
@@ -344,7 +359,7 @@ def _is_untouched(
     names = list(looks.images)
     random.shuffle(names)
     for name in names:
-      if folders.summarise(folders.scan(root / name)) != looks.images[name]:
+      if folders.look(root / name) != looks.images[name]:
         return False
       if time.monotonic() > deadline:
         break
@@ -389,7 +404,7 @@ def _is_edited(
     images = {
       (image.wnid, image.file_name): image
       for image in raw.images(split)
-      if isinstance(image.data, pathlib.Path) and image.data.parent in written
+      if image.container in written
     }
     names = records.names() if images else ()
     for i, name in enumerate(names):
@@ -513,7 +528,8 @@ def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
     return errors.UserError(
       f'There is no folder {rest!r}.',
       f'dataset {dataset!r}' if is_url else f'looked in {pathlib.Path.cwd()}',
-      'Its images belong into PATH/{train,val}/CLASS/.',
+      layouts.find_alike(raw[0])
+      or 'Its images belong into PATH/{train,val}/CLASS/.',
     )
   known = named.find(dataset)
   looked = list(map(buckets.shown, raw))
@@ -527,7 +543,7 @@ def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
   return errors.UserError(
     f'The dataset {dataset!r} is missing.',
     f'looked for {", ".join(looked)}',
-    advice,
+    layouts.find_misplaced(data_dir, known) or advice,
   )
 
 

@@ -518,9 +518,7 @@ def _describe_states(
 
 def _raw_bytes(raw: builders.Raw) -> int:
   return sum(
-    len(image.data)
-    if isinstance(image.data, bytes)
-    else image.data.stat().st_size
+    image.size
     for split in (builders.TRAIN, builders.EVAL)
     for image in raw.images(split)
   )
