@@ -157,7 +157,7 @@ def prepare(
         raise errors.UserError(
           'The prepared copy is right, but that cannot be noted there.',
           str(current.data_dir),
-          'Prepare it where you may write, or move the raw folder away.',
+          'Set $JAXPROG_CACHE_DIR to a folder that you may write to.',
         )
     return raw
   builder = None
@@ -417,21 +417,34 @@ def _is_edited(
 def _read_looks(prepared: tfds.core.DatasetBuilder) -> builders.Looks | None:
   """Returns how the raw folder looked, None if that is not known."""
   try:
-    text = pathlib.Path(prepared.data_dir, _LOOKS).read_text()
-    return builders.Looks(**json.loads(text))
+    noted = [x for x in _looks_files(prepared) if x.exists()]
+    latest = max(noted, key=lambda x: x.stat().st_mtime_ns)
+    return builders.Looks(**json.loads(latest.read_text()))
   except (OSError, ValueError, TypeError):
     return None
+
+
+def _looks_files(
+  prepared: tfds.core.DatasetBuilder,
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """Returns where that is noted: beside the records, or else in the cache.
+
+  Who may only read prepared data has none but the second.
+  """
+  directory = pathlib.Path(prepared.data_dir)
+  name = files.digest_parts(str(directory.resolve()))[:16]
+  return directory / _LOOKS, paths.cache_home() / 'looks' / f'{name}.json'
 
 
 def _write_looks(
   prepared: tfds.core.DatasetBuilder, looks: builders.Looks
 ) -> bool:
   """Returns whether it could be noted how the raw folder looks."""
-  try:
-    files.write_json(pathlib.Path(prepared.data_dir, _LOOKS), looks._asdict())
-  except OSError:  # Prepared data may be read-only.
-    return False
-  return True
+  for file in _looks_files(prepared):
+    with contextlib.suppress(OSError):  # Prepared data may be read-only.
+      files.write_json(file, looks._asdict())
+      return True
+  return False
 
 
 def _create_tfds_builder(
@@ -554,11 +567,15 @@ def say_new(data_dir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(root: pathlib.Path) -> Iterator[bool]:
+def _writing(
+  root: pathlib.Path,
+  advice: str = 'Set config.data_dir to a folder of your own, with links to '
+  'raw folders that you may only read.',
+) -> Iterator[bool]:
   """Lets one process at a time write below `root`; False: no locks there.
 
   Raises:
-    UserError: if one may not write there, or the disk is full.
+    UserError: if one may not write there, with `advice`, or the disk is full.
   """
   is_new = not root.parent.is_dir()
   try:
@@ -568,7 +585,7 @@ def _writing(root: pathlib.Path) -> Iterator[bool]:
     raise errors.UserError(
       f'Cannot write prepared data: {e.strerror}.',
       str(root),
-      'Set config.data_dir to where there is room.',
+      advice,
     ) from e
   try:
     with file:
@@ -607,7 +624,8 @@ def store(
   # Before it is locked: one may not be allowed to write there.
   pack = find_pack(records, storage)
   if pack is None:
-    with _writing(path.parent) as is_locked:
+    advice = "Let who may write there prepare it, or set storage='original'."
+    with _writing(path.parent, advice) as is_locked:
       pack = find_pack(records, storage)
       if pack is None:
         remote.remove(path)
