@@ -26,8 +26,6 @@ class Published(NamedTuple):
 class Named(NamedTuple):
   """What is known of a dataset; see `DATASETS`."""
 
-  # Which of data/builders.LAYOUTS lists its raw folder; digits have none.
-  layout: str
   # Raw folders below data_dir; the first that exists is taken.
   folders: tuple[str, ...] = ()
   published: Published | None = None
@@ -59,23 +57,20 @@ IMAGENETTE_NAMES = {
 }
 
 DATASETS = {
-  'digits': Named('digits', prepared='scikit_learn_digits'),
+  'digits': Named(prepared='scikit_learn_digits'),
   'imagenet2012': Named(
-    'imagenet',
-    ('imagenet1k',),
+    ('imagenet1k', 'ILSVRC'),
     Published(1000, 1_281_167, 50_000),
     tfds='imagenet2012',
     manual='ILSVRC2012_img_train.tar',
     keeps_names=True,
   ),
   'imagenet_mini': Named(
-    'imagenet',
-    ('imagenet-mini',),
+    ('imagenet-mini', 'archive/imagenet-mini'),
     Published(1000, 34_745, 3_923),
     keeps_names=True,
   ),
   'imagenette': Named(
-    'class_folders',
     ('imagenette2', 'imagenette2-320', 'imagenette2-160'),
     Published(10, 9_469, 3_925),
     IMAGENETTE_NAMES,
@@ -89,8 +84,7 @@ DATASETS = {
   ),
   # Its images only look like ImageNet's: it counts them anew.
   'tiny_imagenet': Named(
-    'tiny_imagenet',
-    ('tiny-imagenet-200',),
+    ('tiny-imagenet-200', 'archive/tiny-imagenet-200'),
     Published(200, 100_000, 10_000),
     # Its authors publish no sum: this is the one on which public users of
     # their 248,100,043 bytes agree.
@@ -106,5 +100,5 @@ def find(dataset: str) -> Named:
   """Returns what is known of a dataset; little of folder:PATH and tfds:NAME."""
   source, _, rest = dataset.partition(':')
   spec = rest if source == 'tfds' else ''
-  other = Named('any_folder', tfds=spec, prepared='image_class_folder')
+  other = Named(tfds=spec, prepared='image_class_folder')
   return DATASETS.get(dataset, other)

@@ -70,9 +70,14 @@ def copy(
   Raises:
     UserError: naming `where`, if nothing can lie at such a URL.
   """
-  home = os.environ.get('JAXPROG_CACHE_DIR') or '~/.cache/jaxprog'
   url = buckets.normalise(url, where)
-  return buckets.copy_of(url, expand(cache or home) / part)
+  home = expand(cache) if cache else cache_home()
+  return buckets.copy_of(url, home / part)
+
+
+def cache_home() -> pathlib.Path:
+  """Returns where this user's copies and notes are kept on this machine."""
+  return expand(os.environ.get('JAXPROG_CACHE_DIR') or '~/.cache/jaxprog')
 
 
 def cache_dir(config: config_dict.ConfigDict) -> pathlib.Path | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 import resource
 import struct
@@ -16,12 +17,14 @@ from data_archives_test import files_below
 from data_fixtures import encode
 from image_fixtures import write_pets
 
+from jaxprog import errors
 from jaxprog.data import preparation
 
 CONFIG = """
 from jaxprog import start_from
 
-def get_config(root):
+def get_config(asked):
+  what, _, root = asked.rpartition('@')
   config = start_from('default')
   config.data_dir = f'{root}/data'
   config.model = 'resnet10'
@@ -32,7 +35,19 @@ def get_config(root):
     {'name': 'pets', 'dataset': f'folder:{root}/pets', 'image_size': 16,
      'batch_size': 4, 'num_epochs': 1, 'storage': 'raw'},
   ]
-  return config
+  if not what:
+    return config
+  of_runs = start_from(f'{what}_default')
+  of_runs.base = config
+  if what == 'compare':
+    of_runs.grid = ({'stages[0].learning_rate': (0.1, 0.2)},)
+    of_runs.seeds = 1
+  else:
+    of_runs.search = (
+      {'field': 'stages[0].weight_decay', 'choice': (0.0, 0.1)},
+    )
+    of_runs.num_trials = 2
+  return of_runs
 """
 
 
@@ -126,6 +141,104 @@ def test_prepared_data_that_one_may_only_read_is_enough(config, tmp_path):
     result = runs.call_main(config, '--mode=prepare')
     assert_three_lines(result, 'Read-only file system')
   assert files_below(data) == before
+
+
+@contextlib.contextmanager
+def read_only(folder):
+  """Lets nobody write to a folder, not even root."""
+  with mounted(folder, ('--bind', folder), ('-o', 'remount,bind,ro')):
+    with pytest.raises(OSError, match='Read-only'):
+      (folder / 'x').touch()
+    yield
+
+
+@pytest.mark.slow
+def test_every_mode_works_where_data_may_only_be_read(config, tmp_path):
+  data = tmp_path / 'data'
+  assert runs.call_main(config, '--mode=prepare').returncode == 0
+  for kept in data.rglob('*'):  # What was noted is found out again.
+    if kept.name.startswith(('labels', 'names', 'matches', 'signatures')):
+      kept.unlink()
+  before = files_below(data)
+  modes = {
+    'predict': [f'--input={tmp_path}/pets/val'],
+    'plan': ['--topology=v5e:1x1'],
+    'compare': [config.replace(':', ':compare@'), f'--workdir={tmp_path}/c'],
+    'tune': [config.replace(':', ':tune@'), f'--workdir={tmp_path}/t'],
+  }
+  modes |= {x: [] for x in ('check', 'verify', 'audit', 'prepare', 'lr_find')}
+  with read_only(data):
+    for mode in ('train', 'eval', 'report', 'export', *modes):
+      place = config, f'--workdir={tmp_path}/run', f'--mode={mode}'
+      # Of flags that are given twice the last holds.
+      result = runs.call_main(*place, *modes.get(mode, []))
+      assert result.returncode == 0, (mode, result.stderr)
+  assert files_below(data) == before
+
+
+def test_a_copy_whose_times_are_lost_may_be_read_only(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setenv('JAXPROG_CACHE_DIR', str(tmp_path / 'cache'))
+  assert runs.call_main(config, '--mode=prepare').returncode == 0
+  for image in (tmp_path / 'pets').rglob('*.JPEG'):
+    os.utime(image, ns=(1, 1))
+  name, data = f'folder:{tmp_path}/pets', tmp_path / 'data'
+  with read_only(data):
+    with pytest.raises(errors.UserError, match='were written to since'):
+      preparation.check_dataset(name, data)
+    assert runs.call_main(config, '--mode=prepare').returncode == 0
+    assert preparation.check_dataset(name, data) == 'prepared'
+    # The note is of these images, not of any.
+    os.utime(tmp_path / 'pets/train/n01/n01_train_0.JPEG', ns=(2, 2))
+    with pytest.raises(errors.UserError, match='were written to since'):
+      preparation.check_dataset(name, data)
+
+
+def test_what_is_missing_where_one_may_only_read_is_said(config, tmp_path):
+  data = tmp_path / 'data'
+  write_pets(data / 'imagenette2')
+  with read_only(data):
+    with pytest.raises(errors.UserError, match='Read-only') as caught:
+      preparation.load_dataset('imagenette', data)
+    assert 'links to raw folders' in caught.value.suggestion
+    (tmp_path / 'own').mkdir()
+    (tmp_path / 'own' / 'imagenette2').symlink_to(data / 'imagenette2')
+    own = preparation.load_dataset('imagenette', tmp_path / 'own')
+    assert own.num_classes == 3
+  preparation.prepare(f'folder:{tmp_path}/pets', data)
+  with read_only(data):
+    result = runs.call_main(config, f'--workdir={tmp_path}/run')
+    assert_three_lines(result, 'Read-only', "set storage='original'")
+
+
+# Begins when it is told to; prints a line an image that it prepares.
+BESIDE = """
+import sys
+from jaxprog import errors
+from jaxprog.data import preparation
+print('ready', flush=True)
+sys.stdin.readline()
+found = preparation.load_dataset(
+  *sys.argv[1:], progress=lambda *_: print('image', flush=True)
+)
+print(len(found.train), found.fingerprint)
+"""
+
+
+def test_of_several_processes_one_prepares(tmp_path):
+  name = f'folder:{write_pets(tmp_path / "pets")}'
+  command = [sys.executable, '-c', BESIDE, name, tmp_path / 'data']
+  pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
+  processes = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(3)]
+  for process in processes:
+    assert process.stdout.readline() == 'ready\n'
+  for process in processes:
+    process.stdin.write('\n')
+    process.stdin.flush()
+  said = [process.communicate()[0].splitlines() for process in processes]
+  assert sorted(x.count('image') for x in said) == [0, 0, 21]
+  assert len({x[-1] for x in said}) == 1
 
 
 # In its process the kernel answers flock with ENOLCK.

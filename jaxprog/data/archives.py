@@ -221,6 +221,20 @@ def list_files(
   return found
 
 
+def read_files(
+  archive: pathlib.Path, names: Collection[str]
+) -> dict[str, bytes]:
+  """Returns path -> contents of the files in a tar that have these names."""
+  with _reading(archive), tarfile.open(archive, tarinfo=_TarInfo) as tar:
+    return {
+      x.name: file.read()
+      for x in tar
+      if pathlib.PurePosixPath(x.name).name in names
+      and x.isfile()
+      and (file := tar.extractfile(x))
+    }
+
+
 def _compare(path: str | os.PathLike[str], expected: str, found: str) -> None:
   if found != expected.strip().lower():
     raise errors.UserError(

@@ -24,6 +24,7 @@ from jaxprog.data import (
   builders,
   folders,
   hub,
+  layouts,
   packs,
   parquet,
   parts,
@@ -46,6 +47,8 @@ _LIE_IN = {
   'parquet': "PATH is a folder with train and validation in its files' names.",
   'wds': 'Write wds:PATH/{train-{000..146},val-{00..06}}.tar, or wds:PATH.',
 }
+# What is no folder of classes.
+_FILES = 'hf', 'parquet', 'wds'
 # Beside the records: how the raw folder looked.
 _LOOKS = 'raw_folder.json'
 # What looking at the times of raw files may take at a start, in seconds.
@@ -112,7 +115,7 @@ def check_dataset(
   prepared = find_prepared(dataset, data_dir)
   if prepared and paths.dataset_source(dataset).kind == 'hf':
     return 'prepared'  # What the cache has is never another.
-  root = _find_raw(dataset, data_dir)
+  root = _find_root(dataset, data_dir)
   if prepared and (root is None or _is_untouched(root, prepared, seconds)):
     return 'prepared'
   raw = list_raw(dataset, data_dir)
@@ -143,7 +146,7 @@ def prepare(
   data_dir: str | os.PathLike[str],
   *,
   progress: parts.Progress | None = None,
-) -> str:
+) -> builders.Raw | None:
   """Makes DATA_DIR/prepared/… of a dataset, unless it is there and current.
 
   Local folders come before tfds, which may download. `progress` is called
@@ -151,14 +154,13 @@ def prepare(
   labels were read, for others. What is interrupted leaves nothing that looks
   finished, and a second process waits for the first; where the file system
   knows no locks, what one of them has finished stays. Returns what the raw
-  folder holds besides, in words, '' if nothing.
+  folder holds, None if there is none.
 
   Raises:
     UserError: if there is nothing to prepare it from, or no room.
   """
   data_dir = pathlib.Path(data_dir)
   raw = list_raw(dataset, data_dir)
-  left_out = folders.describe(raw.left_out) if raw else ''
   # Before it is locked: one may not be allowed to write there.
   if current := _find_current(dataset, data_dir, raw):
     records_lib.open_dataset(dataset, current, progress)  # Indexes the labels.
@@ -168,9 +170,9 @@ def prepare(
         raise errors.UserError(
           'The prepared copy is right, but that cannot be noted there.',
           str(current.data_dir),
-          'Prepare it where you may write, or move the raw folder away.',
+          'Set $JAXPROG_CACHE_DIR to a folder that you may write to.',
         )
-    return left_out
+    return raw
   builder = None
   if raw is None:
     # Before anything is written: what cannot be had leaves no folder behind.
@@ -178,7 +180,7 @@ def prepare(
     _check_source(dataset, builder, data_dir)
   with _writing(data_dir / 'prepared') as is_locked:
     if _find_current(dataset, data_dir, raw):
-      return left_out
+      return raw
     prepared = find_prepared(dataset, data_dir)
     if prepared is not None:
       remote.remove(pathlib.Path(prepared.data_dir))
@@ -204,7 +206,7 @@ def prepare(
     records_lib.open_dataset(dataset, builder, progress)  # Indexes the labels.
     if raw is not None:
       _write_looks(builder, raw.looks)
-  return left_out
+  return raw
 
 
 def _find_current(
@@ -223,6 +225,14 @@ def _find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
   """Returns the raw folder of a dataset, if there is one."""
   folders = _raw_folders(dataset, data_dir)
   return next((x for x in folders if x.is_dir()), None)
+
+
+def _find_root(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
+  """Returns the folder that holds a dataset's raw splits, if there is one."""
+  folder = _find_raw(dataset, data_dir)
+  if folder is None or paths.dataset_source(dataset).kind in _FILES:
+    return folder
+  return layouts.locate(folder)
 
 
 def _raw_folders(dataset: str, data_dir: pathlib.Path) -> list[pathlib.Path]:
@@ -306,18 +316,18 @@ def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
   """
   if dataset == 'digits':
     return builders.list_digits()
-  folder = _find_raw(dataset, data_dir)
-  if folder is None:
+  root = _find_root(dataset, data_dir)
+  if root is None:
     return None
   kind, place, image, label = paths.dataset_source(dataset)
   match kind:
     case 'hf':
-      return hub.list_raw(dataset, folder, image, label)
+      return hub.list_raw(dataset, root, image, label)
     case 'parquet':
-      return parquet.list_raw(dataset, folder, image, label)
+      return parquet.list_raw(dataset, root, image, label)
     case 'wds':
-      return tars.list_raw(dataset, folder, place, image, label)
-  return builders.list_raw(dataset, folder)
+      return tars.list_raw(dataset, root, place, image, label)
+  return layouts.list_folder(root, named.find(dataset).class_names)
 
 
 def folder_config(dataset: str) -> str:
@@ -450,21 +460,34 @@ def _is_edited(
 def _read_looks(prepared: tfds.core.DatasetBuilder) -> builders.Looks | None:
   """Returns how the raw folder looked, None if that is not known."""
   try:
-    text = pathlib.Path(prepared.data_dir, _LOOKS).read_text()
-    return builders.Looks(**json.loads(text))
+    noted = [x for x in _looks_files(prepared) if x.exists()]
+    latest = max(noted, key=lambda x: x.stat().st_mtime_ns)
+    return builders.Looks(**json.loads(latest.read_text()))
   except (OSError, ValueError, TypeError):
     return None
+
+
+def _looks_files(
+  prepared: tfds.core.DatasetBuilder,
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """Returns where that is noted: beside the records, or else in the cache.
+
+  Who may only read prepared data has none but the second.
+  """
+  directory = pathlib.Path(prepared.data_dir)
+  name = files.digest_parts(str(directory.resolve()))[:16]
+  return directory / _LOOKS, paths.cache_home() / 'looks' / f'{name}.json'
 
 
 def _write_looks(
   prepared: tfds.core.DatasetBuilder, looks: builders.Looks
 ) -> bool:
   """Returns whether it could be noted how the raw folder looks."""
-  try:
-    files.write_json(pathlib.Path(prepared.data_dir, _LOOKS), looks._asdict())
-  except OSError:  # Prepared data may be read-only.
-    return False
-  return True
+  for file in _looks_files(prepared):
+    with contextlib.suppress(OSError):  # Prepared data may be read-only.
+      files.write_json(file, looks._asdict())
+      return True
+  return False
 
 
 def _create_tfds_builder(
@@ -568,7 +591,7 @@ def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
     return errors.UserError(
       f'There is no folder {place!r}.',
       f'dataset {dataset!r}' if is_url else f'looked in {pathlib.Path.cwd()}',
-      _LIE_IN[source],
+      (source == 'folder' and layouts.find_alike(raw[0])) or _LIE_IN[source],
     )
   known = named.find(dataset)
   looked = list(map(buckets.shown, raw))
@@ -582,7 +605,7 @@ def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
   return errors.UserError(
     f'The dataset {dataset!r} is missing.',
     f'looked for {", ".join(looked)}',
-    advice,
+    layouts.find_misplaced(data_dir, known) or advice,
   )
 
 
@@ -593,11 +616,15 @@ def say_new(data_dir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(root: pathlib.Path) -> Iterator[bool]:
+def _writing(
+  root: pathlib.Path,
+  advice: str = 'Set config.data_dir to a folder of your own, with links to '
+  'raw folders that you may only read.',
+) -> Iterator[bool]:
   """Lets one process at a time write below `root`; False: no locks there.
 
   Raises:
-    UserError: if one may not write there, or the disk is full.
+    UserError: if one may not write there, with `advice`, or the disk is full.
   """
   is_new = not root.parent.is_dir()
   try:
@@ -607,7 +634,7 @@ def _writing(root: pathlib.Path) -> Iterator[bool]:
     raise errors.UserError(
       f'Cannot write prepared data: {e.strerror}.',
       str(root),
-      'Set config.data_dir to where there is room.',
+      advice,
     ) from e
   try:
     with file:
@@ -655,7 +682,8 @@ def store(
   # Before it is locked: one may not be allowed to write there.
   pack = find_pack(records, storage)
   if pack is None:
-    with _writing(path.parent) as is_locked:
+    advice = "Let who may write there prepare it, or set storage='original'."
+    with _writing(path.parent, advice) as is_locked:
       pack = find_pack(records, storage)
       if pack is None:
         remote.remove(path)

@@ -8,7 +8,7 @@ import rich.console
 from ml_collections import config_dict
 
 from jaxprog import buckets, errors, named, paths, stages
-from jaxprog.data import archives, preparation
+from jaxprog.data import archives, folders, preparation
 from jaxprog.monitoring import activity
 from jaxprog.tools import audit
 
@@ -59,10 +59,14 @@ def prepare(
     with activity.doing(f'fetching {dataset}', unit='bytes') as show:
       preparation.fetch_raw(dataset, data_dir, show)
     with activity.doing(f'preparing {dataset}') as show:
-      left_out = preparation.prepare(dataset, data_dir, progress=show)
+      raw = preparation.prepare(dataset, data_dir, progress=show)
     where = buckets.shown(data_dir / 'prepared')
     console.print(f'{dataset}: prepared in {where}', soft_wrap=True)
-    if left_out:
+    if raw and raw.labels_from:
+      text = errors.printable(f'{dataset}: labels of val: {raw.labels_from}')
+      console.print(text, highlight=False, soft_wrap=True)
+    if raw and raw.left_out:
+      left_out = folders.describe(raw.left_out)
       text = errors.printable(f'{dataset}: left out: {left_out}')
       console.print(text, style='yellow', highlight=False, soft_wrap=True)
   for stage in chosen:
@@ -144,7 +148,7 @@ def _raw_folders(
   """Returns the names below `data_dir` that hold raw images of `datasets`."""
   names: list[str] = []
   for dataset in datasets:
-    names += named.find(dataset).folders
+    names += [x.partition('/')[0] for x in named.find(dataset).folders]
     folder = paths.dataset_folder(dataset)
     if folder and data_dir.absolute() in folder.absolute().parents:
       names.append(folder.absolute().parts[len(data_dir.absolute().parts)])
