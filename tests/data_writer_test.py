@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jaxprog import errors
-from jaxprog.data import builders, shards, writer
+from jaxprog.data import builders, layouts, shards, writer
 
 CLASSES = ('n01', 'n02')
 
@@ -33,7 +33,7 @@ def read_parsed(builder, split):
 
 
 def test_records_and_notes_are_tfds_own(tmp_path):
-  raw = builders.list_class_folders(
+  raw = layouts.list_folder(
     data_fixtures.write_class_folders(tmp_path / 'raw', train=9)
   )
   built = []

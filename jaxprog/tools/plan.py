@@ -102,6 +102,8 @@ def _explain(figures: dict[str, Any], topology: chips.Topology) -> str:
   price = (
     '' if figures['chip_hour_price'] else ' Set chip_hour_price for a cost.'
   )
+  each = chips.KERNEL_SECONDS[chip.platform]
+  kernels = f', and {1e6 * each:g} microseconds a kernel' if each else ''
   return (
     'HBM: arguments, results and temporaries of the compiled step on one chip, '
     f'of {chip.usable_bytes / 1e9:.0f} GB that a run may allocate. largest: '
@@ -110,7 +112,7 @@ def _explain(figures: dict[str, Any], topology: chips.Topology) -> str:
     'training. images/s: of one '
     f'chip at {figures["utilization"]:.0%} of {chip.bf16_flops / 1e12:.0f} '
     f'TFLOP/s and {chip.memory_rate / 1e9:,.0f} GB/s, exchanges added '
-    f'({chip.network_rate / 1e9:.0f} GB/s); no run has measured it. cores: of '
+    f'({chip.network_rate / 1e9:.0f} GB/s){kernels}. cores: of '
     f'the host for each chip, which has {topology.cores_per_chip:g}. hours: '
     f'with evaluations, without compilation.{price}'
   )
