@@ -6,11 +6,6 @@ the first of them uncounted, because the other's turn has emptied caches and
 given memory back; the ratios are medians over the rounds.
 
   python benchmarks/step.py --model=resnet18 --image_size=64 --batch_size=128
-
-With --fields, our own step as a stage has it, augmentation and update included,
-is measured with some of its fields and without:
-
-  python benchmarks/step.py --fields loss=bce drop_path=0.1 ema_decay=0.999
 """
 
 import argparse
@@ -49,9 +44,6 @@ def main() -> None:
   parser.add_argument('--threads', type=int, default=os.cpu_count())
   parser.add_argument('--skip_plain', action='store_true')
   parser.add_argument(
-    '--fields', nargs='*', help='of a stage, NAME=VALUE[:NAME=VALUE...]'
-  )
-  parser.add_argument(
     '--torch_python', default=sys.executable, help='has PyTorch installed'
   )
   parser.add_argument('--peer', nargs=2, help=argparse.SUPPRESS)
@@ -64,12 +56,8 @@ def main() -> None:
 
 def compare(args: argparse.Namespace) -> None:
   """Takes steps in turn and prints the table."""
-  if args.fields:
-    steps = {name: stage_step(args, name) for name in ('', *args.fields)}
-    steps['jaxprog'] = steps.pop('')
-  else:
-    steps = jax_steps(args)
-    steps.update(torch_steps(args, steps.pop('stem')))
+  steps = jax_steps(args)
+  steps.update(torch_steps(args, steps.pop('stem')))
   seconds: dict[str, list[float]] = {name: [] for name in steps}
   for _ in range(args.rounds):
     for name, step in steps.items():
@@ -159,73 +147,6 @@ def jax_step(model, args: argparse.Namespace) -> Callable[[], float]:
     start = time.perf_counter()
     state, loss = compiled(state, image, label)
     loss.block_until_ready()
-    return time.perf_counter() - start
-
-  step()
-  return step
-
-
-def stage_step(args: argparse.Namespace, text: str) -> Callable[[], float]:
-  """Compiles the step of a stage with these fields; times one of it."""
-  import jax
-  import jax.numpy as jnp
-
-  from jaxprog import epochs, fields, stages, start_from
-  from jaxprog.models import resnet
-  from jaxprog.optim import optimizers
-  from jaxprog.training import state as state_lib
-  from jaxprog.training import steps
-
-  named = dict(x.split('=', 1) for x in text.split(':') if x)
-  config = start_from('default')
-  config.stages = [
-    {
-      **{'name': 'stage', 'dataset': 'imagenette'},
-      **{'batch_size': args.batch_size, 'optimizer': 'sgd_momentum'},
-      **{k: fields.STAGE[k].parse(v, '--fields') for k, v in named.items()},
-    }
-  ]
-  (stage,) = stages.create_stages(config)
-  model = resnet.create_model(
-    args.model,
-    num_classes=NUM_CLASSES,
-    image_size=args.image_size,
-    dtype=args.dtype,
-  )
-  tx = optimizers.create_optimizer(stage)
-  init = functools.partial(state_lib.init_variables, model, args.image_size)
-  create = functools.partial(
-    state_lib.create_state, tx=tx, ema=stage.ema_decay > 0
-  )
-  state = jax.jit(lambda rng: create(init(rng)))(jax.random.key(0))
-  image, label = make_batch(args)
-  batch = {
-    'image': jnp.clip(64 * image + 128, 0, 255).astype(jnp.uint8),
-    'label': jnp.asarray(label, jnp.int32),
-    'mask': jnp.ones(args.batch_size, bool),
-    'index': jnp.arange(args.batch_size, dtype=jnp.int32),
-    'epoch': jnp.zeros(args.batch_size, jnp.int32),
-  }
-  train_step = steps.create_train_step(
-    model,
-    tx,
-    lambda step: jnp.float32(0.01),
-    stage,
-    epochs.Steps((epochs.Phase(0, 0, 10, args.batch_size),), 10),
-    (config.mean_rgb, config.std_rgb),
-    num_classes=NUM_CLASSES,
-  )
-  rng = jax.random.key(1)
-  compiled = (
-    jax.jit(train_step, donate_argnums=0).lower(state, batch, rng).compile()
-  )
-  print(f'compiled {text or "the plain step"}', flush=True)
-
-  def step() -> float:
-    nonlocal state
-    start = time.perf_counter()
-    state, metrics = compiled(state, batch, rng)
-    metrics['loss'].block_until_ready()
     return time.perf_counter() - start
 
   step()
