@@ -60,7 +60,7 @@ def get_config() -> config_dict.ConfigDict:
       'flip': True,
       'min_crop_area': 0.08,
       'max_crop_aspect': 4 / 3,
-      # Table 2: repeated aug; section 4: three times.
+      # Table 2: repeated aug; three times, timm's argument aug_repeats.
       'augment_repeats': 3,
       # Table 2: stoch. depth, label smoothing, BCE loss.
       'drop_path': 0.05,

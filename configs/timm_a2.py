@@ -22,8 +22,8 @@ def get_config() -> config_dict.ConfigDict:
       'weight_decay': 0.02,
       'mixup_alpha': 0.1,
       'label_smoothing': 0.0,
-      # Section 3: each class that was mixed in is there, as a whole. timm's
-      # argument bce_target_thresh: if it is more than a fifth of the image.
+      # Its multi-label objective: each class that was mixed in is there, as a
+      # whole; timm's argument bce_target_thresh: from a fifth of the image on.
       'bce_target_threshold': 0.2,
     }
   )
