@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterator
 BATCH = 64
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Name -> storage and image size, of ours.
+# Name -> storage, image size and perhaps the interpolation, of ours.
 OURS = {
   'jpeg': ('original', SIZE),
+  'jpeg, bicubic': ('original', SIZE, 'bicubic'),
   'jpeg:256': ('jpeg:256', SIZE),
   'raw:256': ('raw:256', SIZE),
   'raw:64 at 64 px': ('raw:64', 64),
@@ -145,13 +146,19 @@ def create_batches(name: str, data: str, cores: int) -> Iterator:
     case 'torchvision':
       return torchvision_loader(data, cores)
     case 'evaluation':
-      return ours('original', SIZE, data, cores, training=False)
+      return ours(data, cores, 'original', SIZE, training=False)
     case _:
-      return ours(*OURS[name], data, cores)
+      return ours(data, cores, *OURS[name])
 
 
 def ours(
-  storage: str, size: int, data: str, cores: int, *, training: bool = True
+  data: str,
+  cores: int,
+  storage: str,
+  size: int,
+  interpolation: str = 'bilinear',
+  *,
+  training: bool = True,
 ) -> Iterator:
   """Yields this program's batches."""
   sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -166,6 +173,7 @@ def ours(
       'image_size': size,
       'batch_size': BATCH,
       'storage': storage,
+      'crop_interpolation': interpolation,
       'num_epochs': 1e5,
     }
   ]

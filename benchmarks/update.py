@@ -29,6 +29,7 @@ PEERS = {
   'trace_8bit': 'trace',
   'jaxprog adamw': 'optax.adamw',
   'jaxprog adamw_8bit': 'optax.adamw',
+  'jaxprog lamb': 'optax.lamb',
   'jaxprog sgd_momentum': 'optax.sgd',
 }
 RATE, DECAY = 1e-3, 1e-4
@@ -46,6 +47,8 @@ def transformations() -> dict[str, optax.GradientTransformation]:
     ),
     'jaxprog adamw': ours('adamw'),
     'jaxprog adamw_8bit': ours('adamw_8bit'),
+    'optax.lamb': optax.lamb(RATE, weight_decay=DECAY),
+    'jaxprog lamb': ours('lamb'),
     'optax.sgd': optax.chain(
       optax.add_decayed_weights(DECAY, optimizers.weight_decay_mask),
       optax.sgd(RATE, 0.9),

@@ -10,17 +10,7 @@ The README of libffcv/ffcv-imagenet gives, for these epochs, 73.8, 75.6, 76.6,
 averaged over an image and its mirror image at 256 pixels. These figures are
 theirs; nothing of this was run here.
 
-What differs from theirs:
-
-- Evaluation looks at an image once.
-- BatchNorm sees the global batch, theirs the 512 images of one GPU.
-- The rate rises from 0, theirs from 1e-4 of the peak.
-- Kernels alone decay; theirs spares norms by name and so still decays those
-  of the shortcuts, and the classifier's bias.
-- Blocks start as their shortcut, and kernels have other initial weights.
-- bfloat16 (float32 on CPU) instead of float16 with a scaled loss.
-- Stored images have 512 pixels on the shorter side, theirs 500 on the longer
-  one and half of them are kept decoded.
+In what it differs from theirs is below, and `--mode=check` says it.
 """
 
 from ml_collections import config_dict
@@ -42,6 +32,22 @@ RECIPES = {
   'resnet18': (1024, 0.5, 5e-5),
   'resnet50': (4096, 1.7, 1e-4),
 }
+# Of their README, by epochs as above.
+PUBLISHED = {
+  'resnet18': (0.669, 0.688, 0.700, 0.706, 0.713, 0.724),
+  'resnet50': (0.738, 0.756, 0.766, 0.772, 0.780, 0.784),
+}
+DIFFERS = (
+  'evaluation looks at an image once, theirs at its mirror image too',
+  'BatchNorm sees the global batch, theirs the images of one GPU',
+  'the rate rises from 0, theirs from 1e-4 of the peak',
+  'kernels alone decay; theirs spares norms by name and so still decays those '
+  "of the shortcuts, and the classifier's bias",
+  'blocks start as their shortcut, and kernels have other initial weights',
+  'bfloat16 (float32 on CPU), theirs float16 with a scaled loss',
+  'stored images have 512 pixels on the shorter side, theirs 500 on the longer '
+  'one and half of them are kept decoded',
+)
 
 
 def get_config(budget: str = '16') -> config_dict.ConfigDict:
@@ -64,6 +70,7 @@ def get_config(budget: str = '16') -> config_dict.ConfigDict:
   num_epochs = int(text)
   batch_size, learning_rate, weight_decay = RECIPES[model]
   start, end = RAMPS[num_epochs]
+  published = dict(zip(RAMPS, PUBLISHED[model], strict=True))
 
   config = start_from('default')
   config.model = model
@@ -71,15 +78,22 @@ def get_config(budget: str = '16') -> config_dict.ConfigDict:
   config.stages = [
     {
       'name': 'imagenet',
-      'description': f'ImageNet-1k in {num_epochs} epochs.',
+      'description': f'ffcv-imagenet, {num_epochs} epochs.',
       'dataset': 'imagenet2012',
       'num_classes': 1000,
+      'published_top1': published[num_epochs],
+      'differs': DIFFERS,
+      # README, dataset setup.
       'storage': 'jpeg:512',
+      # resolution: min_res, max_res. Theirs rounds to the nearest 32 pixels:
+      # two shapes, half-way.
       'image_size': 160,
-      # Theirs rounds to the nearest 32 pixels: two shapes, half-way.
       'phases': ({'from_epoch': -(-(start + end) // 2), 'image_size': 192},),
+      # validation: resolution; DEFAULT_CROP_RATIO of train_imagenet.py.
       'eval_image_size': 256,
       'eval_crop': 224 / 256,
+      # training: epochs, batch_size of each of 8 GPUs (ResNet-18: of one),
+      # momentum, weight_decay, label_smoothing. lr: lr, for that batch.
       'num_epochs': num_epochs,
       'batch_size': batch_size,
       'learning_rate': learning_rate,
@@ -87,10 +101,11 @@ def get_config(budget: str = '16') -> config_dict.ConfigDict:
       'base_batch_size': batch_size,
       'optimizer': 'sgd_momentum',
       'momentum': 0.9,
-      'schedule': 'linear',
-      'warmup_epochs': 2,
       'weight_decay': weight_decay,
       'label_smoothing': 0.1,
+      # lr: lr_schedule_type cyclic, which is linear, lr_peak_epoch.
+      'schedule': 'linear',
+      'warmup_epochs': 2,
     }
   ]
   return config

@@ -327,6 +327,13 @@ class StageFields:
   # One sentence for the report.
   description: str = field('', free=True, scheduled=True)
 
+  # Top-1 that a recipe's source publishes, 0: none, and in what the stage
+  # differs from it: --mode=check says both.
+  published_top1: float = field(
+    0.0, within='[0, 1]', free=True, scheduled=True, younger=True
+  )
+  differs: tuple[str, ...] = field((), free=True, scheduled=True, younger=True)
+
   # A name that README lists under Data, folder:PATH, parquet:PATH, hf:NAME,
   # wds:TARS or tfds:NAME.
   dataset: str = ''

@@ -190,6 +190,54 @@ def test_fast_names_the_budgets_that_there_are(budget):
   assert f'configs/fast.py:{budget}' in caught.value.where
 
 
+# arXiv:2110.00476, table 2: train res, epochs, LR, weight decay, label
+# smoothing, stoch. depth, repeated aug, Rand Augment, mixup alpha, top-1.
+PROCEDURES = {
+  'a1': (224, 600, 5e-3, 0.01, 0.1, 0.05, 3, 7, 0.2, 0.804),
+  'a2': (224, 300, 5e-3, 0.02, 0.0, 0.05, 3, 7, 0.1, 0.798),
+  'a3': (160, 100, 8e-3, 0.02, 0.0, 0.0, 1, 6, 0.1, 0.781),
+}
+
+
+@pytest.mark.parametrize(('name', 'row'), PROCEDURES.items())
+def test_timm_is_the_published_table(name, row):
+  config, (stage,) = load(f'configs/timm_{name}.py')
+  assert row == (
+    stage.image_size,
+    stage.num_epochs,
+    stage.learning_rate,
+    stage.weight_decay,
+    stage.label_smoothing,
+    stage.drop_path,
+    stage.augment_repeats,
+    stage.rand_augment_magnitude / 3,
+    stage.mixup_alpha,
+    stage.published_top1,
+  )
+  assert (config.model, stage.loss, stage.optimizer) == (
+    *('resnet50', 'bce', 'lamb'),
+  )
+  assert (stage.batch_size, stage.warmup_epochs) == (2048, 5)
+  assert (stage.cutmix_alpha, stage.erasing_probability) == (1, 0)
+  assert (stage.eval_size, stage.eval_crop) == (224, 0.95)
+  steps = epochs.count_steps(stage, NUM_IMAGES['imagenet2012'])
+  # Table 2, # of forward pass: 375k, 188k, 63k.
+  assert steps.total == 625 * stage.num_epochs
+  last = schedules.create_learning_rate_fn(stage, steps)(steps.total)
+  assert last == pytest.approx(1e-6)
+
+
+def test_torchvision_forgets_as_its_average_does():
+  _, (stage,) = load('configs/torchvision_v2.py')
+  # utils.ExponentialMovingAverage, after 600 epochs.
+  adjust = 1024 * 32 / 600
+  updates = 600 * 1251 // 32
+  expected = (1 - min(1, 2e-5 * adjust)) ** updates
+  found = stage.ema_decay ** (32 * updates)
+  assert found == pytest.approx(expected, rel=1e-9)
+  assert (stage.batch_size, stage.num_epochs) == (1024, 600)
+
+
 def test_stages_of_another_config_may_stand_before_the_fast_one():
   config, (alone,) = load('configs/fast.py')
   other, ladder = load('configs/progressive.py')

@@ -554,6 +554,8 @@ def test_the_loss_says_what_label_smoothing_adds():
   assert 'smoothing' not in read(history).words()
   history['stages'][1]['label_smoothing'] = 0.1
   assert 'train, includes label smoothing 0.1' in read(history).words()
+  history['stages'][0]['loss'] = 'bce'
+  assert 'smoothing 0.1, in part binary cross-entropy' in read(history).words()
 
 
 def test_a_quantile_of_steps_lies_within_its_bin():

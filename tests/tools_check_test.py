@@ -110,10 +110,18 @@ def test_absent_data_is_said_once_and_planned_as_it_is_published(tmp_path):
     '--mode=check',
     '--only=three,ten',
     '--config.check_steps=0',
+    '--config.stages[0].published_top1=0.804',
+    '--config.stages[0].differs=fewer colours,longer',
     *words,
   )
   assert result.returncode == 2, result.stderr
   findings, plan = result.stdout.split('1 to mend.')
+  recipe = plan[plan.index('what the source of a recipe has reached') :]
+  assert recipe.splitlines()[1].startswith(
+    '  three: 80.4% top-1 after 2 epochs'
+  )
+  assert '    differs: fewer colours\n    differs: longer\n' in recipe
+  assert '  ten: ' not in recipe
   assert (
     "✗ stages 'three', 'ten': The dataset 'imagenette' is missing" in findings
   )

@@ -476,7 +476,7 @@ def on(devices):
   def step(images, epoch, index, targets, weights):
     mirrored = augment.choose_mirrored(RNG, epoch, index, alternating=True)
     images = all_of(augment.mirror(images, mirrored), epoch, index)
-    return augment.mix(
+    mixed = augment.mix(
       jax.random.fold_in(RNG, 1),
       images,
       targets,
@@ -484,6 +484,8 @@ def on(devices):
       mixup_alpha=0.2,
       cutmix_alpha=1.0,
     )
+    drawn = augment.example_keys(RNG, epoch, index)
+    return *mixed, augment.draw_paths(drawn, (0.0, 0.5, 0.5))
 
   mesh = jax.make_mesh(
     (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices

@@ -80,8 +80,8 @@ def repeat_positions(
 
   They are numbers `start` to `start` + `count` of an order of which each
   element stands there `repeats` times in a row, as timm's RepeatAugSampler has
-  it; then sorted by copy, so that neighbours, which mixing pairs and a device
-  normalises together, are different images.
+  it; then sorted by copy, so that neighbours, which mixing pairs, are different
+  images, and all those of a device where there are as many devices as copies.
   """
   positions, copies = np.divmod(np.arange(start, start + count), repeats)
   by_copy = np.argsort(copies, kind='stable')

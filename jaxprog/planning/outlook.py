@@ -89,6 +89,8 @@ class Outlook:
       'optimizer': stage.optimizer,
       'schedule': stage.schedule,
       'augmentation': _describe_augmentation(stage),
+      'published_top1': stage.published_top1,
+      'differs': list(stage.differs),
       **values,
       'fits': self.fits,
       'seconds': self.seconds,
@@ -260,6 +262,22 @@ def expectation_table(stages: Iterable[Figures]) -> rich.table.Table:
     )
   titles = 'stage', 'top-1', 'minutes', 'planned', 'comparable'
   return create_table(titles, rows, left=(0, 4))
+
+
+def recipe_lines(stages: Iterable[Figures]) -> list[str]:
+  """Returns what is published of each stage's recipe, and what differs."""
+  lines = []
+  for x in stages:
+    if not x['published_top1']:
+      continue
+    took, about = x['seconds'], '' if x['step_measured'] else '~'
+    hours = '' if took is None else f'; here {about}{took / 3600:,.1f} hours'
+    lines.append(
+      f'  {x["name"]}: {x["published_top1"]:.1%} top-1 after '
+      f'{x["num_epochs"]:g} epochs{hours}'
+    )
+    lines += [f'    differs: {text}' for text in x['differs']]
+  return lines
 
 
 def create_table(

@@ -54,11 +54,13 @@ _FFCV = 'libffcv/ffcv-imagenet, README and configs'
 _FFCV_EPOCHS = (16, 24, 32, 40, 56, 88)
 _FLAX = 'flax, examples/imagenet, README'
 _GIUNG = 'cs-giung/giung2-jax, projects/Baseline-ImageNet'
+_TORCHVISION = 'torchvision, ResNet-50 V2'
 _AIRBENCH = 'KellerJordan/cifar10-airbench, README'
 _ONLY_LOG = 'the only public training log found'
 _REMARKS = {
   _ONLY_LOG: 'its sizes are the usual ones, not said',
   _FFCV: 'with images that grow from 160 px',
+  _TORCHVISION: 'of averaged weights',
   _AIRBENCH: 'with the mean over shifted images',
 }
 # Whose scores are of an image and its mirror image.
@@ -95,6 +97,7 @@ _PUBLISHED: dict[str, list[tuple[str, int, int, dict[int, Any], str]]] = {
     ('resnet50', 160, 160, {100: 0.760}, 'timm, ResNet-50 A3'),
     ('resnet50', 224, 224, {300: 0.798}, 'timm, ResNet-50 A2'),
     ('resnet50', 224, 224, {600: 0.804}, 'timm, ResNet-50 A1'),
+    ('resnet50', 176, 224, {600: 0.809}, _TORCHVISION),
   ],
   'tfds:cifar10': [('airbench CNN', 32, 32, {8: 0.940}, _AIRBENCH)],
 }

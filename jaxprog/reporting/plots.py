@@ -207,6 +207,8 @@ def bare(axes: Axes) -> None:
 def _draw_loss(axes: Axes, spans: Sequence[timeline.Span]) -> None:
   smooth = {x.stage.get('label_smoothing') or 0.0 for x in spans} - {0.0}
   train = 'train, on\nsmoothed\nlabels' if smooth else 'train'
+  if any(x.stage.get('loss') == 'bce' for x in spans):
+    train = 'train, in\npart binary\nlosses'
   lines = {'train_loss': (train, TRAIN), 'val_loss': ('val', VAL)}
   _draw_lines(axes, spans, lines)
 

@@ -259,6 +259,10 @@ def _show_costs(
     about = 'about ' if measured else 'very roughly '
     took = formats.duration(seconds)
     outlook.say(f'The ladder will take {about}{took}.', console, 'bold')
+  if lines := outlook.recipe_lines(stages):
+    outlook.say('\nwhat the source of a recipe has reached', console, 'bold')
+    for line in lines:
+      outlook.say(line, console)
   if any(x['dataset'] in facts.EXPECTATIONS for x in stages):
     title = "what the scorecard will compare: the mission's range"
     outlook.say(f'\n{title}', console, 'bold')

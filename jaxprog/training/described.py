@@ -90,6 +90,7 @@ def fields(task: setup_lib.Task) -> dict[str, Any]:
     'schedule': stage.schedule,
     'learning_rate': stage.peak_learning_rate,
     'label_smoothing': stage.label_smoothing,
+    'loss': stage.loss,
     'num_epochs': stage.num_epochs,
     'steps_per_epoch': task.steps.phases[0].per_epoch,
     'num_train_images': len(dataset.train),

@@ -33,11 +33,10 @@ def binary_losses(
 ) -> jax.Array:
   """Returns each example's mean cross-entropy of "is this class there", (N,).
 
-  Each class is asked for by itself (Wightman et al. 2021, arXiv:2110.00476,
-  section 3.1). With a `threshold`, it is there where its target is above it;
-  without one, to that part. The mean over the classes is small where they are
-  many: what follows the gradient's size, as SGD does, wants a rate as many
-  times as high.
+  Each class is asked for by itself (Wightman et al. 2021, arXiv:2110.00476).
+  With a `threshold`, it is there where its target is above it; without one, to
+  that part. The mean over the classes is small where they are many: what
+  follows the gradient's size, as SGD does, wants a rate as many times as high.
   """
   if threshold:
     targets = (targets > threshold).astype(logits.dtype)

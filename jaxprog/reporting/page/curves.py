@@ -185,6 +185,9 @@ def _loss_chart(draw: Draw, spans: Sequence[timeline.Span]) -> Html:
   smooth = {x.stage.get('label_smoothing') or 0.0 for x in spans} - {0.0}
   said = ' and '.join(f'{x:g}' for x in sorted(smooth))
   name = f'train, includes label smoothing {said}' if smooth else 'train'
+  kinds = {x.stage.get('loss') or 'softmax' for x in spans}
+  if 'bce' in kinds:
+    name += f', {"in part " * (len(kinds) > 1)}binary cross-entropy'
   train = create_line(spans, name, 'train', 'train_loss')
   val = create_line(spans, 'validation', 'val', 'val_loss')
   values = train.values + val.values
