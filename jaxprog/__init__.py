@@ -32,6 +32,7 @@ if TYPE_CHECKING:
   from jaxprog.tools.predict import predict
   from jaxprog.tools.prepare import prepare
   from jaxprog.tools.report import write_report
+  from jaxprog.tools.size_sweep import size_sweep
   from jaxprog.tools.tune import tune
   from jaxprog.tools.verify import verify
   from jaxprog.tools.verify_checkpoints import verify_checkpoints

@@ -96,12 +96,40 @@ def _verify(
   return jaxprog.verify(config, workdir, **given)
 
 
-def _evaluate(config: Any, workdir: str, *, input: str, **saved: Any) -> None:
-  scores = jaxprog.evaluate(config, workdir, dataset=input, **saved)
+def _evaluate(
+  config: Any,
+  workdir: str,
+  *,
+  input: str,
+  eval_image_size: Sequence[str],
+  **saved: Any,
+) -> None:
+  sizes = _parse_sizes(eval_image_size)
+  if len(sizes) > 1:
+    rows = jaxprog.size_sweep(config, workdir, sizes, dataset=input, **saved)
+    lines = ['size  top-1  top-5'] + [
+      f'{x["image_size"]:4}  {100 * x["top1"]:5.1f}  {100 * x["top5"]:5.1f}'
+      for x in rows
+    ]
+  else:
+    saved['eval_image_size'] = sizes[0] if sizes else 0
+    found = jaxprog.evaluate(config, workdir, dataset=input, **saved)
+    lines = [f'{100 * found["top1"]:.1f}']
   import jax
 
   if jax.process_index() == 0:
-    print(f'{100 * scores["top1"]:.1f}')
+    print('\n'.join(lines))
+
+
+def _parse_sizes(texts: Sequence[str]) -> list[int]:
+  try:
+    return [int(x) for x in texts]
+  except ValueError:
+    raise errors.UserError(
+      '--eval_image_size takes whole numbers of pixels.',
+      f'--eval_image_size={",".join(texts)}',
+      'One, or several for a table: --eval_image_size=96,128,160.',
+    ) from None
 
 
 def _report(config: None, workdir: str) -> None:
@@ -206,7 +234,13 @@ MODES: dict[str, Mode] = {
   'eval': Mode(
     'Scores saved weights on the evaluation images.',
     '--workdir=runs/first --stage=ten',
-    {**_SAVED, 'input': 'Another dataset with the same classes.', **_PLACE},
+    {
+      **_SAVED,
+      'input': 'Another dataset with the same classes, or a test set.',
+      'flip_average': 'Mean logits of an image and its mirror image.',
+      'eval_image_size': 'Another size in pixels; of several a table.',
+      **_PLACE,
+    },
     call=_evaluate,
   ),
   'predict': Mode(
@@ -256,14 +290,20 @@ def create_flags() -> Flags:
   for name, default in (('mode', 'train'), ('weights', 'best')):
     flags.DEFINE_string(name, default, '', asked)
   flags.DEFINE_string('coordinator', None, '', asked)
-  for name in ('only', 'skip'):
+  for name in ('only', 'skip', 'eval_image_size'):
     flags.DEFINE_list(name, [], '', asked)
   for name in ('process_count', 'process_id'):
     flags.DEFINE_integer(name, None, '', flag_values=asked)
   flags.DEFINE_integer(
     'connect_seconds', 300, '', lower_bound=1, flag_values=asked
   )
-  for name in ('allow_config_change', 'checkpoints', 'download', 'dry_run'):
+  for name in (
+    'allow_config_change',
+    'checkpoints',
+    'download',
+    'dry_run',
+    'flip_average',
+  ):
     flags.DEFINE_bool(name, False, '', asked)
   flags.DEFINE_bool('help', False, '', asked, short_name='h')
   flags.DEFINE_bool('version', False, '', asked)
@@ -364,7 +404,10 @@ def _processes(asked: Flags) -> contextlib.AbstractContextManager[None]:
   from jaxprog.reliability import cluster
 
   place = asked.coordinator, asked.process_count, asked.process_id
-  names = ('mode', 'only', 'skip', 'stage', 'weights', 'input', 'dry_run')
+  names = (
+    *('mode', 'only', 'skip', 'stage', 'weights', 'input', 'dry_run'),
+    *('flip_average', 'eval_image_size'),
+  )
   values = [f'--{name}={asked[name].value}' for name in names]
   command = ' '.join([*values, f'--allow={asked.allow_config_change}'])
   return cluster.processes(
@@ -445,6 +488,8 @@ def check_flags(asked: Flags) -> None:
     given = flag.present and flag.value is not False
     # What is empty asks for nothing: scripts pass on what they were not given.
     if given and flag.value not in ('', [], None):
+      if name in fields.STAGE:
+        raise _unknown(name, flag.serialize(), asked)
       modes = [mode for mode in MODES if name in MODES[mode].flags]
       raise errors.UserError(
         f'{_name_mode(asked)} takes no --{name}.',

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -10,8 +11,9 @@ import tiny_config
 from flax import linen as nn
 
 import jaxprog
-from jaxprog.data import preparation
+from jaxprog.data import preparation, preprocess, test_sets
 from jaxprog.tools import evaluate as tool
+from jaxprog.training import trained as trained_lib
 
 
 def create_config(data_dir):
@@ -233,3 +235,139 @@ def test_weights_of_another_network_are_a_mistake(config, workdir):
 def test_mistakes_are_told(config, workdir, arguments, expected):
   with pytest.raises(jaxprog.UserError, match=expected):
     jaxprog.evaluate(config, workdir, **arguments)
+
+
+def test_both_mirror_images_are_averaged(config, workdir, best):
+  found = jaxprog.evaluate(config, workdir, flip_average=True)
+  trained = trained_lib.load_trained(config, workdir)
+  data = tool.load_dataset(trained, '').eval
+  images = np.stack([crop(data.original(i)) for i in range(len(data))])
+  logits = read_logits(trained, images) + read_logits(
+    trained, images[:, :, ::-1]
+  )
+  right = np.argmax(logits, 1) == data.labels
+  assert found['top1'] == pytest.approx(right.mean(), abs=1e-9)
+  assert found['flip_average']
+  assert found['loss'] != best['loss']
+  flipping = create_config(config.data_dir)
+  flipping.stages[1]['eval_flip'] = True
+  assert jaxprog.evaluate(flipping, workdir)['loss'] == found['loss']
+  assert (workdir / 'eval' / 'ten-best-flip.json').is_file()
+
+
+def crop(encoded):
+  return preprocess.center_crop(encoded, 8, eval_crop=1.0)
+
+
+def read_logits(trained, images):
+  apply = jax.jit(trained.create_apply())
+  return np.asarray(apply(trained.variables, images))
+
+
+def test_several_sizes_become_a_table_and_a_picture(config, workdir, best):
+  result = runs.call_main(
+    '--mode=eval', f'--workdir={workdir}', '--eval_image_size=16,8'
+  )
+  assert result.returncode == 0, result.stderr
+  lines = [x.split() for x in result.stdout.splitlines()]
+  assert lines[0] == ['size', 'top-1', 'top-5']
+  assert [x[0] for x in lines[1:]] == ['8', '16']
+  assert lines[1][1] == f'{100 * best["top1"]:.1f}'
+  rows = json.loads((workdir / 'eval' / 'ten-best-sizes.json').read_text())
+  assert [x['image_size'] for x in rows] == [8, 16]
+  larger = create_config(config.data_dir)
+  larger.stages[1]['eval_image_size'] = 16
+  assert rows[1]['nll'] == jaxprog.evaluate(larger, workdir)['nll']
+  assert rows[0]['stem'] == {'stride': 1, 'pool': False}
+  picture = (workdir / 'eval' / 'ten-best-sizes.png').read_bytes()
+  assert preprocess.decode(picture).std() > 10
+
+
+def test_one_size_is_one_figure(config, workdir):
+  result = runs.call_main(
+    '--mode=eval', f'--workdir={workdir}', '--eval_image_size=16'
+  )
+  found = jaxprog.evaluate(config, workdir, eval_image_size=16)
+  assert result.stdout == f'{100 * found["top1"]:.1f}\n'
+  assert found['image_size'] == 16
+  assert (workdir / 'eval' / 'ten-best-16px.csv').is_file()
+
+
+@pytest.mark.parametrize(
+  ('flag', 'what'),
+  [
+    ('--eval_image_size=large', 'takes whole numbers of pixels'),
+    ('--eval_image_size=8,7', '7 pixels are too few'),
+    ('--input=imagenet_w2', "Did you mean 'imagenet_v2'"),
+    ('--input=imagenet_v2', 'imagenetv2-matched-frequency.tar.gz'),
+  ],
+)
+def test_wrong_sizes_and_test_sets_are_told_in_three_lines(workdir, flag, what):
+  result = runs.call_main('--mode=eval', f'--workdir={workdir}', flag)
+  assert result.returncode == 2
+  assert what in result.stderr
+  lines = [x for x in result.stderr.splitlines() if 'event=' not in x]
+  assert len(lines) <= 3
+
+
+def test_the_size_of_a_run_is_a_field(workdir):
+  result = runs.call_main(f'--workdir={workdir}', '--eval_image_size=16')
+  assert result.returncode == 2
+  assert '--config.stages[0].eval_image_size=16' in result.stderr
+
+
+@pytest.fixture(scope='module')
+def of_imagenet(digits, tmp_path_factory):
+  """A run on three digits that bear the names of classes of ImageNet."""
+  root = tmp_path_factory.mktemp('imagenet')
+  wnids = [test_sets.read_imagenet_classes()[i] for i in (1, 2, 10)]
+  write_digits(digits.train, root / 'digits' / 'train', wnids, 30)
+  write_digits(digits.eval, root / 'digits' / 'val', wnids, 12)
+  config = create_config(root)
+  config.stages = config.stages[1:]
+  config.stages[0].update(dataset=f'folder:{root}/digits', warmup_epochs=0)
+  config.stages[0].update(schedule='cosine', num_epochs=4)
+  jaxprog.train(config, root / 'run')
+  return config, root
+
+
+def write_digits(split, root, names, count):
+  """Writes `count` images each of 0, 1 and 2 below ROOT/NAME."""
+  for label, name in enumerate(names):
+    (root / name).mkdir(parents=True)
+    for i in np.flatnonzero(split.labels == label)[:count].tolist():
+      (root / name / f'{i}.png').write_bytes(split.original(i))
+
+
+def test_numbered_folders_of_imagenet_v2_are_scored_by_name(
+  of_imagenet, digits, capsys
+):
+  config, root = of_imagenet
+  own = jaxprog.evaluate(config, root / 'run')
+  folder = root / 'imagenetv2-matched-frequency-format-val'
+  write_digits(digits.eval, folder, ('1', '2', '10'), 12)
+  capsys.readouterr()
+  found = jaxprog.evaluate(config, root / 'run', dataset='imagenet_v2')
+  for name in ('count', 'top1', 'nll', 'per_class', 'confusions'):
+    assert found[name] == own[name]
+  said = ' '.join(capsys.readouterr().err.split())
+  assert (
+    'imagenet_v2 has 36 images here; published figures are of 10,000' in said
+  )
+  assert (root / 'run' / 'eval' / 'ten-best-imagenet_v2.json').is_file()
+
+
+def test_imagenet_r_is_chosen_among_its_own_classes(of_imagenet, digits):
+  config, root = of_imagenet
+  trained = trained_lib.load_trained(config, root / 'run')
+  write_digits(digits.eval, root / 'imagenet-r', trained.classes[:2], 12)
+  found = jaxprog.evaluate(config, root / 'run', dataset='imagenet_r')
+  images = sorted((root / 'imagenet-r').glob('*/*.png'))
+  logits = read_logits(
+    trained, np.stack([crop(x.read_bytes()) for x in images])
+  )
+  labels = [trained.classes.index(x.parent.name) for x in images]
+  right = np.argmax(logits[:, :2], 1) == labels
+  assert found['chosen_among'] == 2
+  assert found['top1'] == pytest.approx(right.mean(), abs=1e-9)
+  assert {x['predicted'] for x in found['confusions']} <= {*trained.classes[:2]}

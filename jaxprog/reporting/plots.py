@@ -158,6 +158,45 @@ def plot_lr_find(
   _save(figure, path)
 
 
+def plot_sizes(
+  rows: Sequence[Mapping[str, Any]],
+  trained_at: Sequence[int],
+  title: str,
+  path: str | os.PathLike[str],
+) -> None:
+  """Writes a picture of top-1 over the size of evaluation images.
+
+  Args:
+    rows: image_size, top1 and count of each size, rising.
+    trained_at: the sizes that the network was trained at.
+    title: says which network that is.
+    path: replaced atomically.
+  """
+  figure = create_figure(8, 4.4)
+  axes = figure.add_subplot()
+  bare(axes)
+  sizes = [x['image_size'] for x in rows]
+  top1 = np.array([100 * x['top1'] for x in rows])
+  between = [facts.interval(x['top1'], x['count']) for x in rows]
+  low, high = 100 * np.array(between).T
+  for size in trained_at:
+    axes.axvline(size, color=RATE, linewidth=0.8, linestyle=':')
+  axes.fill_between(sizes, low, high, color=VAL, alpha=0.12, linewidth=0)
+  axes.plot(sizes, top1, 'o-', color=VAL, linewidth=1.8)
+  at = int(np.argmax(top1))
+  _name(axes, sizes[at], top1[at], f'{top1[at]:.1f}% at {sizes[at]} px', VAL)
+  room = max(high.max() - low.min(), 0.1)
+  axes.set_ylim(low.min() - 0.1 * room, high.max() + 0.2 * room)
+  axes.set_xticks(sizes)
+  axes.set_xlabel(
+    'size of evaluation images in pixels; dotted: of training images', color=INK
+  )
+  axes.set_ylabel('top-1 (%), with 95% intervals', color=INK)
+  axes.set_title(facts.shorten(title, 60), loc='left', color=INK, weight='bold')
+  figure.tight_layout()
+  _save(figure, path)
+
+
 def create_figure(width: float, height: float) -> Figure:
   """Returns an empty figure of so many inches."""
   figure = Figure(figsize=(width, height), dpi=130)
