@@ -178,7 +178,7 @@ def _list_class_folders(
   del data_dir, progress
   classes = read_imagenet_classes()
   found: _Answers = {}
-  for entry in folders.scan(root):
+  for entry in _scan(root):
     if entry.kind != folders.FOLDER:
       continue
     wnid = entry.name
@@ -272,11 +272,14 @@ READERS: dict[str, Callable[..., tuple[Records, list[Sequence[str]]]]] = {
 
 
 def _list_images(folder: pathlib.Path) -> list[pathlib.Path]:
+  return [folder / x.name for x in _scan(folder) if x.kind == folders.IMAGE]
+
+
+def _scan(folder: pathlib.Path) -> list[folders.Entry]:
   try:
-    entries = folders.scan(folder)
+    return folders.scan(folder)
   except OSError as e:
     raise _unreadable(folder, e.strerror or str(e)) from e
-  return [folder / x.name for x in entries if x.kind == folders.IMAGE]
 
 
 def _to_records(

@@ -77,11 +77,12 @@ def evaluate(
   """Returns how saved weights do on every image of an evaluation split, once.
 
   Keys: stage, weights, epoch, config_hash (of the run), dataset, image_size,
-  eval_crop, interpolation, flip_average, chosen_among (classes), count, loss,
-  top1 and top5 (accuracies in [0, 1]), nll (nats), ece, per_class (class,
-  name, images, right and top1 of each class), confusions (class, predicted and
-  count, the most frequent one first) and bad_images (why each could not be
-  decoded; they count as wrong). All of it is shown on stderr and written to
+  eval_crop, interpolation, flip_average, num_classes (that the weights know),
+  chosen_among (so many of them), count, loss, top1 and top5 (accuracies in
+  [0, 1]), nll (nats), ece, per_class (class, name, images, right and top1 of
+  each class), confusions (class, predicted and count, the most frequent one
+  first) and bad_images (why each could not be decoded; they count as wrong).
+  All of it is shown on stderr and written to
   WORKDIR/eval/STAGE-WEIGHTS[-DATASET][-flip][-SIZEpx].csv and .json.
 
   `config` says where the data is and how to evaluate; the rest is the run's
@@ -318,6 +319,7 @@ def score(subject: Subject) -> dict[str, Any]:
     'eval_crop': stage.eval_crop,
     'interpolation': stage.eval_interpolation,
     'flip_average': stage.eval_flip,
+    'num_classes': len(classes),
     'chosen_among': len(classes) if among is None else int(among.sum()),
     'count': len(split),
     **means,
