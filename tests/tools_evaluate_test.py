@@ -268,15 +268,16 @@ def read_logits(trained, images):
 
 def test_several_sizes_become_a_table_and_a_picture(config, workdir, best):
   result = runs.call_main(
-    '--mode=eval', f'--workdir={workdir}', '--eval_image_size=16,8'
+    '--mode=eval', f'--workdir={workdir}', '--eval_image_size=64,16,8'
   )
   assert result.returncode == 0, result.stderr
   lines = [x.split() for x in result.stdout.splitlines()]
   assert lines[0] == ['size', 'top-1', 'top-5']
-  assert [x[0] for x in lines[1:]] == ['8', '16']
+  assert [x[0] for x in lines[1:]] == ['8', '16', '64']
   assert lines[1][1] == f'{100 * best["top1"]:.1f}'
   rows = json.loads((workdir / 'eval' / 'ten-best-sizes.json').read_text())
-  assert [x['image_size'] for x in rows] == [8, 16]
+  assert [x['image_size'] for x in rows] == [8, 16, 64]
+  assert 'At 64 px the network has another stem' in result.stderr
   larger = create_config(config.data_dir)
   larger.stages[1]['eval_image_size'] = 16
   assert rows[1]['nll'] == jaxprog.evaluate(larger, workdir)['nll']

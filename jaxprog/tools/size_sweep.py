@@ -64,25 +64,42 @@ def size_sweep(
   rows = []
   for x in subjects:
     found = evaluate.score(x)
-    stem = getattr(x.trained.create_model(), 'stem', None)
     row = {name: found[name] for name in _KEPT}
-    rows.append({**row, 'stem': stem._asdict() if stem else None})
+    rows.append({**row, 'stem': _find_stem(x)})
+  of_training = [_find_stem(subject.at_size(x)) for x in _trained_at(subject)]
+  others = [x['image_size'] for x in rows if x['stem'] not in of_training]
+  if others:
+    subject.console.print(
+      f'At {", ".join(map(str, others))} px the network has another stem than '
+      'it was trained with.'
+    )
   if jax.process_index() == 0:
     _write(workdir, subject, rows)
   return rows
+
+
+def _find_stem(subject: evaluate.Subject) -> dict[str, Any] | None:
+  """Returns how the network begins at the size; None: it does not say."""
+  stem = getattr(subject.trained.create_model(), 'stem', None)
+  return stem._asdict() if stem else None
+
+
+def _trained_at(subject: evaluate.Subject) -> list[int]:
+  """Returns the sizes of the images that the weights were trained on."""
+  parts = subject.trained.trained_stage.parts
+  return sorted({part.image_size for _, part in parts})
 
 
 def _write(
   workdir: pathlib.Path, subject: evaluate.Subject, rows: list[dict[str, Any]]
 ) -> None:
   """Writes and draws the scores, and says where."""
-  stage = subject.trained.trained_stage
+  trained = subject.trained
   paths = [
     evaluate.find_path(workdir, subject, f'-sizes.{x}') for x in ('json', 'png')
   ]
   files.write_json(paths[0], rows)
-  trained_at = sorted({part.image_size for _, part in stage.parts})
-  title = f'{stage.name}, {subject.trained.weights} weights'
-  plots.plot_sizes(rows, trained_at, title, paths[1])
+  title = f'{trained.stage.name}, {trained.weights} weights'
+  plots.plot_sizes(rows, _trained_at(subject), title, paths[1])
   for path in paths:
     subject.console.print(buckets.shown(path), soft_wrap=True)
