@@ -34,6 +34,7 @@ if TYPE_CHECKING:
   from jaxprog.tools.prepare import prepare
   from jaxprog.tools.probe import probe
   from jaxprog.tools.report import write_report
+  from jaxprog.tools.size_sweep import size_sweep
   from jaxprog.tools.tune import tune
   from jaxprog.tools.verify import verify
   from jaxprog.tools.verify_checkpoints import verify_checkpoints

@@ -103,8 +103,11 @@ def _evaluate(
   input: str,
   probe: bool,
   calibrate: bool,
+  flip_average: bool,
+  eval_image_size: Sequence[str],
   **saved: Any,
 ) -> None:
+  sizes = _parse_sizes(eval_image_size)
   if probe:
     lines = [
       f'{x["from"]} {x["to"]} {100 * x["top1"]:.1f}'
@@ -113,13 +116,44 @@ def _evaluate(
   elif calibrate:
     found = jaxprog.calibrate(config, workdir, **saved)
     lines = [f'{found["temperature"]:.3f}']
+  elif len(sizes) > 1:
+    rows = jaxprog.size_sweep(
+      config,
+      workdir,
+      sizes,
+      dataset=input,
+      flip_average=flip_average,
+      **saved,
+    )
+    lines = ['size  top-1  top-5'] + [
+      f'{x["image_size"]:4}  {100 * x["top1"]:5.1f}  {100 * x["top5"]:5.1f}'
+      for x in rows
+    ]
   else:
-    scores = jaxprog.evaluate(config, workdir, dataset=input, **saved)
+    scores = jaxprog.evaluate(
+      config,
+      workdir,
+      dataset=input,
+      flip_average=flip_average,
+      eval_image_size=sizes[0] if sizes else 0,
+      **saved,
+    )
     lines = [f'{100 * scores["top1"]:.1f}']
   import jax
 
   if jax.process_index() == 0:
     print('\n'.join(lines))
+
+
+def _parse_sizes(texts: Sequence[str]) -> list[int]:
+  try:
+    return [int(x) for x in texts]
+  except ValueError:
+    raise errors.UserError(
+      '--eval_image_size takes whole numbers of pixels.',
+      f'--eval_image_size={",".join(texts)}',
+      'One, or several for a table: --eval_image_size=96,128,160.',
+    ) from None
 
 
 def _report(config: None, workdir: str) -> None:
@@ -232,7 +266,9 @@ MODES: dict[str, Mode] = {
     '--workdir=runs/first --stage=ten',
     {
       **_SAVED,
-      'input': 'Another dataset with the same classes.',
+      'input': 'Another dataset with the same classes, or a test set.',
+      'flip_average': 'Mean logits of an image and its mirror image.',
+      'eval_image_size': 'Another size in pixels; of several a table.',
       'calibrate': 'Fit a temperature, for predict and export.',
       'probe': "What each stage's weights know of the data of later ones.",
       **_PLACE,
@@ -286,7 +322,7 @@ def create_flags() -> Flags:
   for name, default in (('mode', 'train'), ('weights', 'best')):
     flags.DEFINE_string(name, default, '', asked)
   flags.DEFINE_string('coordinator', None, '', asked)
-  for name in ('only', 'skip'):
+  for name in ('only', 'skip', 'eval_image_size'):
     flags.DEFINE_list(name, [], '', asked)
   for name in ('process_count', 'process_id'):
     flags.DEFINE_integer(name, None, '', flag_values=asked)
@@ -299,6 +335,7 @@ def create_flags() -> Flags:
     'checkpoints',
     'download',
     'dry_run',
+    'flip_average',
     'probe',
   ):
     flags.DEFINE_bool(name, False, '', asked)
@@ -401,8 +438,10 @@ def _processes(asked: Flags) -> contextlib.AbstractContextManager[None]:
   from jaxprog.reliability import cluster
 
   place = asked.coordinator, asked.process_count, asked.process_id
-  names = ['mode', 'only', 'skip', 'stage', 'weights', 'input', 'dry_run']
-  names += ['calibrate', 'probe']
+  names = (
+    *('mode', 'only', 'skip', 'stage', 'weights', 'input', 'dry_run'),
+    *('flip_average', 'eval_image_size', 'calibrate', 'probe'),
+  )
   values = [f'--{name}={asked[name].value}' for name in names]
   command = ' '.join([*values, f'--allow={asked.allow_config_change}'])
   return cluster.processes(
@@ -484,6 +523,8 @@ def check_flags(asked: Flags) -> None:
     given = flag.present and flag.value is not False
     # What is empty asks for nothing: scripts pass on what they were not given.
     if given and flag.value not in ('', [], None):
+      if name in fields.STAGE:
+        raise _unknown(name, flag.serialize(), asked)
       modes = [mode for mode in MODES if name in MODES[mode].flags]
       raise errors.UserError(
         f'{_name_mode(asked)} takes no --{name}.',

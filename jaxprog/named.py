@@ -96,6 +96,78 @@ DATASETS = {
 }
 
 
+class NamedTest(NamedTuple):
+  """Images that weights are scored on and nobody trains on; see `TESTS`."""
+
+  # Which of data/test_sets.READERS lists them.
+  layout: str
+  # What its archive unpacks to, below data_dir; the first that exists is taken.
+  places: tuple[str, ...]
+  # What is to be downloaded.
+  source: str
+  # Images that the published figures are of.
+  published: int
+  # Whether the network chooses among the classes of the set alone.
+  masked: bool = False
+
+
+_V2 = 'https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main/'
+_BERKELEY = 'https://people.eecs.berkeley.edu/~hendrycks/'
+
+# All are about ImageNet's classes; docs/evaluation.md has their papers.
+TESTS = {
+  **{
+    name: NamedTest(
+      'class_folders',
+      (f'{folder}-format-val', folder),
+      f'{_V2}{folder}.tar.gz',
+      10_000,
+    )
+    for name, folder in (
+      ('imagenet_v2', 'imagenetv2-matched-frequency'),
+      ('imagenet_v2_threshold', 'imagenetv2-threshold0.7'),
+      ('imagenet_v2_top', 'imagenetv2-top-images'),
+    )
+  },
+  # The validation images of imagenet2012; 46,837 of them have labels.
+  'imagenet_real': NamedTest(
+    'real',
+    ('real.json',),
+    'https://raw.githubusercontent.com/google-research/reassessed-imagenet/'
+    'master/real.json',
+    46_837,
+  ),
+  'imagenet_r': NamedTest(
+    'class_folders',
+    ('imagenet-r',),
+    f'{_BERKELEY}imagenet-r.tar',
+    30_000,
+    masked=True,
+  ),
+  'imagenet_a': NamedTest(
+    'class_folders',
+    ('imagenet-a',),
+    f'{_BERKELEY}imagenet-a.tar',
+    7_500,
+    masked=True,
+  ),
+  'imagenet_sketch': NamedTest(
+    'class_folders',
+    ('sketch', 'ImageNet-Sketch'),
+    'ImageNet-Sketch.zip, to which https://github.com/HaohanWang/'
+    'ImageNet-Sketch links,',
+    50_889,
+  ),
+  # Of 50,273 images of 313 classes those of the 113 that ImageNet has.
+  'objectnet': NamedTest(
+    'objectnet',
+    ('objectnet-1.0',),
+    'objectnet-1.0.zip from https://objectnet.dev',
+    18_574,
+  ),
+}
+
+
 def find(dataset: str) -> Named:
   """Returns what is known of a dataset; little of folder:PATH and tfds:NAME."""
   source, _, rest = dataset.partition(':')

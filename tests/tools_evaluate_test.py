@@ -2,7 +2,9 @@ import csv
 import dataclasses
 import json
 import pathlib
+import shutil
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -10,8 +12,10 @@ import tiny_config
 from flax import linen as nn
 
 import jaxprog
-from jaxprog.data import preparation
+from jaxprog.data import preparation, preprocess, test_sets
+from jaxprog.reliability import checkpoints
 from jaxprog.tools import evaluate as tool
+from jaxprog.training import trained as trained_lib
 
 
 def create_config(data_dir):
@@ -233,3 +237,150 @@ def test_weights_of_another_network_are_a_mistake(config, workdir):
 def test_mistakes_are_told(config, workdir, arguments, expected):
   with pytest.raises(jaxprog.UserError, match=expected):
     jaxprog.evaluate(config, workdir, **arguments)
+
+
+def test_both_mirror_images_are_averaged(config, workdir, best):
+  found = jaxprog.evaluate(config, workdir, flip_average=True)
+  trained = trained_lib.load_trained(config, workdir)
+  data = tool.load_dataset(trained, '').eval
+  images = np.stack([crop(data.original(i)) for i in range(len(data))])
+  logits = read_logits(trained, images) + read_logits(
+    trained, images[:, :, ::-1]
+  )
+  right = np.argmax(logits, 1) == data.labels
+  assert found['top1'] == pytest.approx(right.mean(), abs=1e-9)
+  assert found['flip_average']
+  assert found['loss'] != best['loss']
+  flipping = create_config(config.data_dir)
+  flipping.stages[1]['eval_flip'] = True
+  assert jaxprog.evaluate(flipping, workdir)['loss'] == found['loss']
+  assert (workdir / 'eval' / 'ten-best-flip.json').is_file()
+
+
+def crop(encoded):
+  return preprocess.center_crop(encoded, 8, eval_crop=1.0)
+
+
+def read_logits(trained, images):
+  apply = jax.jit(trained.create_apply())
+  return np.asarray(apply(trained.variables, images))
+
+
+def test_several_sizes_become_a_table_and_a_picture(config, workdir, best):
+  result = runs.call_main(
+    '--mode=eval', f'--workdir={workdir}', '--eval_image_size=64,16,8'
+  )
+  assert result.returncode == 0, result.stderr
+  lines = [x.split() for x in result.stdout.splitlines()]
+  assert lines[0] == ['size', 'top-1', 'top-5']
+  assert [x[0] for x in lines[1:]] == ['8', '16', '64']
+  assert lines[1][1] == f'{100 * best["top1"]:.1f}'
+  rows = json.loads((workdir / 'eval' / 'ten-best-sizes.json').read_text())
+  assert [x['image_size'] for x in rows] == [8, 16, 64]
+  assert 'At 64 px the network has another stem' in result.stderr
+  larger = create_config(config.data_dir)
+  larger.stages[1]['eval_image_size'] = 16
+  assert rows[1]['nll'] == jaxprog.evaluate(larger, workdir)['nll']
+  assert rows[0]['stem'] == {'stride': 1, 'pool': False}
+  picture = (workdir / 'eval' / 'ten-best-sizes.png').read_bytes()
+  assert preprocess.decode(picture).std() > 10
+
+
+def test_one_size_is_one_figure(config, workdir):
+  result = runs.call_main(
+    '--mode=eval', f'--workdir={workdir}', '--eval_image_size=16'
+  )
+  found = jaxprog.evaluate(config, workdir, eval_image_size=16)
+  assert result.stdout == f'{100 * found["top1"]:.1f}\n'
+  assert found['image_size'] == 16
+  assert (workdir / 'eval' / 'ten-best-16px.csv').is_file()
+
+
+@pytest.mark.parametrize(
+  ('flag', 'what'),
+  [
+    ('--eval_image_size=large', 'takes whole numbers of pixels'),
+    ('--eval_image_size=8,7', '7 pixels are too few'),
+    ('--input=imagenet_w2', "Did you mean 'imagenet_v2'"),
+    ('--input=imagenet_v2', 'imagenetv2-matched-frequency.tar.gz'),
+  ],
+)
+def test_wrong_sizes_and_test_sets_are_told_in_three_lines(workdir, flag, what):
+  result = runs.call_main('--mode=eval', f'--workdir={workdir}', flag)
+  assert result.returncode == 2
+  assert what in result.stderr
+  lines = [x for x in result.stderr.splitlines() if 'event=' not in x]
+  assert len(lines) <= 3
+
+
+def test_the_size_of_a_run_is_a_field(workdir):
+  result = runs.call_main(f'--workdir={workdir}', '--eval_image_size=16')
+  assert result.returncode == 2
+  assert '--config.stages[0].eval_image_size=16' in result.stderr
+
+
+@pytest.fixture(scope='module')
+def of_imagenet(workdir, tmp_path_factory):
+  """A data_dir, and a run whose digits bear the names of ImageNet's classes."""
+  data_dir = tmp_path_factory.mktemp('imagenet')
+  directory = checkpoints.stage_directory(data_dir / 'run', 'three')
+  variables, meta = checkpoints.load_weights(workdir, 'three', 'best')
+  wnids = [test_sets.read_imagenet_classes()[i] for i in (1, 2, 10)]
+  meta = {**meta, 'classes': wnids, 'class_names': wnids}
+  with checkpoints.Checkpoints(directory) as saved:
+    saved.save_weights('best', 1, variables, meta)
+  shutil.copy(workdir / 'config.json', data_dir / 'run')
+  return data_dir, wnids
+
+
+def write_digits(split, root, names):
+  """Writes the images of 1, 3 and 5 below ROOT/NAME."""
+  for digit, name in zip((1, 3, 5), names, strict=False):
+    (root / name).mkdir(parents=True)
+    for i in np.flatnonzero(split.labels == digit).tolist():
+      (root / name / f'{i}.png').write_bytes(split.original(i))
+
+
+def test_numbered_folders_of_imagenet_v2_are_scored_by_name(
+  config, workdir, of_imagenet, digits, capsys
+):
+  data_dir, _ = of_imagenet
+  own = jaxprog.evaluate(config, workdir, stage='three')
+  folder = data_dir / 'imagenetv2-matched-frequency-format-val'
+  write_digits(digits.eval, folder, ('1', '2', '10'))
+  capsys.readouterr()
+  found = jaxprog.evaluate(
+    create_config(data_dir),
+    data_dir / 'run',
+    stage='three',
+    dataset='imagenet_v2',
+  )
+  assert found['count'] == own['count']
+  assert [x['right'] for x in found['per_class']] == [
+    x['right'] for x in own['per_class']
+  ]
+  assert found['nll'] == pytest.approx(own['nll'], rel=1e-5)
+  said = ' '.join(capsys.readouterr().err.split())
+  count = found['count']
+  assert f'imagenet_v2 has {count} images here; published figures' in said
+  path = data_dir / 'run' / 'eval' / 'three-best-imagenet_v2.json'
+  assert path.is_file()
+
+
+def test_imagenet_r_is_chosen_among_its_own_classes(of_imagenet, digits):
+  data_dir, wnids = of_imagenet
+  config, folder = create_config(data_dir), data_dir / 'imagenet-r'
+  write_digits(digits.eval, folder, wnids[:2])
+  found = jaxprog.evaluate(
+    config, data_dir / 'run', stage='three', dataset='imagenet_r'
+  )
+  trained = trained_lib.load_trained(config, data_dir / 'run', stage='three')
+  images = sorted(folder.glob('*/*.png'))
+  logits = read_logits(
+    trained, np.stack([crop(x.read_bytes()) for x in images])
+  )
+  labels = [wnids.index(x.parent.name) for x in images]
+  right = np.argmax(logits[:, :2], 1) == labels
+  assert found['chosen_among'] == 2
+  assert found['top1'] == pytest.approx(right.mean(), abs=1e-9)
+  assert {x['predicted'] for x in found['confusions']} <= {*wnids[:2]}

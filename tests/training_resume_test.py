@@ -193,6 +193,7 @@ def test_rates_schedule_and_length_go_on_in_the_same_epoch(arguments, workdir):
     ('stages[0].num_epochs', 1, '2 epochs are trained already'),
     ('std_rgb', '(0.5, 0.5, 0.5)', 'another std_rgb'),
     ('stages[0].eval_crop', 0.5, 'another eval_crop'),
+    ('stages[0].eval_flip', True, 'another eval_flip'),
     ('stages[0].eval_interpolation', 'bicubic', 'another eval_interpolation'),
     ('stages[0].image_size', 16, 'Set its eval_image_size to 8'),
   ],

@@ -235,7 +235,8 @@ class EvalBatches:
 
   Every process has the same number of batches of the same size; what is
   missing is filled with black images whose mask is False. An image that cannot
-  be decoded counts as wrong: its label is -1.
+  be decoded counts as wrong: its label is -1. Where several classes are right,
+  a label is all of them.
   """
 
   def __init__(
@@ -250,6 +251,8 @@ class EvalBatches:
     if num_shards % process_count:
       raise ValueError(f'{num_shards=} for {process_count=}.')
     self._split, self._stage = split, stage
+    answers = split.answers
+    self._labels = split.labels if answers is None else answers
     self._batch_size = -(-stage.batch_size // num_shards) * num_shards
     self._local_batch_size = self._batch_size // process_count
     self._offset = process_index * self._local_batch_size
@@ -263,7 +266,7 @@ class EvalBatches:
     count, size = self._local_batch_size, self._stage.eval_size
     return (
       ('image', (count, size, size, 3), 'uint8'),
-      ('label', (count,), 'int32'),
+      ('label', (count, *self._labels.shape[1:]), 'int32'),
       ('mask', (count,), 'bool'),
     )
 
@@ -283,7 +286,7 @@ class EvalBatches:
       if index >= len(self._split):
         out[...], batch['label'][row] = 0, 0
         continue
-      batch['label'][row] = records.labels[index]
+      batch['label'][row] = self._labels[index]
       if reason := _read(records, index, records.original, crop, out):
         out[...], batch['label'][row] = 0, -1
         bad.append(BadImage(row, records.describe(index), reason))

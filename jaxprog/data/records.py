@@ -40,6 +40,9 @@ class Records:
   fingerprint: str = ''
   # Images in another form, by position.
   pack: packs.Pack | None = None
+  # (n, k), the classes that are right for each, -1 where there are fewer; None:
+  # the label alone is.
+  answers: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.positions)
@@ -91,8 +94,12 @@ class Records:
 
   def select(self, chosen: np.ndarray) -> 'Records':
     """Returns those whose entry of `chosen`, bool (n,), is True."""
+    answers = None if self.answers is None else self.answers[chosen]
     return dataclasses.replace(
-      self, positions=self.positions[chosen], labels=self.labels[chosen]
+      self,
+      positions=self.positions[chosen],
+      labels=self.labels[chosen],
+      answers=answers,
     )
 
 

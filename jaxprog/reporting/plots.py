@@ -1,6 +1,7 @@
 """The picture of a run: loss, accuracy and learning rate over all stages."""
 
 import io
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -154,6 +155,53 @@ def plot_lr_find(
     color=INK,
     weight='bold',
   )
+  figure.tight_layout()
+  _save(figure, path)
+
+
+def plot_sizes(
+  rows: Sequence[Mapping[str, Any]],
+  trained_at: Sequence[int],
+  title: str,
+  path: str | os.PathLike[str],
+) -> None:
+  """Writes a picture of top-1 over the size of evaluation images.
+
+  No line joins sizes at which the stem, and so the network, is another one.
+
+  Args:
+    rows: image_size, top1, count and stem of each size, rising.
+    trained_at: the sizes that the network was trained at.
+    title: says which network that is.
+    path: replaced atomically.
+  """
+  figure = create_figure(8, 4.4)
+  axes = figure.add_subplot()
+  bare(axes)
+  sizes = [x['image_size'] for x in rows]
+  top1 = np.array([100 * x['top1'] for x in rows])
+  between = [facts.interval(x['top1'], x['count']) for x in rows]
+  low, high = 100 * np.array(between).T
+  for size in trained_at:
+    axes.axvline(size, color=RATE, linewidth=0.8, linestyle=':')
+  by_stem = itertools.groupby(range(len(rows)), lambda i: rows[i]['stem'])
+  for part in (list(group) for _, group in by_stem):
+    at = [sizes[i] for i in part]
+    axes.fill_between(
+      at, low[part], high[part], color=VAL, alpha=0.12, linewidth=0
+    )
+    axes.plot(at, top1[part], 'o-', color=VAL, linewidth=1.8)
+  best = int(np.argmax(top1))
+  text = f'{top1[best]:.1f}% at {sizes[best]} px'
+  _name(axes, sizes[best], top1[best], text, VAL)
+  room = max(high.max() - low.min(), 0.1)
+  axes.set_ylim(low.min() - 0.1 * room, high.max() + 0.2 * room)
+  axes.set_xticks(sizes)
+  axes.set_xlabel(
+    'size of evaluation images in pixels; dotted: of training images', color=INK
+  )
+  axes.set_ylabel('top-1 (%), with 95% intervals', color=INK)
+  axes.set_title(facts.shorten(title, 60), loc='left', color=INK, weight='bold')
   figure.tight_layout()
   _save(figure, path)
 

@@ -41,11 +41,14 @@ _CONFUSIONS = (
 
 def show(found: Mapping[str, Any], console: rich.console.Console) -> None:
   """Prints what tools.evaluate found: overall, classes, confusions."""
+  among = f', chosen among {found["chosen_among"]:,} classes'
   console.print(
     rich.text.Text.assemble(
       (f'{found["stage"]}, {found["weights"]} weights', 'bold'),
       f' of epoch {found["epoch"]}, on {found["dataset"]}: '
-      f'{found["count"]:,} images',
+      f'{found["count"]:,} images of {found["image_size"]} px'
+      + ' and their mirror images' * found['flip_average']
+      + among * (found['chosen_among'] != found['num_classes']),
     )
   )
   columns = [x for x in _OVERALL if x.cell(found) != '-']

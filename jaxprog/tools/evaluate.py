@@ -2,21 +2,22 @@
 
 import csv
 import dataclasses
+import difflib
 import io
 import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import rich.console
 from ml_collections import config_dict
 
-from jaxprog import buckets, epochs, errors, files, stages
+from jaxprog import buckets, epochs, errors, files, named, stages
 from jaxprog import config as config_lib
 from jaxprog import paths as paths_lib
-from jaxprog.data import preparation
+from jaxprog.data import preparation, test_sets
 from jaxprog.data.records import Dataset
 from jaxprog.monitoring import activity, diagnostics
 from jaxprog.reliability import copies
@@ -26,6 +27,39 @@ from jaxprog.training import setup as setup_lib
 from jaxprog.training import trained as trained_lib
 
 _CSV_FIELDS = ('class', 'name', 'images', 'right', 'top1')
+# Pixels, as of the field eval_image_size.
+_LEAST_SIZE = 8
+
+
+class Subject(NamedTuple):
+  """Weights, and what they are scored on."""
+
+  trained: trained_lib.Trained
+  # Its labels are positions among the classes of the weights.
+  dataset: Dataset
+  # The classes that it has.
+  present: frozenset[str]
+  # What the network chooses among, bool (classes,); None: all that it knows.
+  among: np.ndarray | None
+  # What the files of the scores are called by.
+  words: tuple[str, ...]
+  console: rich.console.Console
+
+  def at_size(self, size: int) -> 'Subject':
+    """Returns the same with evaluation images of so many pixels.
+
+    Raises:
+      UserError: if that is no size of images.
+    """
+    if size < _LEAST_SIZE:
+      raise errors.UserError(
+        f'{size} pixels are too few for an image.',
+        '--eval_image_size',
+        f'Name sizes of at least {_LEAST_SIZE}, such as 96,128,160.',
+      )
+    stage = dataclasses.replace(self.trained.stage, eval_image_size=size)
+    trained = dataclasses.replace(self.trained, stage=stage)
+    return self._replace(trained=trained, words=(*self.words, f'{size}px'))
 
 
 @copies.in_bucket(chosen=True)
@@ -37,30 +71,75 @@ def evaluate(
   weights: str = 'best',
   dataset: str = '',
   model: setup_lib.ModelFn | None = None,
+  flip_average: bool = False,
+  eval_image_size: int = 0,
 ) -> dict[str, Any]:
   """Returns how saved weights do on every image of an evaluation split, once.
 
   Keys: stage, weights, epoch, config_hash (of the run), dataset, image_size,
-  eval_crop, interpolation, count, loss, top1 and top5 (accuracies in [0, 1]),
-  nll (nats), ece, per_class (class, name, images, right and top1 of each
-  class), confusions (class, predicted and count, the most frequent one first)
-  and bad_images (why each could not be decoded; they count as wrong).
+  eval_crop, interpolation, flip_average, num_classes (that the weights know),
+  chosen_among (so many of them), count, loss, top1 and top5 (accuracies in
+  [0, 1]), nll (nats), ece, per_class (class, name, images, right and top1 of
+  each class), confusions (class, predicted and count, the most frequent one
+  first) and bad_images (why each could not be decoded; they count as wrong).
   All of it is shown on stderr and written to
-  WORKDIR/eval/STAGE-WEIGHTS[-DATASET].csv and .json.
+  WORKDIR/eval/STAGE-WEIGHTS[-DATASET][-flip][-SIZEpx].csv and .json.
 
   `config` says where the data is and how to evaluate; the rest is the run's
   own. A `dataset` other than the stage's may lack classes, and their order is
   of no matter: labels go by name. `stage`, `weights` and `model` are those of
-  `trained.load_trained`.
+  `trained.load_trained`. With `flip_average` logits are the mean of those of
+  an image and its mirror image, as with the field eval_flip;
+  `eval_image_size` takes the place of the stage's, unless it is 0.
 
   Raises:
     UserError: if there are no such weights or images, or the dataset has
       classes that the weights do not know.
   """
   workdir = paths_lib.workdir(workdir)
+  subject = find_subject(
+    config,
+    workdir,
+    stage=stage,
+    weights=weights,
+    dataset=dataset,
+    model=model,
+    flip_average=flip_average,
+  )
+  if eval_image_size:
+    subject = subject.at_size(eval_image_size)
+  found = score(subject)
+  paths = _write(workdir, found, subject)
+  scores.show(found, subject.console)
+  for path in paths:
+    subject.console.print(buckets.shown(path), soft_wrap=True)
+  return found
+
+
+def find_subject(
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  *,
+  stage: str,
+  weights: str,
+  dataset: str,
+  model: setup_lib.ModelFn | None,
+  flip_average: bool,
+) -> Subject:
+  """Returns what is to be scored; the arguments are those of `evaluate`.
+
+  Says on stderr what is special about the data.
+
+  Raises:
+    UserError: if there are no such weights or images, or the dataset has
+      classes that the weights do not know.
+  """
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
   )
+  if flip_average:
+    flipping = dataclasses.replace(trained.stage, eval_flip=True)
+    trained = dataclasses.replace(trained, stage=flipping)
   if quiet := jax.process_index() != 0:
     activity.silence()
   console = rich.console.Console(
@@ -68,29 +147,47 @@ def evaluate(
   )
   if dataset == trained.stage.dataset:
     dataset = ''
+  data, present, among, notes = _find_data(trained, dataset)
+  for note in notes:
+    console.print(note)
+  name = preparation.folder_config(dataset) or dataset
+  words = (
+    trained.stage.name,
+    weights,
+    re.sub(r'[^\w.-]+', '-', name),
+    'flip' * flip_average,
+  )
+  return Subject(trained, data, frozenset(present), among, words, console)
+
+
+def _find_data(
+  trained: trained_lib.Trained, dataset: str
+) -> tuple[Dataset, Collection[str], np.ndarray | None, Sequence[str]]:
+  """Returns data, labelled as the weights know it, and what `Subject` has.
+
+  The last are sentences on it.
+  """
+  if dataset in named.TESTS:
+    with activity.doing(f'opening {dataset}') as show:
+      data, among, notes = test_sets.load(
+        dataset,
+        paths_lib.data_dir(trained.config),
+        trained.classes,
+        trained.class_names,
+        show,
+      )
+    alike.check_alike(trained.config, {trained.stage.name: data})
+    present = {data.classes[x] for x in np.unique(data.eval.labels)}
+    return data, present, among, notes
   data = load_dataset(trained, dataset)
   known = relabel(data, trained.classes, trained.class_names)
+  notes = ()
   if data.num_classes < len(trained.classes):
-    console.print(
+    notes = (
       f'{data.name} has {data.num_classes:,} of the {len(trained.classes):,} '
-      'classes that the weights know; labels go by name.'
+      'classes that the weights know; labels go by name.',
     )
-  found = {
-    'stage': trained.stage.name,
-    'weights': weights,
-    'epoch': trained.epoch,
-    'config_hash': config_lib.config_hash(trained.run_config),
-    'dataset': data.name,
-    'image_size': trained.stage.eval_size,
-    'eval_crop': trained.stage.eval_crop,
-    'interpolation': trained.stage.eval_interpolation,
-    **_score(trained, known, set(data.classes)),
-  }
-  paths = _write(workdir, found, dataset)
-  scores.show(found, console)
-  for path in paths:
-    console.print(buckets.shown(path), soft_wrap=True)
-  return found
+  return known, data.classes, None, notes
 
 
 def load_dataset(trained: trained_lib.Trained, dataset: str) -> Dataset:
@@ -129,7 +226,10 @@ def _with_dataset(
   try:
     return stages.select(stages.create_stages(config), only=(name,))[0]
   except errors.UserError as e:
-    raise errors.UserError(e.what, f'--input={dataset}', e.suggestion) from None
+    how = e.suggestion
+    if difflib.get_close_matches(dataset, named.TESTS):
+      how = errors.did_you_mean(dataset, [*named.DATASETS, *named.TESTS])
+    raise errors.UserError(e.what, f'--input={dataset}', how) from None
 
 
 def relabel(
@@ -168,9 +268,14 @@ def relabel(
 
 
 def create_task(
-  trained: trained_lib.Trained, dataset: Dataset
+  trained: trained_lib.Trained,
+  dataset: Dataset,
+  among: np.ndarray | None = None,
 ) -> setup_lib.Task:
-  """Returns what evaluates `trained` on `dataset`; it is not for training."""
+  """Returns what evaluates `trained` on `dataset`; it is not for training.
+
+  Classes are chosen `among` these, bool (classes,), or all.
+  """
   stage = trained.stage
   # Evaluation needs no length of a stage, and the data may have few training
   # images.
@@ -184,28 +289,38 @@ def create_task(
     model_fn=trained.model_fn,
     shardings=devices.create_shardings(),
   )
-  return setup_lib.create_task(setup, stage)
+  return setup_lib.create_task(setup, stage, among=among)
 
 
-def _score(
-  trained: trained_lib.Trained,
-  dataset: Dataset,
-  present: Collection[str],
-) -> dict[str, Any]:
-  """Returns count and all that comes of the images of `dataset`.
-
-  Classes that are not `present` in the data have no row.
-  """
-  task, split = create_task(trained, dataset), dataset.eval
+def score(subject: Subject) -> dict[str, Any]:
+  """Returns what `evaluate` does; classes that are not present have no row."""
+  trained, dataset, present, among, *_ = subject
+  stage, split = trained.stage, dataset.eval
+  task = create_task(trained, dataset, among)
   variables = jax.device_put(trained.variables, task.shardings.replicated)
   fetching.fetch(dataset.name, {split.name: split.source})
-  with activity.doing(
-    f'scoring {trained.stage.name} on {dataset.name}'
-  ) as show:
+  what = f'scoring {stage.name} on {dataset.name}, {stage.eval_size} px'
+  with activity.doing(what) as show:
     means, outcomes, bad = loop.evaluate(task, variables, split, show)
+  if split.answers is not None:
+    # Another of the right answers is no mistake.
+    right = outcomes['rank'] < 1
+    predicted = np.where(right, split.labels, outcomes['predicted'])
+    outcomes = {**outcomes, 'predicted': predicted}
   found = diagnostics.diagnose(outcomes, split.labels, dataset.num_classes)
   classes, names = dataset.classes, dataset.class_names
   return {
+    'stage': stage.name,
+    'weights': trained.weights,
+    'epoch': trained.epoch,
+    'config_hash': config_lib.config_hash(trained.run_config),
+    'dataset': dataset.name,
+    'image_size': stage.eval_size,
+    'eval_crop': stage.eval_crop,
+    'interpolation': stage.eval_interpolation,
+    'flip_average': stage.eval_flip,
+    'num_classes': len(classes),
+    'chosen_among': len(classes) if among is None else int(among.sum()),
     'count': len(split),
     **means,
     'nll': found['nll'],
@@ -236,17 +351,19 @@ def _score(
   }
 
 
-def _write(
-  workdir: pathlib.Path, found: Mapping[str, Any], dataset: str
-) -> list[pathlib.Path]:
-  """Writes one row a class as CSV, and all else as JSON; returns their paths.
+def find_path(
+  workdir: pathlib.Path, subject: Subject, ending: str
+) -> pathlib.Path:
+  """Returns where what was found of `subject` is written."""
+  name = '-'.join(x for x in subject.words if x)
+  return workdir / 'eval' / f'{name}{ending}'
 
-  `dataset` is part of the files' name, '' where it is the stage's own.
-  """
-  other = preparation.folder_config(dataset) or dataset
-  parts = [found['stage'], found['weights'], re.sub(r'[^\w.-]+', '-', other)]
-  path = workdir / 'eval' / '-'.join(x for x in parts if x)
-  paths = [path.with_name(path.name + x) for x in ('.csv', '.json')]
+
+def _write(
+  workdir: pathlib.Path, found: Mapping[str, Any], subject: Subject
+) -> list[pathlib.Path]:
+  """Writes a row a class as CSV, and all else as JSON; returns their paths."""
+  paths = [find_path(workdir, subject, x) for x in ('.csv', '.json')]
   if jax.process_index() == 0:
     out = io.StringIO()
     rows = csv.DictWriter(out, _CSV_FIELDS, lineterminator='\n')

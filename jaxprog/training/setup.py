@@ -338,10 +338,12 @@ def create_task(
   setup: Setup,
   stage: stages_lib.Stage,
   learning_rate_fn: optax.Schedule | None = None,
+  among: np.ndarray | None = None,
 ) -> Task:
   """Returns the model, the optimizer and the steps of `stage`.
 
-  `learning_rate_fn` takes the place of the stage's own schedule.
+  `learning_rate_fn` takes the place of the stage's own schedule; evaluation
+  chooses `among` classes, bool (classes,), or all.
   """
   dataset, steps = setup.datasets[stage.name], setup.steps[stage.name]
   (platform,) = {x.platform for x in setup.shardings.batch.mesh.devices.flat}
@@ -377,7 +379,7 @@ def create_task(
   state_shapes = jax.eval_shape(lambda rng: create_state(init(rng)), init_rng)
   jit = functools.partial(jax.jit, out_shardings=replicated)
   train_steps, eval_step = _create_steps(
-    setup, stage, create_model, create_teacher, tx, learning_rate_fn
+    setup, stage, create_model, create_teacher, tx, learning_rate_fn, among
   )
   return Task(
     config=setup.config,
@@ -460,6 +462,7 @@ def _create_steps(
   create_teacher: Callable[[int], nn.Module],
   tx: optax.GradientTransformation,
   learning_rate_fn: optax.Schedule,
+  among: np.ndarray | None,
 ) -> tuple[dict[Program, Any], Any]:
   """Returns the training steps by program, and the evaluation step.
 
@@ -511,9 +514,10 @@ def _create_steps(
     for program in _list_programs(stage, steps).values()
   }
   model = create_model(stage.eval_size)
-  return train_steps, jit(
-    steps_lib.create_eval_step(model, pixels, flip=stage.eval_flip)
+  eval_step = steps_lib.create_eval_step(
+    model, pixels, flip=stage.eval_flip, among=among
   )
+  return train_steps, jit(eval_step)
 
 
 def compiler_options(

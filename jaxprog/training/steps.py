@@ -341,15 +341,19 @@ def create_eval_step(
   pixels: tuple[Sequence[float], Sequence[float]],
   *,
   flip: bool = False,
+  among: np.ndarray | None = None,
 ) -> Callable[[Any, Batch, Metrics], tuple[Metrics, Outcomes]]:
   """Returns eval_step(variables, batch, sums) -> (sums, outcomes), pure.
 
   Adds up what `mask` does not hide: no label smoothing, one centre crop. An
   image that could not be decoded has the label -1: it counts as wrong, with
-  the loss of a guess. `outcomes` says of every row, hidden ones included:
-  loss, rank (classes that score above its own, 0 where it is right),
-  predicted (class) and confidence (its probability). With `flip` the logits
-  are the mean of those of an image and its mirror image, one after the other.
+  the loss of a guess. Where labels are (N, k), -1 where there are fewer, all of
+  them are right: the likeliest is the label, and naming any has the loss.
+  `outcomes` says of every row, hidden ones included: loss, rank (classes that
+  score above its own, 0 where it is right), predicted (class) and confidence
+  (its probability). With `flip` logits are the mean of those of an image and
+  its mirror image, seen one after the other. Classes that are not `among`, bool
+  (classes,), do not exist.
   """
 
   def eval_step(variables, batch, sums):
@@ -358,12 +362,13 @@ def create_eval_step(
     if flip:
       mirrored: Any = model.apply(variables, images[:, :, ::-1], train=False)
       logits = (logits + mirrored) / 2
+    num_classes = count = logits.shape[-1]
+    if among is not None:
+      logits = jnp.where(among, logits, -jnp.inf)
+      count = np.count_nonzero(among)
     labels, mask = batch['label'], batch['mask']
-    known = labels >= 0
-    labels = jnp.maximum(labels, 0)
-    num_classes = logits.shape[-1]
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    loss = jnp.where(known, loss, jnp.log(num_classes))
+    known, labels, loss = _find_losses(logits, labels)
+    loss = jnp.where(known, loss, jnp.log(count))
     # The rank counts the classes that the label does not beat: no sort of
     # 1000 logits, and a NaN beats nothing. At equal scores the lower class
     # wins, as in argmax.
@@ -390,6 +395,26 @@ def create_eval_step(
     }
 
   return eval_step
+
+
+def _find_losses(
+  logits: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns whether an image has a label, that label and its loss, (N,) each.
+
+  Of (N, k) labels that is the likeliest, and the loss that of all together.
+  """
+  if labels.ndim == 1:
+    known = labels >= 0
+    labels = jnp.maximum(labels, 0)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return known, labels, loss
+  scores = jnp.take_along_axis(logits, jnp.maximum(labels, 0), axis=-1)
+  scores = jnp.where(labels >= 0, scores, -jnp.inf)
+  best = jnp.argmax(scores, axis=-1)[:, None]
+  labels = jnp.take_along_axis(labels, best, axis=-1)[:, 0]
+  loss = jax.nn.logsumexp(logits, -1) - jax.nn.logsumexp(scores, -1)
+  return labels >= 0, jnp.maximum(labels, 0), loss
 
 
 def zero_eval_sums() -> Metrics:
