@@ -112,6 +112,15 @@ def test_the_file_holds_the_best_weights_bit_for_bit(exported, weights):
   networks.assert_same_bits(found, interchange.to_state_dict(weights[0]))
 
 
+def test_a_temperature_is_told_and_changes_nothing_else(weights):
+  plain = create(weights[0])
+  fitted = dataclasses.replace(plain, temperature=1.25)
+  headers = [export._describe_file(x) for x in (plain, fitted)]
+  assert headers[1] == {**headers[0], 'temperature': '1.25'}
+  assert 'softmax of the logits over 1.25' in export._write_card(fitted)
+  assert 'temperature' not in export._write_card(plain)
+
+
 def test_the_header_says_how_to_use_them(exported, weights):
   path = exported[0] / 'export' / 'three.safetensors'
   with safetensors.safe_open(path, 'numpy') as file:

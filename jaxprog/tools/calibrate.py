@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 from jaxprog import buckets, errors, files, formats
 from jaxprog import paths as paths_lib
-from jaxprog.data import records
+from jaxprog.data.records import Records
 from jaxprog.monitoring import activity, outcomes, temperature
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import copies
@@ -34,7 +34,7 @@ _COLUMNS = (
 class _Images(NamedTuple):
   """A part of a dataset, and what to call it."""
 
-  split: records.Records
+  split: Records
   name: str
 
 
@@ -104,15 +104,9 @@ def _divide(
   data = evaluate.relabel(
     evaluate.load_dataset(trained, ''), trained.classes, trained.class_names
   )
-  if stage.holdout_part:
-    rules = history_lib.holdout_rules(run_lib.read_history(workdir))
-    data = records.take_holdout(
-      data,
-      stage.holdout_part,
-      f'stage {stage.name!r}',
-      rules.get(stage.name, records.HOLDOUT_RULE),
-    )
-    assert data.holdout is not None
+  rules = history_lib.holdout_rules(run_lib.read_history(workdir))
+  data = setup_lib.take_holdout(data, stage, rules.get(stage.name))
+  if data.holdout is not None:
     return (
       _Images(data.holdout, 'the hold-out'),
       _Images(data.eval, 'the validation images'),

@@ -1,5 +1,6 @@
 """Says what each stage's features know of the data of later stages."""
 
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,6 @@ from ml_collections import config_dict
 
 from jaxprog import buckets, errors, files, stages
 from jaxprog import paths as paths_lib
-from jaxprog.data import records
 from jaxprog.data.records import Dataset, Records
 from jaxprog.monitoring import activity, outcomes
 from jaxprog.monitoring import history as history_lib
@@ -99,11 +99,8 @@ def _load_datasets(
     except errors.UserError as e:
       console.print(f'{stage.name} is left out: {e.what}')
       continue
-    if stage.holdout_part:
-      rule = rules.get(stage.name, records.HOLDOUT_RULE)
-      where = f'stage {stage.name!r}'
-      data = records.take_holdout(data, stage.holdout_part, where, rule)
-    datasets[stage.name] = data
+    rule = rules.get(stage.name)
+    datasets[stage.name] = setup_lib.take_holdout(data, stage, rule)
   if not datasets:
     raise errors.UserError(
       'No stage is done that has a later one with its data here.',
@@ -121,22 +118,7 @@ def _probe(
   sources: Sequence[trained_lib.Trained],
 ) -> list[dict[str, Any]]:
   """Returns a row for what each of `sources` knows of the data of `stage`."""
-  network = sources[0].model_fn(
-    num_classes=data.num_classes,
-    image_size=stage.eval_size,
-    dtype=devices.resolve_dtype(
-      config.dtype, stage.mixed_precision, jax.default_backend()
-    ),
-  )
-  fresh = state_lib.init_variables(
-    network, stage.eval_size, jax.random.key(config.seed)
-  )
-  step = forward.create_step(
-    forward.create_features(network, (config.mean_rgb, config.std_rgb))
-  )
-  networks = [
-    _without_head(x) for x in (fresh, *(y.variables for y in sources))
-  ]
+  step, networks = _create_networks(config, stage, data, sources)
 
   def see(split):
     fetching.fetch(data.name, {split.name: split.source})
@@ -149,7 +131,7 @@ def _probe(
   known = train.labels >= 0
   _check_images(stage, known, held)
   with activity.doing(f'solving for {stage.name}'):
-    probes = [
+    found = [
       linear_probe.choose(
         x[known], train.labels[known], held[known], data.num_classes
       )
@@ -157,8 +139,8 @@ def _probe(
     ]
   # An undecodable image has the label -1, which nobody predicts.
   top1s = [
-    float(np.mean(probe.predict(x) == seen.labels))
-    for probe, x in zip(probes, seen.outputs, strict=True)
+    float(np.mean(y.predict(x) == seen.labels))
+    for y, x in zip(found, seen.outputs, strict=True)
   ]
   common = {
     'to': stage.name,
@@ -170,7 +152,7 @@ def _probe(
     'split': stage.eval_split,
     'num_images': len(scored),
     'random_top1': top1s[0],
-    'random_penalty': probes[0].penalty,
+    'random_penalty': found[0].penalty,
   }
   return [
     {
@@ -178,10 +160,38 @@ def _probe(
       'epoch': source.epoch,
       **common,
       'top1': top1,
-      'penalty': probe.penalty,
+      'penalty': y.penalty,
     }
-    for source, top1, probe in zip(sources, top1s[1:], probes[1:], strict=True)
+    for source, top1, y in zip(sources, top1s[1:], found[1:], strict=True)
   ]
+
+
+def _create_networks(
+  config: config_dict.ConfigDict,
+  stage: stages.Stage,
+  data: Dataset,
+  sources: Sequence[trained_lib.Trained],
+) -> tuple[Any, list[Any]]:
+  """Returns the step to features, and variables: random ones, then `sources`'.
+
+  The network is that of `stage`, to which a hand-over would carry them.
+  """
+  network = sources[0].model_fn(
+    num_classes=data.num_classes,
+    image_size=stage.eval_size,
+    dtype=devices.resolve_dtype(
+      config.dtype, stage.mixed_precision, jax.default_backend()
+    ),
+  )
+  draw = functools.partial(state_lib.init_variables, network, stage.eval_size)
+  fresh = jax.device_get(jax.jit(draw)(jax.random.key(config.seed)))
+  step = forward.create_step(
+    forward.create_features(network, (config.mean_rgb, config.std_rgb))
+  )
+  networks = [
+    _without_head(x) for x in (fresh, *(y.variables for y in sources))
+  ]
+  return step, networks
 
 
 def _without_head(variables: Mapping[str, Any]) -> dict[str, Any]:

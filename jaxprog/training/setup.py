@@ -295,12 +295,26 @@ def _prepare(
   Raises:
     UserError: if a hold-out takes all or nothing, or there is no room.
   """
-  if stage.holdout_part:
-    where, rule = f'stage {stage.name!r}', rule or records.HOLDOUT_RULE
-    dataset = records.take_holdout(dataset, stage.holdout_part, where, rule)
+  dataset = take_holdout(dataset, stage, rule)
   what = f'storing {stage.dataset} as {stage.storage}'
   with activity.doing(what) as show:
     return preparation.store(dataset, stage.stored, progress=show)
+
+
+def take_holdout(
+  dataset: Dataset, stage: stages_lib.Stage, rule: int | None
+) -> Dataset:
+  """Returns `dataset` with the stage's hold-out, if it asks for one.
+
+  `rule` is that by which the run has chosen it, None before it has.
+
+  Raises:
+    UserError: if a hold-out takes all or nothing.
+  """
+  if not stage.holdout_part:
+    return dataset
+  where, rule = f'stage {stage.name!r}', rule or records.HOLDOUT_RULE
+  return records.take_holdout(dataset, stage.holdout_part, where, rule)
 
 
 def _exclude_leaks(
