@@ -188,8 +188,23 @@ def config_hash(config: config_dict.ConfigDict) -> str:
   for name, field in fields.CONFIG.items():
     if field.hashed is not None:
       plain[name] = field.hashed
+  plain = _without_younger(plain, fields.CONFIG)
+  plain['stages'] = [
+    _without_younger(stage, fields.STAGE) for stage in plain['stages']
+  ]
   text = json.dumps(plain, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_younger(
+  values: Mapping[str, Any], declared: fields.Declared
+) -> dict[str, Any]:
+  """Returns `values`, JSON's, without what older configs could not say."""
+  absent = {
+    name: _plain(declared[name].default)
+    for name in fields.names(declared, 'younger')
+  }
+  return {k: v for k, v in values.items() if k not in absent or v != absent[k]}
 
 
 class Change(NamedTuple):

@@ -89,6 +89,7 @@ class Outlook:
       'optimizer': stage.optimizer,
       'schedule': stage.schedule,
       'augmentation': _describe_augmentation(stage),
+      'teacher': stage.distill_from,
       **values,
       'fits': self.fits,
       'seconds': self.seconds,
@@ -114,6 +115,8 @@ def look_ahead(task: setup_lib.Task) -> Outlook:
 def _describe_augmentation(stage: stages_lib.Stage) -> str:
   """Returns what a stage does to its training images, in words."""
   parts = [f'crop {stage.min_crop_area:.0%}-100%']
+  if stage.low_frequency_size:
+    parts.append(f'low frequencies, {stage.low_frequency_size} px')
   if stage.flip:
     parts.append('mirror, alternating' if stage.alternating_flip else 'mirror')
   colors = ('brightness', 'contrast', 'saturation', 'hue')
@@ -167,6 +170,7 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
   ('peak rate', lambda x: f'{x["peak_learning_rate"]:.3g}'),
   ('last rate', lambda x: f'{x["final_learning_rate"]:.2g}'),
   ('augmentation', lambda x: x['augmentation']),
+  ('teacher', lambda x: x['teacher']),
   ('parameters', lambda x: formats.count(x['parameters'])),
   ('FLOPs/image', lambda x: formats.flops(x['flops_per_image'])),
   ('memory', lambda x: _size(x['memory_bytes'], x['memory_compiled'])),

@@ -208,9 +208,11 @@ def create_tasks(
       teacher.check(setup, task, workdir)
       is_begun = resume.check(task, workdir, config)
       # A stage that has begun has its weights in its own checkpoints.
-      if stage.init_from and not is_begun:
-        variables = task.state_shapes.variables
-        pretrained.load(stage, variables, task.dataset.classes)
+      if not is_begun:
+        handover.check_rows(setup, task, workdir)
+        if stage.init_from:
+          variables = task.state_shapes.variables
+          pretrained.load(stage, variables, task.dataset.classes)
     before = stage
   return tasks
 
