@@ -382,19 +382,19 @@ class StageFields:
   # a stage before ('stage:NAME:ema': its averaged ones), or a .safetensors file
   # of one of our ResNets, smaller or larger; '': none. It sees the very images
   # that the stage does (Beyer et al. 2022, arXiv:2106.05237).
-  distill_from: str = ''
+  distill_from: str = field('', younger=True)
   # Part of the loss that is the divergence between both networks' softened
   # probabilities of the classes that both know, times the temperature's square
   # (Hinton et al. 2015, arXiv:1503.02531); the labels have the rest.
-  distill_weight: float = field(0.5, within='[0, 1]')
-  distill_temperature: float = field(2.0, within='(0, inf)')
+  distill_weight: float = field(0.5, within='[0, 1]', younger=True)
+  distill_temperature: float = field(2.0, within='(0, inf)', younger=True)
   # What the squared distance between both networks' last features counts, over
   # the square of the teacher's; through a 1x1 projection that learns with the
   # stage where their widths differ (Romero et al. 2015, arXiv:1412.6550).
-  distill_features: float = 0.0
+  distill_features: float = field(0.0, younger=True)
   # Both fall to 0 in a line over so many epochs, and from there on nobody
   # teaches; 0: they stay as they are to the end.
-  distill_epochs: float = field(0.0, unit='epochs')
+  distill_epochs: float = field(0.0, unit='epochs', younger=True)
 
   # How training images are kept: 'original', as they came; 'jpeg:N' with the
   # shorter side at most N pixels, quality 90 ('jpeg:N:QUALITY'); 'raw' or
@@ -407,11 +407,16 @@ class StageFields:
 
   # Side of the square the network sees, in pixels.
   image_size: int = field(224, unit='pixels', within='[8, inf)', phase=True)
-  # Of these the network sees the low frequencies alone, as a square of this
-  # side: the middle of the spectrum (Wang et al. 2024, arXiv:2405.08768); 0:
-  # the image itself. With phases it grows with the epoch.
+  # Of these the same network sees the low frequencies alone, as a square of
+  # this side: the middle of the spectrum (Wang et al. 2024, arXiv:2405.08768);
+  # 0: the image itself. With phases it grows with the epoch.
   low_frequency_size: int = field(
-    0, unit='pixels', within='0 or [8, inf)', phase=True, traced=True
+    0,
+    unit='pixels',
+    within='0 or [8, inf)',
+    phase=True,
+    traced=True,
+    younger=True,
   )
   # Random resized crop: smallest part of the image's area and largest
   # width-to-height ratio (its inverse is the smallest).

@@ -69,6 +69,17 @@ def test_a_frozen_backbone_and_smaller_images_cost_less(meter, ladder):
   assert found.total('flops') - frozen > 4 * frozen > 0
 
 
+def test_a_teacher_costs_until_it_stops(meter, ladder):
+  (alone,) = meter.measure(ladder, ())
+  ladder.stages[0].update(distill_from='stage:three', distill_epochs=1.0)
+  (taught,) = meter.measure(ladder, ())
+  first, total = (x.at(29)[1] for x in (alone, taught))
+  # A forward pass is a third of a step, nearly.
+  assert total / first == pytest.approx(4 / 3, rel=0.05)
+  rest = [x.total('flops') - x.at(29)[1] for x in (alone, taught)]
+  assert rest[0] == rest[1]
+
+
 def test_lengths_that_cost_the_same_as_a_ladder_of_two_stages():
   first = cost('a', 4.0, 10, 8, 1.0)
   last = cost('b', 6.0, 20, 16, 3.0)

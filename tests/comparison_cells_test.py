@@ -14,6 +14,7 @@ CONFIGS = [
     'compare_strategies': ('', ':imagenette'),
     'compare_models': ('', ':imagenette', ':tiny_imagenet'),
     'compare_ladder': ('', ':digits'),
+    'compare_curriculum': ('',),
     'compare_warm_start': ('',),
   }.items()
   for argument in arguments
@@ -26,6 +27,15 @@ def create(**fields):
     for field, value in fields.items():
       config[field] = value
   return config
+
+
+ALONE = {'name': 'alone', 'stages': ('ten',)}
+
+
+def taught():
+  base = compare_config.get_ladder().base
+  base.stages[1]['distill_from'] = 'stage:three'
+  return base
 
 
 def names(config):
@@ -142,6 +152,11 @@ def test_controls_are_the_last_stage_alone_with_all_that_can_be_equal():
     ({'budget': 'flop'}, "Unknown budget 'flop'", 'config.budget'),
     ({'target_top1': 60.0}, 'target_top1 is 60', 'config.target_top1'),
     ({'controls': True}, 'ladder of one', 'config.controls'),
+    (
+      {'base': taught(), 'cells': ({**ALONE, 'overrides': {}},)},
+      "'three' teaches, and is not trained before",
+      "cell 'alone': stage 'ten'",
+    ),
     (
       {'operators': ({'name': 'x', 'fields': {'reset_blocks': 1}},)},
       'hands nothing over',

@@ -123,8 +123,22 @@ def in_cell(cell: Cell) -> contextlib.AbstractContextManager[None]:
 def trained_stages(
   ladder: config_dict.ConfigDict, cell: Cell
 ) -> tuple[stages.Stage, ...]:
-  """Returns the stages that a run of `cell` trains, in order."""
-  return stages.select(stages.create_stages(ladder), cell.only)
+  """Returns the stages that a run of `cell` trains, in order.
+
+  Raises:
+    UserError: for a mistake in them, or a teacher that is not among them.
+  """
+  chosen = stages.select(stages.create_stages(ladder), cell.only)
+  names = [stage.name for stage in chosen]
+  for i, stage in enumerate(chosen):
+    teacher, _ = stage.teacher_stage
+    if teacher and teacher not in names[:i]:
+      raise errors.UserError(
+        f'{teacher!r} teaches, and is not trained before this stage.',
+        f'stage {stage.name!r}: distill_from={stage.distill_from}',
+        "Set it to '' here, or train that stage too.",
+      )
+  return chosen
 
 
 def seeds(config: config_dict.ConfigDict) -> tuple[int, ...]:
@@ -266,10 +280,14 @@ def _create_controls(
       'config.controls',
       'Set controls to False, or give config.base a stage before.',
     )
+  # A head on a backbone of fresh weights is not worth training.
+  changed = {**reference.overrides, 'stages[-1].freeze_epochs': 0.0}
+  ladder = create_ladder(config, reference, config.base.seed)
+  if ladder.stages[-1].distill_from.startswith('stage:'):
+    changed['stages[-1].distill_from'] = ''
   alone = Cell(
     CONTROL,
-    # A head on a backbone of fresh weights is not worth training.
-    {**reference.overrides, 'stages[-1].freeze_epochs': 0.0},
+    changed,
     only=(stages.create_stages(config.base)[-1].name,),
     control=True,
   )

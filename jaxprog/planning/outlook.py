@@ -91,6 +91,7 @@ class Outlook:
       'augmentation': _describe_augmentation(stage),
       'published_top1': stage.published_top1,
       'differs': list(stage.differs),
+      'teacher': stage.distill_from,
       **values,
       'fits': self.fits,
       'seconds': self.seconds,
@@ -120,6 +121,8 @@ def _describe_augmentation(stage: stages_lib.Stage) -> str:
     parts[0] += f', {stage.crop_interpolation}'
   if stage.augment_repeats > 1:
     parts.append(f'{stage.augment_repeats} copies of an image')
+  if stage.low_frequency_size:
+    parts.append(f'low frequencies, {stage.low_frequency_size} px')
   if stage.flip:
     parts.append('mirror, alternating' if stage.alternating_flip else 'mirror')
   colors = ('brightness', 'contrast', 'saturation', 'hue')
@@ -177,6 +180,7 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
   ('peak rate', lambda x: f'{x["peak_learning_rate"]:.3g}'),
   ('last rate', lambda x: f'{x["final_learning_rate"]:.2g}'),
   ('augmentation', lambda x: x['augmentation']),
+  ('teacher', lambda x: x['teacher']),
   ('parameters', lambda x: formats.count(x['parameters'])),
   ('FLOPs/image', lambda x: formats.flops(x['flops_per_image'])),
   ('memory', lambda x: _size(x['memory_bytes'], x['memory_compiled'])),

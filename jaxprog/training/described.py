@@ -136,7 +136,17 @@ def start(record: Mapping[str, Any]) -> str:
   if record.get('resumed_at_steps'):
     return f'resumed at step {record["resumed_at_steps"][-1]}'
   if origin['from'] is None:
-    return 'fresh weights'
+    done = ['fresh weights']
+  else:
+    done = [f'from {origin["from"]}', *_describe_handover(record)]
+  if taught := record.get('teacher'):
+    done.append(f'taught {taught["classes"]} classes by {taught["from"]}')
+  return ', '.join(done)
+
+
+def _describe_handover(record: Mapping[str, Any]) -> list[str]:
+  """Returns what was done with weights on their way to a stage."""
+  origin = record['transfer']
   head = 'fresh head' if 'head' in origin['fresh'] else 'head carried'
   match origin.get('head'):
     case 'zero':
@@ -151,4 +161,4 @@ def start(record: Mapping[str, Any]) -> str:
     done.append(f'statistics {origin["statistics"]}')
   if 'licence' in origin:
     done.append(f'licence {origin["licence"]}')
-  return f'from {origin["from"]}, {", ".join(done)}'
+  return done

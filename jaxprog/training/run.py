@@ -211,9 +211,11 @@ def create_tasks(
       teacher.check(setup, task, workdir)
       is_begun = resume.check(task, workdir, config)
       # A stage that has begun has its weights in its own checkpoints.
-      if stage.init_from and not is_begun:
-        shapes, classes = task.state_shapes.variables, task.dataset.classes
-        pretrained.load(stage, shapes, classes, task.config)
+      if not is_begun:
+        handover.check_rows(setup, task, workdir)
+        if stage.init_from:
+          shapes, classes = task.state_shapes.variables, task.dataset.classes
+          pretrained.load(stage, shapes, classes, task.config)
     before = stage
   return tasks
 

@@ -501,14 +501,13 @@ def _create_steps(
   def create_train_step(program):
     options = dict(zip(_TRACED, program.options, strict=True))
     part = dataclasses.replace(stage, **options)
-    size = part.low_frequency_size or program.image_size
     teach = None
     if program.taught:
       teach = distillation.create_teach_fn(
-        create_teacher(size), part, steps, frozen=program.frozen
+        create_teacher(program.image_size), part, steps, frozen=program.frozen
       )
     return steps_lib.create_train_step(
-      create_model(size),
+      create_model(program.image_size),
       tx,
       learning_rate_fn,
       part,

@@ -222,6 +222,35 @@ def _mistakes(
     )
 
 
+def check_rows(
+  setup: setup_lib.Setup, task: setup_lib.Task, workdir: pathlib.Path
+) -> None:
+  """Raises UserError if a head by class would find the row of no class."""
+  stage = task.stage
+  if stage.transfer_head != 'by_class' or stage.transfer == 'none':
+    return
+  called = [x.name for x in setup.chosen]
+  known = {x: setup.datasets[x].classes for x in called}
+  before = called[: called.index(stage.name)]
+  for name in _find_sources(setup, workdir, stage):
+    done = checkpoints.read_done(workdir, name) or {}
+    known[name] = tuple(done.get('classes', ()))
+    before.append(name)
+  if stage.init_from:
+    found = pretrained.load(
+      stage, task.state_shapes.variables, task.dataset.classes
+    )
+    before, known[stage.init_from] = [stage.init_from], found.classes
+  classes = {*itertools.chain(*(known[name] for name in before))}
+  if before and not classes & {*task.dataset.classes}:
+    raise errors.UserError(
+      f'transfer_head is by_class, and {", ".join(dict.fromkeys(before))} '
+      'knew no class of this stage.',
+      f'stage {stage.name!r}',
+      "Set it to 'auto': the head starts afresh.",
+    )
+
+
 def _draw_fresh(task: setup_lib.Task) -> Variables:
   """Returns fresh weights; shapes of the backbone where only they matter."""
   if needs_backbone(task.stage):
