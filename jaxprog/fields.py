@@ -158,6 +158,8 @@ class Optimizer(NamedTuple):
   # The linear scaling rule is about it.
   scales: bool = False
   eight_bit: bool = False
+  # It averages its steps itself, in place of a schedule and of ema_decay.
+  schedule_free: bool = False
 
 
 _SGD = Optimizer(coupled=True, trace=True, nesterov=True, scales=True)
@@ -168,6 +170,8 @@ OPTIMIZERS = {
   'lars': _SGD,
   'muon': Optimizer(nesterov=True),
   'rmsprop': Optimizer(coupled=True, trace=True),
+  'schedule_free_adamw': Optimizer(schedule_free=True),
+  'schedule_free_sgd': Optimizer(coupled=True, scales=True, schedule_free=True),
   'sgd_momentum': _SGD,
   'sgd_momentum_8bit': _SGD._replace(eight_bit=True),
 }
@@ -364,7 +368,8 @@ class StageFields:
   transfer_statistics: str = field(
     'carry', choices=('carry', 'recalibrate', 'reset')
   )
-  # Training batches that dash and recalibrate look at.
+  # Training batches that dash and recalibrate look at, and schedule_free_*
+  # before each evaluation.
   transfer_batches: int = field(10, unit='batches', within='[1, inf)')
 
   # How training images are kept: 'original', as they came; 'jpeg:N' with the
