@@ -478,7 +478,7 @@ def _end_epoch(
     path = outcomes.find_path(run.workdir, task.stage.name)
     right = found.outcomes['rank'] < 1
     outcomes.write(path, course.order, right, row['epoch'])
-  _save_weights(course, state, row, {'best': weights} if is_best else {})
+  _save_weights(course, dataclasses.replace(state, **weights), row, is_best)
   scale = decisions.rate_scale(task.stage, record['epochs'])
   metrics, rate_scale = jax.device_put(
     (state_lib.zero_metrics(), np.float32(scale)), task.shardings.replicated
@@ -518,11 +518,12 @@ def _save_weights(
   course: Course,
   state: state_lib.TrainState,
   row: dict[str, Any],
-  saved: dict[str, Any],
+  is_best: bool,
 ) -> None:
-  """Saves `saved`, by kind, and averages where they are the best so far."""
+  """Saves the weights and the averaged ones, each if it is the best so far."""
   began, step = time.monotonic(), int(state.step)
   average = history_lib.best_epoch(course.record['epochs'], 'ema_top1')
+  saved = {'best': state.variables} if is_best else {}
   if average is not None and average['epoch'] == row['epoch']:
     saved['ema'] = state.ema
   for name, variables in saved.items():
