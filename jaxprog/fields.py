@@ -506,11 +506,12 @@ class StageFields:
   plateau_cooldown: int = field(0, unit='evaluations', scheduled=True)
 
   # AdamW, LAMB: decay rates of both moments, and what keeps the division finite
-  # (RMSprop too). Muon uses them for all but kernels.
+  # (RMSprop too). Muon uses them for all but kernels. schedule_free_adamw: b1
+  # is how near to the average gradients are asked for.
   b1: float = field(0.9, within='[0, 1)')
   b2: float = field(0.999, within='[0, 1)')
   eps: float = field(1e-8, within='(0, inf)')
-  # SGD, LARS, Muon, RMSprop.
+  # SGD, LARS, Muon, RMSprop; schedule_free_sgd: as b1 above.
   momentum: float = field(0.9, within='[0, 1)')
   # SGD, LARS, Muon.
   nesterov: bool = False

@@ -272,8 +272,8 @@ def find_weights(course: Course, state: state_lib.TrainState) -> dict[str, Any]:
   if not task.stage.is_schedule_free:
     return state.variables
   course.run.dog.beat(f"the statistics of {task.stage.name}'s average")
-  params = optimizers.averaged_params(state.params, state.opt_state)
-  variables = {'params': params, 'batch_stats': state.batch_stats}
+  average = optimizers.averaged_params(state.params, state.opt_state)
+  variables = dataclasses.replace(state, params=average).variables
   if state.batch_stats:
     variables['batch_stats'] = course.measure_statistics(variables)
   return jax.device_put(variables, task.shardings.replicated)
