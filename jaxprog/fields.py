@@ -161,6 +161,8 @@ class Optimizer(NamedTuple):
   # The linear scaling rule is about it.
   scales: bool = False
   eight_bit: bool = False
+  # It averages its steps itself, in place of a schedule and of ema_decay.
+  schedule_free: bool = False
 
 
 _SGD = Optimizer(coupled=True, trace=True, nesterov=True, scales=True)
@@ -171,6 +173,8 @@ OPTIMIZERS = {
   'lars': _SGD,
   'muon': Optimizer(nesterov=True),
   'rmsprop': Optimizer(coupled=True, trace=True),
+  'schedule_free_adamw': Optimizer(schedule_free=True),
+  'schedule_free_sgd': Optimizer(coupled=True, scales=True, schedule_free=True),
   'sgd_momentum': _SGD,
   'sgd_momentum_8bit': _SGD._replace(eight_bit=True),
 }
@@ -375,7 +379,8 @@ class StageFields:
   transfer_statistics: str = field(
     'carry', choices=('carry', 'recalibrate', 'reset')
   )
-  # Training batches that dash and recalibrate look at.
+  # Training batches that dash and recalibrate look at, and schedule_free_*
+  # before each evaluation.
   transfer_batches: int = field(10, unit='batches', within='[1, inf)')
 
   # A network that teaches beside the labels: 'stage:NAME', the best weights of
@@ -574,11 +579,12 @@ class StageFields:
   plateau_cooldown: int = field(0, unit='evaluations', scheduled=True)
 
   # AdamW, LAMB: decay rates of both moments, and what keeps the division finite
-  # (RMSprop too). Muon uses them for all but kernels.
+  # (RMSprop too). Muon uses them for all but kernels. schedule_free_adamw: b1
+  # is how near to the average gradients are asked for.
   b1: float = field(0.9, within='[0, 1)')
   b2: float = field(0.999, within='[0, 1)')
   eps: float = field(1e-8, within='(0, inf)')
-  # SGD, LARS, Muon, RMSprop.
+  # SGD, LARS, Muon, RMSprop; schedule_free_sgd: as b1 above.
   momentum: float = field(0.9, within='[0, 1)')
   # SGD, LARS, Muon.
   nesterov: bool = False

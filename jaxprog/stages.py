@@ -118,6 +118,16 @@ class Stage(fields.StageFields):
     return self.weight_decay_kind == 'coupled'
 
   @property
+  def is_schedule_free(self) -> bool:
+    """Whether the optimizer averages its steps; see `averaging`."""
+    return fields.OPTIMIZERS[self.optimizer].schedule_free
+
+  @property
+  def averaging(self) -> float:
+    """How near schedule-free gradients are to the average, from 0 to 1."""
+    return self.momentum if self.optimizer == 'schedule_free_sgd' else self.b1
+
+  @property
   def peak_learning_rate(self) -> float:
     """`learning_rate`, scaled with the global batch if that is asked for."""
     if not self.scale_learning_rate:
@@ -276,6 +286,7 @@ def _create_stage(stage: config_dict.ConfigDict, where: str) -> Stage:
     *_clashes(created),
     *_schedule_mistakes(created),
     *_optimizer_mistakes(created),
+    *_schedule_free_mistakes(created),
     *_image_mistakes(created),
     *_loss_mistakes(created),
   ):
@@ -461,6 +472,41 @@ def _optimizer_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
   if micro and any(part.batch_size % micro for _, part in stage.parts):
     what = f'micro_batch_size {micro} does not divide the batch size.'
     yield 'micro_batch_size', what, ''
+
+
+def _schedule_free_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
+  """Yields as `_weight_mistakes`."""
+  if not stage.is_schedule_free:
+    return
+  name = stage.optimizer
+  if stage.schedule != 'constant':
+    yield (
+      'schedule',
+      f'{name} is there to do without a schedule, not with {stage.schedule!r}.',
+      "Set schedule to 'constant'; a warmup is part of the method.",
+    )
+  if stage.ema_decay:
+    yield (
+      'ema_decay',
+      f'{name} evaluates and saves an average of its weights already.',
+      'Set ema_decay to 0.',
+    )
+  if stage.freeze_epochs:
+    yield (
+      'freeze_epochs',
+      f'{name} cannot begin anew where the backbone thaws: it is an average '
+      'from the first step on.',
+      'Train the head in a stage of its own, or set freeze_epochs to 0.',
+    )
+  if stage.optimizer_state_dtype != 'float32':
+    yield (
+      'optimizer_state_dtype',
+      f'{name} keeps weights, which bfloat16 rounds away.',
+      'Leave optimizer_state_dtype out.',
+    )
+  if not stage.averaging:
+    field = 'momentum' if name == 'schedule_free_sgd' else 'b1'
+    yield field, f'{name} divides by {field}, which is 0.', 'Set it to 0.9.'
 
 
 def _image_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 
 import jax
@@ -14,6 +15,8 @@ from jaxprog import errors, fields, stages
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers
 
+# The rate is what they are subtracted with.
+PLAIN = [k for k, x in fields.OPTIMIZERS.items() if not x.schedule_free]
 # They change, so that a momentum that holds rates differs from one that does
 # not.
 RATES = 0.1 * 0.7 ** np.arange(10)
@@ -427,7 +430,7 @@ def test_8bit_shares_scales_within_blocks(name):
   assert [x.size for x in scales] == [16] * moments
 
 
-@pytest.mark.parametrize('name', fields.STAGE['optimizer'].choices)
+@pytest.mark.parametrize('name', PLAIN)
 def test_every_optimizer_descends_in_float32(name):
   # More momentum or a larger rate would overshoot.
   tx = create_optimizer(
@@ -451,7 +454,7 @@ def test_every_optimizer_descends_in_float32(name):
   assert losses[-1] < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize('name', fields.STAGE['optimizer'].choices)
+@pytest.mark.parametrize('name', PLAIN)
 def test_decoupled_decay_spares_vectors(name):
   params, _ = problem()
   zero = jax.tree.map(np.zeros_like, params)
@@ -463,7 +466,7 @@ def test_decoupled_decay_spares_vectors(name):
   close(found, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize('name', fields.STAGE['optimizer'].choices)
+@pytest.mark.parametrize('name', PLAIN)
 def test_auto_decay_is_pytorchs(name):
   params, grads = problem()
   kind = 'coupled'
@@ -521,6 +524,144 @@ def test_global_clipping_comes_before_decay_and_update(limit):
     grads[0],
   )
   close(found, expected)
+
+
+def step_free(params, grads, rates, **fields):
+  """Returns where gradients are asked for, and the average, in float64."""
+  stage = create_stage(schedule='constant', **fields)
+  tx = optimizers.create_optimizer(stage)
+  with jax.enable_x64(True):
+    params = jax.tree.map(jnp.asarray, params)
+    opt_state = tx.init(params)
+    step = jax.jit(functools.partial(optimizers.take_step, tx, stage))
+    for rate, g in zip(rates, grads, strict=True):
+      params, opt_state = step(jnp.asarray(rate), g, opt_state, params)
+    average = optimizers.averaged_params(params, opt_state)
+    return jax.tree.map(np.asarray, (params, average))
+
+
+# A warmup from 0, and a rate that falls below its peak again.
+FREE_RATES = (0.0, 0.05, 0.1, 0.2, 0.2, 0.1)
+FREE = [
+  ({'optimizer': 'schedule_free_adamw', 'b1': 0.8, 'b2': 0.95}, 0.8),
+  ({'optimizer': 'schedule_free_sgd', 'momentum': 0.7}, 0.7),
+]
+
+
+@pytest.mark.parametrize(('fields', 'beta'), FREE)
+def test_schedule_free_equals_its_formulas(fields, beta):
+  """Defazio et al. 2024, arXiv:2405.15682, algorithm 1, x, y and z all kept."""
+  params, grads = problem()
+  found = step_free(
+    params,
+    grads[: len(FREE_RATES)],
+    FREE_RATES,
+    **fields,
+    weight_decay=0.3,
+    head_rate_factor=2.0,
+  )
+
+  def follow(path, leaf, *leaf_grads):
+    y = x = z = leaf
+    v = weights = 0
+    factor = 2 if path[0].key == 'head' else 1
+    for t, (rate, g) in enumerate(zip(FREE_RATES, leaf_grads, strict=True)):
+      if 'adamw' in fields['optimizer']:
+        v = 0.95 * v + 0.05 * g**2
+        g = g / (np.sqrt(v / (1 - 0.95 ** (t + 1))) + 1e-8)
+      z = z - factor * rate * (g + (0.3 * y if leaf.ndim > 1 else 0))
+      weight = max(FREE_RATES[: t + 1]) ** 2
+      weights += weight
+      part = weight / weights if weights else 0
+      x = (1 - part) * x + part * z
+      y = (1 - beta) * z + beta * x
+    return y, x
+
+  used = grads[: len(FREE_RATES)]
+  both = jax.tree_util.tree_map_with_path(follow, params, *used)
+  expected = jax.tree.transpose(
+    jax.tree.structure(params), jax.tree.structure((0, 0)), both
+  )
+  # f32 counts steps; the rest is f64.
+  close(found, expected)
+
+
+@pytest.mark.parametrize(('fields', 'beta'), FREE)
+def test_schedule_free_equals_its_authors(fields, beta):
+  peers = pytest.importorskip('schedulefree', reason=parity.REASON)
+  torch = pytest.importorskip('torch', reason=parity.REASON)
+  params, grads = problem()
+  found = step_free(params, grads, RATES, **fields, weight_decay=0.3)
+  made = []
+
+  def create(_, groups):
+    if 'adamw' in fields['optimizer']:
+      made.append(
+        peers.AdamWScheduleFree(groups, lr=1.0, betas=(beta, fields['b2']))
+      )
+    else:
+      made.append(peers.SGDScheduleFree(groups, lr=1.0, momentum=beta))
+    made[0].train()
+    return made[0]
+
+  expected = run_torch(create, params, grads, 0.3)
+  close(found[0], jax.tree.map(np.copy, expected))
+  with torch.no_grad():
+    made[0].eval()  # In place.
+  close(found[1], expected)
+
+
+def test_schedule_free_gets_there_where_a_constant_rate_does_not():
+  """Its average comes near what the last step only strays about."""
+  rng = np.random.default_rng(0)
+  start = {'head': {'kernel': jnp.zeros((8, 8))}}
+  noise = jnp.asarray(rng.normal(size=(2000, 8, 8)), jnp.float32)
+
+  def distance(optimizer, which):
+    stage = create_stage(optimizer=optimizer, momentum=0.9, weight_decay=0.0)
+    tx = optimizers.create_optimizer(stage)
+
+    def step(carry, n):
+      params, opt_state = carry
+      grads = jax.tree.map(lambda p: p - 1 + n, params)
+      rate = jnp.float32(0.05)
+      return optimizers.take_step(tx, stage, rate, grads, opt_state, params), 0
+
+    (params, opt_state), _ = jax.lax.scan(step, (start, tx.init(start)), noise)
+    found = which(params, opt_state)['head']['kernel']
+    return np.sqrt(np.mean((found - 1) ** 2))
+
+  last = distance('sgd_momentum', lambda params, _: params)
+  average = distance('schedule_free_sgd', optimizers.averaged_params)
+  assert average < 0.1 < 0.5 < last
+
+
+@pytest.mark.parametrize(
+  ('fields', 'expected'),
+  [
+    ({'schedule': 'cosine'}, 'without a schedule'),
+    ({'schedule': 'plateau', 'num_epochs': 9}, 'without a schedule'),
+    ({'ema_decay': 0.9}, 'an average of its weights already'),
+    ({'freeze_epochs': 1.0}, 'where the backbone thaws'),
+    ({'optimizer_state_dtype': 'bfloat16'}, 'bfloat16 rounds away'),
+    ({'nesterov': True}, 'no Nesterov momentum'),
+    ({'b1': 0.0}, 'divides by b1'),
+    ({'optimizer': 'schedule_free_sgd', 'momentum': 0.0}, 'by momentum'),
+    ({'optimizer': 'schedule_free_adamw_8bit'}, 'Unknown optimizer'),
+    ({'warmup_epochs': 0.5}, ''),
+  ],
+)
+def test_what_schedule_free_replaces_is_refused(fields, expected):
+  config = tiny_config.get_config()
+  config.stages[0].update(
+    {'optimizer': 'schedule_free_adamw', 'schedule': 'constant', **fields}
+  )
+  if not expected:
+    stages.create_stages(config)
+    return
+  with pytest.raises(errors.UserError, match=expected) as e:
+    stages.create_stages(config)
+  assert len(str(e.value).splitlines()) <= 3
 
 
 def clip_units(param, grad, axes, limit):

@@ -29,14 +29,52 @@ def create_optimizer(stage: stages.Stage) -> optax.GradientTransformation:
   Coupled decay is part of the gradient (after clipping), and so of every
   moment; decoupled decay (Loshchilov & Hutter 2019, arXiv:1711.05101) is added
   at the end, except that LAMB's trust ratio sees it.
+
+  What is schedule-free has the rate in it: see `take_step`.
   """
   none = decay = optax.identity()
   if stage.weight_decay:
     decay = optax.add_decayed_weights(stage.weight_decay, weight_decay_mask)
   coupled, decoupled = (decay, none) if stage.is_coupled else (none, decay)
-  return optax.chain(
+  direction = optax.chain(
     _create_clipping(stage), coupled, _create_direction(stage, decoupled)
   )
+  return (
+    _average_steps(direction, stage) if stage.is_schedule_free else direction
+  )
+
+
+def take_step(
+  tx: optax.GradientTransformation,
+  stage: stages.Stage,
+  learning_rate: jax.Array,
+  grads: Any,
+  opt_state: optax.OptState,
+  params: Any,
+) -> tuple[Any, optax.OptState]:
+  """Returns the next parameters and state of `tx`, the optimizer of `stage`."""
+  if stage.is_schedule_free:
+    tx = optax.with_extra_args_support(tx)
+    updates, opt_state = tx.update(
+      grads, opt_state, params, learning_rate=learning_rate
+    )
+    return optax.apply_updates(params, updates), opt_state
+  updates, opt_state = tx.update(grads, opt_state, params)
+  params = jax.tree.map(
+    lambda p, u, factor: p - (factor * learning_rate) * u,
+    params,
+    updates,
+    rate_factors(params, stage),
+  )
+  return params, opt_state
+
+
+def averaged_params(params: Any, opt_state: optax.OptState) -> Any:
+  """Returns the average that a schedule-free optimizer is about.
+
+  `params` are where it asks for gradients.
+  """
+  return optax.contrib.schedule_free_eval_params(opt_state, params)
 
 
 def is_bounded(stage: stages.Stage) -> bool:
@@ -57,6 +95,7 @@ def is_bounded(stage: stages.Stage) -> bool:
     and stage.trust_coefficient < 1e3
     and stage.eps > 1e-30
     and max(kept) < 1 - 1e-6
+    and (stage.averaging > 1e-3 or not stage.is_schedule_free)
   )
 
 
@@ -140,6 +179,32 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
   return optax.stateless(clip)
 
 
+def _average_steps(
+  direction: optax.GradientTransformation, stage: stages.Stage
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `direction` made schedule-free (Defazio et al. 2024, 2405.15682).
+
+  Its steps are averaged, each as heavy as the square of the highest rate so
+  far, and gradients are asked for between the last step and the average.
+  """
+
+  def at(learning_rate):
+    def scale(updates, params):
+      return jax.tree.map(
+        lambda u, factor: -(factor * learning_rate) * u,
+        updates,
+        rate_factors(params, stage),
+      )
+
+    step = optax.chain(direction, optax.stateless(scale))
+    return optax.contrib.schedule_free(step, learning_rate, stage.averaging)
+
+  def update(grads, state, params=None, *, learning_rate, **_):
+    return at(learning_rate).update(grads, state, params)
+
+  return optax.GradientTransformationExtraArgs(at(0.0).init, update)
+
+
 def _create_direction(
   stage: stages.Stage, decay: optax.GradientTransformation
 ) -> optax.GradientTransformation:
@@ -172,6 +237,14 @@ def _create_direction(
       # torch.optim.RMSprop adds eps after the root; so does this.
       rms = optax.scale_by_rms(stage.rms_decay, stage.eps, eps_in_sqrt=False)
       return optax.chain(rms, _create_trace(stage), decay)
+    case 'schedule_free_adamw':
+      # Adam without its first moment.
+      rms = optax.scale_by_rms(
+        stage.b2, stage.eps, eps_in_sqrt=False, bias_correction=True
+      )
+      return optax.chain(rms, decay)
+    case 'schedule_free_sgd':
+      return decay
     case 'sgd_momentum':
       return optax.chain(_create_trace(stage), decay)
     case 'sgd_momentum_8bit':

@@ -72,7 +72,17 @@ class Outlook:
     if a_step is None:
       return None
     evaluations = self.num_evaluations * (self.evaluation_seconds or 0.0)
-    return self.known.total_steps * a_step + evaluations
+    return (self.known.total_steps + self._passes) * a_step + evaluations
+
+  @property
+  def _passes(self) -> float:
+    """What measuring statistics before evaluations takes, in steps.
+
+    A forward pass is a third of one.
+    """
+    if not self.stage.is_schedule_free:
+      return 0.0
+    return self.num_evaluations * self.stage.transfer_batches / 3
 
   def figures(self) -> Figures:
     """Returns all of it as plain values."""

@@ -275,7 +275,8 @@ def _finish_stage(course: loop.Course, state: state_lib.TrainState) -> None:
   step, saved = int(state.step), course.checkpoints
   record['last_step'] = course.first_step + step
   run.owner.check()
-  saved.save_weights('final', course.taken(step), state.variables, meta)
+  weights = loop.find_weights(course, state)
+  saved.save_weights('final', course.taken(step), weights, meta)
   saved.wait()
   run.dog.beat(f'the last save of {name}')
   record |= _examine(run, course.task)

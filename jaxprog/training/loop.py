@@ -23,11 +23,13 @@ from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import memory as memory_lib
 from jaxprog.monitoring import profile as profile_lib
 from jaxprog.monitoring import step_times as step_times_lib
+from jaxprog.optim import optimizers
 from jaxprog.reliability import checkpoints as checkpoints_lib
 from jaxprog.training import decisions, described, preview, setup, steps
 from jaxprog.training import feed as feed_lib
 from jaxprog.training import run as run_lib
 from jaxprog.training import state as state_lib
+from jaxprog.training.transfer import handover
 
 
 @dataclasses.dataclass
@@ -73,6 +75,11 @@ class Course:
   def meta(self) -> dict[str, Any]:
     """What is stored with all weights of the stage."""
     return described.weights_meta(self.task)
+
+  @functools.cached_property
+  def measure_statistics(self) -> Callable[[dict[str, Any]], Any]:
+    """Returns BatchNorm's statistics for weights of the stage."""
+    return handover.create_statistics_fn(self.task)
 
   @functools.cached_property
   def order(self) -> outcomes.Order:
@@ -256,6 +263,23 @@ def _name_examples(
   return ', '.join(named[:_NAMED_EXAMPLES] + more)
 
 
+def find_weights(course: Course, state: state_lib.TrainState) -> dict[str, Any]:
+  """Returns the variables that a stage evaluates and saves.
+
+  Those of a schedule-free optimizer are an average, whose statistics no step
+  has seen: they are measured.
+  """
+  task = course.task
+  if not task.stage.is_schedule_free:
+    return state.variables
+  course.run.dog.beat(f"the statistics of {task.stage.name}'s average")
+  average = optimizers.averaged_params(state.params, state.opt_state)
+  variables = dataclasses.replace(state, params=average).variables
+  if state.batch_stats:
+    variables['batch_stats'] = course.measure_statistics(variables)
+  return jax.device_put(variables, task.shardings.replicated)
+
+
 class Evaluation(NamedTuple):
   """What came of the n images of a split, each seen once."""
 
@@ -433,7 +457,8 @@ def _end_epoch(
     run.dog.beat(f'evaluation batch {done} of {total} of {task.stage.name}')
     run.progress.evaluate(done, total)
 
-  found = evaluate(task, state.variables, task.dataset.selection, on_batch)
+  weights = find_weights(course, state)
+  found = evaluate(task, weights, task.dataset.selection, on_batch)
   _note_bad_images(course, found.bad)
   scores = {f'val_{name}': x for name, x in found.scores.items()}
   averaged = {}
@@ -457,7 +482,7 @@ def _end_epoch(
     path = outcomes.find_path(run.workdir, task.stage.name)
     right = found.outcomes['rank'] < 1
     outcomes.write(path, course.order, right, row['epoch'])
-  _save_weights(course, state, row, is_best)
+  _save_weights(course, dataclasses.replace(state, **weights), row, is_best)
   scale = decisions.rate_scale(task.stage, record['epochs'])
   metrics, rate_scale = jax.device_put(
     (state_lib.zero_metrics(), np.float32(scale)), task.shardings.replicated

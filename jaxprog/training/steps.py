@@ -50,7 +50,7 @@ def create_train_step(
 
   Args:
     model: classifies images; its classifier is the module `head`.
-    tx: makes of gradients what is subtracted, times the learning rate.
+    tx: the optimizer of `stage`.
     learning_rate_fn: the rate of a step, before the plateau's scale.
     stage: what is trained, as it is in this part of the stage.
     steps: its lengths in steps.
@@ -118,12 +118,8 @@ def create_train_step(
 
 def _learn(state, grads, batch_stats, learning_rate, tx, stage, frozen):
   """Returns what a step makes of the fields of the state that learn."""
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = jax.tree.map(
-    lambda p, u, factor: p - (factor * learning_rate) * u,
-    state.params,
-    updates,
-    optimizers.rate_factors(state.params, stage),
+  params, opt_state = optimizers.take_step(
+    tx, stage, learning_rate, grads, state.opt_state, state.params
   )
   if frozen:
     params = {**state.params, 'head': params['head']}

@@ -237,12 +237,11 @@ def check_rows(
     known[name] = tuple(done.get('classes', ()))
     before.append(name)
   if stage.init_from:
-    found = pretrained.load(
-      stage, task.state_shapes.variables, task.dataset.classes
-    )
+    shapes, classes = task.state_shapes.variables, task.dataset.classes
+    found = pretrained.load(stage, shapes, classes, task.config)
     before, known[stage.init_from] = [stage.init_from], found.classes
-  classes = {*itertools.chain(*(known[name] for name in before))}
-  if before and not classes & {*task.dataset.classes}:
+  taught = {*itertools.chain(*(known[name] for name in before))}
+  if before and not taught & {*task.dataset.classes}:
     raise errors.UserError(
       f'transfer_head is by_class, and {", ".join(dict.fromkeys(before))} '
       'knew no class of this stage.',
@@ -318,7 +317,7 @@ def _fit_statistics(task: setup_lib.Task, variables: Variables) -> Variables:
         shapes,
       )
     case 'recalibrate':
-      statistics = _measure_statistics(task, variables)
+      statistics = create_statistics_fn(task)(variables)
     case _:
       return variables
   return {**variables, 'batch_stats': statistics}
@@ -358,12 +357,15 @@ def _gradient(
   return jax.grad(loss, has_aux=True)(variables['params'])
 
 
-def _measure_statistics(task: setup_lib.Task, variables: Variables) -> Any:
-  """Returns BatchNorm's statistics over `transfer_batches` training batches."""
-  zeros = jax.tree.map(jnp.zeros_like, variables['batch_stats'])
+def create_statistics_fn(task: setup_lib.Task) -> Callable[[Variables], Any]:
+  """Returns f(variables) -> BatchNorm's statistics on `transfer_batches`.
+
+  They are the stage's first training batches, whenever it is called.
+  """
 
   @jax.jit
-  def measure(batch):
+  def measure(variables, batch):
+    zeros = jax.tree.map(jnp.zeros_like, variables['batch_stats'])
     # With two starts, the step that a running average takes can be told.
     _, after = _apply(task, {**variables, 'batch_stats': zeros}, batch)
     ones = jax.tree.map(jnp.ones_like, zeros)
@@ -372,7 +374,9 @@ def _measure_statistics(task: setup_lib.Task, variables: Variables) -> Any:
       lambda low, high: low / (1 - (high - low)), after, other
     )
 
-  return operators.average_statistics([measure(x) for x in _batches(task)])
+  return lambda variables: operators.average_statistics(
+    [measure(variables, x) for x in _batches(task)]
+  )
 
 
 def _apply(
