@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import random
 
 import pyarrow as pa
 import pytest
@@ -8,7 +9,7 @@ from data_fixtures import encode, photo, read_all
 from pyarrow import parquet as pq
 
 from jaxprog import errors
-from jaxprog.data import preparation, tars, verification
+from jaxprog.data import parquet, preparation, tars, verification
 
 NAMES = ('tench, Tinca tinca', 'cat', 'dog')
 
@@ -234,6 +235,20 @@ def test_a_file_written_anew_is_noticed(tmp_path):
   after = preparation.load_dataset(name, data_dir)
   assert after.fingerprint != before.fingerprint
   assert rows[4][2] in [x['image'] for x in read_all(after.eval)]
+
+
+@pytest.mark.parametrize('group', [7, 100, 1000])
+def test_rows_may_be_read_in_any_order(tmp_path, monkeypatch, group):
+  monkeypatch.setattr(parquet, '_HELD', 2)
+  rows = [(f'{i}', i % 3, bytes([i]) * i) for i in range(200)]
+  for split in ('train', 'val'):
+    write_parquet(tmp_path / f'{split}.parquet', rows, group=group)
+  raw = parquet.list_raw('x', tmp_path)
+  found = [(i, x) for i, x in enumerate(raw.images('train'))]
+  assert [x.size for _, x in found] == sorted(x.size for _, x in found)
+  random.Random(0).shuffle(found)
+  for i, image in [*found, *found]:
+    assert image.read() == rows[i][2]
 
 
 @pytest.mark.parametrize(
