@@ -110,6 +110,8 @@ class Raw:
   looks: Looks
   # What else lies there.
   left_out: tuple[folders.LeftOut, ...]
+  # Whether the images can only be read in the order in which they are listed.
+  in_order: bool = False
 
 
 class _Info(tfds.core.DatasetInfo):

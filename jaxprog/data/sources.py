@@ -173,6 +173,7 @@ def create_raw(
     images=functools.partial(_read, splits, classes),
     looks=looks,
     left_out=tuple(sorted((*left_out, *more))),
+    in_order=True,
   )
 
 
