@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import pathlib
@@ -5,11 +6,14 @@ import random
 
 import pyarrow as pa
 import pytest
-from data_fixtures import encode, photo, read_all
+import tiny_config
+from data_fixtures import encode, photo, read_all, write_image
 from pyarrow import parquet as pq
 
-from jaxprog import errors
+import jaxprog
+from jaxprog import errors, start_from
 from jaxprog.data import parquet, preparation, tars, verification
+from jaxprog.tools import audit
 
 NAMES = ('tench, Tinca tinca', 'cat', 'dog')
 
@@ -266,3 +270,38 @@ def test_rows_may_be_read_in_any_order(tmp_path, monkeypatch, group):
 )
 def test_braces(pattern, expanded):
   assert tars.expand(pattern) == expanded
+
+
+def test_leaks_between_them_and_a_folder_are_found(tmp_path, capsys):
+  kinds = {'parquet': write_hub}
+  if importlib.util.find_spec('webdataset'):
+    kinds['wds'] = write_tars
+  for split, seed in (('train', 300), ('val', 400)):
+    write_image(tmp_path / f'folder/{split}/cat/own.png', seed)
+  leak = tmp_path / 'folder/train/cat/leak.png'
+  leak.write_bytes(images('validation')[4][2])
+  config = start_from('default')
+  config.data_dir = str(tmp_path / 'data')
+  config.stages = [
+    {'name': kind, 'dataset': f'{kind}:{write(tmp_path / kind)}'}
+    for kind, write in kinds.items()
+  ]
+  dataset = f'folder:{tmp_path}/folder'
+  config.stages.append({'name': 'own', 'dataset': dataset})
+  assert audit.audit(config) == 1
+  shown = capsys.readouterr().out
+  for kind in kinds:
+    assert f'own/leak.png -> {kind}/validation_4.png' in shown
+
+
+@pytest.mark.slow
+def test_a_run_on_it_predicts(tmp_path):
+  config = tiny_config.get_config(tmp_path / 'data')
+  config.stages = config.stages[2:]
+  name = f'parquet:{write_hub(tmp_path / "hub")}'
+  config.stages[0].update(dataset=name, batch_size=4)
+  jaxprog.train(config, tmp_path / 'run')
+  path = tmp_path / 'a.png'
+  path.write_bytes(images('train')[0][2])
+  (found,) = jaxprog.predict(config, tmp_path / 'run', path)
+  assert {x for x, _ in found['top5']} == set(NAMES)
