@@ -219,6 +219,23 @@ def test_what_is_not_in_order_is_refused(tmp_path, how):
   assert not list((tmp_path / 'data').rglob('*.array_record*'))
 
 
+@pytest.mark.parametrize(
+  ('dataset', 'meant'),
+  [
+    ('wds:{}/hub', 'did you mean parquet:{}/hub?'),
+    ('parquet:{}/pets', 'did you mean folder:{}/pets?'),
+    ('parquet:{}/hub/data/train-00000-of-00002.parquet', '{}/hub/data.'),
+    ('wds:{}/hub/{{train,val}}-{{0..9}}.tar', '{{000..146}} are 147 files'),
+  ],
+)
+def test_what_was_meant_is_said(tmp_path, dataset, meant):
+  write_hub(tmp_path / 'hub')
+  write_image(tmp_path / 'pets/train/cat/1.png', 1)
+  with pytest.raises(errors.UserError) as caught:
+    preparation.load_dataset(dataset.format(tmp_path), tmp_path / 'data')
+  assert meant.format(tmp_path) in caught.value.suggestion
+
+
 def test_a_file_written_anew_is_noticed(tmp_path):
   root = write_hub(tmp_path / 'hub')
   name, data_dir = f'parquet:{root}', tmp_path / 'data'

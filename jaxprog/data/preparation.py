@@ -563,7 +563,9 @@ def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
     return errors.UserError(
       f'There is no folder {place!r}.',
       f'dataset {dataset!r}' if is_url else f'looked in {pathlib.Path.cwd()}',
-      _LIE_IN[source],
+      f'It is a file: name the folder {raw[0].parent}.'
+      if raw[0].is_file()
+      else _LIE_IN[source],
     )
   known = named.find(dataset)
   looked = list(map(buckets.shown, raw))
