@@ -102,6 +102,36 @@ def test_webdatasets_tars(tmp_path):
     check_records(preparation.load_dataset(name, tmp_path / 'data'))
 
 
+def test_labels_in_json_and_tars_that_are_not_whole(tmp_path):
+  webdataset = pytest.importorskip('webdataset')
+  kinds = ('jpg', 'jpeg', 'webp')
+  for name in ('train-0.tar', 'val-0.tar'):
+    with webdataset.TarWriter(str(tmp_path / name), encoder=False) as writer:
+      for i, kind in enumerate(kinds):
+        data = encode(photo(9, 9, i), 'WEBP' if kind == 'webp' else 'JPEG')
+        noted = json.dumps({'label': 'of no use', 'class_name': NAMES[i]})
+        writer.write({'__key__': str(i), kind: data, 'json': noted.encode()})
+      writer.write({'__key__': 'README', 'txt': b'no image'})
+  name = f'wds:{tmp_path}?label=class_name'
+  dataset = preparation.load_dataset(name, tmp_path / 'data')
+  assert dataset.classes == tuple(sorted(NAMES))
+  assert sorted(dataset.train.names()) == ['0.jpg', '1.jpeg', '2.webp']
+  assert dataset.left_out.startswith('2 x without an image (train-0.tar/README')
+  sizes = tmp_path / 'sizes.json'
+  sizes.write_text('{"train-0.tar": 5}')
+  with pytest.raises(errors.UserError, match='has 4 examples'):
+    preparation.load_dataset(name, tmp_path / 'other')
+  sizes.write_text('{"train-0.tar": 4}')
+  preparation.load_dataset(name, tmp_path / 'other')
+  whole = (tmp_path / 'val-0.tar').read_bytes()
+  (tmp_path / 'val-0.tar').write_bytes(whole[:1500])
+  with pytest.raises(errors.UserError, match='cannot be read'):
+    preparation.prepare(name, tmp_path / 'data')
+  (tmp_path / 'val-0.tar').rename(tmp_path / 'val-0.tar.gz')
+  with pytest.raises(errors.UserError, match='is compressed'):
+    preparation.prepare(name, tmp_path / 'data')
+
+
 def test_it_is_verified(tmp_path):
   name = f'parquet:{write_hub(tmp_path / "hub")}'
   for kind in ('raw', 'prepared'):
