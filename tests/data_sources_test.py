@@ -1,14 +1,19 @@
+import importlib.util
 import json
 import os
 import pathlib
+import random
 
 import pyarrow as pa
 import pytest
-from data_fixtures import encode, photo, read_all
+import tiny_config
+from data_fixtures import encode, photo, read_all, write_image
 from pyarrow import parquet as pq
 
-from jaxprog import errors
-from jaxprog.data import preparation, tars, verification
+import jaxprog
+from jaxprog import errors, start_from
+from jaxprog.data import parquet, preparation, tars, verification
+from jaxprog.tools import audit
 
 NAMES = ('tench, Tinca tinca', 'cat', 'dog')
 
@@ -95,6 +100,36 @@ def test_webdatasets_tars(tmp_path):
   pattern = f'wds:{root}/{{train-{{000..001}},val-{{000..000}}}}.tar'
   for name in (pattern, f'wds:{root}'):
     check_records(preparation.load_dataset(name, tmp_path / 'data'))
+
+
+def test_labels_in_json_and_tars_that_are_not_whole(tmp_path):
+  webdataset = pytest.importorskip('webdataset')
+  kinds = ('jpg', 'jpeg', 'webp')
+  for name in ('train-0.tar', 'val-0.tar'):
+    with webdataset.TarWriter(str(tmp_path / name), encoder=False) as writer:
+      for i, kind in enumerate(kinds):
+        data = encode(photo(9, 9, i), 'WEBP' if kind == 'webp' else 'JPEG')
+        noted = json.dumps({'label': 'of no use', 'class_name': NAMES[i]})
+        writer.write({'__key__': str(i), kind: data, 'json': noted.encode()})
+      writer.write({'__key__': 'README', 'txt': b'no image'})
+  name = f'wds:{tmp_path}?label=class_name'
+  dataset = preparation.load_dataset(name, tmp_path / 'data')
+  assert dataset.classes == tuple(sorted(NAMES))
+  assert sorted(dataset.train.names()) == ['0.jpg', '1.jpeg', '2.webp']
+  assert dataset.left_out.startswith('2 x without an image (train-0.tar/README')
+  sizes = tmp_path / 'sizes.json'
+  sizes.write_text('{"train-0.tar": 5}')
+  with pytest.raises(errors.UserError, match='has 4 examples'):
+    preparation.load_dataset(name, tmp_path / 'other')
+  sizes.write_text('{"train-0.tar": 4}')
+  preparation.load_dataset(name, tmp_path / 'other')
+  whole = (tmp_path / 'val-0.tar').read_bytes()
+  (tmp_path / 'val-0.tar').write_bytes(whole[:1500])
+  with pytest.raises(errors.UserError, match='cannot be read'):
+    preparation.prepare(name, tmp_path / 'data')
+  (tmp_path / 'val-0.tar').rename(tmp_path / 'val-0.tar.gz')
+  with pytest.raises(errors.UserError, match='is compressed'):
+    preparation.prepare(name, tmp_path / 'data')
 
 
 def test_it_is_verified(tmp_path):
@@ -214,6 +249,23 @@ def test_what_is_not_in_order_is_refused(tmp_path, how):
   assert not list((tmp_path / 'data').rglob('*.array_record*'))
 
 
+@pytest.mark.parametrize(
+  ('dataset', 'meant'),
+  [
+    ('wds:{}/hub', 'did you mean parquet:{}/hub?'),
+    ('parquet:{}/pets', 'did you mean folder:{}/pets?'),
+    ('parquet:{}/hub/data/train-00000-of-00002.parquet', '{}/hub/data.'),
+    ('wds:{}/hub/{{train,val}}-{{0..9}}.tar', '{{000..146}} are 147 files'),
+  ],
+)
+def test_what_was_meant_is_said(tmp_path, dataset, meant):
+  write_hub(tmp_path / 'hub')
+  write_image(tmp_path / 'pets/train/cat/1.png', 1)
+  with pytest.raises(errors.UserError) as caught:
+    preparation.load_dataset(dataset.format(tmp_path), tmp_path / 'data')
+  assert meant.format(tmp_path) in caught.value.suggestion
+
+
 def test_a_file_written_anew_is_noticed(tmp_path):
   root = write_hub(tmp_path / 'hub')
   name, data_dir = f'parquet:{root}', tmp_path / 'data'
@@ -236,6 +288,20 @@ def test_a_file_written_anew_is_noticed(tmp_path):
   assert rows[4][2] in [x['image'] for x in read_all(after.eval)]
 
 
+@pytest.mark.parametrize('group', [7, 100, 1000])
+def test_rows_may_be_read_in_any_order(tmp_path, monkeypatch, group):
+  monkeypatch.setattr(parquet, '_HELD', 2)
+  rows = [(f'{i}', i % 3, bytes([i]) * i) for i in range(200)]
+  for split in ('train', 'val'):
+    write_parquet(tmp_path / f'{split}.parquet', rows, group=group)
+  raw = parquet.list_raw('x', tmp_path)
+  found = [(i, x) for i, x in enumerate(raw.images('train'))]
+  assert [x.size for _, x in found] == sorted(x.size for _, x in found)
+  random.Random(0).shuffle(found)
+  for i, image in [*found, *found]:
+    assert image.read() == rows[i][2]
+
+
 @pytest.mark.parametrize(
   ('pattern', 'expanded'),
   [
@@ -251,3 +317,38 @@ def test_a_file_written_anew_is_noticed(tmp_path):
 )
 def test_braces(pattern, expanded):
   assert tars.expand(pattern) == expanded
+
+
+def test_leaks_between_them_and_a_folder_are_found(tmp_path, capsys):
+  kinds = {'parquet': write_hub}
+  if importlib.util.find_spec('webdataset'):
+    kinds['wds'] = write_tars
+  for split, seed in (('train', 300), ('val', 400)):
+    write_image(tmp_path / f'folder/{split}/cat/own.png', seed)
+  leak = tmp_path / 'folder/train/cat/leak.png'
+  leak.write_bytes(images('validation')[4][2])
+  config = start_from('default')
+  config.data_dir = str(tmp_path / 'data')
+  config.stages = [
+    {'name': kind, 'dataset': f'{kind}:{write(tmp_path / kind)}'}
+    for kind, write in kinds.items()
+  ]
+  dataset = f'folder:{tmp_path}/folder'
+  config.stages.append({'name': 'own', 'dataset': dataset})
+  assert audit.audit(config) == 1
+  shown = capsys.readouterr().out
+  for kind in kinds:
+    assert f'own/leak.png -> {kind}/validation_4.png' in shown
+
+
+@pytest.mark.slow
+def test_a_run_on_it_predicts(tmp_path):
+  config = tiny_config.get_config(tmp_path / 'data')
+  config.stages = config.stages[2:]
+  name = f'parquet:{write_hub(tmp_path / "hub")}'
+  config.stages[0].update(dataset=name, batch_size=4)
+  jaxprog.train(config, tmp_path / 'run')
+  path = tmp_path / 'a.png'
+  path.write_bytes(images('train')[0][2])
+  (found,) = jaxprog.predict(config, tmp_path / 'run', path)
+  assert {x for x, _ in found['top5']} == set(NAMES)

@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 
+import data_sources_test
 import jax
 import numpy as np
 import pytest
@@ -268,6 +269,31 @@ def test_right_and_wrong_are_marked_by_the_name_of_the_folder(config, workdir):
   # Two classes may share a name.
   assert tile('n3', first)[1:] == (f'✗ {first}', '50.0%, is crane', False)
   assert tile('crane', first, 'n3').is_right
+
+
+def test_images_in_files_of_many_are_those_of_evaluation(
+  homeless, workdir, tmp_path
+):
+  root = data_sources_test.write_hub(tmp_path / 'hub')
+  many = predict.predict(homeless, workdir, f'parquet:{root}')
+  for name, label, data in data_sources_test.images('validation'):
+    path = tmp_path / 'files' / data_sources_test.NAMES[label] / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+  files = predict.predict(homeless, workdir, tmp_path / 'files')
+  assert len(files) == 9
+
+  def by_name(predictions, folder):
+    return {
+      x['file'].removeprefix(f'{folder}/'): (x['class'], x['probability'])
+      for x in predictions
+    }
+
+  found, expected = by_name(many, root), by_name(files, tmp_path / 'files')
+  assert found.keys() == expected.keys()
+  for name, (label, probability) in expected.items():
+    assert found[name] == (label, pytest.approx(probability, rel=1e-5))
+  assert (workdir / 'predictions/hub.png').exists()
 
 
 def test_a_long_title_is_whole_on_several_lines():

@@ -5,10 +5,12 @@ binaries its bytes alone; a column of numbers or names its label. The schema's
 metadata say what the numbers stand for.
 """
 
-import collections
+import bisect
 import contextlib
 import functools
+import itertools
 import json
+import os
 import pathlib
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,8 +22,10 @@ from pyarrow import parquet as pq
 from jaxprog import errors
 from jaxprog.data import builders, parts, sources
 
-# Images that are read at once from a file.
+# Images that are read at once from a file, and such that may be held: threads
+# that read in order are so far apart.
 _BATCH = 16
+_HELD = 8 + 8 * (os.cpu_count() or 1)
 # What a clone without Git LFS leaves.
 _POINTER = b'version https://git-lfs'
 
@@ -142,89 +146,95 @@ def _list_groups(
     yield group.num_rows, size // max(group.num_rows, 1)
 
 
-class _Batch:
-  """A few images that are read at once, and then held for as long as needed."""
-
-  def __init__(self, stream: '_Stream', start: int, count: int):
-    self.stream, self.start, self.count = stream, start, count
-    self.values: Any = None
-
-
 class _Row(NamedTuple):
-  batch: _Batch
-  position: int
+  column: '_Column'
+  number: int
   size: int
 
   @property
   def archive(self) -> pathlib.Path:
     """The file."""
-    return self.batch.stream.file
+    return self.column.file
 
   def read_bytes(self) -> bytes:
     """Returns its bytes, or raises OSError."""
-    self.batch.stream.load(self.batch)
-    value = self.batch.values[self.position].as_py()
-    data = value['bytes'] if isinstance(value, dict) else value
-    if data is None:
-      raise OSError(0, f'row {self.batch.start + self.position} has no bytes')
-    return data
+    return self.column.read(self.number)
 
 
-class _Stream:
-  """Reads a column of a file once, from its start, as its rows are asked for.
+class _Column:
+  """Images of a file, which is read from its start if they are asked for so.
 
-  A group of rows may be larger than the memory: of what is not held by anybody
-  nothing stays.
+  A group of rows may be larger than the memory: what was read stays until it
+  is asked for, and at most as much of it as threads may be apart.
   """
 
-  def __init__(self, file: pathlib.Path, column: str):
+  def __init__(self, file: pathlib.Path, name: str, counts: Sequence[int]):
     self.file = file
-    self._column = column
+    self._name = name
+    # Where each group of rows begins.
+    self._starts = list(itertools.accumulate(counts, initial=0))
     self._lock = threading.Lock()
-    self._expected: collections.deque[_Batch] = collections.deque()
-    self._found = self._read()
+    # The first row of a batch -> its values, and how many were not asked for.
+    self._held: dict[int, tuple[Any, int]] = {}
+    # What comes next, and from which row on.
+    self._coming: Iterator[pa.RecordBatch] = iter(())
+    self._next = -1
 
-  def expect(self, start: int, count: int) -> _Batch:
-    """Returns the batch that comes after those that are expected."""
-    batch = _Batch(self, start, count)
+  def read(self, row: int) -> bytes:
+    """Returns the bytes of an image, or raises OSError."""
+    group = bisect.bisect_right(self._starts, row) - 1
+    begin = self._starts[group]
+    first = row - (row - begin) % _BATCH
     with self._lock:
-      self._expected.append(batch)
-    return batch
+      try:
+        if first not in self._held:
+          self._held[first] = self._load(first, group)
+      except pa.ArrowException as e:
+        raise OSError(0, ' '.join(str(e).split())[:200]) from e
+      values, left = self._held.pop(first)
+      if left > 1:
+        self._held[first] = values, left - 1
+    value = values[row - first].as_py()
+    data = value['bytes'] if isinstance(value, dict) else value
+    if data is None:
+      raise OSError(0, f'row {row} has no bytes')
+    return data
 
-  def load(self, batch: _Batch) -> None:
-    """Reads up to a batch, or raises OSError."""
-    with self._lock:
-      while batch.values is None:
-        try:
-          found = next(self._found, None)
-        except pa.ArrowException as e:
-          raise OSError(0, ' '.join(str(e).split())[:200]) from e
-        if found is None or not self._expected:
-          raise OSError(0, 'it is not what it was')
-        first = self._expected.popleft()
-        if len(found) != first.count:
-          raise OSError(0, 'it is not what it was')
-        first.values = found.column(0)
+  def _load(self, first: int, group: int) -> tuple[Any, int]:
+    """Returns the batch that begins with a row; those before it are held."""
+    if not self._starts[group] <= self._next <= first:
+      self._coming, self._next = self._open(group), self._starts[group]
+    while True:
+      begin, self._next = self._next, -1  # Unless it comes.
+      batch = next(self._coming, None)
+      if batch is None or not len(batch):
+        raise OSError(0, 'it is not what it was')
+      self._next = begin + len(batch)
+      if begin == first:
+        return batch.column(0), len(batch)
+      self._held[begin] = batch.column(0), len(batch)
+      if len(self._held) > _HELD:
+        del self._held[next(iter(self._held))]
 
-  def _read(self) -> Iterator[pa.RecordBatch]:
-    # With a buffer, or all of a group would be read at once.
+  def _open(self, group: int) -> Iterator[pa.RecordBatch]:
+    # Else a whole group would be in memory before its first row is.
     with pq.ParquetFile(
-      self.file, buffer_size=1 << 20, page_checksum_verification=True
+      self.file,
+      buffer_size=1 << 20,
+      pre_buffer=False,
+      page_checksum_verification=True,
     ) as opened:
-      for group in range(opened.num_row_groups):
-        yield from opened.iter_batches(_BATCH, [group], [self._column])
+      for i in range(group, opened.num_row_groups):
+        yield from opened.iter_batches(_BATCH, [i], [self._name])
 
 
 def _iterate(
-  file: pathlib.Path, column: str, groups: Sequence[tuple[int, int]]
+  file: pathlib.Path, name: str, groups: Sequence[tuple[int, int]]
 ) -> Iterator[_Row]:
-  stream, start = _Stream(file, column), 0
-  for count, size in groups:
-    for first in range(start, start + count, _BATCH):
-      batch = stream.expect(first, min(_BATCH, start + count - first))
-      for i in range(batch.count):
-        yield _Row(batch, i, size)
-    start += count
+  column = _Column(file, name, [count for count, _ in groups])
+  sizes = (y for count, size in groups for y in itertools.repeat(size, count))
+  for number, size in enumerate(sizes):
+    yield _Row(column, number, size)
 
 
 @contextlib.contextmanager

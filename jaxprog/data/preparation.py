@@ -570,6 +570,14 @@ def _check_source(
       ) from e
 
 
+def _advise(source: str, folder: pathlib.Path) -> str:
+  """Returns what to do about a `folder` that is none."""
+  if folder.is_file():
+    return f'It is a file: name the folder {folder.parent}.'
+  alike = layouts.find_alike(folder) if source == 'folder' else ''
+  return alike or _LIE_IN[source]
+
+
 def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
   source, _, rest = dataset.partition(':')
   raw = _raw_folders(dataset, data_dir)
@@ -591,7 +599,7 @@ def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
     return errors.UserError(
       f'There is no folder {place!r}.',
       f'dataset {dataset!r}' if is_url else f'looked in {pathlib.Path.cwd()}',
-      (source == 'folder' and layouts.find_alike(raw[0])) or _LIE_IN[source],
+      _advise(source, raw[0]),
     )
   known = named.find(dataset)
   looked = list(map(buckets.shown, raw))

@@ -91,12 +91,24 @@ def list_splits(
       f'{dataset!r} needs files for training and for evaluation; there are '
       f'{", ".join(f"{len(x)} of {k}" for k, x in found.items()) or "none"}.',
       str(root),
-      'A file or its folder says train, and validation, val or test.',
+      'A file or its folder says train, and validation, val or test.'
+      if files
+      else _say_what_is_there(root),
     )
   for split in found.keys() - {builders.TRAIN, evaluation}:
     left_out += [folders.LeftOut(f'of {split}', x.name) for x in found[split]]
   splits = {builders.TRAIN: found[builders.TRAIN]}
   return splits | {builders.EVAL: found[evaluation]}, left_out
+
+
+def _say_what_is_there(root: pathlib.Path) -> str:
+  """Returns what another kind of dataset a folder may be."""
+  for kind, suffix in (('parquet', '.parquet'), ('wds', '.tar')):
+    if find_files(root, suffix):
+      return f'It holds {suffix} files: did you mean {kind}:{root}?'
+  is_folder = (root / 'train').is_dir()
+  meant = f'folder:{root}' if is_folder else 'another folder'
+  return f'It holds none of these files: did you mean {meant}?'
 
 
 def _split_of(name: str) -> str | None:
@@ -173,6 +185,7 @@ def create_raw(
     images=functools.partial(_read, splits, classes),
     looks=looks,
     left_out=tuple(sorted((*left_out, *more))),
+    in_order=True,
   )
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from jaxprog.data import preprocess
+from jaxprog.data import builders, preprocess
 
 MAX_TILES = 40
 # Pixels: of an image's box, of the gaps, of the text.
@@ -25,12 +25,12 @@ RIGHT, WRONG = '#00704f', '#b3410c'
 
 
 class Tile(NamedTuple):
-  """An image file, None for one that cannot be read, and its caption.
+  """An image, None for one that cannot be read, and its caption.
 
   `is_right` says whether the title is what it shows, None if that is unknown.
   """
 
-  path: pathlib.Path | None
+  image: pathlib.Path | builders.RawImage | None
   title: str
   detail: str
   is_right: bool | None = None
@@ -72,7 +72,7 @@ def encode(page: Image.Image) -> bytes:
 def _draw_tile(
   page: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, left: int, top: int
 ) -> None:
-  image = _read(tile.path) if tile.path else None
+  image = _read(tile.image) if tile.image else None
   if image is None:
     box = (left, top, left + TILE_WIDTH - 1, top + TILE_HEIGHT - 1)
     pen.rectangle(box, FRAME)
@@ -105,10 +105,14 @@ def _wrap(text: str, size: int) -> list[str]:
   return [line for line in lines if line] or ['']
 
 
-def _read(path: pathlib.Path) -> Image.Image | None:
+def _read(file: pathlib.Path | builders.RawImage) -> Image.Image | None:
   """Returns the whole image as large as its box allows, None if damaged."""
   try:
-    opened = preprocess.open_image(path.read_bytes(), path.name)
+    if isinstance(file, builders.RawImage):
+      encoded = file.read()
+    else:
+      encoded = file.read_bytes()
+    opened = preprocess.open_image(encoded)
     whole = (0.0, 0.0, float(opened.width), float(opened.height))
     shrink = max(opened.width / TILE_WIDTH, opened.height / TILE_HEIGHT)
     denominator = 8

@@ -8,7 +8,7 @@ import io
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from jaxprog import buckets, errors, files, formats
 from jaxprog import paths as paths_lib
-from jaxprog.data import folders, preprocess
+from jaxprog.data import builders, folders, preparation, preprocess
 from jaxprog.monitoring import activity
 from jaxprog.reliability import copies
 from jaxprog.reporting import contact_sheet
@@ -41,11 +41,16 @@ Prediction = dict[str, Any]
 
 
 class _Found(NamedTuple):
-  """Image files, sorted, below `root`; and what else was there."""
+  """Images, sorted, below `root`; and what else was there.
+
+  Those that are no files of their own are in `held` by what they are called,
+  FOLDER/CLASS/NAME.
+  """
 
   root: pathlib.Path
   images: list[pathlib.Path]
   left_out: list[folders.LeftOut]
+  held: Mapping[pathlib.Path, builders.RawImage]
 
 
 class _Read(NamedTuple):
@@ -76,15 +81,16 @@ def predict(
   and the first images are drawn in NAME.png; NAME is that of `input`. Where
   `calibrate` has fitted a temperature, probabilities are at that.
 
-  `input` is an image, or a folder of them and of folders; the data that the
-  run was trained on is not needed. `stage`, `weights` and `model` are those of
-  `trained.load_trained`.
+  `input` is an image, or a folder of them and of folders; or parquet:PATH,
+  wds:TARS or hf:NAME, of which the evaluation images are taken. The data that
+  the run was trained on is not needed. `stage`, `weights` and `model` are those
+  of `trained.load_trained`.
 
   Raises:
     UserError: if there are no such weights or no images.
   """
   workdir = paths_lib.workdir(workdir)
-  found = _find_images(input)
+  found = _find_held(str(input), config) or _find_images(input)
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
   )
@@ -92,7 +98,7 @@ def predict(
   predictions: list[Prediction] = []
   turned = 0
   with activity.doing('classifying images') as show:
-    for prediction, is_turned in classify(trained, found.images):
+    for prediction, is_turned in classify(trained, found.images, found.held):
       predictions.append(prediction)
       turned += is_turned
       show(len(predictions), len(found.images))
@@ -103,7 +109,7 @@ def predict(
       f'Images are {", ".join(preprocess.FORMATS)}.',
     )
   with activity.doing('drawing the contact sheet'):
-    paths = _write(workdir, trained, found.root, predictions)
+    paths = _write(workdir, trained, found, predictions)
   _show(found.root, predictions, paths)
   _show_notes(found, predictions, turned, console)
   if trained.temperature != 1:
@@ -116,16 +122,17 @@ def predict(
 def _write(
   workdir: pathlib.Path,
   trained: trained_lib.Trained,
-  root: pathlib.Path,
+  found: _Found,
   predictions: Sequence[Prediction],
 ) -> list[pathlib.Path]:
   """Writes the CSV and the contact sheet; returns their paths."""
-  resolved = root.resolve()
+  resolved = found.root.resolve()
   name = resolved.stem if resolved.is_file() else resolved.name
   base = workdir / 'predictions' / (errors.printable(name) or 'images')
   paths = [base.with_name(base.name + x) for x in ('.csv', '.png')]
   _write_csv(paths[0], predictions, min(NUM_CLASSES, len(trained.classes)))
-  tiles = [_tile(x, trained) for x in predictions[: contact_sheet.MAX_TILES]]
+  shown = predictions[: contact_sheet.MAX_TILES]
+  tiles = [_tile(x, trained, found.held) for x in shown]
   count = len(predictions)
   first = f'the first {len(tiles)} of ' * (len(tiles) < count)
   heading = (
@@ -135,6 +142,22 @@ def _write(
   sheet = contact_sheet.draw(tiles, errors.printable(heading))
   files.write_bytes(paths[1], contact_sheet.encode(sheet))
   return paths
+
+
+def _find_held(input: str, config: config_dict.ConfigDict) -> _Found | None:
+  """Returns the evaluation images of a dataset in files of many, else None."""
+  if paths_lib.dataset_source(input).kind not in ('hf', 'parquet', 'wds'):
+    return None
+  raw = preparation.list_raw(input, paths_lib.data_dir(config))
+  if raw is None:
+    raise errors.UserError(
+      f'There is nothing at {input!r}.',
+      f'looked in {pathlib.Path.cwd()}',
+      'Check what is given with --input; prepare fetches what is in the Hub.',
+    )
+  root = pathlib.Path(raw.root)
+  held = {root / x.wnid / x.file_name: x for x in raw.images(builders.EVAL)}
+  return _Found(root, list(held), list(raw.left_out), held)
 
 
 def _find_images(input: str | pathlib.Path) -> _Found:
@@ -154,7 +177,7 @@ def _find_images(input: str | pathlib.Path) -> _Found:
     )
   root = paths_lib.expand(input, f'--input={input}')
   if os.path.isfile(root):  # It raises nothing, whatever the name.
-    return _Found(root, [root], [])
+    return _Found(root, [root], [], {})
   if not os.path.isdir(root):
     raise errors.UserError(
       f"There is no image or folder '{input}'.",
@@ -171,11 +194,13 @@ def _find_images(input: str | pathlib.Path) -> _Found:
       '--input',
       f'Images are {known}; hidden files are left out.',
     )
-  return _Found(root, paths, left_out)
+  return _Found(root, paths, left_out, {})
 
 
 def classify(
-  trained: trained_lib.Trained, paths: Sequence[pathlib.Path]
+  trained: trained_lib.Trained,
+  paths: Sequence[pathlib.Path],
+  held: Mapping[pathlib.Path, builders.RawImage] = {},
 ) -> Iterator[tuple[Prediction, bool]]:
   """Yields the prediction of each file, and whether EXIF would turn it.
 
@@ -191,7 +216,7 @@ def classify(
     out_shardings=shardings.replicated,
   )
   ahead = None
-  for part, read in _read_ahead(trained, paths, count):
+  for part, read in _read_ahead(trained, paths, count, held):
     batch = np.zeros((count, *[trained.stage.eval_size] * 2, 3), np.uint8)
     for row, image in enumerate(read):
       if image.pixels is not None:
@@ -224,11 +249,14 @@ def _create_predict_step(trained: trained_lib.Trained) -> Any:
 
 
 def _read_ahead(
-  trained: trained_lib.Trained, paths: Sequence[pathlib.Path], count: int
+  trained: trained_lib.Trained,
+  paths: Sequence[pathlib.Path],
+  count: int,
+  held: Mapping[pathlib.Path, builders.RawImage],
 ) -> Iterator[tuple[Sequence[pathlib.Path], list[_Read]]]:
   """Yields `count` files at a time and what is in them, two batches ahead."""
   workers = trained.config.num_workers or len(os.sched_getaffinity(0))
-  read = functools.partial(_read, trained)
+  read = functools.partial(_read, trained, held)
   ahead: collections.deque = collections.deque()
   with contextlib.ExitStack() as stack:
     pool = futures.ThreadPoolExecutor(workers, 'images')
@@ -244,14 +272,21 @@ def _read_ahead(
       yield part, list(images)
 
 
-def _read(trained: trained_lib.Trained, path: pathlib.Path) -> _Read:
-  """Returns the crop that evaluation would see of an image file."""
+def _read(
+  trained: trained_lib.Trained,
+  held: Mapping[pathlib.Path, builders.RawImage],
+  path: pathlib.Path,
+) -> _Read:
+  """Returns the crop that evaluation would see of an image."""
   stage = trained.stage
   try:
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-      return _Read(None, f'{size:,} bytes, more than {MAX_BYTES:,}')
-    encoded = path.read_bytes()
+    if path in held:
+      encoded = held[path].read()
+    else:
+      size = path.stat().st_size
+      if size > MAX_BYTES:
+        return _Read(None, f'{size:,} bytes, more than {MAX_BYTES:,}')
+      encoded = path.read_bytes()
     pixels = preprocess.center_crop(
       encoded,
       stage.eval_size,
@@ -260,6 +295,8 @@ def _read(trained: trained_lib.Trained, path: pathlib.Path) -> _Read:
     )
   except OSError as e:
     return _Read(None, e.strerror or str(e))
+  except errors.UserError as e:  # Of what is in a file of many.
+    return _Read(None, e.what)
   except preprocess.BadImageError as e:
     is_none = isinstance(e.__cause__, UnidentifiedImageError)
     reason = 'it is no image' if is_none else str(e).removeprefix(': ')
@@ -321,7 +358,11 @@ def _write_csv(
   files.write_bytes(path, out.getvalue().encode())
 
 
-def _tile(x: Prediction, trained: trained_lib.Trained) -> contact_sheet.Tile:
+def _tile(
+  x: Prediction,
+  trained: trained_lib.Trained,
+  held: Mapping[pathlib.Path, builders.RawImage] = {},
+) -> contact_sheet.Tile:
   """Returns an image with its class and probability.
 
   And whether that is right, if its folder has the name of a class.
@@ -331,7 +372,7 @@ def _tile(x: Prediction, trained: trained_lib.Trained) -> contact_sheet.Tile:
     file = errors.printable(path.name)
     return contact_sheet.Tile(None, 'cannot be read', file)
   name, percent = errors.printable(x['name']), formats.percent(x['probability'])
-  folder = path.parent.name
+  folder, image = path.parent.name, held.get(path, path)
   # Some classes of ImageNet share a name.
   labels = {
     label: said
@@ -339,11 +380,11 @@ def _tile(x: Prediction, trained: trained_lib.Trained) -> contact_sheet.Tile:
     if folder in (label, said)
   }
   if not labels:
-    return contact_sheet.Tile(path, name, percent)
+    return contact_sheet.Tile(image, name, percent)
   if x['class'] in labels:
-    return contact_sheet.Tile(path, f'✓ {name}', percent, True)
+    return contact_sheet.Tile(image, f'✓ {name}', percent, True)
   detail = f'{percent}, is {errors.printable(next(iter(labels.values())))}'
-  return contact_sheet.Tile(path, f'✗ {name}', detail, False)
+  return contact_sheet.Tile(image, f'✗ {name}', detail, False)
 
 
 def _show(
