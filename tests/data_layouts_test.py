@@ -565,6 +565,8 @@ def test_a_run_may_go_on_with_tars_or_with_what_they_unpack_to(tmp_path):
     tar.unlink()
   assert preparation.check_dataset('imagenet2012', data) == 'prepared'
   assert load('imagenet2012', data).fingerprint == before.fingerprint
+  root.rename(tmp_path / 'imagenet1k')
+  assert load('imagenet2012', tmp_path).fingerprint == before.fingerprint
 
 
 def test_a_tar_that_was_written_to_is_noticed(tmp_path):

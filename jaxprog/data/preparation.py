@@ -572,10 +572,11 @@ def _check_source(
 
 def _advise(source: str, folder: pathlib.Path) -> str:
   """Returns what to do about a `folder` that is none."""
+  if source == 'folder':
+    return layouts.find_alike(folder) or _LIE_IN[source]
   if folder.is_file():
     return f'It is a file: name the folder {folder.parent}.'
-  alike = layouts.find_alike(folder) if source == 'folder' else ''
-  return alike or _LIE_IN[source]
+  return _LIE_IN[source]
 
 
 def _missing(dataset: str, data_dir: pathlib.Path) -> errors.UserError:
