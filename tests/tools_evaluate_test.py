@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import runs
 import tiny_config
+from data_fixtures import encode
 from flax import linen as nn
 
 import jaxprog
@@ -384,3 +385,33 @@ def test_imagenet_r_is_chosen_among_its_own_classes(of_imagenet, digits):
   assert found['chosen_among'] == 2
   assert found['top1'] == pytest.approx(right.mean(), abs=1e-9)
   assert {x['predicted'] for x in found['confusions']} <= {*wnids[:2]}
+
+
+def test_several_classes_may_be_right(of_imagenet, digits):
+  data_dir, _ = of_imagenet
+  root = data_dir / 'objectnet-1.0'
+  write_digits(digits.eval, root / 'images', ('both', 'spare', 'ten'))
+  (root / 'mappings').mkdir()
+  for name, text in {
+    'folder_to_objectnet_label.json': {'both': 'Both', 'ten': 'Ten'},
+    'objectnet_to_imagenet_1k.json': {'Both': 'one; two', 'Ten': 'ten'},
+    'pytorch_to_imagenet_2012_id.json': {'1': 0, '2': 1, '10': 2},
+  }.items():
+    (root / 'mappings' / name).write_text(json.dumps(text))
+  names = root / 'mappings' / 'imagenet_to_label_2012_v2'
+  names.write_text('one\ntwo\nten\n')
+  config = create_config(data_dir)
+  found = jaxprog.evaluate(
+    config, data_dir / 'run', stage='three', dataset='objectnet'
+  )
+  trained = trained_lib.load_trained(config, data_dir / 'run', stage='three')
+  images = [*(root / 'images').glob('both/*'), *(root / 'images').glob('ten/*')]
+  inside = [preprocess.decode(x.read_bytes())[2:-2, 2:-2] for x in images]
+  resized = [crop(encode(x)) for x in inside]
+  predicted = np.argmax(read_logits(trained, np.stack(resized)), 1)
+  is_ten = [x.parent.name == 'ten' for x in images]
+  right = (predicted == 2) == is_ten
+  assert found['count'] == len(images)
+  assert found['top1'] == pytest.approx(right.mean(), abs=1e-9)
+  wrong = sum(x['count'] for x in found['confusions'])
+  assert wrong == np.count_nonzero(~right)
