@@ -112,6 +112,12 @@ def _divide(
       _Images(data.eval, 'the validation images'),
     )
   split = data.eval
+  if len(split) < 2:
+    raise errors.UserError(
+      'One image is too few to fit a temperature on and to measure it on.',
+      str(split.directory),
+      "Train with eval_split='holdout:2%', or evaluate on more.",
+    )
   order = outcomes.sort_images(split.names(), split.labels, data.classes)
   chosen = np.zeros(len(split), bool)
   chosen[order.positions[::2]] = True

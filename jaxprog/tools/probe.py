@@ -18,6 +18,7 @@ from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import checkpoints, copies
 from jaxprog.reporting import outputs, report, rundir
 from jaxprog.reporting.page import hand_over
+from jaxprog.tools import evaluate
 from jaxprog.training import alike, devices, fetching, forward, linear_probe
 from jaxprog.training import run as run_lib
 from jaxprog.training import setup as setup_lib
@@ -96,6 +97,7 @@ def _load_datasets(
   for stage in ladder[first + 1 :]:
     try:
       (data,) = setup_lib.load_datasets(config, [stage]).values()
+      evaluate.check_images(data)
     except errors.UserError as e:
       console.print(f'{stage.name} is left out: {e.what}')
       continue
