@@ -15,6 +15,9 @@ from ml_collections import config_dict
 
 from jaxprog import buckets, errors
 
+# Kinds of datasets whose images are in files that hold many.
+OF_MANY = ('hf', 'parquet', 'wds')
+
 
 def expand(path: str | os.PathLike[str], where: str = '') -> pathlib.Path:
   """Returns `path` with the home that ~ or ~USER at its start stands for.
@@ -100,7 +103,7 @@ class Source(NamedTuple):
 def dataset_source(dataset: str) -> Source:
   """Returns where a dataset lies that is called by that; a name is a kind."""
   kind, _, rest = dataset.partition(':')
-  if kind not in ('hf', 'parquet', 'wds'):
+  if kind not in OF_MANY:
     return Source(kind, rest, '', '')
   place, _, options = rest.partition('?')
   named = dict(x.partition('=')[::2] for x in options.split('&'))

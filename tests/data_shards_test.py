@@ -1,6 +1,5 @@
 """Records in more files than a process may open."""
 
-import dataclasses
 import json
 import os
 import resource
@@ -13,6 +12,7 @@ import pytest
 import runs
 import tensorflow_datasets as tfds
 from conftest import ROOT
+from data_fixtures import TfdsImages
 
 from jaxprog.data import builders, preparation, shards
 
@@ -35,8 +35,7 @@ if __name__ == '__main__':
 def many_files(tmp_path_factory):
   """A data_dir whose digits lie in 2 x NUM_FILES files."""
   path = tmp_path_factory.mktemp('many')
-  raw = dataclasses.replace(builders.list_digits(), in_order=True)
-  builder = builders.Images('digits', raw, path)
+  builder = TfdsImages('digits', builders.list_digits(), path)
   tfds.disable_progress_bar()
   builder.download_and_prepare(
     download_config=tfds.download.DownloadConfig(num_shards=NUM_FILES)

@@ -108,7 +108,8 @@ class Raw:
   looks: Looks
   # What else lies there.
   left_out: tuple[folders.LeftOut, ...]
-  # Whether the images can only be read in the order in which they are listed.
+  # Whether images are read in the order in which they are listed: another would
+  # take much longer.
   in_order: bool = False
   # The list that says which class each image of a flat split has, if one does.
   labels_from: str = ''
@@ -182,8 +183,6 @@ class Images(tfds.core.GeneratorBasedBuilder):
     tfds itself would write all images twice, to sort them, from one core.
     """
     raw = self._raw
-    if raw.in_order:
-      return super()._generate_splits(dl_manager, download_config)
     folder = self.kept or pathlib.Path(self.data_dir) / 'incomplete'
     images, written = {}, {}
     try:
@@ -191,7 +190,12 @@ class Images(tfds.core.GeneratorBasedBuilder):
         images[split] = tuple(raw.images(split))
         told = functools.partial(self._tell, self._done)
         written[split] = writer.write_split(
-          folder, split, images[split], raw.classes, told
+          folder,
+          split,
+          images[split],
+          raw.classes,
+          told,
+          in_order=raw.in_order,
         )
     except BaseException:
       writer.drop_unfinished(folder)

@@ -47,8 +47,6 @@ _LIE_IN = {
   'parquet': "PATH is a folder with train and validation in its files' names.",
   'wds': 'Write wds:PATH/{train-{000..146},val-{00..06}}.tar, or wds:PATH.',
 }
-# What is no folder of classes.
-_FILES = 'hf', 'parquet', 'wds'
 # Beside the records: how the raw folder looked.
 _LOOKS = 'raw_folder.json'
 # What looking at the times of raw files may take at a start, in seconds.
@@ -230,7 +228,7 @@ def _find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
 def _find_root(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
   """Returns the folder that holds a dataset's raw splits, if there is one."""
   folder = _find_raw(dataset, data_dir)
-  if folder is None or paths.dataset_source(dataset).kind in _FILES:
+  if folder is None or paths.dataset_source(dataset).kind in paths.OF_MANY:
     return folder
   return layouts.locate(folder)
 

@@ -1,8 +1,9 @@
 """Writes the images of a split as records, in the order that tfds gives them.
 
 That is the order of the hashes of their names, which are known before any image
-is read: so each is read once, by all cores, and written once. What files were
-finished before a kill is gone on with.
+is read; of files of many it is that in which they lie there. So each is read
+once, by all cores, and written once. What files were finished before a kill is
+gone on with.
 """
 
 import contextlib
@@ -78,17 +79,20 @@ def write_split(
   images: Sequence[Image],
   classes: Sequence[str],
   progress: Callable[[int], None] = lambda done: None,
+  *,
+  in_order: bool = False,
 ) -> Written:
   """Returns what became of `images`, now in `folder`.
 
   The label of an image is the position of its class in `classes`. `progress` is
-  told how many are done. What a call for the same images had finished in
-  `folder` before it was interrupted is not written again.
+  told how many are done. If `in_order`, so are the records. What a call for the
+  same images had finished in `folder` before it was interrupted is not written
+  again.
 
   Raises:
     UserError: if an image cannot be read, or two have one name.
   """
-  order = _sort(split, images)
+  order = np.arange(len(images)) if in_order else _sort(split, images)
   found = list(_find_shards(folder, split))
   if done := sum(len(x.digests) for x in found):
     progress(done)

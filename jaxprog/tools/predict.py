@@ -146,7 +146,7 @@ def _write(
 
 def _find_held(input: str, config: config_dict.ConfigDict) -> _Found | None:
   """Returns the evaluation images of a dataset in files of many, else None."""
-  if paths_lib.dataset_source(input).kind not in ('hf', 'parquet', 'wds'):
+  if paths_lib.dataset_source(input).kind not in paths_lib.OF_MANY:
     return None
   raw = preparation.list_raw(input, paths_lib.data_dir(config))
   if raw is None:
