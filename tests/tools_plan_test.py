@@ -1,5 +1,6 @@
 """Plans for TPUs, compiled by the real compiler; none is needed to run."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -182,3 +183,6 @@ def test_raw_images_cost_by_their_pixels(tmp_path):
   assert at['imagenet'] == 4317
   assert at['imagenette'] == 540
   assert at['tiny_imagenet'] == 18_500  # The least that any image takes.
+  half = dataclasses.replace(stages[0], crop_interpolation='random')
+  found = elsewhere._images_per_core(half)
+  assert found == pytest.approx(540 / (1 + 0.65 / 2))
