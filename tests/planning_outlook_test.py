@@ -87,6 +87,23 @@ def test_four_stages_stand_side_by_side_in_80_columns(ladder):
   assert len(tables(plans, 40)) == 4
 
 
+@pytest.mark.parametrize(('batches', 'seen'), [(6, 6), (60, 50)])
+def test_an_average_is_shown_training_batches_before_each_evaluation(
+  ladder, batches, seen
+):
+  """Forward only, and no more than an epoch has: 1000 steps are 20 epochs."""
+  stage = dataclasses.replace(
+    ladder[0],
+    num_epochs=20.0,
+    transfer_batches=batches,
+    optimizer='schedule_free_sgd',
+    schedule='constant',
+  )
+  plain = dataclasses.replace(stage, optimizer='sgd_momentum')
+  more = look_ahead(stage).seconds - look_ahead(plain).seconds
+  assert more == pytest.approx(21 * seen * 0.6 / 3)
+
+
 def test_a_stage_takes_its_fed_steps_and_its_evaluations(ladder):
   plan = look_ahead(ladder[0])
   assert plan.seconds == 1000 * 0.6 + 21 * 10

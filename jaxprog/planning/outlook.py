@@ -82,7 +82,9 @@ class Outlook:
     """
     if not self.stage.is_schedule_free:
       return 0.0
-    return self.num_evaluations * self.stage.transfer_batches / 3
+    an_epoch = self.known.total_steps / self.stage.num_epochs
+    batches = min(self.stage.transfer_batches, an_epoch)
+    return self.num_evaluations * batches / 3
 
   def figures(self) -> Figures:
     """Returns all of it as plain values."""
