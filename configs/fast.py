@@ -38,7 +38,6 @@ PUBLISHED = {
   'resnet50': (0.738, 0.756, 0.766, 0.772, 0.780, 0.784),
 }
 DIFFERS = (
-  'evaluation looks at an image once, theirs at its mirror image too',
   'BatchNorm sees the global batch, theirs the images of one GPU',
   'the rate rises from 0, theirs from 1e-4 of the peak',
   'kernels alone decay; theirs spares norms by name and so still decays those '
@@ -92,6 +91,7 @@ def get_config(budget: str = '16') -> config_dict.ConfigDict:
       # validation: resolution; DEFAULT_CROP_RATIO of train_imagenet.py.
       'eval_image_size': 256,
       'eval_crop': 224 / 256,
+      'eval_flip': True,
       # training: epochs, batch_size of each of 8 GPUs (ResNet-18: of one),
       # momentum, weight_decay, label_smoothing. lr: lr, for that batch.
       'num_epochs': num_epochs,
