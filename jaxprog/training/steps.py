@@ -204,6 +204,7 @@ def _create_grads_fn(
       )
       batch_stats = changed.get('batch_stats', {})
       features = distillation.last_features(changed)
+    correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
     found = losses_of(logits, targets)
     if lesson is not None:
       found = distillation.join_losses(
@@ -214,7 +215,6 @@ def _create_grads_fn(
     if class_weights is not None:
       found *= jnp.sum(targets * class_weights, axis=-1)
       minimised = jnp.sum(jnp.where(weights > 0, found, 0)) / count
-    correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
     top1 = jnp.sum(weights * correct) / count
     return minimised, (batch_stats, loss, top1)
 
