@@ -182,6 +182,7 @@ def blocks_of(model, variables, images):
     )[1]['intermediates']
 
   outputs = apply(variables)
+  outputs.pop('features')
   return {name: out['__call__'][0] for name, out in outputs.items()}
 
 

@@ -379,16 +379,9 @@ def create_task(
   seed = zlib.crc32(f'{setup.config.seed}/{stage.name}'.encode())
   init_rng, step_rng = jax.random.split(jax.random.key(seed))
   init = functools.partial(state_lib.init_variables, model, stage.image_size)
-  create_teacher, teacher = _find_teacher(
-    setup, stage, create_model, jax.eval_shape(init, init_rng), dtype
-  )
-  create_state = functools.partial(
-    state_lib.create_state,
-    tx=tx,
-    ema=stage.ema_decay > 0,
-    projection=functools.partial(
-      _create_projection, stage, model, create_teacher, teacher, init_rng
-    ),
+  create_teacher, teacher = _find_teacher(setup, stage, create_model, dtype)
+  create_state = _create_state_fn(
+    stage, tx, model, create_teacher, teacher, init_rng
   )
   state_shapes = jax.eval_shape(lambda rng: create_state(init(rng)), init_rng)
   jit = functools.partial(jax.jit, out_shardings=replicated)
@@ -421,13 +414,12 @@ def _find_teacher(
   setup: Setup,
   stage: stages_lib.Stage,
   create_model: Callable[[int], nn.Module],
-  variables: Any,
   dtype: Any,
 ) -> tuple[Callable[[int], nn.Module], distillation.Teacher]:
   """Returns what makes a stage's teacher for an image size, and its shapes.
 
-  `create_model` and `variables` are the stage's own network and its shapes:
-  another stage's is the same, once its head has the classes of this one.
+  `create_model` is the stage's own network: another stage's is the same, once
+  its head has the classes of this one.
 
   Raises:
     UserError: if it is a file that is missing, or of none of our networks.
@@ -443,29 +435,38 @@ def _find_teacher(
         image_size=image_size, num_classes=num_classes, dtype=dtype, **network
       )
 
-    size = stage.image_size
-    init = functools.partial(state_lib.init_variables, create_model(size), size)
-    variables = jax.eval_shape(init, jax.random.key(0))
+  size = stage.image_size
+  init = functools.partial(state_lib.init_variables, create_model(size), size)
+  variables = jax.eval_shape(init, jax.random.key(0))
   known = jax.ShapeDtypeStruct((num_classes,), jnp.bool_)
   return create_model, {'variables': variables, 'known': known}
 
 
-def _create_projection(
+def _create_state_fn(
   stage: stages_lib.Stage,
+  tx: optax.GradientTransformation,
   model: nn.Module,
   create_teacher: Callable[[int], nn.Module],
   teacher: distillation.Teacher,
   rng: jax.Array,
-  variables: Any,
-) -> dict[str, Any]:
-  """Returns what leads from features of `variables` to those of a teacher."""
-  if not stage.distill_from or not stage.distill_features:
-    return {}
-  return distillation.create_projection(
-    (model, create_teacher(stage.image_size)),
-    (variables, teacher['variables']),
-    stage.image_size,
-    jax.random.fold_in(rng, zlib.crc32(b'projection')),
+) -> Callable[[Any], state_lib.TrainState]:
+  """Returns create_state(variables), whose state may have a projection."""
+
+  def create_projection(variables):
+    if not stage.distill_from or not stage.distill_features:
+      return {}
+    return distillation.create_projection(
+      (model, create_teacher(stage.image_size)),
+      (variables, teacher['variables']),
+      stage.image_size,
+      jax.random.fold_in(rng, zlib.crc32(b'projection')),
+    )
+
+  return functools.partial(
+    state_lib.create_state,
+    tx=tx,
+    ema=stage.ema_decay > 0,
+    projection=create_projection,
   )
 
 
@@ -496,8 +497,6 @@ def _create_steps(
       **options,
     )
 
-  class_weights = _weigh_classes(dataset, stage)
-
   def create_train_step(program):
     options = dict(zip(_TRACED, program.options, strict=True))
     part = dataclasses.replace(stage, **options)
@@ -514,7 +513,7 @@ def _create_steps(
       steps,
       pixels,
       num_classes=dataset.num_classes,
-      class_weights=class_weights,
+      class_weights=_weigh_classes(dataset, stage),
       frozen=program.frozen,
       teach=teach,
     )

@@ -63,21 +63,11 @@ def create_train_step(
     teach: what a teacher says of images; the step's last argument is then that
       teacher.
   """
+  prepare = _create_prepare_fn(model, stage, pixels, num_classes, frozen)
   grads_of = _create_grads_fn(model, stage, class_weights, frozen, teach)
 
   def train_step(state, batch, rng, *teacher):
-    weights = batch['mask'].astype(jnp.float32)
-    images, targets = augment.mix(
-      jax.random.fold_in(rng, state.step),
-      augment_batch(rng, batch, stage, pixels),
-      jax.nn.one_hot(batch['label'], num_classes),
-      weights,
-      mixup_alpha=stage.mixup_alpha,
-      cutmix_alpha=stage.cutmix_alpha,
-    )
-    examples = [images, targets, weights]
-    if stage.drop_path and not frozen:
-      examples.append(_draw_paths(model, stage, rng, batch))
+    examples = prepare(rng, state.step, batch)
     grads, batch_stats, loss, top1 = grads_of(
       state, teacher[0] if teacher else None, *examples
     )
@@ -91,12 +81,7 @@ def create_train_step(
       'learning_rate': learning_rate,
     }
     if steps.frozen and not frozen:
-      # Moments that saw a frozen backbone know nothing of its gradients. They
-      # go even if this step is then skipped.
-      opt_state = _select(
-        state.step == steps.frozen, tx.init(state.params), state.opt_state
-      )
-      state = state.replace(opt_state=opt_state)
+      state = _begin_anew(state, state.step == steps.frozen, tx)
     learned = _learn(
       state, grads, batch_stats, learning_rate, tx, stage, frozen
     )
@@ -106,7 +91,9 @@ def create_train_step(
       # stages that need it.
       new += [learned['params'], learned['opt_state']]
     metrics['finite'] = finite = _all_finite(new)
-    learned['metrics'] = _add_metrics(state.metrics, metrics, jnp.sum(weights))
+    learned['metrics'] = _add_metrics(
+      state.metrics, metrics, jnp.sum(examples[2])
+    )
     kept = {name: getattr(state, name) for name in learned}
     skipped = state.metrics['skipped'] + 1
     kept['metrics'] = {**state.metrics, 'skipped': skipped}
@@ -114,6 +101,48 @@ def create_train_step(
     return state, metrics
 
   return train_step
+
+
+def _create_prepare_fn(
+  model: nn.Module,
+  stage: stages.Stage,
+  pixels: tuple[Sequence[float], Sequence[float]],
+  num_classes: int,
+  frozen: bool,
+) -> Callable[[jax.Array, jax.Array, Batch], list[jax.Array]]:
+  """Returns f(rng, step, batch) -> images, targets, weights and perhaps paths.
+
+  They are what the function of `_create_grads_fn` takes.
+  """
+
+  def prepare(rng, step, batch):
+    weights = batch['mask'].astype(jnp.float32)
+    images, targets = augment.mix(
+      jax.random.fold_in(rng, step),
+      augment_batch(rng, batch, stage, pixels),
+      jax.nn.one_hot(batch['label'], num_classes),
+      weights,
+      mixup_alpha=stage.mixup_alpha,
+      cutmix_alpha=stage.cutmix_alpha,
+    )
+    examples = [images, targets, weights]
+    if stage.drop_path and not frozen:
+      keys = augment.example_keys(rng, batch['epoch'], batch['index'])
+      rates = resnet.path_rates(model, stage.drop_path)
+      examples.append(augment.draw_paths(keys, rates))
+    return examples
+
+  return prepare
+
+
+def _begin_anew(state, is_now, tx):
+  """Returns `state`, whose optimizer starts again if `is_now`.
+
+  Moments that saw a frozen backbone know nothing of its gradients. They go even
+  if this step is then skipped.
+  """
+  opt_state = _select(is_now, tx.init(state.params), state.opt_state)
+  return state.replace(opt_state=opt_state)
 
 
 def _learn(state, grads, batch_stats, learning_rate, tx, stage, frozen):
@@ -162,14 +191,6 @@ def augment_batch(
   return images
 
 
-def _draw_paths(
-  model: nn.Module, stage: stages.Stage, rng: jax.Array, batch: Batch
-) -> jax.Array:
-  """Returns `paths` of a batch, as `resnet.ResNet` takes them."""
-  keys = augment.example_keys(rng, batch['epoch'], batch['index'])
-  return augment.draw_paths(keys, resnet.path_rates(model, stage.drop_path))
-
-
 def _create_grads_fn(
   model: nn.Module,
   stage: stages.Stage,
@@ -186,37 +207,7 @@ def _create_grads_fn(
   micro-batches, one after the other, each divided by what the whole batch
   shows: its means, but that BatchNorm sees each by itself.
   """
-  losses_of = losses.create_loss_fn(stage)
-  told = ['batch_stats']
-  if teach and stage.distill_features:
-    told.append('intermediates')
-
-  def loss_fn(
-    trained, fixed, batch_stats, count, lesson, images, targets, weights, *paths
-  ):
-    params, features = {**fixed, **trained}, None
-    variables = {'params': params, 'batch_stats': batch_stats}
-    if frozen:
-      logits: Any = model.apply(variables, images, train=False)
-    else:
-      logits, changed = model.apply(
-        variables, images, *paths, train=True, mutable=told
-      )
-      batch_stats = changed.get('batch_stats', {})
-      features = distillation.last_features(changed)
-    correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
-    found = losses_of(logits, targets)
-    if lesson is not None:
-      found = distillation.join_losses(
-        found, lesson, logits, features, params, stage
-      )
-    # What is hidden may be anything, NaN too.
-    minimised = loss = jnp.sum(jnp.where(weights > 0, found, 0)) / count
-    if class_weights is not None:
-      found *= jnp.sum(targets * class_weights, axis=-1)
-      minimised = jnp.sum(jnp.where(weights > 0, found, 0)) / count
-    top1 = jnp.sum(weights * correct) / count
-    return minimised, (batch_stats, loss, top1)
+  loss_fn = _create_loss_fn(model, stage, class_weights, frozen)
 
   def grads_of_part(state, batch_stats, count, teacher, *examples):
     lesson = teach and teach(teacher, examples[0], state.step)
@@ -257,6 +248,51 @@ def _create_grads_fn(
     return sums
 
   return grads_of
+
+
+def _create_loss_fn(
+  model: nn.Module,
+  stage: stages.Stage,
+  class_weights: np.ndarray | None,
+  frozen: bool,
+) -> Callable[..., Any]:
+  """Returns what `_create_grads_fn` takes the gradient of, by `trained`.
+
+  `lesson` is a teacher's, None where nobody teaches; sums are over `count`.
+  """
+  losses_of = losses.create_loss_fn(stage)
+  told = ['batch_stats']
+  if stage.distill_from and stage.distill_features:
+    told.append('intermediates')
+
+  def loss_fn(
+    trained, fixed, batch_stats, count, lesson, images, targets, weights, *paths
+  ):
+    params, features = {**fixed, **trained}, None
+    variables = {'params': params, 'batch_stats': batch_stats}
+    if frozen:
+      logits: Any = model.apply(variables, images, train=False)
+    else:
+      logits, changed = model.apply(
+        variables, images, *paths, train=True, mutable=told
+      )
+      batch_stats = changed.get('batch_stats', {})
+      features = distillation.last_features(changed)
+    correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
+    found = losses_of(logits, targets)
+    if lesson is not None:
+      found = distillation.join_losses(
+        found, lesson, logits, features, params, stage
+      )
+    # What is hidden may be anything, NaN too.
+    minimised = loss = jnp.sum(jnp.where(weights > 0, found, 0)) / count
+    if class_weights is not None:
+      found *= jnp.sum(targets * class_weights, axis=-1)
+      minimised = jnp.sum(jnp.where(weights > 0, found, 0)) / count
+    top1 = jnp.sum(weights * correct) / count
+    return minimised, (batch_stats, loss, top1)
+
+  return loss_fn
 
 
 def _average(state, params, batch_stats, stage):

@@ -180,7 +180,12 @@ def load_trained(
   devices.check_platform(config.platform)
   _check_shapes(trained)
   preflight.check_workdir(workdir)
-  fitted = temperature.read(workdir, name, weights)
+  return _with_temperature(trained, workdir)
+
+
+def _with_temperature(trained: Trained, workdir: pathlib.Path) -> Trained:
+  """Returns `trained` with the temperature that was fitted to it, if any."""
+  fitted = temperature.read(workdir, trained.stage.name, trained.weights)
   if fitted and all(
     fitted.get(k) == v for k, v in trained.calibrated_for.items()
   ):
