@@ -95,7 +95,7 @@ def get_config(rungs: str = 'datasets') -> config_dict.ConfigDict:
 def grow(field: str) -> tuple[dict[str, Any], ...]:
   """Returns phases of equal length that let a field grow."""
   return tuple(
-    {'from_epoch': EPOCHS * i / len(GROWING), field: size}
+    {'from_epoch': EPOCHS * i // len(GROWING), field: size}
     for i, size in enumerate(GROWING)
     if i
   )

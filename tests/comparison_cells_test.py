@@ -15,6 +15,7 @@ CONFIGS = [
     'compare_models': ('', ':imagenette', ':tiny_imagenet'),
     'compare_ladder': ('', ':digits'),
     'compare_curriculum': ('',),
+    'compare_recipes': ('', ':classes'),
     'compare_warm_start': ('',),
   }.items()
   for argument in arguments

@@ -6,6 +6,7 @@ from concurrent import futures
 import jax
 import pytest
 
+from jaxprog import epochs
 from jaxprog.reliability import checkpoints, watchdog
 from jaxprog.training import ladder
 
@@ -32,11 +33,12 @@ def test_a_gpu_times_kernels_before_the_first_stage_trains(
     folder = checkpoints.stage_directory(tmp_path, name)
     with checkpoints.Checkpoints(folder, print) as saved:
       saved.mark_done({})
-  config = types.SimpleNamespace(compilation_cache_dir='')
+  config = types.SimpleNamespace(compilation_cache_dir='', xla_flags='none')
   tasks = [
     types.SimpleNamespace(
       config=config,
       model='network',
+      steps=epochs.Steps((), 10),
       stage=types.SimpleNamespace(name=name, optimizer='adamw'),
       train_steps={},
     )
@@ -46,6 +48,7 @@ def test_a_gpu_times_kernels_before_the_first_stage_trains(
     tasks=tuple(tasks),
     workdir=tmp_path,
     compiler=Compiler(),
+    compilers=None,  # Here all wait for one compiler.
     dog=watchdog.Watchdog(0),
     waits={},
   )
