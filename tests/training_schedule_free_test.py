@@ -69,7 +69,8 @@ def test_what_is_evaluated_is_what_is_saved(finished):
   assert scores['loss'] == pytest.approx(rows[-1]['val_loss'], rel=1e-5)
 
 
-@pytest.mark.parametrize('kept', [pytest.param(6, marks=pytest.mark.slow), 9])
+@pytest.mark.slow
+@pytest.mark.parametrize('kept', [6, 9])
 def test_interrupted_equals_uninterrupted(finished, data_dir, tmp_path, kept):
   """In the first epoch, and right after it was evaluated."""
   config, workdir = create_config(data_dir), tmp_path / 'run'
