@@ -141,7 +141,10 @@ def test_what_bounds_a_stage_is_what_takes_longest():
   assert fill_in().chips['bound_by'] == 'memory'
   faster = dataclasses.replace(STEP, memory_seconds=0.01)
   assert fill_in(faster).chips['bound_by'] == 'compute'
-  many = dataclasses.replace(STEP, kernel_seconds=0.2)
+  # At half of its rates the memory takes 0.2 s.
+  few = dataclasses.replace(STEP, kernel_seconds=0.15)
+  assert fill_in(few).chips['bound_by'] == 'memory'
+  many = dataclasses.replace(STEP, kernel_seconds=0.25)
   assert fill_in(many).chips['bound_by'] == 'kernels'
   far = dataclasses.replace(STEP, network_seconds=1.0)
   assert fill_in(far).chips['bound_by'] == 'network'

@@ -100,8 +100,8 @@ def fill_in(
   input_rate = images_per_core * topology.cores_per_chip
   rate = min(chip_rate, input_rate)
   parts = {
-    'compute': mean(lambda x: x.compute_seconds),
-    'memory': mean(lambda x: x.memory_seconds),
+    'compute': mean(lambda x: x.compute_seconds) / utilization,
+    'memory': mean(lambda x: x.memory_seconds) / utilization,
     'kernels': mean(lambda x: x.kernel_seconds),
     'network': mean(lambda x: x.network_seconds),
   }
