@@ -325,7 +325,9 @@ def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
       return parquet.list_raw(dataset, root, image, label)
     case 'wds':
       return tars.list_raw(dataset, root, place, image, label)
-  return layouts.list_folder(root, named.find(dataset).class_names)
+  return layouts.list_folder(
+    root, named.find(dataset).class_names, is_anyones=kind == 'folder'
+  )
 
 
 def folder_config(dataset: str) -> str:
@@ -411,8 +413,11 @@ def _is_untouched(
 def _is_made_of(prepared: tfds.core.DatasetBuilder, raw: builders.Raw) -> bool:
   """Returns whether paths, sizes and names of classes are what they were."""
   known = prepared.info.metadata or {}
-  now = raw.fingerprint, list(raw.class_names)
-  return (known.get('fingerprint'), known.get('class_names')) == now
+  # Before that was noted, fewer lists were looked at for names.
+  is_named = 'labels_from' not in known or (
+    known.get('class_names') == list(raw.class_names)
+  )
+  return is_named and known.get('fingerprint') == raw.fingerprint
 
 
 def _written_to(
@@ -457,24 +462,27 @@ def _is_edited(
 
 def _read_looks(prepared: tfds.core.DatasetBuilder) -> builders.Looks | None:
   """Returns how the raw folder looked, None if that is not known."""
-  try:
-    noted = [x for x in _looks_files(prepared) if x.exists()]
-    latest = max(noted, key=lambda x: x.stat().st_mtime_ns)
-    return builders.Looks(**json.loads(latest.read_text()))
-  except (OSError, ValueError, TypeError):
-    return None
+  noted = {}
+  for file in _looks_files(prepared):
+    with contextlib.suppress(OSError, ValueError, TypeError):
+      looks = builders.Looks(**json.loads(file.read_text()))
+      noted[file.stat().st_mtime_ns] = looks
+  return noted[max(noted)] if noted else None
 
 
 def _looks_files(
   prepared: tfds.core.DatasetBuilder,
-) -> tuple[pathlib.Path, pathlib.Path]:
+) -> list[pathlib.Path]:
   """Returns where that is noted: beside the records, or else in the cache.
 
   Who may only read prepared data has none but the second.
   """
   directory = pathlib.Path(prepared.data_dir)
   name = files.digest_parts(str(directory.resolve()))[:16]
-  return directory / _LOOKS, paths.cache_home() / 'looks' / f'{name}.json'
+  found = [directory / _LOOKS]
+  with contextlib.suppress(errors.UserError):  # Nobody knows a home.
+    found.append(paths.cache_home() / 'looks' / f'{name}.json')
+  return found
 
 
 def _write_looks(
