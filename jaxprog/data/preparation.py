@@ -196,8 +196,6 @@ def prepare(
         _remove_leftovers(folder)
     try:
       _download_and_prepare(dataset, builder, data_dir)
-      if isinstance(builder, builders.Images):
-        builder.index.save(pathlib.Path(builder.data_dir))
     except OSError:
       if is_locked or not _find_current(dataset, data_dir, raw):
         raise
