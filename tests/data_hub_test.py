@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from data_sources_test import check_records, write_hub
 from jaxprog.data import preparation
 
 pytest.importorskip('huggingface_hub')
+constants = importlib.import_module('huggingface_hub.constants')
 # As `prepare` does it, with the client's own settings, which it reads once.
 SCRIPT = """
 import json, pathlib, sys
@@ -71,7 +73,7 @@ def test_a_dataset_comes_by_the_hubs_client(fetched):
   assert len(said.split('\n')) == 3
 
 
-def test_its_cache_serves_where_there_is_no_network(fetched):
+def test_its_cache_serves_where_there_is_no_network(fetched, monkeypatch):
   root, _, _ = fetched
   said = prepare(
     root / 'offline',
@@ -83,6 +85,18 @@ def test_its_cache_serves_where_there_is_no_network(fetched):
   check_records(preparation.load_dataset('hf:jaxprog/pets', root / 'offline'))
   assert len(said) == 1
   assert 'hf:jaxprog/none' in said[0]
+  # What is prepared stays, whatever becomes of the cache.
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(root / 'home/hub'))
+  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+  known = preparation.list_raw('hf:jaxprog/pets', root)
+  (first,) = (root / 'home').rglob('datasets--jaxprog--pets/**/train-00000*')
+  (other,) = first.parent.glob('train-00001*')
+  other.unlink()
+  other.symlink_to(first.resolve())
+  changed = preparation.list_raw('hf:jaxprog/pets', root)
+  assert changed.fingerprint != known.fingerprint
+  preparation.prepare('hf:jaxprog/pets', root / 'offline')
+  check_records(preparation.load_dataset('hf:jaxprog/pets', root / 'offline'))
 
 
 @pytest.mark.slow

@@ -111,8 +111,8 @@ def check_dataset(
   """
   data_dir = pathlib.Path(data_dir)
   prepared = find_prepared(dataset, data_dir)
-  if prepared and paths.dataset_source(dataset).kind == 'hf':
-    return 'prepared'  # What the cache has is never another.
+  if _is_kept(dataset, prepared):
+    return 'prepared'
   root = _find_root(dataset, data_dir)
   if prepared and (root is None or _is_untouched(root, prepared, seconds)):
     return 'prepared'
@@ -158,18 +158,14 @@ def prepare(
     UserError: if there is nothing to prepare it from, or no room.
   """
   data_dir = pathlib.Path(data_dir)
-  raw = list_raw(dataset, data_dir)
+  raw = None
+  if not _is_kept(dataset, find_prepared(dataset, data_dir)):
+    raw = list_raw(dataset, data_dir)
   # Before it is locked: one may not be allowed to write there.
   if current := _find_current(dataset, data_dir, raw):
     records_lib.open_dataset(dataset, current, progress)  # Indexes the labels.
     if raw is not None:
-      written = _written_to(current, raw)
-      if not _write_looks(current, raw.looks) and written:
-        raise errors.UserError(
-          'The prepared copy is right, but that cannot be noted there.',
-          str(current.data_dir),
-          'Set $JAXPROG_CACHE_DIR to a folder that you may write to.',
-        )
+      _note_unchanged(current, raw)
     return raw
   builder = None
   if raw is None:
@@ -203,6 +199,11 @@ def prepare(
     if raw is not None:
       _write_looks(builder, raw.looks)
   return raw
+
+
+def _is_kept(dataset: str, prepared: tfds.core.DatasetBuilder | None) -> bool:
+  """Returns whether it is prepared, whatever the Hub or its cache has now."""
+  return bool(prepared) and paths.dataset_source(dataset).kind == 'hf'
 
 
 def _find_current(
@@ -492,6 +493,18 @@ def _write_looks(
       files.write_json(file, looks._asdict())
       return True
   return False
+
+
+def _note_unchanged(
+  prepared: tfds.core.DatasetBuilder, raw: builders.Raw
+) -> None:
+  written = _written_to(prepared, raw)
+  if not _write_looks(prepared, raw.looks) and written:
+    raise errors.UserError(
+      'The prepared copy is right, but that cannot be noted there.',
+      str(prepared.data_dir),
+      'Set $JAXPROG_CACHE_DIR to a folder that you may write to.',
+    )
 
 
 def _create_tfds_builder(
