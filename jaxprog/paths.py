@@ -129,7 +129,7 @@ def dataset_folder(dataset: str) -> pathlib.Path | None:
 def tars_folder(place: str) -> str:
   """Returns the folder of tars: what comes before that which varies."""
   start = re.split(r'[*{]|::', place)[0]
-  is_folder = start == place and not re.search(r'\.t[^/]+$', place)
+  is_folder = start == place and not re.search(r'\.t(ar|gz)\b[^/]*$', place)
   return place if is_folder else os.path.dirname(start) or '.'
 
 

@@ -18,6 +18,17 @@ class TfdsImages(builders.Images):
 
   _generate_splits = tfds.core.GeneratorBasedBuilder._generate_splits
 
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    splits = (builders.TRAIN, builders.EVAL)
+    return {x: self._generate_examples(x) for x in splits}
+
+  def _generate_examples(self, split):
+    for image in self._raw.images(split):
+      names = {'file_name': image.file_name, 'wnid': image.wnid}
+      features = {'image': io.BytesIO(image.read()), 'label': image.wnid}
+      yield f'{image.wnid}/{image.file_name}', features | names
+
 
 WNIDS = ('n01', 'n02', 'n03')
 

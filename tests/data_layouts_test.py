@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import pathlib
 import shutil
@@ -696,6 +697,45 @@ def call_it_dev(root):
 def split_nothing(root):
   (write_class_folders(root / 'pets') / 'train').rename(root / 'all')
   return root / 'all', 'Classes such as n01/ belong into train/ and val/.'
+
+
+def test_of_anyones_folder_a_list_may_name_more_classes(tmp_path):
+  root = write_class_folders(tmp_path / 'some')
+  (root / 'wnids.txt').write_text('n01\nn02\nn03\nn04\n')
+  assert load(f'folder:{root}', tmp_path / 'data').num_classes == 3
+  (root / 'wnids.txt').write_text('n01\n')
+  assert load(f'folder:{root}', tmp_path / 'data').num_classes == 3
+
+
+def test_an_image_beside_those_of_tiny_imagenet_is_left_out(tmp_path):
+  before = layouts.list_folder(write_tiny_imagenet(tmp_path))
+  write_image(tmp_path / 'train' / 'n01' / 'x.JPEG', 1)
+  raw = layouts.list_folder(tmp_path)
+  assert raw.fingerprint == before.fingerprint
+  assert [x.path for x in raw.left_out] == ['train/n01/x.JPEG']
+  (tmp_path / 'train' / 'n02' / 'images').rename(tmp_path / 'n02')
+  (tmp_path / 'n02').rename(tmp_path / 'train' / 'n02' / 'other')
+  (tmp_path / 'train' / 'n02' / 'images').mkdir()
+  write_image(tmp_path / 'train' / 'n02' / 'y.JPEG', 1)
+  images = names(layouts.list_folder(tmp_path), 'train')
+  assert [y for x, y in images if x == 'n02'] == ['y.JPEG']
+
+
+def test_what_was_prepared_before_more_lists_were_read_stays(tmp_path):
+  root, data_dir = write_class_folders(tmp_path / 'some'), tmp_path / 'data'
+  (root / 'LOC_synset_mapping.txt').write_text('n01 tench, Tinca tinca\n')
+  dataset = f'folder:{root}'
+  preparation.prepare(dataset, data_dir)
+  folder = pathlib.Path(preparation.find_prepared(dataset, data_dir).data_dir)
+  (folder / 'raw_folder.json').unlink()
+  path = folder / 'metadata.json'
+  noted = json.loads(path.read_text())
+  assert noted.pop('labels_from') == ''
+  noted['class_names'] = ['n01', 'n02', 'n03']
+  path.write_text(json.dumps(noted))
+  assert preparation.check_dataset(dataset, data_dir) == 'prepared'
+  preparation.prepare(dataset, data_dir)
+  assert load(dataset, data_dir).class_names == ('n01', 'n02', 'n03')
 
 
 def misspell(root):

@@ -96,10 +96,20 @@ def test_the_hubs_parquet(tmp_path):
 
 
 def test_webdatasets_tars(tmp_path):
-  root = write_tars(tmp_path / 'wds')
-  pattern = f'wds:{root}/{{train-{{000..001}},val-{{000..000}}}}.tar'
-  for name in (pattern, f'wds:{root}'):
+  root = write_tars(tmp_path / 'all[1].test')
+  (tmp_path / 'links').mkdir()
+  (tmp_path / 'links' / 'all').symlink_to(root)
+  braces = f'wds:{root}/{{train-{{000..001}},val-{{000..000}}}}.tar'
+  for name in (
+    braces,
+    f'wds:{root}/*.tar',
+    f'wds:{root}',
+    f'wds:{tmp_path}/links',
+  ):
     check_records(preparation.load_dataset(name, tmp_path / 'data'))
+  name = f'wds:{root}/{{train-00*,val-{{000..002}},dev-*}}.tar'
+  with pytest.raises(errors.UserError, match='3 tars are missing, 3 are there'):
+    preparation.load_dataset(name, tmp_path / 'other')
 
 
 def test_labels_in_json_and_tars_that_are_not_whole(tmp_path):

@@ -1,4 +1,7 @@
-"""A Hugging Face hub of one folder, OWNER/NAME/FILE, as its client asks it."""
+"""A Hugging Face hub of one folder, as its client asks it.
+
+Models lie in OWNER/NAME/, datasets in datasets/OWNER/NAME/.
+"""
 
 import base64
 import contextlib
@@ -10,7 +13,8 @@ import re
 import threading
 import urllib.parse
 
-_FILE = re.compile(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)')
+_FILE = re.compile(r'/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)')
+_LIST = re.compile(r'/api/(datasets/[^/]+/[^/]+)/(tree|revision)/(.+)')
 _UPLOAD = re.compile(r'/api/models/([^/]+/[^/]+)/(preupload|commit)/main')
 _COMMIT = '0123456789' * 4
 
@@ -29,8 +33,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       repo, what = asked.groups()
       upload = self._list_modes if what == 'preupload' else self._commit
       answer = upload(repo, body)
-    data = json.dumps(answer).encode()
-    self._send(data, True, **{'Content-Type': 'application/json'})
+    self._send_json(answer, True)
 
   def log_message(self, *_):
     pass
@@ -57,14 +60,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     hub.requests.append((self.command, path))
     if path.startswith('/content/'):
       return self._send(hub.content[path.removeprefix('/content/')], with_body)
+    if asked := _LIST.fullmatch(path.partition('?')[0]):
+      return self._list(*asked.groups(), with_body)
     if not (asked := _FILE.fullmatch(path)):  # What the client has to tell.
       return self._send(b'', with_body, 404)
     repo, _, name = asked.groups()
     file = hub.folder / repo / name
     if not file.is_file():
       known = (hub.folder / repo).is_dir()
-      code = 'EntryNotFound' if known else 'RepoNotFound'
-      return self._send(b'', with_body, 404, **{'X-Error-Code': code})
+      what = 'EntryNotFound' if known else 'RepoNotFound'
+      return self._send_error(what, with_body)
     data = file.read_bytes()
     if not name.endswith('.safetensors'):
       tag = hashlib.sha1(data).hexdigest()
@@ -80,6 +85,32 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     }
     return self._send(b'', with_body, 302, **headers)
 
+  def _list(self, repo, what, revision, with_body):
+    hub, folder = self.server.hub, self.server.hub.folder / repo
+    if not folder.is_dir():
+      return self._send_error('RepoNotFound', with_body)
+    if revision not in (hub.branch, _COMMIT):
+      return self._send_error('RevisionNotFound', with_body)
+    files = [
+      {
+        'type': 'file',
+        'path': str(x.relative_to(folder)),
+        'size': x.stat().st_size,
+        'oid': hashlib.sha1(x.read_bytes()).hexdigest(),
+      }
+      for x in sorted(folder.rglob('*'))
+      if x.is_file()
+    ]
+    answer = {'id': repo, 'sha': _COMMIT, 'siblings': []}
+    return self._send_json(files if what == 'tree' else answer, with_body)
+
+  def _send_error(self, what, with_body):
+    self._send(b'', with_body, 404, **{'X-Error-Code': what})
+
+  def _send_json(self, answer, with_body):
+    headers = {'Content-Type': 'application/json'}
+    self._send(json.dumps(answer).encode(), with_body, **headers)
+
   def _send(self, data, with_body, status=200, **headers):
     self.send_response(status)
     headers |= {'X-Repo-Commit': _COMMIT, 'Content-Length': str(len(data))}
@@ -93,8 +124,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 class Hub:
   """What it has, and what it was asked for."""
 
-  def __init__(self, folder: pathlib.Path):
-    self.folder = folder
+  def __init__(self, folder: pathlib.Path, branch: str = 'main'):
+    # All that datasets have is on one branch.
+    self.folder, self.branch = folder, branch
     self.requests: list[tuple[str, str]] = []
     # SHA-256 -> what is sent for it.
     self.content: dict[str, bytes] = {}

@@ -195,6 +195,18 @@ def test_a_copy_whose_times_are_lost_may_be_read_only(
       preparation.check_dataset(name, data)
 
 
+def test_where_no_cache_can_be_the_note_beside_the_records_serves(
+  tmp_path, monkeypatch
+):
+  name = f'folder:{write_pets(tmp_path / "pets")}'
+  preparation.prepare(name, tmp_path / 'data')
+  monkeypatch.setenv('JAXPROG_CACHE_DIR', '~nobody-here/cache')
+  assert preparation.check_dataset(name, tmp_path / 'data') == 'prepared'
+  os.utime(tmp_path / 'pets/train/n01/n01_train_0.JPEG', ns=(2, 2))
+  with pytest.raises(errors.UserError, match='were written to since'):
+    preparation.check_dataset(name, tmp_path / 'data')
+
+
 def test_what_is_missing_where_one_may_only_read_is_said(config, tmp_path):
   data = tmp_path / 'data'
   write_pets(data / 'imagenette2')
@@ -226,6 +238,7 @@ print(len(found.train), found.fingerprint)
 """
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_prepares(tmp_path):
   name = f'folder:{write_pets(tmp_path / "pets")}'
   command = [sys.executable, '-c', BESIDE, name, tmp_path / 'data']

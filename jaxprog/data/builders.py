@@ -124,6 +124,8 @@ class Images(tfds.core.GeneratorBasedBuilder):
   """Writes a `Raw` as records of image, label, file_name and wnid."""
 
   VERSION = tfds.core.Version('1.0.0')
+  # What tfds itself would ask for.
+  _split_generators = _generate_examples = None
 
   def __init__(
     self,
@@ -134,15 +136,12 @@ class Images(tfds.core.GeneratorBasedBuilder):
     progress: parts.Progress | None = None,
   ):
     self.name = prepared_name(dataset)
-    self._raw, self._progress, self._done = raw, progress, 0
-    self._contents = hashlib.sha256()
+    self._raw, self._progress = raw, progress
     super().__init__(
       data_dir=data_dir / 'prepared',
       config=tfds.core.BuilderConfig(name=config) if config else None,
       file_format='array_record',
     )
-    # What was written, record by record.
-    self.index = index.Writer(self.info.file_format)
     # Where a preparation that is interrupted keeps what it has finished.
     self.kept: pathlib.Path | None = None
 
@@ -168,11 +167,6 @@ class Images(tfds.core.GeneratorBasedBuilder):
       ),
     )
 
-  def _split_generators(
-    self, dl_manager: tfds.download.DownloadManager
-  ) -> dict[str, Any]:
-    return {split: self._generate_examples(split) for split in (TRAIN, EVAL)}
-
   def _generate_splits(
     self,
     dl_manager: tfds.download.DownloadManager,
@@ -182,13 +176,14 @@ class Images(tfds.core.GeneratorBasedBuilder):
 
     tfds itself would write all images twice, to sort them, from one core.
     """
-    raw = self._raw
-    folder = self.kept or pathlib.Path(self.data_dir) / 'incomplete'
-    images, written = {}, {}
+    raw, directory = self._raw, pathlib.Path(self.data_dir)
+    folder = self.kept or directory / 'incomplete'
+    images, written, done = {}, {}, 0
     try:
       for split in (TRAIN, EVAL):
         images[split] = tuple(raw.images(split))
-        told = functools.partial(self._tell, self._done)
+        told = functools.partial(self._tell, done)
+        done += len(images[split])
         written[split] = writer.write_split(
           folder,
           split,
@@ -200,25 +195,26 @@ class Images(tfds.core.GeneratorBasedBuilder):
     except BaseException:
       writer.drop_unfinished(folder)
       raise
-    found = []
+    found, contents = [], hashlib.sha256()
     labels = {wnid: i for i, wnid in enumerate(raw.classes)}
-    for split, done in written.items():
-      found.append(self._place(split, done.shards))
-      self._contents.update(done.digests.tobytes())
-      ordered = [images[split][i] for i in done.order]
-      self.index.note(
+    for split, its in written.items():
+      found.append(self._place(split, its.shards))
+      contents.update(its.digests.tobytes())
+      ordered = [images[split][i] for i in its.order]
+      index.save(
+        directory,
         split,
         np.array([labels[x.wnid] for x in ordered], np.int32),
         [x.file_name.encode() for x in ordered],
       )
     shutil.rmtree(folder)
-    self._note_contents()
+    if raw.looks.images:  # Not what this Pillow makes of digits.
+      self.info.metadata['contents'] = contents.hexdigest()
     return found
 
   def _tell(self, before: int, done: int) -> None:
-    self._done = before + done
     if self._progress:
-      self._progress(self._done, self._raw.num_images)
+      self._progress(before + done, self._raw.num_images)
 
   def _place(self, split: str, shards: Sequence[writer.Shard]) -> Any:
     """Returns what tfds notes of a split, its files in their place."""
@@ -233,36 +229,11 @@ class Images(tfds.core.GeneratorBasedBuilder):
       filename_template=template,
     )
 
-  def _note_contents(self) -> None:
-    if self._raw.looks.images:  # Not what this Pillow makes of digits.
-      self.info.metadata['contents'] = self._contents.hexdigest()
-
-  def _example_writer(self) -> index.Writer:
-    return self.index
-
   def _log_download_bytes(self) -> None:
     """Says nothing: `progress` does."""
 
   def _log_download_done(self) -> None:
     """Says nothing: `progress` does."""
-
-  def _generate_examples(
-    self, split: str
-  ) -> Iterator[tuple[str, dict[str, Any]]]:
-    for image in self._raw.images(split):
-      encoded = image.read()
-      self._contents.update(hashlib.sha256(encoded).digest())
-      yield (
-        f'{image.wnid}/{image.file_name}',
-        {
-          'image': io.BytesIO(encoded),
-          'label': image.wnid,
-          'file_name': image.file_name,
-          'wnid': image.wnid,
-        },
-      )
-      self._tell(self._done, 1)
-    self._note_contents()
 
 
 def prepared_name(dataset: str) -> str:

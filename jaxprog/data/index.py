@@ -4,59 +4,19 @@ They are noted while records are written; those of records that came otherwise
 are read from them, once.
 """
 
-import array
 import contextlib
 import io
-import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from tensorflow_datasets.core import file_adapters, naming
-from tensorflow_datasets.core import writer as tfds_writer
 
 from jaxprog import files
-from jaxprog.data import parts, shards, writer
+from jaxprog.data import parts, shards
 
 # Records of one part of the reading: of ImageNet 0.5 GB.
 _PART = 4096
-
-
-class Writer(tfds_writer.ExampleWriter):
-  """Writes shards as tfds does, and notes what is in them, in order."""
-
-  def __init__(self, file_format: file_adapters.FileFormat):
-    super().__init__(file_format)
-    self._labels: dict[str, np.ndarray] = {}
-    self._names: dict[str, list[bytes]] = {}
-
-  def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> None:
-    """Writes the examples of one shard; those of a split come in order."""
-    split = naming.FilenameInfo.from_str(os.path.basename(path)).split
-    assert split is not None
-    labels, names = array.array('i'), self._names.setdefault(split, [])
-
-    def note() -> Iterator[bytes]:
-      for _, record in examples:
-        label, name = _read(record, split, len(names))
-        labels.append(label)
-        names.append(name)
-        yield record
-
-    writer.write_records(path, note())
-    before = self._labels.get(split, np.empty(0, np.int32))
-    self._labels[split] = np.concatenate([before, np.array(labels, np.int32)])
-
-  def note(self, split: str, labels: np.ndarray, names: list[bytes]) -> None:
-    """Notes what was written otherwise: all of a split, in order."""
-    self._labels[split], self._names[split] = labels, names
-
-  def save(self, directory: pathlib.Path) -> None:
-    """Writes the index of all that was written to `directory`."""
-    for split, labels in self._labels.items():
-      _save(directory, split, labels, self._names[split])
 
 
 def read_labels(
@@ -111,7 +71,7 @@ def _read_all(
     [x['labels'] for x in found] or [np.empty(0, np.int32)]
   )
   names = [y for x in found for y in x['names'].tobytes().split(b'\0')]
-  _save(directory, split, labels, names)
+  save(directory, split, labels, names)
   shutil.rmtree(folder, ignore_errors=True)
   return labels, names
 
@@ -123,9 +83,10 @@ def _read(record: bytes, split: str, position: int) -> tuple[int, bytes]:
   return feature['label'].int64_list.value[0], name
 
 
-def _save(
+def save(
   directory: pathlib.Path, split: str, labels: np.ndarray, names: list[bytes]
 ) -> None:
+  """Keeps labels and file names of all records of a split, in order."""
   buffer = io.BytesIO()
   np.save(buffer, labels)
   with contextlib.suppress(OSError):  # Prepared data may be read-only.

@@ -58,21 +58,26 @@ def locate(root: pathlib.Path) -> pathlib.Path:
   return root
 
 
-def list_folder(root: pathlib.Path, names: Mapping[str, str] = {}) -> Raw:
+def list_folder(
+  root: pathlib.Path,
+  names: Mapping[str, str] = {},
+  *,
+  is_anyones: bool = False,
+) -> Raw:
   """Returns the images of the raw folder that holds the splits, checked.
 
   Those of training lie in train/CLASS/, those of evaluation in val/CLASS/, or
   flat with a list of labels; either may be ILSVRC's own tar. A wnids.txt says
-  which classes there are; their order is that of their names. `names` are those
-  for people where no list there has them.
+  which classes there are, unless the folder `is_anyones`, who may have kept
+  some of them; their order is that of their names. `names` are those for people
+  where no list there has them.
 
   Raises:
     UserError: if the folder is not in order: a split or a class has no images,
       or a class of one split is not in the other.
   """
-  found = _Listing(root)
-  train = found.train()
-  classes = found.lists.read_classes()
+  found = _Listing(root, is_anyones)
+  train, classes = found.train(), found.classes
   if classes is not None:
     for wnid in sorted(train.keys() - set(classes)):
       raise _unknown_class(wnid, root / 'train', lists.CLASSES)
@@ -162,9 +167,11 @@ class _Listing:
   understood raises UserError.
   """
 
-  def __init__(self, root: pathlib.Path):
+  def __init__(self, root: pathlib.Path, is_anyones: bool):
     self._root = root
     self.lists = lists.Lists(root)
+    # Tiny ImageNet's.
+    self.classes = None if is_anyones else self.lists.read_classes()
     self._looks = Looks({}, self.lists.sums, {})
     self._left_out: set[folders.LeftOut] = set()
     # The folder that was looked at last.
@@ -312,10 +319,17 @@ class _Listing:
     Tiny ImageNet's lie one folder deeper; other folders are classes NAME/INNER.
     """
     within = self._folders(folder)
-    if any(x.kind == folders.IMAGE for x in self._scan(folder)) or not within:
+    strays = [x.name for x in self._scan(folder) if x.kind == folders.IMAGE]
+    if 'images' in within and (self.classes or not (strays or within[1:])):
+      images = self._images(f'{folder}/images')
+      if images or not strays:
+        self._left_out.update(
+          folders.LeftOut('image beside images/', f'{folder}/{x}')
+          for x in strays
+        )
+        return {name: images}
+    if strays or not within:
       return {name: self._images(folder)}
-    if within == ['images']:
-      return {name: self._images(f'{folder}/images')}
     split: _Split = {}
     for inner in self._take(folder, folders.FOLDER):
       split |= self._class(f'{folder}/{inner}', f'{name}/{inner}')

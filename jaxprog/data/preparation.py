@@ -111,8 +111,8 @@ def check_dataset(
   """
   data_dir = pathlib.Path(data_dir)
   prepared = find_prepared(dataset, data_dir)
-  if prepared and paths.dataset_source(dataset).kind == 'hf':
-    return 'prepared'  # What the cache has is never another.
+  if _is_kept(dataset, prepared):
+    return 'prepared'
   root = _find_root(dataset, data_dir)
   if prepared and (root is None or _is_untouched(root, prepared, seconds)):
     return 'prepared'
@@ -158,18 +158,14 @@ def prepare(
     UserError: if there is nothing to prepare it from, or no room.
   """
   data_dir = pathlib.Path(data_dir)
-  raw = list_raw(dataset, data_dir)
+  raw = None
+  if not _is_kept(dataset, find_prepared(dataset, data_dir)):
+    raw = list_raw(dataset, data_dir)
   # Before it is locked: one may not be allowed to write there.
   if current := _find_current(dataset, data_dir, raw):
     records_lib.open_dataset(dataset, current, progress)  # Indexes the labels.
     if raw is not None:
-      written = _written_to(current, raw)
-      if not _write_looks(current, raw.looks) and written:
-        raise errors.UserError(
-          'The prepared copy is right, but that cannot be noted there.',
-          str(current.data_dir),
-          'Set $JAXPROG_CACHE_DIR to a folder that you may write to.',
-        )
+      _note_unchanged(current, raw)
     return raw
   builder = None
   if raw is None:
@@ -196,8 +192,6 @@ def prepare(
         _remove_leftovers(folder)
     try:
       _download_and_prepare(dataset, builder, data_dir)
-      if isinstance(builder, builders.Images):
-        builder.index.save(pathlib.Path(builder.data_dir))
     except OSError:
       if is_locked or not _find_current(dataset, data_dir, raw):
         raise
@@ -205,6 +199,11 @@ def prepare(
     if raw is not None:
       _write_looks(builder, raw.looks)
   return raw
+
+
+def _is_kept(dataset: str, prepared: tfds.core.DatasetBuilder | None) -> bool:
+  """Returns whether it is prepared, whatever the Hub or its cache has now."""
+  return bool(prepared) and paths.dataset_source(dataset).kind == 'hf'
 
 
 def _find_current(
@@ -325,7 +324,9 @@ def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
       return parquet.list_raw(dataset, root, image, label)
     case 'wds':
       return tars.list_raw(dataset, root, place, image, label)
-  return layouts.list_folder(root, named.find(dataset).class_names)
+  return layouts.list_folder(
+    root, named.find(dataset).class_names, is_anyones=kind == 'folder'
+  )
 
 
 def folder_config(dataset: str) -> str:
@@ -411,8 +412,11 @@ def _is_untouched(
 def _is_made_of(prepared: tfds.core.DatasetBuilder, raw: builders.Raw) -> bool:
   """Returns whether paths, sizes and names of classes are what they were."""
   known = prepared.info.metadata or {}
-  now = raw.fingerprint, list(raw.class_names)
-  return (known.get('fingerprint'), known.get('class_names')) == now
+  # Before that was noted, fewer lists were looked at for names.
+  is_named = 'labels_from' not in known or (
+    known.get('class_names') == list(raw.class_names)
+  )
+  return is_named and known.get('fingerprint') == raw.fingerprint
 
 
 def _written_to(
@@ -457,24 +461,27 @@ def _is_edited(
 
 def _read_looks(prepared: tfds.core.DatasetBuilder) -> builders.Looks | None:
   """Returns how the raw folder looked, None if that is not known."""
-  try:
-    noted = [x for x in _looks_files(prepared) if x.exists()]
-    latest = max(noted, key=lambda x: x.stat().st_mtime_ns)
-    return builders.Looks(**json.loads(latest.read_text()))
-  except (OSError, ValueError, TypeError):
-    return None
+  noted = {}
+  for file in _looks_files(prepared):
+    with contextlib.suppress(OSError, ValueError, TypeError):
+      looks = builders.Looks(**json.loads(file.read_text()))
+      noted[file.stat().st_mtime_ns] = looks
+  return noted[max(noted)] if noted else None
 
 
 def _looks_files(
   prepared: tfds.core.DatasetBuilder,
-) -> tuple[pathlib.Path, pathlib.Path]:
+) -> list[pathlib.Path]:
   """Returns where that is noted: beside the records, or else in the cache.
 
   Who may only read prepared data has none but the second.
   """
   directory = pathlib.Path(prepared.data_dir)
   name = files.digest_parts(str(directory.resolve()))[:16]
-  return directory / _LOOKS, paths.cache_home() / 'looks' / f'{name}.json'
+  found = [directory / _LOOKS]
+  with contextlib.suppress(errors.UserError):  # Nobody knows a home.
+    found.append(paths.cache_home() / 'looks' / f'{name}.json')
+  return found
 
 
 def _write_looks(
@@ -486,6 +493,18 @@ def _write_looks(
       files.write_json(file, looks._asdict())
       return True
   return False
+
+
+def _note_unchanged(
+  prepared: tfds.core.DatasetBuilder, raw: builders.Raw
+) -> None:
+  written = _written_to(prepared, raw)
+  if not _write_looks(prepared, raw.looks) and written:
+    raise errors.UserError(
+      'The prepared copy is right, but that cannot be noted there.',
+      str(prepared.data_dir),
+      'Set $JAXPROG_CACHE_DIR to a folder that you may write to.',
+    )
 
 
 def _create_tfds_builder(

@@ -50,7 +50,7 @@ def find_files(
 ) -> list[pathlib.Path]:
   """Returns the files below a folder that end so, sorted; none is hidden."""
   found = []
-  for folder, below, names in os.walk(root):
+  for folder, below, names in os.walk(root, followlinks=True):
     below[:] = sorted(x for x in below if not x.startswith('.'))
     found += [
       pathlib.Path(folder, x)

@@ -43,7 +43,8 @@ def list_raw(
   splits, left_out = sources.list_splits(root, files, dataset)
   used = [x for y in splits.values() for x in y]
   sources.check_complete(used)
-  lists = [y for x in (root, root.parent) if (y := x / _NAMES).is_file()][:1]
+  places = dict.fromkeys((*(x.parent for x in used), root, root.parent))
+  lists = [y for x in places if (y := x / _NAMES).is_file()][:1]
   sizes = {x for x in (y.parent / _SIZES for y in used) if x.is_file()}
   looks = sources.look(root, used, [*lists, *sorted(sizes)])
   listed = parts.in_order(functools.partial(_list_tar, image, label), used)
@@ -54,28 +55,30 @@ def list_raw(
     root,
     {k: {x: found[x] for x in y} for k, y in splits.items()},
     looks,
-    lists[0].read_text().splitlines() if lists else (),
+    lists[0].read_text('utf-8-sig', 'replace').splitlines() if lists else (),
     left_out,
   )
 
 
 def _find_tars(root: pathlib.Path, place: str) -> list[pathlib.Path]:
   """Returns the tars that `place` names; each is there."""
-  if not place or not re.search(r'[*{]|::|\.t[^/]+$', place):
-    return sources.find_files(root, _SUFFIXES)
   start = paths.tars_folder(place)
+  if start == place:
+    return sources.find_files(root, _SUFFIXES)
   files: list[pathlib.Path] = []
   missing = []
   for path in itertools.chain(*map(expand, place.split('::'))):
     below = path.removeprefix(f'{start}/')
-    file = paths.expand(path) if below == path else root / below
-    found = glob.glob(str(file)) if '*' in path else [str(file)]
+    found = [str(paths.expand(path) if below == path else root / below)]
+    if '*' in path:  # No other sign varies; folders may have brackets.
+      found = glob.glob(re.sub(r'[\[?]', r'[\g<0>]', found[0]))
     if not (found and all(map(os.path.isfile, found))):
       missing.append(path)
     files += map(pathlib.Path, found)
   if missing:
+    count = sum(map(os.path.isfile, files))
     raise errors.UserError(
-      f'{len(missing):,} of {len(files):,} tars are missing.',
+      f'{len(missing):,} tars are missing, {count:,} are there.',
       ', '.join(missing[:3]) + ', …' * (len(missing) > 3),
       'Is the download complete? {000..146} are 147 files.',
     )

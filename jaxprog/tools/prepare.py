@@ -8,7 +8,7 @@ import rich.console
 from ml_collections import config_dict
 
 from jaxprog import buckets, errors, named, paths, stages
-from jaxprog.data import archives, folders, preparation
+from jaxprog.data import archives, builders, folders, preparation
 from jaxprog.monitoring import activity
 from jaxprog.tools import audit
 
@@ -62,13 +62,8 @@ def prepare(
       raw = preparation.prepare(dataset, data_dir, progress=show)
     where = buckets.shown(data_dir / 'prepared')
     console.print(f'{dataset}: prepared in {where}', soft_wrap=True)
-    if raw and raw.labels_from:
-      text = errors.printable(f'{dataset}: labels of val: {raw.labels_from}')
-      console.print(text, highlight=False, soft_wrap=True)
-    if raw and raw.left_out:
-      left_out = folders.describe(raw.left_out)
-      text = errors.printable(f'{dataset}: left out: {left_out}')
-      console.print(text, style='yellow', highlight=False, soft_wrap=True)
+    if raw:
+      _show_raw(dataset, raw, console)
   for stage in chosen:
     _store(stage, data_dir, console)
   if config.exclude_leaks:
@@ -80,6 +75,19 @@ def prepare(
   if url := buckets.url_of(data_dir):
     for dataset in datasets:
       _upload(dataset, data_dir, url, console)
+
+
+def _show_raw(
+  dataset: str, raw: builders.Raw, console: rich.console.Console
+) -> None:
+  """Prints whence the labels are, and what was left out."""
+  if raw.labels_from:
+    text = errors.printable(f'{dataset}: labels of val: {raw.labels_from}')
+    console.print(text, highlight=False, soft_wrap=True)
+  if raw.left_out:
+    left_out = folders.describe(raw.left_out)
+    text = errors.printable(f'{dataset}: left out: {left_out}')
+    console.print(text, style='yellow', highlight=False, soft_wrap=True)
 
 
 def _upload(
