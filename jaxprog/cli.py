@@ -526,10 +526,13 @@ def check_flags(asked: Flags) -> None:
       if name in fields.STAGE:
         raise _unknown(name, flag.serialize(), asked)
       modes = [mode for mode in MODES if name in MODES[mode].flags]
+      where = f'; it is for --mode={", ".join(modes)}'
+      if asked.mode in modes:
+        where = f', or --{narrow}'
       raise errors.UserError(
         f'{_name_mode(asked)} takes no --{name}.',
         flag.serialize(),
-        f'Leave it out; it is for --mode={", ".join(modes)}.',
+        f'Leave it out{where}.',
       )
 
 

@@ -491,7 +491,8 @@ class StageFields:
     scheduled=True,
     younger=True,
   )
-  # Side of evaluation images; 0: the largest the stage trains on.
+  # Side of evaluation images; 0: the largest the stage trains on, whose network
+  # it is at any size.
   eval_image_size: int = field(0, unit='pixels', within='0 or [8, inf)')
   # Evaluation resizes the shorter side to eval_image_size / eval_crop and takes
   # the centre.

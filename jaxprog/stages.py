@@ -74,10 +74,14 @@ class Stage(fields.StageFields):
     return tuple(parts)
 
   @property
+  def largest_size(self) -> int:
+    """Side of the largest images that it trains on, in pixels."""
+    return max(part.image_size for _, part in self.parts)
+
+  @property
   def eval_size(self) -> int:
     """Side of evaluation images, in pixels."""
-    largest = max(part.image_size for _, part in self.parts)
-    return self.eval_image_size or largest
+    return self.eval_image_size or self.largest_size
 
   @property
   def holdout_part(self) -> float:

@@ -191,6 +191,7 @@ def test_only_and_skip(config, tmp_path):
     (['--mode=eval', '--download'], 'it is for --mode=prepare.'),
     (['--mode=verify', '--checkpoints', '--only=three'], 'takes no --only'),
     (['--mode=eval', '--checkpoints'], '--mode=eval takes no --checkpoints'),
+    (['--mode=eval', '--probe', '--flip_average'], 'it out, or --probe.'),
     (['--mode=eval'], 'There is no run in'),
     (['--mode=export', '--weights=ema'], 'There is no run in'),
     (['--mode=prepare', '--sha256=zz'], "'zz' is no SHA-256"),

@@ -324,3 +324,20 @@ def test_says_what_others_reach_and_what_is_mistaken_for_what():
   plain = in_words(create_stage(dataset='digits'))
   assert 'Published results' not in plain
   assert 'Classes and mistakes' not in plain
+
+
+@pytest.mark.parametrize(
+  ('largest', 'metric', 'noted'),
+  [
+    (110, 'val_top1', False),
+    (150, 'val_top1', True),
+    (110, 'val_balanced_top1', True),
+  ],
+)
+def test_classes_that_are_nearly_equal_are_no_news(largest, metric, noted):
+  stage = {
+    'best': {'balanced_top1': 0.5},
+    'best_metric': metric,
+    'class_sizes': (100, largest),
+  }
+  assert bool([*facts._class_notes(stage)]) == noted

@@ -236,7 +236,7 @@ def test_a_process_with_jax_alone_serves_the_same_logits(
   ('model', 'image_size', 'stem_kernel', 'adapted'),
   [
     ('resnet18', 128, 7, ''),
-    ('resnet18', 64, 7, 'images below 128 px'),
+    ('resnet18', 64, 7, 'trained below 128 px'),
     ('resnet10', 16, 3, 'no resnet10 by name and the first convolution is 3x3'),
   ],
 )

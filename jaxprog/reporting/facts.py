@@ -14,6 +14,8 @@ from jaxprog.reporting import rundir
 # Train top-1 above validation top-1 by more than this, at the end of a stage,
 # is named overfitting.
 _OVERFITTING_GAP = 0.10
+# The largest class over the smallest one, from which on that is said.
+_NOTED_RATIO = 1.5
 # Of 95%, in standard deviations.
 _Z = 1.96
 # Of so many classes or fewer, five are too many.
@@ -421,11 +423,13 @@ def _input_notes(stage: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _class_notes(stage: Mapping[str, Any]) -> Iterator[str]:
-  """Yields a sentence if the classes are unequal."""
+  """Yields a sentence if classes are so unequal that it matters, or chose."""
   found = stage.get('validation') or stage['best'] or {}
   if formats.is_number(found.get('balanced_top1')):
     least, most = stage['class_sizes']
     chose = stage['best_metric'] == 'val_balanced_top1'
+    if most < _NOTED_RATIO * least and not chose:
+      return
     yield (
       f'its classes have {least:,} to {most:,} training images; balanced '
       f'top-1, the mean over classes, is '

@@ -1,10 +1,9 @@
 """The picture of a run: loss, accuracy and learning rate over all stages."""
 
 import io
-import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib.axes
@@ -161,16 +160,14 @@ def plot_lr_find(
 
 def plot_sizes(
   rows: Sequence[Mapping[str, Any]],
-  trained_at: Sequence[int],
+  trained_at: Collection[int],
   title: str,
   path: str | os.PathLike[str],
 ) -> None:
   """Writes a picture of top-1 over the size of evaluation images.
 
-  No line joins sizes at which the stem, and so the network, is another one.
-
   Args:
-    rows: image_size, top1, count and stem of each size, rising.
+    rows: image_size, top1 and count of each size, rising.
     trained_at: the sizes that the network was trained at.
     title: says which network that is.
     path: replaced atomically.
@@ -184,13 +181,8 @@ def plot_sizes(
   low, high = 100 * np.array(between).T
   for size in trained_at:
     axes.axvline(size, color=RATE, linewidth=0.8, linestyle=':')
-  by_stem = itertools.groupby(range(len(rows)), lambda i: rows[i]['stem'])
-  for part in (list(group) for _, group in by_stem):
-    at = [sizes[i] for i in part]
-    axes.fill_between(
-      at, low[part], high[part], color=VAL, alpha=0.12, linewidth=0
-    )
-    axes.plot(at, top1[part], 'o-', color=VAL, linewidth=1.8)
+  axes.fill_between(sizes, low, high, color=VAL, alpha=0.12, linewidth=0)
+  axes.plot(sizes, top1, 'o-', color=VAL, linewidth=1.8)
   best = int(np.argmax(top1))
   text = f'{top1[best]:.1f}% at {sizes[best]} px'
   _name(axes, sizes[best], top1[best], text, VAL)

@@ -463,7 +463,7 @@ def _timm_code(
   """Returns lines of Python that make `model`, and what they adapt."""
   config, stage = trained.config, trained.stage
   classes = f'num_classes={len(trained.classes)}'
-  stem, side = resnet.choose_stem(stage.eval_size), config.stem_kernel
+  stem, side = resnet.choose_stem(stage.largest_size), config.stem_kernel
   adapted = []
   create = f"model = timm.create_model('{config.model}', {classes})"
   if config.model == 'resnet10':
@@ -474,7 +474,7 @@ def _timm_code(
   if side != 7:
     adapted.append(f'the first convolution is {side}x{side}')
   if not (stem.stride == 2 and stem.pool):
-    adapted.append('our stem shrinks images below 128 px less')
+    adapted.append('trained below 128 px, our stem shrinks images less')
   if side != 7 or stem.stride != 2:
     shape = f'3, 64, {side}, {stem.stride}, {side // 2}, bias=False'
     lines.append(f'model.conv1 = torch.nn.Conv2d({shape})')

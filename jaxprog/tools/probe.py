@@ -180,7 +180,7 @@ def _create_networks(
   """
   network = sources[0].model_fn(
     num_classes=data.num_classes,
-    image_size=stage.eval_size,
+    image_size=stage.largest_size,
     dtype=devices.resolve_dtype(
       config.dtype, stage.mixed_precision, jax.default_backend()
     ),

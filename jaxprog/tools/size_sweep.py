@@ -33,10 +33,10 @@ def size_sweep(
 
   Objects look larger in a random crop than in a centre crop of the same size,
   so that networks tend to do best at sizes above the one they were trained at
-  (Touvron et al. 2019, arXiv:1906.06423). Keys: image_size, stem (stride and
-  pool: below 128 px the networks of the config shrink images less), count,
-  top1, top5, nll and ece. They are written to
-  WORKDIR/eval/STAGE-WEIGHTS[-DATASET][-flip]-sizes.json, and drawn in .png.
+  (Touvron et al. 2019, arXiv:1906.06423). The network is the one that was
+  trained, at each size. Keys: image_size, count, top1, top5, nll and ece. They
+  are written to WORKDIR/eval/STAGE-WEIGHTS[-DATASET][-flip]-sizes.json, and
+  drawn in .png.
 
   Other arguments are those of `evaluate.evaluate`.
 
@@ -61,33 +61,11 @@ def size_sweep(
     flip_average=flip_average,
   )
   subjects = [subject.at_size(x) for x in sorted(set(sizes))]
-  rows = []
-  for x in subjects:
-    found = evaluate.score(x)
-    row = {name: found[name] for name in _KEPT}
-    rows.append({**row, 'stem': _find_stem(x)})
-  of_training = [_find_stem(subject.at_size(x)) for x in _trained_at(subject)]
-  others = [x['image_size'] for x in rows if x['stem'] not in of_training]
-  if others:
-    subject.console.print(
-      f'At {", ".join(map(str, others))} px the network has another stem than '
-      'it was trained with.'
-    )
+  scores = [evaluate.score(x) for x in subjects]
+  rows = [{name: found[name] for name in _KEPT} for found in scores]
   if jax.process_index() == 0:
     _write(workdir, subject, rows)
   return rows
-
-
-def _find_stem(subject: evaluate.Subject) -> dict[str, Any] | None:
-  """Returns how the network begins at the size; None: it does not say."""
-  stem = getattr(subject.trained.create_model(), 'stem', None)
-  return stem._asdict() if stem else None
-
-
-def _trained_at(subject: evaluate.Subject) -> list[int]:
-  """Returns the sizes of the images that the weights were trained on."""
-  parts = subject.trained.trained_stage.parts
-  return sorted({part.image_size for _, part in parts})
 
 
 def _write(
@@ -100,6 +78,7 @@ def _write(
   ]
   files.write_json(paths[0], rows)
   title = f'{trained.stage.name}, {trained.weights} weights'
-  plots.plot_sizes(rows, _trained_at(subject), title, paths[1])
+  trained_at = {part.image_size for _, part in trained.trained_stage.parts}
+  plots.plot_sizes(rows, trained_at, title, paths[1])
   for path in paths:
     subject.console.print(buckets.shown(path), soft_wrap=True)

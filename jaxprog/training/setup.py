@@ -26,8 +26,8 @@ from jaxprog.training import state as state_lib
 from jaxprog.training import steps as steps_lib
 from jaxprog.training.transfer import pretrained
 
-# Called with num_classes, image_size and dtype; returns a Flax module whose
-# classifier is named head.
+# Called with num_classes, image_size (of training: it may be evaluated at other
+# sizes) and dtype; returns a Flax module whose classifier is named head.
 ModelFn = Callable[..., nn.Module]
 
 
@@ -525,7 +525,8 @@ def _create_steps(
     )
     for program in _list_programs(stage, steps).values()
   }
-  model = create_model(stage.eval_size)
+  # With the stem that was trained, whatever size is evaluated.
+  model = create_model(stage.largest_size)
   eval_step = steps_lib.create_eval_step(
     model, pixels, flip=stage.eval_flip, among=among
   )

@@ -100,10 +100,10 @@ class Trained:
     }
 
   def create_model(self, dtype: Any = None) -> nn.Module:
-    """Returns the network for evaluation images, in the stage's own dtype."""
+    """Returns the network that was trained, in the stage's own dtype."""
     return self.model_fn(
       num_classes=len(self.classes),
-      image_size=self.stage.eval_size,
+      image_size=self.stage.largest_size,
       dtype=dtype
       or devices.resolve_dtype(
         self.config.dtype, self.stage.mixed_precision, jax.default_backend()
