@@ -317,3 +317,11 @@ def test_a_file_that_is_not_there_is_missed_before_anything_is_trained(
   assert result.returncode == 2
   assert f"stage 'ten_again': init_from={path}" in result.stderr
   assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+@pytest.mark.parametrize('part', ['model_args', 'pretrained_cfg'])
+def test_a_description_that_timm_has_not_written_is_refused(part):
+  said = {'architecture': 'resnet18', part: ['width']}
+  known = pretrained._read_timm(said)
+  with pytest.raises(errors.UserError, match='not as timm has it'):
+    pretrained._check_network(known, {'model': 'resnet18'}, 'here')

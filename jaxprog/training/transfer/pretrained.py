@@ -159,10 +159,12 @@ def _read_timm(config: Mapping[str, Any]) -> dict[str, Any]:
   if 'architecture' not in config:
     return {}
   model, arguments = config['architecture'], config.get('model_args') or {}
+  of_images = config.get('pretrained_cfg') or config
+  if not isinstance(arguments, dict) or not isinstance(of_images, dict):
+    return {'model': f'{model} with a config.json that is not as timm has it'}
   plain = {k: arguments.get(k) for k in _HARMLESS} | {'global_pool': 'avg'}
   if changed := [k for k, v in arguments.items() if plain.get(k) != v]:
     model = f'{model} with other {", ".join(changed)}'
-  of_images = config.get('pretrained_cfg') or config
   known = {
     'model': model,
     'mean_rgb': of_images.get('mean'),
