@@ -14,7 +14,6 @@ CONFIGS = [
     'compare_strategies': ('', ':imagenette'),
     'compare_models': ('', ':imagenette', ':tiny_imagenet'),
     'compare_ladder': ('', ':digits'),
-    'compare_curriculum': ('',),
     'compare_recipes': ('', ':classes'),
     'compare_warm_start': ('',),
   }.items()

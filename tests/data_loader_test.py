@@ -172,6 +172,7 @@ def test_neighbours_are_never_copies(count, repeats):
       np.testing.assert_array_equal(found[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('hosts', [1, 2, 4])
 def test_batches_of_copies_are_those_of_timms_sampler(hosts):
   peer = parity.import_module('timm.data.distributed_sampler')

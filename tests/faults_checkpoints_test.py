@@ -174,6 +174,7 @@ def plant(folder, trace):
     (folder / f'{name}.py').write_text(code)
 
 
+@pytest.mark.slow
 def test_nothing_in_a_workdir_is_executed(run_main, config, workdir, tmp_path):
   trace = tmp_path / 'executed'
   plain = tmp_path / 'plain'

@@ -140,6 +140,7 @@ def test_a_mirror_brings_a_run_to_another_folder(
   assert machines.objects(server, url) == machines.contents(two)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_noticed_elsewhere(
   server, first, machine, config, monkeypatch
 ):

@@ -71,7 +71,9 @@ def test_every_optimizers_state_comes_back(name, dtype, tmp_path):
   tx = optimizers.create_optimizer(stage)
   saved = create_state(tx=tx)
   grads = jax.tree.map(jnp.ones_like, saved.params)
-  _, opt_state = tx.update(grads, saved.opt_state, saved.params)
+  _, opt_state = optimizers.take_step(
+    tx, stage, jnp.float32(0.1), grads, saved.opt_state, saved.params
+  )
   saved = saved.replace(opt_state=opt_state, ema=saved.variables)
   with checkpoints.Checkpoints(tmp_path) as manager:
     manager.save_latest(saved, META)

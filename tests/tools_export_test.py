@@ -23,8 +23,8 @@ import tiny_config
 from jaxprog import errors, stages
 from jaxprog.models import interchange
 from jaxprog.reliability import checkpoints
-from jaxprog.tools import export, hub_folder
-from jaxprog.training import setup
+from jaxprog.tools import export
+from jaxprog.training import hub_folder, setup
 from jaxprog.training import trained as trained_lib
 from jaxprog.training.transfer import pretrained
 

@@ -1,12 +1,9 @@
 """A temperature that makes a network as sure of itself as it is right.
 
 Logits divided by it rank the classes as before (Guo et al. 2017,
-arXiv:1706.04599, section 4.2). WORKDIR/calibration/STAGE-WEIGHTS.json has what
-was fitted to saved weights.
+arXiv:1706.04599, section 4.2).
 """
 
-import json
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -17,22 +14,6 @@ from jaxprog.monitoring import diagnostics
 # Beyond them the images ask for no finite one: all are right, or nearly all
 # wrong.
 LEAST, MOST = 0.05, 20.0
-
-
-def find_path(workdir: pathlib.Path, stage: str, weights: str) -> pathlib.Path:
-  """Returns where the temperature of saved weights is kept."""
-  return workdir / 'calibration' / f'{stage}-{weights}.json'
-
-
-def read(
-  workdir: pathlib.Path, stage: str, weights: str
-) -> dict[str, Any] | None:
-  """Returns what is kept of saved weights, None where nothing can be read."""
-  try:
-    found = json.loads(find_path(workdir, stage, weights).read_bytes())
-  except (OSError, ValueError):
-    return None
-  return found if isinstance(found, dict) else None
 
 
 def fit(logits: np.ndarray, labels: np.ndarray) -> float:

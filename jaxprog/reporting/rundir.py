@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprog import buckets, errors
+from jaxprog.monitoring import calibrated
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents as incidents_lib
-from jaxprog.monitoring import temperature
 
 # Any of these in a folder shows that a run, a comparison or a search has begun.
 _SIGNS = (
@@ -70,7 +70,7 @@ def read_run(workdir: str | os.PathLike[str]) -> RunFiles:
   workdir = pathlib.Path(workdir)
   history = history_lib.load_history(workdir / 'training_history.json')
   fitted = {
-    x['name']: temperature.read(workdir, x['name'], 'best')
+    x['name']: calibrated.read(workdir, x['name'], 'best')
     for x in history['stages']
   }
   return RunFiles(

@@ -12,7 +12,7 @@ from ml_collections import config_dict
 from jaxprog import buckets, errors, files, formats
 from jaxprog import paths as paths_lib
 from jaxprog.data.records import Records
-from jaxprog.monitoring import activity, outcomes, temperature
+from jaxprog.monitoring import activity, calibrated, outcomes, temperature
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import copies
 from jaxprog.reporting import outputs, report
@@ -85,7 +85,7 @@ def calibrate(
     'after': temperature.measure(logits, labels, value),
     **trained.calibrated_for,
   }
-  path = temperature.find_path(workdir, trained.stage.name, weights)
+  path = calibrated.find_path(workdir, trained.stage.name, weights)
   if not quiet:
     files.write_json(path, found)
     outputs.add_to_reports(workdir)

@@ -28,7 +28,7 @@ from jaxprog.models import conv, interchange, resnet
 from jaxprog.monitoring import activity
 from jaxprog.reliability import checkpoints, copies
 from jaxprog.reporting import facts
-from jaxprog.tools import hub_folder
+from jaxprog.training import hub_folder
 from jaxprog.training import state as state_lib
 from jaxprog.training import trained as trained_lib
 

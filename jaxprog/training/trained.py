@@ -16,7 +16,7 @@ from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, files, paths, stages
-from jaxprog.monitoring import temperature
+from jaxprog.monitoring import calibrated
 from jaxprog.reliability import checkpoints
 from jaxprog.reporting import rundir
 from jaxprog.training import augment, devices, preflight, setup, xla_flags
@@ -185,7 +185,7 @@ def load_trained(
 
 def _with_temperature(trained: Trained, workdir: pathlib.Path) -> Trained:
   """Returns `trained` with the temperature that was fitted to it, if any."""
-  fitted = temperature.read(workdir, trained.stage.name, trained.weights)
+  fitted = calibrated.read(workdir, trained.stage.name, trained.weights)
   if fitted and all(
     fitted.get(k) == v for k, v in trained.calibrated_for.items()
   ):
