@@ -340,6 +340,7 @@ def test_a_lost_answer_to_a_creation_is_still_ours(server, bucket):
   assert not bucket.create('x', b'of another')
 
 
+@pytest.mark.slow
 def test_answers_of_503_change_nothing(server, bucket, tmp_path):
   server.order('503', share=0.05)
   names = {f'{i:02d}': os.urandom(i) for i in range(60)}

@@ -88,6 +88,7 @@ def test_loops_count_as_often_as_they_run():
   assert costs.count_flops(trace) == 5 * 2 * 6**3
 
 
+@pytest.mark.slow
 def test_a_resnet50_takes_three_times_the_flops_that_papers_state(data_dir):
   # Counted: convolutions (zeros around the image included) and the classifier;
   # forward, gradients of the kernels and of what each layer sees. He et al.
