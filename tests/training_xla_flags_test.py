@@ -69,6 +69,7 @@ def test_short_stages_on_cuda_take_kernels_by_rule(monkeypatch):
   monkeypatch.delenv('XLA_FLAGS', raising=False)
   cuda, rule = 'PJRT C API\ncuda 13000', {'xla_gpu_autotune_level': 0}
   assert xla_flags.step_options('none', cuda, 499) == rule
+  assert xla_flags.step_options('none', cuda.upper(), 499) == rule
   assert xla_flags.step_options('none', cuda, 500) == {}
   assert xla_flags.step_options('none', 'cpu', 499) == {}
   # Triton's deterministic kernels have no rule.

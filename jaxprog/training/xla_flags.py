@@ -66,7 +66,7 @@ def step_options(
   `platform` is a client's `platform_version`.
   """
   name = 'xla_gpu_autotune_level'
-  if 'cuda' not in platform or num_steps >= _TUNED_STEPS:
+  if 'cuda' not in platform.lower() or num_steps >= _TUNED_STEPS:
     return {}
   chosen = preset == 'deterministic' or name in os.environ.get('XLA_FLAGS', '')
   return {} if chosen else {name: 0}
