@@ -212,8 +212,7 @@ class Bucket:
 
     def create(path: str) -> None:
       if self._scheme in _LOCAL:  # Where fsspec looks first and then writes.
-        with open(path, 'xb') as file:
-          file.write(data)
+        _create_file(path, data)
       else:
         self._files.pipe_file(path, data, mode='create')
 
@@ -517,6 +516,26 @@ def is_same(path: pathlib.Path, entry: Entry) -> bool:
   except FileNotFoundError:
     return False
   return not entry.md5 or found == entry.md5
+
+
+def _create_file(path: str, data: bytes) -> None:
+  """Writes a file that is not there yet; a reader sees all of it or none.
+
+  Raises:
+    FileExistsError: if it is there.
+  """
+  part = f'{path}.{os.getpid()}-{threading.get_ident()}.part'
+  try:
+    pathlib.Path(part).write_bytes(data)
+    try:
+      os.link(part, path)
+    except FileExistsError:
+      raise
+    except OSError:  # A file system without links: it is seen half-written.
+      with open(path, 'xb') as file:
+        file.write(data)
+  finally:
+    pathlib.Path(part).unlink(missing_ok=True)
 
 
 def _look(path: pathlib.Path) -> tuple[int, int] | None:

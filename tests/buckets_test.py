@@ -324,13 +324,17 @@ def test_of_many_who_create_one_succeeds(any_bucket):
   def create(i):
     for turn in range(10):
       barrier.wait()
-      done[turn, i] = any_bucket.create(f'{turn}', b'%d' % i)
+      done[turn, i] = any_bucket.create(f'{turn}', contents[i])
+      seen[turn, i] = any_bucket.read(f'{turn}')
 
-  done = {}
+  contents = [b'%d' % i * 100_000 for i in range(8)]
+  done, seen = {}, {}
   buckets.at_once(create, range(8))
   for turn in range(10):
     (winner,) = [i for i in range(8) if done[turn, i]]
-    assert any_bucket.read(f'{turn}') == b'%d' % winner
+    # Whole from the first look on.
+    assert all(seen[turn, i] == contents[winner] for i in range(8))
+  assert len(any_bucket.list()) == 10
 
 
 def test_a_lost_answer_to_a_creation_is_still_ours(server, bucket):
