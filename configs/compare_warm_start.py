@@ -3,18 +3,29 @@
 The experiment of Ash & Adams 2020 (arXiv:1910.08475), small: a network that
 has converged on half of Imagenette's images goes on with all of them, as it is
 or shrunk and perturbed, beside one that sees all of them from the start. SGD
-at a constant rate, no augmentation, as in their paper.
+at a constant rate, no augmentation, as in their paper;
+`--config=compare_warm_start:augmented` crops and flips.
 """
 
 from ml_collections import config_dict
 
-from jaxprog import start_from
+from jaxprog import UserError, start_from
 
 
-def get_config() -> config_dict.ConfigDict:
-  """Returns the comparison."""
+def get_config(images: str = 'plain') -> config_dict.ConfigDict:
+  """Returns the comparison on images that are 'plain' or 'augmented'."""
+  if images not in ('plain', 'augmented'):
+    raise UserError(
+      f'{images!r} is none of plain, augmented.',
+      f'--config=compare_warm_start:{images}',
+    )
   config = start_from('compare_default')
   config.base = create_ladder()
+  if images == 'augmented':
+    config.base.stage_defaults.storage = 'raw:24'
+    config.base.stage_defaults.min_crop_area = 0.5
+    config.base.stage_defaults.max_crop_aspect = 4 / 3
+    config.base.stage_defaults.flip = True
   config.cells = (
     {'name': 'cold', 'overrides': {}, 'stages': ('all',)},
     {'name': 'warm', 'overrides': {}},

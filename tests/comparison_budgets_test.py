@@ -94,6 +94,31 @@ def test_lengths_that_cost_the_same_as_a_ladder_of_two_stages():
     assert alone == pytest.approx(6.0 * budget / last.total(kind))
 
 
+def test_phases_that_move_by_whole_epochs_are_fitted(meter, ladder):
+  ladder.stages[0].num_epochs = 3.0
+  ladder.stages[0].phases = (
+    {'from_epoch': 1, 'image_size': 12},
+    {'from_epoch': 2, 'image_size': 16},
+  )
+
+  def measure(tried):
+    return meter.measure(tried, ())
+
+  def total(length):
+    return measure(budgets.set_length(ladder, 'ten', length))[0].total('flops')
+
+  (own,) = measure(ladder)
+  budget = 1.45 * own.total('flops')
+  alone = budgets.equal_epochs(budget, (own,), 'flops', '')
+  assert abs(total(alone) / budget - 1) > 0.03
+  fitted = budgets.fit_length(ladder, budget, 'flops', measure, '')
+  assert total(fitted) == pytest.approx(budget, rel=0.02)
+  # Where all phases cost the same, nothing is tried.
+  images = 1.45 * own.total('images')
+  length = budgets.fit_length(ladder, images, 'images', measure, '')
+  assert length == pytest.approx(1.45 * own.num_epochs, rel=0.02)
+
+
 def test_a_hand_over_is_paid_before_the_first_step():
   first, last = cost('a', 4.0, 10, 8, 1.0), cost('b', 6.0, 20, 16, 3.0)
   dash = last._replace(handover=budgets.HandOver(160, 30.0))

@@ -13,9 +13,9 @@ CONFIGS = [
   for name, arguments in {
     'compare_strategies': ('', ':imagenette'),
     'compare_models': ('', ':imagenette', ':tiny_imagenet'),
-    'compare_ladder': ('', ':digits'),
+    'compare_ladder': ('', ':short', ':classes', ':imagenet', ':digits'),
     'compare_recipes': ('', ':classes'),
-    'compare_warm_start': ('',),
+    'compare_warm_start': ('', ':augmented'),
   }.items()
   for argument in arguments
 ]

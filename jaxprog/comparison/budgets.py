@@ -7,7 +7,7 @@ anything runs. Seconds are measured.
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
@@ -21,6 +21,9 @@ from jaxprog.training import setup as setup_lib
 
 # Fields of a stage that are counted in its epochs.
 _IN_EPOCHS = [x.name for x in fields.STAGE.values() if x.unit == 'epochs']
+
+# How often a length is fitted where phases move by whole epochs.
+_MAX_FITS = 6
 
 # FLOPs of one step, forward, backward and update, a teacher's too, by the index
 # of its phase, whether only the head trains and whether a teacher is asked.
@@ -126,6 +129,45 @@ def equal_epochs(
   fixed = sum(cost.total(kind) for cost in stage_costs) - per_length
   own = stage_costs[-1].num_epochs
   return fit_epochs(budget - fixed, per_length, own, where)
+
+
+def fit_length(
+  ladder: config_dict.ConfigDict,
+  budget: float,
+  kind: str,
+  measure: Callable[[config_dict.ConfigDict], Sequence[StageCost]],
+  where: str,
+) -> float:
+  """Returns the epochs of the last stage for `ladder` to cost `budget`.
+
+  As `equal_epochs`; but phases that cost unlike move by whole epochs, so that
+  the cost jumps with the length. Of a few lengths, each the one before and as
+  many epochs of its last phase as that missed, the nearest counts.
+  """
+  costs = measure(ladder)
+  num_epochs = equal_epochs(budget, costs, kind, where)
+  if len(costs[-1].steps.phases) == 1:
+    return num_epochs
+  found = []
+  for _ in range(_MAX_FITS):
+    costs = measure(set_length(ladder, costs[-1].name, num_epochs))
+    left = budget - sum(cost.total(kind) for cost in costs)
+    found.append((abs(left), num_epochs))
+    num_epochs = round(num_epochs + left / _marginal_cost(costs[-1], kind), 6)
+    if num_epochs <= 0:
+      break
+  return min(found)[1]
+
+
+def _marginal_cost(cost: StageCost, kind: str) -> float:
+  """Returns what another epoch at the end of a stage costs."""
+  steps = cost.steps
+  start = steps.starts[-1]
+  before = dict(zip(('images', 'flops'), cost.at(start), strict=True))
+  if kind not in before:
+    return 1.0
+  part = (steps.total - start) / steps.total
+  return (cost.steps_total(kind) - before[kind]) / (part * cost.num_epochs)
 
 
 def fit_epochs(

@@ -155,10 +155,11 @@ class Comparison:
     seed = self.config.base.seed
     reference = cells.create_ladder(self.config, self.reference, seed)
     costs = self.meter.measure(reference, self.reference.only)
-    return budgets.equal_epochs(
+    return budgets.fit_length(
+      ladder,
       sum(cost.total(kind) for cost in costs),
-      self.meter.measure(ladder, cell.only),
       kind,
+      lambda tried: self.meter.measure(tried, cell.only),
       f'budget {kind!r}',
     )
 
