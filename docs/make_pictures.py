@@ -4,8 +4,8 @@
 
 Trains the quickstart, at 80 columns and at 160, for what shows a terminal or a
 report: leave the machine alone meanwhile, since the pictures show times. Those
-of longer runs are made of their workdirs: ladder=, warm_start= and nette_tiny=.
-Needs Chromium.
+of longer runs are made of their workdirs: ladder= (that of its three budgets),
+warm_start= and nette_tiny=. Needs Chromium.
 """
 
 import contextlib
@@ -24,13 +24,15 @@ import tempfile
 import termios
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import rich.console
 import rich.terminal_theme
 import rich.text
 from PIL import Image
 
-from jaxprog.comparison import figures
+from jaxprog.comparison import figures, statistics
 from jaxprog.reporting import plots
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -54,6 +56,8 @@ for (const [name, text] of [['host', 'machine'], ['platform', 'Linux'],
     if (found.textContent === name)
       found.nextElementSibling.firstChild.textContent = text;
 """
+# Of configs/compare_ladder.py.
+BUDGETS = ('short', 'middle', 'long')
 _SHOWN_EPOCH = 3  # Of the second stage, while the next one trains.
 
 
@@ -76,22 +80,62 @@ def main() -> None:
       browser.open(page, 400)
       browser.evaluate(_SHORTEN)
       (DOCS / 'report_400.png').write_bytes(draw_columns(browser, 3, 1230))
-  for name in ('ladder', 'warm_start'):
-    if name in given:
-      result = json.loads(
-        pathlib.Path(given[name], 'comparison.json').read_text()
+  if 'ladder' in given:
+    path = pathlib.Path(given['ladder'])
+    found = [read_comparison(path / budget) for budget in BUDGETS]
+    (DOCS / 'ladder.png').write_bytes(plots.encode(draw_gains(found)))
+  if 'warm_start' in given:
+    result = read_comparison(pathlib.Path(given['warm_start']))
+    with tempfile.TemporaryDirectory() as folder:
+      path = figures.plot(
+        pathlib.Path(folder), result['runs'], result['target_top1']
       )
-      with tempfile.TemporaryDirectory() as folder:
-        path = figures.plot(
-          pathlib.Path(folder), result['runs'], result['target_top1']
-        )
-        (DOCS / f'{name}.png').write_bytes(path.read_bytes())
+      (DOCS / 'warm_start.png').write_bytes(path.read_bytes())
   if 'nette_tiny' in given:
     path = pathlib.Path(given['nette_tiny'], 'training_history.json')
     plots.plot_history(json.loads(path.read_text()), DOCS / 'nette_tiny.png')
   left = {'ladder', 'warm_start', 'nette_tiny'} - given.keys()
   if left:
     print(f'Left as they are, for want of a workdir: {", ".join(sorted(left))}')
+
+
+def read_comparison(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns what came of a comparison."""
+  return json.loads((workdir / 'comparison.json').read_text())
+
+
+def draw_gains(found: Sequence[dict[str, Any]]) -> plots.Figure:
+  """Returns what each cell is above the reference, over the budgets.
+
+  A panel a cell, all on the same axes, with 95% intervals.
+  """
+  arms = [statistics.by_cell(result['runs']) for result in found]
+  reference = found[0]['reference']
+  budgets = [arm[reference][0]['num_epochs'] for arm in arms]
+  cells = [cell for cell in arms[0] if cell != reference]
+  figure = plots.create_figure(9, 4.6)
+  figure.set_layout_engine('constrained')
+  panels = figure.subplots(2, -(-len(cells) // 2), sharex=True, sharey=True)
+  for cell, axes in zip(cells, panels.flat, strict=False):
+    gains = [
+      statistics.compare(
+        statistics.final_scores(arm[cell]),
+        statistics.final_scores(arm[reference]),
+      ).estimate
+      for arm in arms
+    ]
+    plots.bare(axes)
+    axes.axhline(0, color=plots.INK, linewidth=1)
+    axes.plot(budgets, [100 * x.mean for x in gains], 'o-', color='#0072b2')
+    for x, gain in zip(budgets, gains, strict=True):
+      axes.vlines(x, 100 * gain.low, 100 * gain.high, color='#0072b2')
+    axes.set_title(cell, loc='left', fontsize=10.5, color=plots.INK)
+    axes.set_xscale('log')
+    axes.set_xticks(budgets, [f'{x:g}' for x in budgets], minor=False)
+    axes.minorticks_off()
+  figure.supxlabel('budget, epochs of the last stage alone', fontsize=10)
+  figure.supylabel(f'top-1 less that of {reference}, points', fontsize=10)
+  return figure
 
 
 def train(workdir: pathlib.Path, columns: int, *, stops: bool) -> str:
