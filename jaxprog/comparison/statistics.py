@@ -167,7 +167,7 @@ def estimate(scores: Iterable[Score]) -> Estimate:
   """
   scores = list(scores)
   x = _top1s(scores)
-  return _test(_spread(x), x.mean(), _noise_of(scores), _ACCURACIES)[0]
+  return _test(_spread(x), x.mean(), noise_of(scores), _ACCURACIES)[0]
 
 
 class _Spread(NamedTuple):
@@ -223,7 +223,7 @@ def _test(
   return found, p_value if spread.n >= MIN_RUNS else None
 
 
-def _noise_of(*arms: Sequence[Score], paired: bool = False) -> Noise:
+def noise_of(*arms: Sequence[Score], paired: bool = False) -> Noise:
   """Returns the noise of an arm's mean, or of the first less the second."""
   every = [score for arm in arms for score in arm]
   known = [score.outcomes for score in every if score.outcomes is not None]
@@ -294,7 +294,7 @@ def expected_maximum(count: int) -> float:
 def compare(a: Mapping[int, Score], b: Mapping[int, Score]) -> Difference:
   """Returns a - b: over the seeds that both have, or by Welch if under two."""
   x, y, paired = _pair(a, b)
-  noise = _noise_of(x, y, paired=paired)
+  noise = noise_of(x, y, paired=paired)
   first, second = _top1s(x), _top1s(y)
   mean = first.mean() - second.mean()
   spread = _spread_of(first, second, paired=paired)
