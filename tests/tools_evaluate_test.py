@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import runs
-import tiny_config
+import two_stages
 from data_fixtures import encode
 from flax import linen as nn
 
@@ -23,25 +23,14 @@ from jaxprog.training import augment
 from jaxprog.training import trained as trained_lib
 
 
-def create_config(data_dir):
-  config = tiny_config.get_config(data_dir)
-  config.stages = config.stages[:2]
-  three, ten = config.stages
-  three['eval_split'] = 'holdout:30%'
-  ten['ema_decay'] = 0.9
-  return config
-
-
 @pytest.fixture(scope='module')
 def config(data_dir):
-  return create_config(data_dir)
+  return two_stages.get_config(data_dir)
 
 
 @pytest.fixture(scope='module')
-def workdir(config, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('trained')
-  jaxprog.train(config, workdir)
-  return workdir
+def workdir(data_dir, tmp_path_factory):
+  return two_stages.copy(tmp_path_factory, data_dir)
 
 
 @pytest.fixture(scope='module')
@@ -197,18 +186,18 @@ def test_no_image_is_a_mistake(digits):
 def test_another_config_than_the_weights_is_a_mistake(
   data_dir, workdir, field, value
 ):
-  config = create_config(data_dir)
+  config = two_stages.get_config(data_dir)
   config[field] = value
   with pytest.raises(jaxprog.UserError, match=f'trained with {field} '):
     jaxprog.evaluate(config, workdir)
 
 
 def test_another_image_size_than_the_weights_is_a_mistake(data_dir, workdir):
-  config = create_config(data_dir)
+  config = two_stages.get_config(data_dir)
   config.stages[1]['image_size'] = 16
   with pytest.raises(jaxprog.UserError, match='trained with image_size 8'):
     jaxprog.evaluate(config, workdir)
-  config = create_config(data_dir)
+  config = two_stages.get_config(data_dir)
   config.stages[1]['eval_image_size'] = 16
   assert jaxprog.evaluate(config, workdir)['count'] == 360
 
@@ -256,7 +245,7 @@ def test_both_mirror_images_are_averaged(config, workdir, best):
   assert found['top1'] == pytest.approx(right.mean(), abs=1e-9)
   assert found['flip_average']
   assert found['loss'] != best['loss']
-  flipping = create_config(config.data_dir)
+  flipping = two_stages.get_config(config.data_dir)
   flipping.stages[1]['eval_flip'] = True
   assert jaxprog.evaluate(flipping, workdir)['loss'] == found['loss']
   assert (workdir / 'eval' / 'ten-best-flip.json').is_file()
@@ -282,7 +271,7 @@ def test_several_sizes_become_a_table_and_a_picture(config, workdir, best):
   assert lines[1][1] == f'{100 * best["top1"]:.1f}'
   rows = json.loads((workdir / 'eval' / 'ten-best-sizes.json').read_text())
   assert [x['image_size'] for x in rows] == [8, 16, 32]
-  larger = create_config(config.data_dir)
+  larger = two_stages.get_config(config.data_dir)
   larger.stages[1]['eval_image_size'] = 16
   assert rows[1]['nll'] == jaxprog.evaluate(larger, workdir)['nll']
   picture = (workdir / 'eval' / 'ten-best-sizes.png').read_bytes()
@@ -372,7 +361,7 @@ def test_numbered_folders_of_imagenet_v2_are_scored_by_name(
   write_digits(digits.eval, folder, ('1', '2', '10'))
   capsys.readouterr()
   found = jaxprog.evaluate(
-    create_config(data_dir),
+    two_stages.get_config(data_dir),
     data_dir / 'run',
     stage='three',
     dataset='imagenet_v2',
@@ -391,7 +380,7 @@ def test_numbered_folders_of_imagenet_v2_are_scored_by_name(
 
 def test_imagenet_r_is_chosen_among_its_own_classes(of_imagenet, digits):
   data_dir, wnids = of_imagenet
-  config, folder = create_config(data_dir), data_dir / 'imagenet-r'
+  config, folder = two_stages.get_config(data_dir), data_dir / 'imagenet-r'
   write_digits(digits.eval, folder, wnids[:2])
   found = jaxprog.evaluate(
     config, data_dir / 'run', stage='three', dataset='imagenet_r'
@@ -421,7 +410,7 @@ def test_several_classes_may_be_right(of_imagenet, digits):
     (root / 'mappings' / name).write_text(json.dumps(text))
   names = root / 'mappings' / 'imagenet_to_label_2012_v2'
   names.write_text('one\ntwo\nten\n')
-  config = create_config(data_dir)
+  config = two_stages.get_config(data_dir)
   found = jaxprog.evaluate(
     config, data_dir / 'run', stage='three', dataset='objectnet'
   )

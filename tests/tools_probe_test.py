@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-import tiny_config
+import two_stages
 from flax import linen as nn
 from scipy import special
 from sklearn import linear_model
@@ -19,17 +19,12 @@ from jaxprog.training import forward, trained
 
 @pytest.fixture(scope='module')
 def config(data_dir):
-  config = tiny_config.get_config(data_dir)
-  config.stages = config.stages[:2]
-  config.stages[0]['eval_split'] = 'holdout:30%'
-  return config
+  return two_stages.get_config(data_dir)
 
 
 @pytest.fixture(scope='module')
-def workdir(config, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('trained')
-  jaxprog.train(config, workdir)
-  return workdir
+def workdir(data_dir, tmp_path_factory):
+  return two_stages.copy(tmp_path_factory, data_dir)
 
 
 @pytest.fixture(scope='module')

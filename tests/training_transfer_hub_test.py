@@ -28,11 +28,11 @@ constants = importlib.import_module('huggingface_hub.constants')
 FETCH = """
 import json, sys
 from jaxprog import errors, stages
-from jaxprog.training.transfer import hub
+from jaxprog.data import hub
 for name in sys.argv[1:]:
   stage = stages.Stage(init_from=name)
   try:
-    path, config, licence = hub.fetch(stage.hub_file, 'here')
+    path, config, licence = hub.fetch_file(stage.hub_file, 'here')
     print(json.dumps([str(path), config, licence]))
   except errors.UserError as e:
     print(json.dumps(str(e)))

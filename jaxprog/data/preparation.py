@@ -30,6 +30,7 @@ from jaxprog.data import (
   parts,
   remote,
   shards,
+  sources,
   tars,
 )
 from jaxprog.data import records as records_lib
@@ -236,7 +237,7 @@ def _raw_folders(dataset: str, data_dir: pathlib.Path) -> list[pathlib.Path]:
   """Returns where a dataset may lie raw."""
   source = paths.dataset_source(dataset)
   if source.kind == 'hf':
-    folder = hub.find(source.place)
+    folder = hub.find_dataset(source.place)
     return [folder] if folder else []
   folder = paths.dataset_folder(dataset)
   known = [data_dir / name for name in named.find(dataset).folders]
@@ -264,10 +265,10 @@ def fetch_raw(
   """
   source = paths.dataset_source(dataset)
   if source.kind == 'hf' and not find_prepared(dataset, data_dir):
-    hub.fetch(source.place)
+    hub.fetch_dataset(source.place)
   if not is_here(dataset, data_dir):
-    sources = _raw_folders(dataset, data_dir)
-    came = any(remote.fetch_folder(x, progress) for x in sources)
+    raw = _raw_folders(dataset, data_dir)
+    came = any(remote.fetch_folder(x, progress) for x in raw)
     if not came and named.find(dataset).manual:
       remote.fetch_files(data_dir / 'downloads' / 'manual', progress)
 
@@ -318,9 +319,9 @@ def list_raw(dataset: str, data_dir: pathlib.Path) -> builders.Raw | None:
     return None
   kind, place, image, label = paths.dataset_source(dataset)
   match kind:
-    case 'hf':
-      return hub.list_raw(dataset, root, image, label)
-    case 'parquet':
+    case 'hf' if not sources.find_files(root, '.parquet'):
+      return tars.list_raw(dataset, root, image=image, label=label)
+    case 'hf' | 'parquet':
       return parquet.list_raw(dataset, root, image, label)
     case 'wds':
       return tars.list_raw(dataset, root, place, image, label)

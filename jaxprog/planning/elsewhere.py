@@ -99,13 +99,6 @@ def fill_in(
   images_per_core = config.images_per_core or _images_per_core(stage)
   input_rate = images_per_core * topology.cores_per_chip
   rate = min(chip_rate, input_rate)
-  parts = {
-    'compute': mean(lambda x: x.compute_seconds) / utilization,
-    'memory': mean(lambda x: x.memory_seconds) / utilization,
-    'kernels': mean(lambda x: x.kernel_seconds),
-    'network': mean(lambda x: x.network_seconds),
-  }
-  bound_by = max(parts, key=lambda name: parts[name])
   largest = max(steps, key=lambda x: x.memory_bytes)
   a_step = num_images / found.known.total_steps / num_chips
   found.flops_per_image = mean(lambda x: x.flops)
@@ -118,14 +111,9 @@ def fill_in(
   # An evaluated image is a third of the work, and so is its mirror image.
   looks = found.num_eval_images * (1 + stage.eval_flip)
   found.evaluation_seconds = looks / 3 / rate / num_chips
-  if input_rate < chip_rate:
-    bound_by = 'input'
-    found.notes.append(
-      f'waits for its input: a chip could take {chip_rate:,.0f} images/s and '
-      f'its {topology.cores_per_chip:g} cores make {input_rate:,.0f}, stored '
-      f"as {stage.storage}. Set storage to 'raw:256' or 'jpeg:256', or "
-      'image_size lower.'
-    )
+  if waits := input_rate < chip_rate:
+    cores = topology.cores_per_chip
+    found.notes.append(_describe_wait(chip_rate, cores, input_rate, stage))
   hours = (found.seconds or 0.0) / 3600
   price = config.chip_hour_price
   found.chips = {
@@ -142,11 +130,34 @@ def fill_in(
     'num_images': num_images,
     'traffic_per_image': mean(lambda x: x.traffic_bytes) * num_chips,
     'images_per_second': rate,
-    'bound_by': bound_by,
+    'bound_by': 'input' if waits else _find_bound(mean, utilization),
     'cores_needed': chip_rate / images_per_core,
     'hours': hours,
     'cost': hours * num_chips * price if price else None,
   }
+
+
+def _describe_wait(
+  chip_rate: float, cores: float, input_rate: float, stage: stages_lib.Stage
+) -> str:
+  return (
+    f'waits for its input: a chip could take {chip_rate:,.0f} images/s and '
+    f'its {cores:g} cores make {input_rate:,.0f}, stored as {stage.storage}. '
+    "Set storage to 'raw:256' or 'jpeg:256', or image_size lower."
+  )
+
+
+def _find_bound(
+  mean: Callable[[Callable[[Step], float]], float], utilization: float
+) -> str:
+  """Returns what takes most of a stage's steps."""
+  parts = {
+    'compute': mean(lambda x: x.compute_seconds) / utilization,
+    'memory': mean(lambda x: x.memory_seconds) / utilization,
+    'kernels': mean(lambda x: x.kernel_seconds),
+    'network': mean(lambda x: x.network_seconds),
+  }
+  return max(parts, key=lambda name: parts[name])
 
 
 def _largest_batch(step: Step, topology: chips.Topology) -> int:

@@ -71,11 +71,7 @@ def dry_run(
     stop = stack.enter_context(signals.StopRequest())
     stack.enter_context(peers.join(stop))
     if jax.process_index() == 0:
-      stack.enter_context(lock.Lock(beside))  # Another dry run is refused.
-      stack.callback(shutil.rmtree, beside, ignore_errors=True)
-      _begin(workdir, folder)
-      _remove(url)  # Of one that was killed.
-      stack.callback(_remove, url)
+      _begin(workdir, folder, url, stack)
     peers.wait_for_all('dry_run')
     history = ladder.train(
       tried,
@@ -88,19 +84,22 @@ def dry_run(
       shorten=_shorten,
     )
   if jax.process_index() == 0:
-    console = rich.console.Console()
-    for record in history['stages']:
-      if record['name'] in seconds:
-        _say(record, seconds[record['name']], console)
-    took = time.monotonic() - began
-    console.print(
-      f'dry run: {took:.1f} s in all; nothing of it is kept', highlight=False
-    )
+    _say(history, seconds, time.monotonic() - began)
   return seconds
 
 
-def _begin(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+def _begin(
+  workdir: pathlib.Path,
+  folder: pathlib.Path,
+  url: str,
+  stack: contextlib.ExitStack,
+) -> None:
   """Empties `folder`, and lets what is known of `workdir` be known there."""
+  beside = folder.parent
+  stack.enter_context(lock.Lock(beside))  # Another dry run is refused.
+  stack.callback(shutil.rmtree, beside, ignore_errors=True)
+  _remove(url)  # Of one that was killed.
+  stack.callback(_remove, url)
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir()
   for name in ('config.json', 'training_history.json'):
@@ -147,16 +146,22 @@ def _some(split: Records, count: int) -> Records:
 
 
 def _say(
-  record: Mapping[str, Any], seconds: float, console: rich.console.Console
+  history: Mapping[str, Any], seconds: Mapping[str, float], took: float
 ) -> None:
+  console = rich.console.Console(highlight=False, soft_wrap=True)
+  for record in history['stages']:
+    if record['name'] in seconds:
+      console.print(_describe(record, seconds[record['name']]))
+  console.print(f'dry run: {took:.1f} s in all; nothing of it is kept')
+
+
+def _describe(record: Mapping[str, Any], seconds: float) -> str:
   source, (row, *_) = record['transfer']['from'], record['epochs']
   count = row['global_step'] - record['first_step']
   steps = '1 step' if count == 1 else f'{count} steps'
   start = f'weights of {source}' if source else 'fresh weights'
-  console.print(
+  return (
     f'{record["name"]}: {start}, {steps} {row["seconds"]:.1f} s, '
     f'evaluation of {record["num_eval_images"]:,} images '
-    f'{row["eval_seconds"]:.1f} s, saved; {seconds:.1f} s with all before it',
-    highlight=False,
-    soft_wrap=True,
+    f'{row["eval_seconds"]:.1f} s, saved; {seconds:.1f} s with all before it'
   )

@@ -36,16 +36,8 @@ def prepare(
   datasets = tuple(dict.fromkeys(stage.dataset for stage in chosen))
   data_dir = paths.data_dir(config)
   console = rich.console.Console(markup=False)
-  if sha256 and not re.fullmatch('[0-9A-Fa-f]{64}', sha256):
-    raise errors.UserError(
-      f'{sha256!r} is no SHA-256: that has 64 digits from 0 to f.',
-      '--sha256',
-      "Copy it whole from the archive's publisher.",
-    )
-  if sha256 and not input:
-    raise errors.UserError(
-      '--sha256 is of no archive.', '', 'Name it with --input=ARCHIVE.'
-    )
+  if sha256:
+    _check_sum(sha256, input)
   is_new = not data_dir.is_dir()
   if input:
     archive = str(paths.expand(input, f'--input={input}'))
@@ -75,6 +67,19 @@ def prepare(
   if url := buckets.url_of(data_dir):
     for dataset in datasets:
       _upload(dataset, data_dir, url, console)
+
+
+def _check_sum(sha256: str, archive: str) -> None:
+  if not re.fullmatch('[0-9A-Fa-f]{64}', sha256):
+    raise errors.UserError(
+      f'{sha256!r} is no SHA-256: that has 64 digits from 0 to f.',
+      '--sha256',
+      "Copy it whole from the archive's publisher.",
+    )
+  if not archive:
+    raise errors.UserError(
+      '--sha256 is of no archive.', '', 'Name it with --input=ARCHIVE.'
+    )
 
 
 def _show_raw(

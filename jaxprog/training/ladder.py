@@ -15,7 +15,7 @@ from jaxprog.data import workers
 from jaxprog.monitoring import activity, diagnostics, pictures
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import outcomes as outcomes_lib
-from jaxprog.reliability import checkpoints, mirror, peers, signals
+from jaxprog.reliability import checkpoints, lock, mirror, peers, signals
 from jaxprog.reporting import facts, report, shown
 from jaxprog.training import (
   alike,
@@ -67,13 +67,7 @@ def train(
     with activity.doing('looking for what would end the run'):
       workdir, url = mirror.locate(workdir, config.mirror)
       preflight.launch(config, workdir, only=only, skip=skip)
-      peers.wait_for_all('preflight')  # It removes folders that it made.
-      closing = stack.enter_context(contextlib.ExitStack())
-      owner = stack.enter_context(mirror.hold(workdir, url))
-      stack.callback(
-        lambda: closing.enter_context(activity.doing('closing the run'))
-      )
-      alike.check_workdir(workdir, url)
+      owner = _hold(workdir, url, stack)
     with activity.doing('opening data'):
       setup = setup_lib.create_setup(
         config,
@@ -98,6 +92,20 @@ def train(
     _train_stages(run)
     run.progress.message(report.summary_table(run.history))
   return shown.History(run.history)
+
+
+def _hold(
+  workdir: pathlib.Path, url: str, stack: contextlib.ExitStack
+) -> lock.Lock:
+  """Returns the lock of the workdir, which all processes are to see alike."""
+  peers.wait_for_all('preflight')  # It removes folders that it made.
+  closing = stack.enter_context(contextlib.ExitStack())
+  owner = stack.enter_context(mirror.hold(workdir, url))
+  stack.callback(
+    lambda: closing.enter_context(activity.doing('closing the run'))
+  )
+  alike.check_workdir(workdir, url)
+  return owner
 
 
 def _train_stages(run: run_lib.Run) -> None:

@@ -23,7 +23,7 @@ from jaxprog.reliability import checkpoints, lock, peers, signals, watchdog
 from jaxprog.reporting import outputs
 from jaxprog.training import fetching, preflight, resume
 from jaxprog.training import setup as setup_lib
-from jaxprog.training.transfer import handover, pretrained, teacher
+from jaxprog.training.transfer import handover, teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,21 +106,15 @@ def open_run(
   Raises:
     UserError: for mistakes in the data or the workdir.
   """
-  config, writes = setup.config, jax.process_index() == 0
-  console = rich.console.Console(quiet=not writes, markup=False)
+  config, quiet = setup.config, jax.process_index() > 0
+  console = rich.console.Console(quiet=quiet, markup=False)
   progress = progress_lib.Progress(len(setup.chosen), console=console)
   stack.enter_context(progress)
-  incidents = _open_incidents(workdir, owner)
-
-  def note(kind, message, **fields):
-    incidents.add(kind, message, **fields)
-    progress.message(message)
-
+  incidents, note = _open_incidents(workdir, owner, progress)
   with activity.doing('reading the checkpoints'):
     checkpoints.verify_all(workdir, note)
   history = read_history(workdir)
-  if writes:
-    _show_changes(config, workdir)
+  _show_changes(config, workdir)
   changes = preflight.check_changes(config, workdir, allow_config_change)
   tasks = create_tasks(setup, workdir, shorten)
   for line in preflight.quick(tasks, workdir, owner.url):
@@ -129,23 +123,19 @@ def open_run(
     incidents.add('config_change', '; '.join(changes))
   before, plain = _write_inputs(config, workdir)
   history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
-  names = loggers.chosen(config) if writes else ()
-  writer = stack.enter_context(loggers.open_loggers(names, workdir, note))
-  writer.write_hparams(tensorboard.flatten_config(plain))
   fetcher = fetching.Fetcher(config, [x.dataset for x in tasks])
-  dog = _create_watchdog(config, workdir, incidents)
   return Run(
     setup=setup,
     tasks=tasks,
     workdir=workdir,
     history=history,
     progress=progress,
-    writer=writer,
+    writer=_open_writer(config, plain, workdir, note, stack),
     stop=stop,
     incidents=incidents,
     note=note,
     owner=owner,
-    dog=stack.enter_context(dog),
+    dog=stack.enter_context(_create_watchdog(config, workdir, incidents)),
     fetcher=stack.enter_context(contextlib.closing(fetcher)),
     compiler=_create_executor('compiler', stack),
     compilers=_create_executor('compilers', stack, num_threads=4),
@@ -177,16 +167,35 @@ def _create_watchdog(
 
 
 def _open_incidents(
-  workdir: pathlib.Path, owner: lock.Lock
-) -> incidents_lib.Incidents:
-  """Returns the log of incidents; only process 0 writes it."""
+  workdir: pathlib.Path, owner: lock.Lock, progress: progress_lib.Progress
+) -> tuple[incidents_lib.Incidents, Callable[..., None]]:
+  """Returns the log of incidents, and a Run's `note`; process 0 writes it."""
   writes = jax.process_index() == 0
   found = incidents_lib.Incidents(
     workdir / 'incidents.jsonl' if writes else None
   )
   if owner.taken_over:
     found.add('lock', owner.taken_over)
-  return found
+
+  def note(kind, message, **fields):
+    found.add(kind, message, **fields)
+    progress.message(message)
+
+  return found, note
+
+
+def _open_writer(
+  config: config_dict.ConfigDict,
+  plain: dict[str, Any],
+  workdir: pathlib.Path,
+  note: Callable[..., None],
+  stack: contextlib.ExitStack,
+) -> loggers.Writer:
+  """Returns what writes to the config's loggers, which know its fields."""
+  names = loggers.chosen(config) if jax.process_index() == 0 else ()
+  writer = stack.enter_context(loggers.open_loggers(names, workdir, note))
+  writer.write_hparams(tensorboard.flatten_config(plain))
+  return writer
 
 
 def create_tasks(
@@ -212,10 +221,7 @@ def create_tasks(
       is_begun = resume.check(task, workdir, config)
       # A stage that has begun has its weights in its own checkpoints.
       if not is_begun:
-        handover.check_rows(setup, task, workdir)
-        if stage.init_from:
-          shapes, classes = task.state_shapes.variables, task.dataset.classes
-          pretrained.load(stage, shapes, classes, task.config)
+        handover.check_source(setup, task, workdir)
     before = stage
   return tasks
 
@@ -232,7 +238,8 @@ def _show_changes(
   config: config_dict.ConfigDict, workdir: pathlib.Path
 ) -> None:
   """Shows how the config differs from the one that the run began with."""
-  if table := preflight.difference_table(config, workdir):
+  table = preflight.difference_table(config, workdir)
+  if table and jax.process_index() == 0:
     rich.console.Console(markup=False).print(table)
 
 

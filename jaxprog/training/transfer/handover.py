@@ -124,8 +124,7 @@ def _load_source(
   if name is None:
     return None
   if task.stage.init_from:
-    shapes, classes = task.state_shapes.variables, task.dataset.classes
-    found = pretrained.load(task.stage, shapes, classes, task.config)
+    found = _load_file(task)
     # Each host has fetched its own.
     peers.compare(
       f'weights/{task.stage.name}', {f'the weights of {name}': found.digest}
@@ -222,11 +221,21 @@ def _mistakes(
     )
 
 
-def check_rows(
+def _load_file(task: setup_lib.Task) -> pretrained.Pretrained:
+  """Returns the weights in the file that `init_from` names."""
+  shapes, classes = task.state_shapes.variables, task.dataset.classes
+  return pretrained.load(task.stage, shapes, classes, task.config)
+
+
+def check_source(
   setup: setup_lib.Setup, task: setup_lib.Task, workdir: pathlib.Path
 ) -> None:
-  """Raises UserError if a head by class would find the row of no class."""
+  """Raises UserError if the file of weights does not fit.
+
+  Or if a head by class would find the row of no class.
+  """
   stage = task.stage
+  file = _load_file(task) if stage.init_from else None
   if stage.transfer_head != 'by_class' or stage.transfer == 'none':
     return
   called = [x.name for x in setup.chosen]
@@ -236,10 +245,8 @@ def check_rows(
     done = checkpoints.read_done(workdir, name) or {}
     known[name] = tuple(done.get('classes', ()))
     before.append(name)
-  if stage.init_from:
-    shapes, classes = task.state_shapes.variables, task.dataset.classes
-    found = pretrained.load(stage, shapes, classes, task.config)
-    before, known[stage.init_from] = [stage.init_from], found.classes
+  if file:
+    before, known[stage.init_from] = [stage.init_from], file.classes
   taught = {*itertools.chain(*(known[name] for name in before))}
   if before and not taught & {*task.dataset.classes}:
     raise errors.UserError(

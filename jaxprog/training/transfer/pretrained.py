@@ -17,8 +17,9 @@ import numpy as np
 import safetensors
 
 from jaxprog import errors, files, paths, stages
+from jaxprog.data import hub
 from jaxprog.models import interchange
-from jaxprog.training.transfer import hub
+from jaxprog.monitoring import activity
 
 Variables = dict[str, Any]
 
@@ -44,7 +45,7 @@ _HARMLESS = (
 )
 
 
-class _Pretrained(NamedTuple):
+class Pretrained(NamedTuple):
   """Weights of a file; `classes` is () where they are not known."""
 
   # As of a stage before; without 'head' where the file has none.
@@ -61,7 +62,7 @@ def load(
   like: Variables,
   classes: Sequence[str],
   config: Mapping[str, Any],
-) -> _Pretrained:
+) -> Pretrained:
   """Returns the weights in the file that `stage.init_from` names.
 
   Their classes are known if the file lists them, as those do that this program
@@ -96,7 +97,7 @@ def load(
       ) from None
     _check_names(expected, shapes, where)
     tensors = {name: _read(file, name, where) for name in expected}
-  return _Pretrained(
+  return Pretrained(
     interchange.from_state_dict(tensors, like),
     found,
     files.digest(path)[:16],
@@ -128,11 +129,12 @@ def find_network(stage: stages.Stage) -> dict[str, Any]:
   return {**found, 'blur_pool': blurs}
 
 
-def _find(stage: stages.Stage, where: str) -> hub.Fetched:
+def _find(stage: stages.Stage, where: str) -> hub.File:
   """Returns the file that a stage names, from the hub if it lies there."""
   if stage.hub_file is None:
-    return hub.Fetched(paths.expand(stage.init_from, where), {}, '')
-  fetched = hub.fetch(stage.hub_file, where)
+    return hub.File(paths.expand(stage.init_from, where), {}, '')
+  with activity.doing(f'fetching {stage.hub_file.repo}'):
+    fetched = hub.fetch_file(stage.hub_file, where)
   if stage.init_from.startswith('timm:') and not _read_timm(fetched.config):
     # Of some the names and shapes are a ResNet's, and the logits are not.
     repo = stage.hub_file.repo
