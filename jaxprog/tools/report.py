@@ -20,7 +20,7 @@ def write_report(
 
   From training_history.json and what else a run has left, without its data or
   its devices. With several `workdirs` the first one gets a comparison.html. Of
-  a comparison's workdir it writes report.html.
+  a comparison's workdir, also while it goes on, it writes report.html.
 
   Raises:
     UserError: if one has no run or no history; then nothing is written.
@@ -37,7 +37,7 @@ def write_report(
 def _write(folders: list[pathlib.Path]) -> None:
   for folder in folders:
     rundir.check(folder)
-  comparisons = [x for x in folders if (x / 'comparison.json').exists()]
+  comparisons = [x for x in folders if page.is_comparison(x)]
   folders = [x for x in folders if x not in comparisons]
   runs = [rundir.read_run(folder) for folder in folders]
   try:

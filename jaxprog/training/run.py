@@ -108,7 +108,9 @@ def open_run(
   """
   config, writes = setup.config, jax.process_index() == 0
   console = rich.console.Console(quiet=not writes, markup=False)
-  progress = progress_lib.Progress(len(setup.chosen), console=console)
+  progress = progress_lib.Progress(
+    len(setup.chosen), console=console, workdir=workdir if writes else None
+  )
   stack.enter_context(progress)
   incidents = _open_incidents(workdir, owner)
 
