@@ -464,7 +464,7 @@ def test_others_see_how_far_a_comparison_is(strategies, tmp_path):
     assert run_lib.snapshot(workdir / 'cells') == before
   assert 'under way renewed every 15 seconds as of' in said
   assert '3 of 4 runs over 1 under way 2 diverged' in said
-  assert f'adamw seed 0 starting – – – – {platform.node()}' in said
+  assert f'adamw seed 0 – – – starting – {platform.node()}' in said
   assert 'adamw 1 1 – – broken – – – 2' in said
   # Its curve over images and over seconds, and in no mean.
   assert text.count('<path class="line s0 single unfinished"') == 2

@@ -58,22 +58,23 @@ def _work(
   with contextlib.ExitStack() as stack:
     shown = None
     if lines:
-      shown = stack.enter_context(
-        contextlib.closing(fleet.Fleet(console, 'runs'))
-      )
+      shown = fleet.Fleet(console, 'runs')
+      stack.callback(shown.close)
+      shown.show(_see(plan))
     while not is_over.wait(_LOOK_SECONDS):
       # What fails here fails aloud at the end.
       with contextlib.suppress(OSError, errors.UserError):
         if shown is not None:
-          state = under_way.look(plan)
-          named = [(plan.name(x), x) for x in state.running]
-          shown.show(
-            fleet.Seen(
-              state.num_over, len(state.statuses), named, state.seconds_left
-            )
-          )
+          shown.show(_see(plan))
         if time.monotonic() >= next_page:
           began = time.thread_time()
           page.write_page(workdir)
           rest = max(_PAGE_SECONDS, _REST * (time.thread_time() - began))
           next_page = time.monotonic() + rest
+
+
+def _see(plan: under_way.Plan) -> fleet.Seen:
+  state = under_way.look(plan)
+  named = [(plan.name(x), x) for x in state.running]
+  total = len(state.statuses)
+  return fleet.Seen(state.num_over, total, named, state.seconds_left)

@@ -183,7 +183,7 @@ def _describe_state(state: UnderWay) -> Iterator[Html]:
     end = datetime.datetime.now(datetime.UTC)
     end += datetime.timedelta(seconds=left)
     said = f'left, until about {end:%H:%M} UTC, {end.day} {end:%B}'
-    tiles.append(tile(formats.duration(left), said))
+    tiles.append(tile(formats.hours(left / 3600), said))
   yield tag('div', *tiles, class_='tiles', role='group', aria_label='So far')
   if state.running:
     yield render(
@@ -203,11 +203,11 @@ def _columns_of_running(state: UnderWay) -> Sequence[Column]:
 
   return (
     Column('run', state.plan.name, left=True),
-    Column('stage', lambda x: x.stage, left=True),
     Column('epoch', lambda x: x.epoch),
     Column('top-1', value('top1')),
-    Column('images/s', value('images_per_second')),
     Column('left', lambda x: formats.duration(x.standing.get('seconds_left'))),
+    Column('stage', lambda x: x.stage, left=True),
+    Column('images/s', value('images_per_second')),
     Column('on', lambda x: x.where, left=True),
   )
 
