@@ -1,10 +1,8 @@
 import csv
-import html
 import json
 import os
 import platform
 import random
-import re
 import shutil
 import signal
 import time
@@ -434,24 +432,19 @@ def test_a_run_that_never_began_has_a_record_too(strategies):
   assert (record['status'], record['final_top1']) == ('failed', None)
 
 
-def words(workdir):
-  """Returns the words of the page that is made of a comparison now."""
-  report.write_report(workdir)
-  text = (workdir / 'report.html').read_text()
-  _head, body = text.split('<body>')
-  plain = re.sub(
-    r'<(title|style|script)>.*?</\1>|<[^>]*>', ' ', body, flags=re.S
-  )
-  return ' '.join(html.unescape(plain).split()), text
-
-
 def test_others_see_how_far_a_comparison_is(strategies, tmp_path):
   """Of nothing but its config, then of a run that goes on, then of a kill."""
   _, whole, _result = strategies
   workdir = tmp_path / 'copy'
   workdir.mkdir()
+
+  def see():
+    report.write_report(workdir)
+    page = (workdir / 'report.html').read_text()
+    return run_lib.words(page), page
+
   shutil.copy(whole / 'config.json', workdir)
-  said, _ = words(workdir)
+  said, _ = see()
   assert 'stopped as of' in said
   assert '0 of 4 runs over 4 waiting' in said
   shutil.copytree(whole / 'cells' / 'broken', workdir / 'cells' / 'broken')
@@ -460,19 +453,19 @@ def test_others_see_how_far_a_comparison_is(strategies, tmp_path):
   (first / 'outcome.json').unlink()
   with lock.Lock(workdir), lock.Lock(first):
     before = run_lib.snapshot(workdir / 'cells')
-    said, text = words(workdir)
+    said, page = see()
     assert run_lib.snapshot(workdir / 'cells') == before
   assert 'under way renewed every 15 seconds as of' in said
   assert '3 of 4 runs over 1 under way 2 diverged' in said
   assert f'adamw seed 0 – – – starting – {platform.node()}' in said
   assert 'adamw 1 1 – – broken – – – 2' in said
   # Its curve over images and over seconds, and in no mean.
-  assert text.count('<path class="line s0 single unfinished"') == 2
+  assert page.count('<path class="line s0 single unfinished"') == 2
   assert 'adamw (n = 0)' in said
-  said, text = words(workdir)
+  said, page = see()
   assert 'stopped as of' in said
   assert '1 interrupted' in said
-  assert 'data-live' not in text
+  assert 'data-live' not in page
 
 
 def start(config_path, workdir, data_dir):

@@ -4,14 +4,13 @@ import collections
 import datetime
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprog import buckets, errors, files, formats
 from jaxprog.comparison import charts, tables, under_way
 from jaxprog.comparison.statistics import Record
 from jaxprog.comparison.under_way import UnderWay
-from jaxprog.monitoring.standing import Running
 from jaxprog.reliability import lock
 from jaxprog.reporting.page import html
 from jaxprog.reporting.page.markup import Html, join, render, tag
@@ -186,30 +185,9 @@ def _describe_state(state: UnderWay) -> Iterator[Html]:
     tiles.append(tile(formats.hours(left / 3600), said))
   yield tag('div', *tiles, class_='tiles', role='group', aria_label='So far')
   if state.running:
-    yield render(
-      Table(
-        _columns_of_running(state),
-        state.running,
-        'Under way: top-1 at the last evaluation, the time that is left of '
-        'each run',
-      )
-    )
+    table = under_way.running_table(state.running, state.plan.name)
+    yield render(table)
   yield render(_count_statuses(state))
-
-
-def _columns_of_running(state: UnderWay) -> Sequence[Column]:
-  def value(field: str) -> Callable[[Running], str]:
-    return lambda x: formats.cell(field, x.standing)
-
-  return (
-    Column('run', state.plan.name, left=True),
-    Column('epoch', lambda x: x.epoch),
-    Column('top-1', value('top1')),
-    Column('left', lambda x: formats.duration(x.standing.get('seconds_left'))),
-    Column('stage', lambda x: x.stage, left=True),
-    Column('images/s', value('images_per_second')),
-    Column('on', lambda x: x.where, left=True),
-  )
 
 
 def _count_statuses(state: UnderWay) -> Table:

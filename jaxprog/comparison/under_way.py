@@ -10,7 +10,7 @@ import heapq
 import json
 import pathlib
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprog import config as config_lib
@@ -21,6 +21,7 @@ from jaxprog.comparison.statistics import Record
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import standing
 from jaxprog.monitoring.standing import Running
+from jaxprog.reporting.parts import Column, Table
 
 RUNNING, WAITING = 'under way', 'waiting'
 # Begun, and nobody goes on with it.
@@ -112,6 +113,27 @@ def look(plan: Plan, records: Iterable[Record] = ()) -> UnderWay:
   running = list(compared.values())
   left = None if others else _seconds_left(plan, statuses, running)
   return UnderWay(plan, statuses, [*others, *running], left)
+
+
+def running_table(
+  runs: Sequence[Running], name: Callable[[Running], str]
+) -> Table:
+  """Returns a row for each run under way, which has a `name`."""
+
+  def value(field: str) -> Callable[[Running], str]:
+    return lambda x: formats.cell(field, x.standing)
+
+  columns = (
+    Column('run', name, left=True),
+    Column('epoch', lambda x: x.epoch),
+    Column('top-1', value('top1')),
+    Column('left', lambda x: formats.duration(x.standing.get('seconds_left'))),
+    Column('stage', lambda x: x.stage, left=True),
+    Column('images/s', value('images_per_second')),
+    Column('on', lambda x: x.where, left=True),
+  )
+  caption = 'Under way: top-1 of the last evaluation, time left of each run'
+  return Table(columns, runs, caption)
 
 
 def expect(left: Sequence[float], waiting: Iterable[float]) -> float:

@@ -217,7 +217,7 @@ def compare(
     console.print(_plan_table(planned))
     with mirror.hold(workdir, url) as comparison.owner:
       files.write_json(workdir / 'config.json', config_lib.to_json(config))
-      with live.watched(workdir, console, lines=False):
+      with live.comparison(workdir, console, lines=False):
         _tune(comparison)
         result = _run_all(comparison, _time_cells(comparison))
       _conclude(comparison, result)
