@@ -464,7 +464,7 @@ def test_others_see_how_far_a_comparison_is(strategies, tmp_path):
   assert 'adamw (n = 0)' in said
   said, page = see()
   assert 'stopped as of' in said
-  assert '1 interrupted' in said
+  assert '1 begun' in said
   assert 'data-live' not in page
 
 

@@ -102,7 +102,7 @@ def curves(
 
 
 def _is_unfinished(run: Record) -> bool:
-  return run['status'] in (under_way.RUNNING, under_way.INTERRUPTED)
+  return run['status'] in (under_way.RUNNING, under_way.BEGUN)
 
 
 def _curves(

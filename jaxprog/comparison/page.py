@@ -40,7 +40,7 @@ _COUNTED = (
   'done',
   under_way.RUNNING,
   under_way.WAITING,
-  under_way.INTERRUPTED,
+  under_way.BEGUN,
   'diverged',
   'failed',
 )
@@ -185,8 +185,10 @@ def _describe_state(state: UnderWay) -> Iterator[Html]:
     tiles.append(tile(formats.hours(left / 3600), said))
   yield tag('div', *tiles, class_='tiles', role='group', aria_label='So far')
   if state.running:
-    table = under_way.running_table(state.running, state.plan.name)
-    yield render(table)
+    plan = state.plan
+    yield render(
+      under_way.running_table(plan.workdir, state.running, plan.name)
+    )
   yield render(_count_statuses(state))
 
 

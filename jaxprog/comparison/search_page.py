@@ -66,7 +66,7 @@ def write_page(
       'Repeat --mode=tune: it writes the file anew.',
     ) from e
   sections = [
-    ('so-far', 'So far', tag('div', *_state(config, found, running))),
+    ('so-far', 'So far', tag('div', *_state(workdir, config, found, running))),
     *([('trials', 'Trials', tag('div', *shown))] if shown else []),
   ]
   text = html.document(
@@ -91,6 +91,7 @@ def write_page(
 
 
 def _state(
+  workdir: pathlib.Path,
   config: Mapping[str, Any],
   found: Mapping[str, Any],
   running: list[Running],
@@ -104,7 +105,7 @@ def _state(
     tiles += [tile(str(count), said)] if count else []
   yield tag('div', *tiles, class_='tiles')
   if running:
-    yield render(under_way.running_table(running, _name))
+    yield render(under_way.running_table(workdir, running, _name))
 
 
 def _trials(found: Mapping[str, Any]) -> Iterator[Html]:

@@ -21,11 +21,12 @@ from jaxprog.comparison.statistics import Record
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import standing
 from jaxprog.monitoring.standing import Running
+from jaxprog.reporting.page.markup import tag
 from jaxprog.reporting.parts import Column, Table
 
 RUNNING, WAITING = 'under way', 'waiting'
-# Begun, and nobody goes on with it.
-INTERRUPTED = 'interrupted'
+# Begun, and nobody is known to go on with it.
+BEGUN = 'begun'
 # Where runs lie: those that are compared, and what is trained before them.
 _COMPARED, _BEFORE = 'cells/*/*', ('timing/*', 'tuning/*/*/*/*')
 
@@ -51,13 +52,14 @@ class Plan(NamedTuple):
     """Returns what a run is called: its cell and seed, or what it is for."""
     kind, *parts = run.workdir.relative_to(self.workdir).parts
     said = {'timing': ' timed', 'tuning': ' trial'}.get(kind, '')
-    return ' '.join(parts).replace('seed-', 'seed ') + said
+    named = ' '.join(x for x in parts if not x.startswith('rung-'))
+    return named.replace('seed-', 'seed ') + said
 
 
 class UnderWay(NamedTuple):
   """Where a comparison stands.
 
-  `statuses` has each cell and seed: RUNNING, WAITING, INTERRUPTED, or how a run
+  `statuses` has each cell and seed: RUNNING, WAITING, BEGUN, or how a run
   has ended. `running` has trials and timings too. `seconds_left` are those
   until all is over, None while nothing can be said.
   """
@@ -70,7 +72,7 @@ class UnderWay(NamedTuple):
   @property
   def num_over(self) -> int:
     """How many runs have ended, in whatever way."""
-    begun = (RUNNING, WAITING, INTERRUPTED)
+    begun = (RUNNING, WAITING, BEGUN)
     return sum(x not in begun for x in self.statuses.values())
 
 
@@ -91,7 +93,14 @@ def read_plan(workdir: pathlib.Path) -> Plan | None:
       cell.name: tuple(x.name for x in cells.trained_stages(ladder, cell))
       for cell, ladder in zip(chosen, ladders, strict=True)
     }
-  except (OSError, ValueError, AttributeError, errors.UserError):
+  except (
+    AttributeError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+    errors.UserError,
+  ):  # Another program's, or one that is being written.
     return None
   return Plan(workdir, chosen, stages, cells.seeds(config))
 
@@ -106,7 +115,7 @@ def look(plan: Plan, records: Iterable[Record] = ()) -> UnderWay:
       folder, key = plan.folder(cell.name, seed), (cell.name, seed)
       over = _read_outcome(folder) or recorded.get(key)
       begun = (folder / 'training_history.json').exists()
-      statuses[key] = over or (INTERRUPTED if begun else WAITING)
+      statuses[key] = over or (BEGUN if begun else WAITING)
       if folder in compared:  # It may be one that failed, tried again.
         statuses[key] = RUNNING
   others = list(standing.find(plan.workdir, *_BEFORE))
@@ -116,21 +125,27 @@ def look(plan: Plan, records: Iterable[Record] = ()) -> UnderWay:
 
 
 def running_table(
-  runs: Sequence[Running], name: Callable[[Running], str]
+  root: pathlib.Path, runs: Sequence[Running], name: Callable[[Running], str]
 ) -> Table:
-  """Returns a row for each run under way, which has a `name`."""
+  """Returns a row for each run under way below `root`, by its `name`."""
+
+  def link(run: Running) -> str:
+    path = run.workdir / 'report.html'
+    if not path.exists():  # Its first epoch is not over.
+      return name(run)
+    return tag('a', name(run), href=path.relative_to(root).as_posix())
 
   def value(field: str) -> Callable[[Running], str]:
     return lambda x: formats.cell(field, x.standing)
 
   columns = (
-    Column('run', name, left=True),
+    Column('run', link, left=True),
     Column('epoch', lambda x: x.epoch),
     Column('top-1', value('top1')),
     Column('left', lambda x: formats.duration(x.standing.get('seconds_left'))),
-    Column('stage', lambda x: x.stage, left=True),
+    Column('stage', lambda x: x.stage.replace(' ', '\xa0'), left=True),
     Column('images/s', value('images_per_second')),
-    Column('on', lambda x: x.where, left=True),
+    Column('on', lambda x: x.where.replace(' ', '\xa0'), left=True),
   )
   caption = 'Under way: top-1 of the last evaluation, time left of each run'
   return Table(columns, runs, caption)
@@ -178,7 +193,7 @@ def _seconds_left(
     [
       max(means.get(cell, mean) - _wall_seconds(plan.folder(cell, seed)), 0.0)
       for (cell, seed), status in statuses.items()
-      if status in (WAITING, INTERRUPTED)
+      if status in (WAITING, BEGUN)
     ],
   )
 
@@ -223,7 +238,7 @@ def read_unfinished(state: UnderWay) -> list[Record]:
   """
   found = []
   for (cell, seed), status in state.statuses.items():
-    if status in (RUNNING, INTERRUPTED):
+    if status in (RUNNING, BEGUN):
       last = state.plan.stages[cell][-1]
       curve = _read_curve(state.plan.folder(cell, seed), last)
       found.append(
