@@ -106,6 +106,22 @@ def test_looking_who_has_it_changes_nothing(tmp_path):
   assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
 
+def test_who_lives_is_found_without_a_lock(tmp_path):
+  assert lock.find_owner(tmp_path) == {}
+  with owner(tmp_path) as process:
+    assert lock.find_owner(tmp_path)['pid'] == process.pid
+    process.kill()
+    process.wait()
+    assert (tmp_path / 'run.lock').exists()
+    assert lock.find_owner(tmp_path) == {}
+  with lock.Lock(tmp_path):
+    assert lock.find_owner(tmp_path)['pid'] == os.getpid()
+  path = leave_behind(tmp_path, host='elsewhere')
+  assert lock.find_owner(tmp_path)['host'] == 'elsewhere'
+  os.utime(path, (time.time() - 121,) * 2)
+  assert lock.find_owner(tmp_path) == {}
+
+
 def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
   with lock.Lock(tmp_path / 'new' / 'run'):
     pass

@@ -1,10 +1,12 @@
 """What tests of the command line look at, and how they interrupt it."""
 
 import contextlib
+import html
 import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -82,6 +84,11 @@ def snapshot(folder):
     str(x): (x.lstat().st_size, x.lstat().st_mtime_ns)
     for x in (folder, *folder.rglob('*'))
   }
+
+
+def words(page):
+  """Returns the words of a page, without its elements."""
+  return ' '.join(html.unescape(re.sub(r'<[^>]*>', ' ', page)).split())
 
 
 def start_main(*arguments):

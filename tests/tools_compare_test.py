@@ -2,7 +2,9 @@ import csv
 import json
 import os
 import pathlib
+import platform
 import random
+import shutil
 import signal
 import time
 
@@ -14,8 +16,9 @@ import runs as run_lib
 from jaxprog import errors, files
 from jaxprog.comparison import cells, collect, runs
 from jaxprog.monitoring import outcomes
-from jaxprog.reliability import checkpoints
+from jaxprog.reliability import checkpoints, lock
 from jaxprog.tools import compare as tool
+from jaxprog.tools import report
 
 # When a comparison is killed: once a run has saved this step of 58.
 KILLS = (
@@ -455,6 +458,42 @@ def test_a_run_that_never_began_has_a_record_too(strategies):
   record = collect.read_record(planned, outcome, {})
   assert (record['curve'], record['boundaries']) == ([], [])
   assert (record['status'], record['final_top1']) == ('failed', None)
+
+
+def test_others_see_how_far_a_comparison_is(strategies, tmp_path):
+  """Of nothing but its config, then of a run that goes on, then of a kill."""
+  _, whole, _result = strategies
+  workdir = tmp_path / 'copy'
+  workdir.mkdir()
+
+  def see():
+    report.write_report(workdir)
+    page = (workdir / 'report.html').read_text()
+    return run_lib.words(page), page
+
+  shutil.copy(whole / 'config.json', workdir)
+  said, _ = see()
+  assert 'stopped as of' in said
+  assert '0 of 4 runs over 4 waiting' in said
+  shutil.copytree(whole / 'cells' / 'broken', workdir / 'cells' / 'broken')
+  shutil.copytree(whole / 'cells' / 'adamw', workdir / 'cells' / 'adamw')
+  first = workdir / 'cells' / 'adamw' / 'seed-0'
+  (first / 'outcome.json').unlink()
+  with lock.Lock(workdir), lock.Lock(first):
+    before = run_lib.snapshot(workdir / 'cells')
+    said, page = see()
+    assert run_lib.snapshot(workdir / 'cells') == before
+  assert 'under way renewed every 15 seconds as of' in said
+  assert '3 of 4 runs over 1 under way 2 diverged' in said
+  assert f'adamw seed 0 – – – starting – {platform.node()}' in said
+  assert 'adamw 1 1 – – broken – – – 2' in said
+  # Its curve over images and over seconds, and in no mean.
+  assert page.count('<path class="line s0 single unfinished"') == 2
+  assert 'adamw (n = 0)' in said
+  said, page = see()
+  assert 'stopped as of' in said
+  assert '1 begun' in said
+  assert 'data-live' not in page
 
 
 def start(config_path, workdir, data_dir):

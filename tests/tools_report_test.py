@@ -1,8 +1,6 @@
 import contextlib
-import html
 import itertools
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +16,7 @@ import tiny_config
 import jaxprog
 from jaxprog import files
 from jaxprog.monitoring import history as history_lib
+from jaxprog.reliability import lock
 from jaxprog.reporting import facts, outputs, rundir
 from jaxprog.reporting.page import side_by_side
 from jaxprog.tools import report
@@ -262,7 +261,7 @@ def test_a_holdout_is_named_beside_a_run_on_validation():
   held = history_fixture.create_history((2,))
   held['stages'][0]['eval_split'] = 'holdout:5%'
   runs = [rundir.RunFiles('one', history), rundir.RunFiles('held', held)]
-  page = texts(side_by_side.side_by_side(runs))
+  page = runs.words(side_by_side.side_by_side(runs))
   assert page.count('on 3,925 images held out') == 1
   held['stages'][0]['validation'] = {
     'top1': 0.1234,
@@ -270,23 +269,53 @@ def test_a_holdout_is_named_beside_a_run_on_validation():
     'epoch': 2,
     'num_images': 3925,
   }
-  page = texts(side_by_side.side_by_side(runs))
+  page = runs.words(side_by_side.side_by_side(runs))
   assert page.index(f'{history["stages"][0]["best"]["top1"]:.1%}') < page.index(
     '12.3%'
   )
   assert 'held out' not in page
 
 
-def texts(page):
-  """Returns the words of a page, without its elements."""
-  return ' '.join(html.unescape(re.sub(r'<[^>]*>', ' ', page)).split())
+def test_others_see_how_far_a_search_is(tmp_path):
+  config = {'base': {}, 'search': [], 'num_trials': 4}
+  files.write_json(tmp_path / 'config.json', config)
+
+  def see():
+    report.write_report(tmp_path)
+    return runs.words((tmp_path / 'report.html').read_text())
+
+  assert 'stopped as of' in see()
+  trials = [
+    {
+      'directory': f'000{i}',
+      'status': status,
+      'top1': top1,
+      'epochs': 2,
+      'parameters': {'stages[0].learning_rate': 0.1234 * (i + 1)},
+    }
+    for i, (status, top1) in enumerate((('pruned', 0.5), ('complete', 0.75)))
+  ]
+  found = {'trials': trials, 'best': trials[1]}
+  files.write_json(tmp_path / 'tune.json', found)
+  with lock.Lock(tmp_path), lock.Lock(tmp_path / 'trials' / '0002'):
+    said = see()
+  assert 'under way renewed every 15 seconds' in said
+  assert '2 of 4 trials over 75.0% best top-1 1 under way 1 pruned' in said
+  assert 'trial 0002 – – – starting' in said
+  rows = '0001 75.0% 2 complete 0.247', '0000 50.0% 2 pruned 0.123'
+  assert said.index(rows[0]) < said.index(rows[1])
+  files.write_json(tmp_path / 'tune.json', {'trials': trials * 2, 'best': None})
+  assert 'finished as of' in see()
+  files.write_json(tmp_path / 'tune.json', {'trials': [{}]})
+  with pytest.raises(jaxprog.UserError, match='search is damaged'):
+    see()
 
 
 def test_only_what_differs_between_configs_is_shown(tmp_path):
   one, other = create_config(learning_rate=0.1), create_config()
   other['stages'][1]['flip'] = False
   history = history_fixture.create_history((2, 2))
-  page = texts(
+  page = runs.words(
     side_by_side.side_by_side(
       [
         rundir.RunFiles('one', history, one),
@@ -302,6 +331,6 @@ def test_only_what_differs_between_configs_is_shown(tmp_path):
   same = side_by_side.side_by_side(
     [rundir.RunFiles('a', history, one), rundir.RunFiles('a', history, one)]
   )
-  assert 'Config differences None.' in texts(same)
+  assert 'Config differences None.' in runs.words(same)
   assert 'a (1)' in same
   assert 'a (2)' in same

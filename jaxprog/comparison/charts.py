@@ -4,7 +4,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from jaxprog import formats
-from jaxprog.comparison import figures, statistics, tables, verdicts
+from jaxprog.comparison import (
+  figures,
+  statistics,
+  tables,
+  under_way,
+  verdicts,
+)
 from jaxprog.comparison.statistics import Axis, Record
 from jaxprog.reporting import timeline
 from jaxprog.reporting.page import charts
@@ -18,6 +24,7 @@ TITLES: Mapping[Axis, str] = {
   'seconds': 'seconds',
 }
 _STYLES = tuple(f's{i}' for i in range(MAX_LINES))
+_UNFINISHED = 'unfinished'
 
 
 def differences(
@@ -60,10 +67,19 @@ def differences(
   )
 
 
-def curves(runs: Sequence[Record], target: float) -> Html:
-  """Returns accuracy over images, FLOPs or seconds, one to be chosen."""
-  cells = figures.ranked(statistics.by_cell(runs))
-  arms = {k: v for k, v in cells.items() if statistics.done(v)}
+def curves(
+  runs: Sequence[Record], target: float, unfinished: Sequence[Record] = ()
+) -> Html:
+  """Returns accuracy over images, FLOPs or seconds, one to be chosen.
+
+  `unfinished` runs, whose curves lack FLOPs, are dashed and in no mean.
+  """
+  cells = figures.ranked(statistics.by_cell([*runs, *unfinished]))
+  arms = {
+    k: v
+    for k, v in cells.items()
+    if statistics.done(v) or any(map(_is_unfinished, v))
+  }
   arms = dict(itertools.islice(arms.items(), MAX_LINES))
   parts, shown = [], []
   for axis, title in TITLES.items():
@@ -85,6 +101,10 @@ def curves(runs: Sequence[Record], target: float) -> Html:
   )
 
 
+def _is_unfinished(run: Record) -> bool:
+  return run['status'] in (under_way.RUNNING, under_way.BEGUN)
+
+
 def _curves(
   arms: Mapping[str, Sequence[Record]], axis: Axis, target: float
 ) -> Html:
@@ -94,14 +114,25 @@ def _curves(
     drawn, label = _draw_arm(cell, runs, style, axis)
     series += drawn
     labels += label
-  values = [100 * target, *(y for line in series for y in line.values)]
+  if not series:
+    return tag(
+      'p',
+      f'No run that is over, to be drawn over {TITLES[axis]}.',
+      class_='note',
+    )
   x_end = max((x for line in series for x, _ in line.points), default=1.0)
-  aim = [(0.0, 100 * target), (x_end, 100 * target)]
+  title = 'Means with 95% intervals at their ends' if labels else 'Single runs'
+  if any(_UNFINISHED in line.style for line in series):
+    title += '; dashed: not finished, in no mean'
+  if target:
+    aim = [(0.0, 100 * target), (x_end, 100 * target)]
+    series.append(charts.Series('target', 'chance', aim, stairs=True))
+  values = [y for line in series for y in line.values]
   done = [run for runs in arms.values() for run in statistics.done(runs)]
   count = min((run['num_images'] for run in done), default=1)
   return charts.line_chart(
-    'Means with 95% intervals at their ends' if labels else 'Single runs',
-    [*series, charts.Series('target', 'chance', aim, stairs=True)],
+    title,
+    series,
     y=timeline.fit_top1(values, count),
     x_end=x_end,
     x_label=TITLES[axis],
@@ -118,14 +149,24 @@ def _curves(
 def _draw_arm(
   cell: str, runs: Sequence[Record], style: str, axis: Axis
 ) -> tuple[list[charts.Series], list[charts.Label]]:
-  """Returns an arm's mean and its last interval; of few runs these alone."""
-  name, labels = f'{cell} (n = {len(statistics.done(runs))})', []
+  """Returns an arm's mean and its last interval; of few runs these alone.
+
+  And what there is yet of runs that are not finished.
+  """
   lines, interval = statistics.lines(runs, axis)
   drawn = [list(zip(x.tolist(), y, strict=True)) for x, y in lines]
+  labels = []
   if interval:
     labels = [charts.Label(*drawn[0][-1], '', style, interval)]
-  if len(drawn) > 1:
-    style = f'{style} single'
+  single = f'{style} single'
+  styles = [single if len(drawn) > 1 else style] * len(drawn)
+  for run in filter(_is_unfinished, runs):
+    if axis in run['curve'][0]:
+      x, y = statistics.points(run, axis)
+      drawn.append(list(zip(x.tolist(), 100 * y, strict=True)))
+      styles.append(f'{single} {_UNFINISHED}')
+  name = f'{cell} (n = {len(statistics.done(runs))})'
   return [
-    charts.Series('' if i else name, style, x) for i, x in enumerate(drawn)
+    charts.Series('' if i else name, style, x)
+    for i, (x, style) in enumerate(zip(drawn, styles, strict=True))
   ], labels

@@ -1,14 +1,20 @@
-"""The report of a comparison, from comparison.json alone."""
+"""The report of a comparison: of comparison.json, and of what goes on yet."""
 
+import collections
+import datetime
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxprog import errors, files
-from jaxprog.comparison import charts, tables
+from jaxprog import buckets, errors, files, formats
+from jaxprog.comparison import charts, tables, under_way
+from jaxprog.comparison.statistics import Record
+from jaxprog.comparison.under_way import UnderWay
+from jaxprog.reliability import lock
 from jaxprog.reporting.page import html
 from jaxprog.reporting.page.markup import Html, join, render, tag
+from jaxprog.reporting.page.overview import tile
 from jaxprog.reporting.parts import Column, Table
 
 # Of what comparison.json holds; see docs/compare.md.
@@ -29,21 +35,44 @@ _RUNS = (
 )
 
 
-def write_page(workdir: pathlib.Path) -> pathlib.Path:
+# What a cell's runs are counted by; the last three where there are some.
+_COUNTED = (
+  'done',
+  under_way.RUNNING,
+  under_way.WAITING,
+  under_way.BEGUN,
+  'diverged',
+  'failed',
+)
+_Section = tuple[str, str, Html]
+
+
+def is_comparison(workdir: pathlib.Path) -> bool:
+  """Returns whether a folder is a comparison's, once it has begun."""
+  if (workdir / 'comparison.json').exists():
+    return True
+  return under_way.read_plan(workdir) is not None
+
+
+def write_page(
+  workdir: pathlib.Path, *, is_live: bool | None = None
+) -> pathlib.Path:
   """Writes report.html of a comparison; returns its path.
+
+  Args:
+    workdir: of a comparison; before its first run is over there is no
+      comparison.json.
+    is_live: whether it goes on, so that the page renews itself; None: its lock
+      says so.
 
   Raises:
     UserError: if comparison.json is damaged, or another program's.
   """
   source = workdir / 'comparison.json'
+  if is_live is None:
+    is_live = bool(lock.find_owner(workdir))
   try:
-    result = json.loads(source.read_text(encoding='utf-8'))
-    if not isinstance(result, dict):
-      raise ValueError('it holds no object')
-    if result.get('version') != VERSION:
-      found = result.get('version', 'none')
-      raise ValueError(f'its version is {found}, not {VERSION}')
-    text = _create_page(result, workdir)
+    text = _create_page(_read(source), workdir, is_live)
   except (AttributeError, LookupError, TypeError, ValueError) as e:
     why = f'it lacks {e}' if isinstance(e, KeyError) else e
     raise errors.UserError(
@@ -56,41 +85,139 @@ def write_page(workdir: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def _create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
-  """Returns the page of what comparison.json holds."""
+def _read(source: pathlib.Path) -> dict[str, Any]:
+  """Returns what comparison.json holds; of none, that there is no run yet."""
+  try:
+    result = json.loads(source.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    return {'finished': False, 'verdicts': [], 'runs': [], 'cells': []}
+  if not isinstance(result, dict):
+    raise ValueError('it holds no object')
+  if result.get('version') != VERSION:
+    found = result.get('version', 'none')
+    raise ValueError(f'its version is {found}, not {VERSION}')
+  return result
+
+
+def _create_page(
+  result: Mapping[str, Any], workdir: pathlib.Path, is_live: bool
+) -> str:
+  """Returns the page of what comparison.json holds, and of what goes on."""
   name = workdir.resolve().name
-  status = 'finished' if result['finished'] else 'under way'
-  summaries = tables.summarize(result['runs'], result['reference'])
-  accuracies, costs = tables.tabulate(summaries)
-  notes = tables.notes(summaries, result['reference'])
-  drawn = charts.differences(summaries, result['reference'])
-  target = result.get('target_top1') or 0.0
+  plan = None if result['finished'] else under_way.read_plan(workdir)
+  state = under_way.look(plan, result['runs']) if plan else None
+  is_live = is_live and not result['finished']
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
   return html.document(
     f'{name}: comparison',
     html.create_header(
       'Comparison',
       name,
-      tag('p', tag('span', status, class_='chip'), class_='chips'),
+      html.create_chips(
+        _status(result, workdir, is_live), written=now, is_live=is_live
+      ),
     ),
-    [
-      ('verdicts', 'Verdicts', join(_verdicts(result), drawn)),
-      (
-        'accuracy',
-        'Accuracy',
-        join(render(accuracies), *(tag('p', x, class_='note') for x in notes)),
-      ),
-      ('curves', 'Curves', charts.curves(result['runs'], target)),
-      ('costs', 'Costs', render(costs)),
-      (
-        'cells',
-        'Cells',
-        render(Table(_CELLS, result['cells'], 'What was trained')),
-      ),
-      ('runs', 'Runs', render(Table(_RUNS, result['runs'], 'Every run'))),
-    ],
-    'Made from comparison.json; --mode=report makes it again. Each run has a '
-    'report of its own below cells/.',
+    [*_sections(result, state)],
+    'Made from comparison.json and what each run says of itself; --mode=report '
+    'makes it again. Each run has a report of its own below cells/.',
+    live=html.renew(now) if is_live else None,
   )
+
+
+def _sections(
+  result: Mapping[str, Any], state: UnderWay | None
+) -> Iterator[_Section]:
+  runs, target = result['runs'], result.get('target_top1') or 0.0
+  unfinished: list[Record] = []
+  if state:
+    unfinished = under_way.read_unfinished(state)
+    yield 'so-far', 'So far', join(*_describe_state(state))
+  if runs:
+    summaries = tables.summarize(runs, result['reference'])
+    accuracies, costs = tables.tabulate(summaries)
+    drawn = charts.differences(summaries, result['reference'])
+    yield 'verdicts', 'Verdicts', join(_verdicts(result), drawn)
+    notes = tables.notes(summaries, result['reference'])
+    said = (tag('p', x, class_='note') for x in notes)
+    yield 'accuracy', 'Accuracy', join(render(accuracies), *said)
+  if runs or unfinished:
+    drawn = charts.curves(runs, target, unfinished)
+    yield 'curves', 'Curves', drawn
+  if runs:
+    yield 'costs', 'Costs', render(costs)
+  table = Table(_CELLS, _cells(result, state), 'What is trained')
+  yield 'cells', 'Cells', render(table)
+  if runs:
+    yield 'runs', 'Runs', render(Table(_RUNS, runs, 'Every run that is over'))
+
+
+def _cells(
+  result: Mapping[str, Any], state: UnderWay | None
+) -> Sequence[Mapping[str, Any]]:
+  """Returns what the table of cells has of each, those yet to come too."""
+  if state is None:
+    return result['cells']
+  return [
+    {
+      'name': cell.name,
+      'stages': state.plan.stages[cell.name],
+      'overrides': cell.overrides,
+      'equal': cell.equal,
+    }
+    for cell in state.plan.cells
+  ]
+
+
+def _describe_state(state: UnderWay) -> Iterator[Html]:
+  """Yields how far a comparison is, what goes on, and what every cell has."""
+  statuses = list(state.statuses.values())
+  left = state.seconds_left
+  tiles = [tile(f'{state.num_over} of {len(statuses)}', 'runs over')]
+  tiles += [
+    tile(str(count), status)
+    for status in _COUNTED[1:]
+    if (count := statuses.count(status))
+  ]
+  if state.running and left is not None:
+    end = datetime.datetime.now(datetime.UTC)
+    end += datetime.timedelta(seconds=left)
+    said = f'left, until about {end:%H:%M} UTC, {end.day} {end:%B}'
+    tiles.append(tile(formats.hours(left / 3600), said))
+  yield tag('div', *tiles, class_='tiles', role='group', aria_label='So far')
+  if state.running:
+    plan = state.plan
+    yield render(
+      under_way.running_table(plan.workdir, state.running, plan.name)
+    )
+  yield render(_count_statuses(state))
+
+
+def _count_statuses(state: UnderWay) -> Table:
+  """Returns a table of how many runs each cell has, by status."""
+  counts = {cell.name: collections.Counter[str]() for cell in state.plan.cells}
+  for (cell, _), status in state.statuses.items():
+    counts[cell][status] += 1
+  total = collections.Counter(state.statuses.values())
+  shown = [x for i, x in enumerate(_COUNTED) if i < 3 or total[x]]
+  rows = [
+    (cell, *(str(found[x] or '-') for x in shown))
+    for cell, found in counts.items()
+  ]
+  return tables.create_table(('cell', *shown), rows, 'Runs of each cell')
+
+
+def _status(
+  result: Mapping[str, Any], workdir: pathlib.Path, is_live: bool
+) -> Html:
+  said = 'stopped'
+  if result['finished']:
+    said = 'finished'
+  elif is_live:
+    said = 'under way'
+  elif buckets.url_of(workdir):  # Its lock is with who trains.
+    said = 'not finished'
+  style = 'good' if result['finished'] else 'warn'
+  return tag('span', said, class_=f'chip {style}')
 
 
 def _verdicts(result: Mapping[str, Any]) -> Html:

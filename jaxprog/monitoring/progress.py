@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import rich.rule
 import rich.text
 
 from jaxprog import formats
-from jaxprog.monitoring import activity, notebook
+from jaxprog.monitoring import activity, notebook, standing
 
 _REFRESH_SECONDS = 1 / 8
 _LINE_SECONDS = 8.0
@@ -69,6 +70,8 @@ class _Standing:
   left: dict[str, float] = dataclasses.field(default_factory=dict)
   # Evaluation batches done, and all of them.
   evaluating: tuple[int, int] | None = None
+  # Of the last evaluation.
+  top1: float | None = None
 
   @property
   def num_epochs(self) -> int:
@@ -102,7 +105,11 @@ class Progress:
     *,
     console: rich.console.Console | None = None,
     clock: Callable[[], float] = time.monotonic,
+    workdir: pathlib.Path | None = None,
   ):
+    """Tells those outside too where it stands, if there is a `workdir`."""
+    self._workdir = workdir
+    self._teller: standing.Teller | None = None
     self._num_stages = num_stages
     self._clock = clock
     self._remarks: list[str] = []
@@ -145,6 +152,8 @@ class Progress:
     )
     self._view.begin(self._at, details)
     self._show()
+    if self._workdir is not None and self._teller is None:
+      self._teller = standing.Teller(self._workdir, self._describe)
 
   def step(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Shows that `step` steps of the stage are done.
@@ -172,6 +181,7 @@ class Progress:
   def end_epoch(self, row: Mapping[str, Any], is_best: bool) -> None:
     """Shows a row of the history, marked if it is the best so far."""
     at = self._at
+    at.top1 = row['val_top1']
     self._timer.pause()
     self._view.row(at, row, is_best)
     while self._remarks:
@@ -195,12 +205,31 @@ class Progress:
   def close(self) -> None:
     """Takes the bar away; everything else stays."""
     self._view.close()
+    if self._teller is not None:
+      self._teller.close()
+      self._teller = None
 
   def __enter__(self) -> 'Progress':
     return self
 
   def __exit__(self, *error: object) -> None:
     self.close()
+
+  def _describe(self) -> dict[str, Any]:
+    """Returns where the run stands; see standing.Running."""
+    at = self._at
+    return {
+      'stage': at.name,
+      'index': at.index,
+      'num_stages': at.num_stages,
+      'epoch': at.epoch,
+      'num_epochs': at.num_epochs,
+      'step': at.step,
+      'total_steps': at.total_steps,
+      'top1': at.top1,
+      'images_per_second': at.metrics.get('images_per_second'),
+      'seconds_left': at.left.get('run'),
+    }
 
   def _show(self) -> None:
     self._at.left = self._seconds_left(self._at)
@@ -344,20 +373,26 @@ class _LiveView:
     self._console = console
     self._bar: activity.Bar | None = None
     self._next_refresh = -math.inf
-    self._columns: list[_Column] = []
+    self._columns: list[Column] = []
     self._gap = ''
     self._width = 0  # That the columns were chosen for.
 
   def describe(self, stages: Sequence[Description]) -> None:
     columns = [
-      _Column(title, max(len(title), *map(len, map(show, stages))), rank, show)
+      Column(
+        title,
+        max(len(title), *map(len, map(show, stages))),
+        rank,
+        show,
+        left=title == 'stage',
+      )
       for title, rank, show in _STAGE_COLUMNS
     ]
-    columns = _fit_columns(columns, self._console.width)
-    gap = _gap(columns, self._console.width)
-    self._line(_join(columns, [c.title for c in columns], gap), 'bold')
+    columns = fit_columns(columns, self._console.width)
+    gap = find_gap(columns, self._console.width)
+    self._line(join_cells(columns, [c.title for c in columns], gap), 'bold')
     for stage in stages:
-      self._line(_join(columns, [c.show(stage) for c in columns], gap))
+      self._line(join_cells(columns, [c.show(stage) for c in columns], gap))
     self._line('')
 
   def begin(self, at: _Standing, details: Mapping[str, Any]) -> None:
@@ -386,7 +421,7 @@ class _LiveView:
       self._begin_table(at)
     epoch = f'{row["epoch"]}/{at.num_epochs}'
     cells = [epoch, *(c.show(row) for c in self._columns[1:])]
-    line = _join(self._columns, cells, self._gap)
+    line = join_cells(self._columns, cells, self._gap)
     self._line(f'{line} *' if best else line, 'green' if best else '')
 
   def end(self, at: _Standing, stage: Mapping[str, Any]) -> None:
@@ -420,18 +455,18 @@ class _LiveView:
     """Prints titles of as many columns as the terminal is wide for now."""
     self._width = self._console.width
     epoch_width = max(5, 2 * len(str(at.num_epochs)) + 1)
-    columns = [_Column('epoch', epoch_width, 0)] + [
-      _Column(title, width, rank, functools.partial(formats.cell, field), group)
+    columns = [Column('epoch', epoch_width, 0, left=True)] + [
+      Column(title, width, rank, functools.partial(formats.cell, field), group)
       for title, width, rank, field, group in _ROW_COLUMNS
       if at.averages or field != 'ema_top1'
     ]
     # Two more columns are for the mark of the best row.
-    self._columns = _fit_columns(columns, self._width - 2)
-    self._gap = _gap(self._columns, self._width - 2)
+    self._columns = fit_columns(columns, self._width - 2)
+    self._gap = find_gap(self._columns, self._width - 2)
     dash = '-' if activity.is_ascii(self._console.encoding) else '─'
     self._line(_group_line(self._columns, self._gap, dash), 'dim')
     titles = [c.title for c in self._columns]
-    self._line(_join(self._columns, titles, self._gap), 'bold')
+    self._line(join_cells(self._columns, titles, self._gap), 'bold')
 
   def _line(self, text: str, style: str = '') -> None:
     self._console.print(
@@ -520,14 +555,18 @@ def _fit_phrases(
 _MAX_GAP = 8
 
 
-class _Column(NamedTuple):
-  """A column; the highest `rank` is the first to go when width is short."""
+class Column(NamedTuple):
+  """A column; the highest `rank` is the first to go when width is short.
+
+  Texts are aligned `left`, numbers right.
+  """
 
   title: str
   width: int
   rank: int
   show: Callable[[Any], str] = str
   group: str = ''
+  left: bool = False
 
 
 # Title, width, rank, field of a row, and what stands above the title.
@@ -559,7 +598,7 @@ _STAGE_COLUMNS: tuple[tuple[str, int, Callable[[Description], str]], ...] = (
 )
 
 
-def _fit_columns(columns: Sequence[_Column], width: int) -> list[_Column]:
+def fit_columns(columns: Sequence[Column], width: int) -> list[Column]:
   """Returns the columns that fit into `width`, two spaces between them."""
   shown = list(columns)
   while len(shown) > 1 and sum(c.width + 2 for c in shown) - 2 > width:
@@ -567,20 +606,23 @@ def _fit_columns(columns: Sequence[_Column], width: int) -> list[_Column]:
   return shown
 
 
-def _gap(columns: Sequence[_Column], width: int) -> str:
+def find_gap(columns: Sequence[Column], width: int) -> str:
   """Returns what is between two columns, where they share `width`."""
   room = width - sum(c.width for c in columns)
   return ' ' * min(_MAX_GAP, max(2, room // max(len(columns) - 1, 1)))
 
 
-def _join(columns: Sequence[_Column], cells: Sequence[str], gap: str) -> str:
-  """Returns a line of cells; the first is aligned left."""
-  first, *rest = zip(columns, cells, strict=True)
-  parts = [cell.rjust(column.width) for column, cell in rest]
-  return gap.join([first[1].ljust(first[0].width), *parts])
+def join_cells(
+  columns: Sequence[Column], cells: Sequence[str], gap: str
+) -> str:
+  """Returns a line of cells."""
+  return gap.join(
+    cell.ljust(column.width) if column.left else cell.rjust(column.width)
+    for column, cell in zip(columns, cells, strict=True)
+  )
 
 
-def _group_line(columns: Sequence[_Column], gap: str, dash: str) -> str:
+def _group_line(columns: Sequence[Column], gap: str, dash: str) -> str:
   """Returns what stands above the titles: what several have in common."""
   parts = []
   for group, found in itertools.groupby(columns, lambda c: c.group):

@@ -50,6 +50,13 @@ def is_here(owner: Owner) -> bool:
   return (owner.get('host'), owner.get('boot')) == (platform.node(), _boot())
 
 
+def is_this(owner: Owner) -> bool:
+  """Returns whether `owner` is this process."""
+  me = describe_process()
+  known = ('host', 'boot', 'pid_namespace', 'pid', 'start')
+  return all(owner.get(name) == me[name] for name in known)
+
+
 def is_running(owner: Owner) -> bool | None:
   """Returns whether its process is there; None if nobody here can tell.
 

@@ -26,6 +26,7 @@ from jaxprog.comparison import (
   collect,
   figures,
   halving,
+  live,
   page,
   runs,
   statistics,
@@ -217,8 +218,9 @@ def compare(
     console.print(_plan_table(planned))
     with mirror.hold(workdir, url) as comparison.owner:
       files.write_json(workdir / 'config.json', config_lib.to_json(config))
-      _tune(comparison)
-      result = _run_all(comparison, _time_cells(comparison))
+      with live.comparison(workdir, console, lines=False):
+        _tune(comparison)
+        result = _run_all(comparison, _time_cells(comparison))
       _conclude(comparison, result)
   return result
 

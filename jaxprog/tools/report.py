@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from jaxprog import buckets, errors, files
-from jaxprog.comparison import page
+from jaxprog.comparison import page, search_page
 from jaxprog.monitoring import activity
 from jaxprog.reliability import copies
 from jaxprog.reporting import outputs, rundir
@@ -20,7 +20,7 @@ def write_report(
 
   From training_history.json and what else a run has left, without its data or
   its devices. With several `workdirs` the first one gets a comparison.html. Of
-  a comparison's workdir it writes report.html.
+  a comparison or a search, also while it goes on, it writes report.html.
 
   Raises:
     UserError: if one has no run or no history; then nothing is written.
@@ -37,12 +37,14 @@ def write_report(
 def _write(folders: list[pathlib.Path]) -> None:
   for folder in folders:
     rundir.check(folder)
-  comparisons = [x for x in folders if (x / 'comparison.json').exists()]
-  folders = [x for x in folders if x not in comparisons]
+  comparisons = [x for x in folders if page.is_comparison(x)]
+  searches = [x for x in folders if search_page.is_search(x)]
+  folders = [x for x in folders if x not in comparisons + searches]
   runs = [rundir.read_run(folder) for folder in folders]
   try:
     with activity.doing('drawing the reports'):
       paths = [page.write_page(folder) for folder in comparisons]
+      paths += [search_page.write_page(folder) for folder in searches]
       paths += [path for x in folders for path in outputs.write_reports(x)]
     if len(runs) > 1:
       paths.append(folders[0] / 'comparison.html')

@@ -22,7 +22,7 @@ from ml_collections import config_dict
 
 from jaxprog import buckets, errors, files, formats, stages
 from jaxprog import config as config_lib
-from jaxprog.comparison import statistics
+from jaxprog.comparison import live, statistics
 from jaxprog.data import workers
 from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
@@ -67,15 +67,19 @@ def tune(
   with signals.StopRequest(), mirror.hold(workdir, url) as owner:
     study = _open_study(config, workdir)
     _check_same_search(config, study, workdir)
+    files.write_json(workdir / 'config.json', config_lib.to_json(config))
     _enqueue_unfinished(study)
     deadline = time.monotonic() + (60 * config.timeout_minutes or math.inf)
     states = TrialState.COMPLETE, TrialState.PRUNED
     left = config.num_trials - len(study.get_trials(states=states))
-    while left > 0 and time.monotonic() < deadline:
-      _run_trial(config, workdir, study, space, owner)
-      left -= 1
-    found = _describe(study)
-    _write(config, workdir, found)
+    console = rich.console.Console(markup=False)
+    with live.search(workdir, console, lines=False):
+      while left > 0 and time.monotonic() < deadline:
+        _run_trial(config, workdir, study, space, owner)
+        _write(config, workdir, _describe(study))
+        left -= 1
+      found = _describe(study)
+      _write(config, workdir, found)
   _show(config, workdir, found)
   return found
 

@@ -106,9 +106,11 @@ def open_run(
   Raises:
     UserError: for mistakes in the data or the workdir.
   """
-  config, quiet = setup.config, jax.process_index() > 0
-  console = rich.console.Console(quiet=quiet, markup=False)
-  progress = progress_lib.Progress(len(setup.chosen), console=console)
+  config, writes = setup.config, jax.process_index() == 0
+  console = rich.console.Console(quiet=not writes, markup=False)
+  progress = progress_lib.Progress(
+    len(setup.chosen), console=console, workdir=workdir if writes else None
+  )
   stack.enter_context(progress)
   incidents, note = _open_incidents(workdir, owner, progress)
   with activity.doing('reading the checkpoints'):

@@ -42,8 +42,6 @@ def page(run: RunFiles, *, is_live: bool = False) -> str:
   had nothing new for long.
   """
   status, chip = overview.describe_status(run)
-  renewed = f'renewed every {_RENEWED} seconds'
-  written = run.history.get('written')
   contents = [
     (section.name, section.title, join(*map(render, section.parts(run))))
     for section in sections.SECTIONS
@@ -53,15 +51,11 @@ def page(run: RunFiles, *, is_live: bool = False) -> str:
     create_header(
       'Training report',
       run.name,
-      tag(
-        'p',
+      create_chips(
         tag('span', status, class_=f'chip {chip}'),
         *overview.remark_chips(run),
-        tag('span', renewed, class_='chip live') if is_live else None,
-        tag('span', f'as of {facts.describe_time(written)}', class_='note')
-        if written
-        else None,
-        class_='chips',
+        written=run.history.get('written'),
+        is_live=is_live,
       ),
     ),
     [found for found in contents if found[2]],
@@ -79,12 +73,34 @@ def _describe_live(history: Mapping[str, Any]) -> Html:
     for stage in history['stages']
     for row in stage['epochs']
   ]
-  silent = max(_SILENT_SECONDS, _SILENT_EPOCHS * max(epochs, default=0.0))
+  longest = max(epochs, default=0.0)
+  return renew(history.get('written'), _SILENT_EPOCHS * longest)
+
+
+def renew(written: str | None, seconds: float = 0.0) -> Html:
+  """Returns what `document` needs of a page that is loaded anew, until when.
+
+  It is `written` so, and has nothing new for so many `seconds` at times.
+  """
   until = None
-  if written := history.get('written'):
+  if written:
     when = datetime.datetime.fromisoformat(written)
+    silent = max(_SILENT_SECONDS, seconds)
     until = (when + datetime.timedelta(seconds=silent)).isoformat()
   return Html(' data-live="{0}" data-until="{1}"').format(_RENEWED, until)
+
+
+def create_chips(*chips: Html, written: str | None, is_live: bool) -> Html:
+  """Returns what a page says of itself: `chips`, renewal, of when it is."""
+  renewed = f'renewed every {_RENEWED} seconds'
+  as_of = f'as of {facts.describe_time(written)}'
+  return tag(
+    'p',
+    *chips,
+    tag('span', renewed, class_='chip live') if is_live else None,
+    tag('span', as_of, class_='note') if written else None,
+    class_='chips',
+  )
 
 
 def create_header(kind: str, title: str, below: Html) -> Html:

@@ -98,14 +98,14 @@ def _headline(run: RunFiles) -> Html:
   over, total = _count_stages(run)
   epochs = sum(len(stage['epochs']) for stage in run.stages)
   results = [
-    _tile(*_headline_result(x), 'tile first') for x in run.stages if x['best']
+    tile(*_headline_result(x), 'tile first') for x in run.stages if x['best']
   ]
   return tag(
     'div',
     *results[-1:],
     *_time_tiles(run),
-    _tile(f'{over} of {total}', 'stages finished'),
-    _tile(f'{epochs:,}', 'epochs'),
+    tile(f'{over} of {total}', 'stages finished'),
+    tile(f'{epochs:,}', 'epochs'),
     class_='tiles',
     aria_label=f'Result; {status}',
     role='group',
@@ -116,12 +116,13 @@ def _time_tiles(run: RunFiles) -> Iterator[Html]:
   if 'wall_seconds' in run.history:
     # A history that was lost in between leaves a clock that knows less.
     wall = sum(map(sum, facts.run_split(run.history).values()))
-    yield _tile(formats.duration(wall), 'from start to end')
+    yield tile(formats.duration(wall), 'from start to end')
   trained = formats.duration(facts.total_seconds(run))
-  yield _tile(trained, 'trained and evaluated')
+  yield tile(trained, 'trained and evaluated')
 
 
-def _tile(figure: str, said: str, style: str = 'tile') -> Html:
+def tile(figure: str, said: str, style: str = 'tile') -> Html:
+  """Returns a large figure above what it is."""
   return tag('div', tag('b', figure), tag('span', said), class_=style)
 
 

@@ -149,6 +149,7 @@ svg .mark text { fill: currentColor; font-size: 11px; }
 .s3 { color: var(--s3); } .s4 { color: var(--s4); } .s5 { color: var(--s5); }
 .s6 { color: var(--ink); } .s7 { color: var(--soft); }
 .line.single { stroke-width: 1; }
+.line.unfinished { stroke-dasharray: 6 4; stroke-width: 1.4; }
 svg .name { fill: currentColor; }
 .named .panel { grid-template-columns: 44px minmax(0, 1fr) 16rem; }
 .named .line-of { display: none; }

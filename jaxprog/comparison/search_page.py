@@ -1,0 +1,140 @@
+"""The report of a search: of trials that are over, and of those under way."""
+
+import datetime
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxprog import errors, files, formats
+from jaxprog.comparison import tables, under_way
+from jaxprog.monitoring import fleet, standing
+from jaxprog.monitoring.standing import Running
+from jaxprog.reliability import lock
+from jaxprog.reporting.page import html
+from jaxprog.reporting.page.markup import Html, render, tag
+from jaxprog.reporting.page.overview import tile
+
+
+def is_search(workdir: pathlib.Path) -> bool:
+  """Returns whether a folder is a search's, once it has begun."""
+  if (workdir / 'tune.json').exists():
+    return True
+  return 'search' in _read(workdir / 'config.json')
+
+
+def see(workdir: pathlib.Path) -> fleet.Seen:
+  """Returns how far a search is."""
+  over = len(_read(workdir / 'tune.json').get('trials', ()))
+  total = _read(workdir / 'config.json').get('num_trials', 0)
+  runs = [(_name(x), x) for x in standing.find(workdir, 'trials/*')]
+  return fleet.Seen(over, total, runs, None)
+
+
+def _name(run: Running) -> str:
+  return f'trial {run.workdir.name}'
+
+
+def write_page(
+  workdir: pathlib.Path, *, is_live: bool | None = None
+) -> pathlib.Path:
+  """Writes report.html of a search; returns its path.
+
+  `is_live` is whether it goes on; None: its lock says so.
+
+  Raises:
+    UserError: if what the search has written is damaged.
+  """
+  config = _read(workdir / 'config.json')
+  found = {'trials': [], 'best': None, **_read(workdir / 'tune.json')}
+  running = list(standing.find(workdir, 'trials/*'))
+  if is_live is None:
+    is_live = bool(lock.find_owner(workdir))
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  name = workdir.resolve().name
+  status, style = 'stopped', 'warn'
+  if is_live:
+    status = 'under way'
+  elif len(found['trials']) >= config.get('num_trials', 0):
+    status, style = 'finished', 'good'
+  try:
+    shown = [*_trials(found)]
+  except (LookupError, TypeError, AttributeError) as e:
+    raise errors.UserError(
+      f'The search is damaged: {e!r}.',
+      str(workdir / 'tune.json'),
+      'Repeat --mode=tune: it writes the file anew.',
+    ) from e
+  sections = [
+    ('so-far', 'So far', tag('div', *_state(workdir, config, found, running))),
+    *([('trials', 'Trials', tag('div', *shown))] if shown else []),
+  ]
+  text = html.document(
+    f'{name}: search',
+    html.create_header(
+      'Search',
+      name,
+      html.create_chips(
+        tag('span', status, class_=f'chip {style}'),
+        written=now,
+        is_live=is_live,
+      ),
+    ),
+    sections,
+    'Made from tune.json and what each run says of itself by --mode=report. '
+    'Each trial has a report of its own below trials/.',
+    live=html.renew(now) if is_live else None,
+  )
+  path = workdir / 'report.html'
+  files.write_bytes(path, text.encode())
+  return path
+
+
+def _state(
+  workdir: pathlib.Path,
+  config: Mapping[str, Any],
+  found: Mapping[str, Any],
+  running: list[Running],
+) -> Iterator[Html]:
+  over, total = len(found['trials']), config.get('num_trials')
+  pruned = sum(x['status'] == 'pruned' for x in found['trials'])
+  tiles = [tile(f'{over} of {total}' if total else str(over), 'trials over')]
+  if found['best']:
+    tiles.append(tile(formats.percent(found['best']['top1']), 'best top-1'))
+  for count, said in ((len(running), 'under way'), (pruned, 'pruned')):
+    tiles += [tile(str(count), said)] if count else []
+  yield tag('div', *tiles, class_='tiles')
+  if running:
+    yield render(under_way.running_table(workdir, running, _name))
+
+
+def _trials(found: Mapping[str, Any]) -> Iterator[Html]:
+  trials = sorted(found['trials'], key=lambda x: -(x['top1'] or 0))
+  names = list(dict.fromkeys(k for x in trials for k in x['parameters']))
+  rows = [
+    (
+      x['directory'],
+      formats.percent(x['top1']),
+      str(x['epochs']),
+      x['status'],
+      *(_short(x['parameters'].get(name)) for name in names),
+    )
+    for x in trials
+  ]
+  if rows:
+    titles = ('trial', 'top-1', 'epochs', 'status', *names)
+    caption = 'The best first; the best of many is partly luck'
+    yield render(tables.create_table(titles, rows, caption, left=(0, 3)))
+
+
+def _short(value: Any) -> str:
+  return f'{value:.3g}' if isinstance(value, float) else str(value)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON object in a file, {} where there is none."""
+  try:
+    value = json.loads(path.read_bytes())
+  except (OSError, ValueError):
+    return {}
+  return value if isinstance(value, dict) else {}
