@@ -67,4 +67,21 @@ def get_config() -> config_dict.ConfigDict:
   # budget 'seconds': epochs of each stage that are timed, the last one of them
   # counts.
   config.timed_epochs = 2
+
+  # Where runs take place: 'serial', one after the other in this process; 'ray',
+  # as many at once as a Ray cluster has room for.
+  config.engine = 'serial'
+  ray = config_dict.ConfigDict()
+  # HOST:PORT or ray://HOST:PORT; '': RAY_ADDRESS, else the cluster that this
+  # host belongs to, else one of this host alone, for as long as it takes.
+  ray.address = ''
+  # What each run takes. Cores, of which XLA and the workers that read ahead
+  # make as many threads; GPUs, 0.5 is half of the memory of one.
+  ray.num_cpus = 1.0
+  ray.num_gpus = 0.0
+  # What else, by Ray's names: 'TPU=4', 'accelerator_type:H100=0.001'.
+  ray.resources = ''
+  # How often a run is begun again whose process or host died.
+  ray.max_retries = 3
+  config.ray = ray
   return config

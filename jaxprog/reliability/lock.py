@@ -23,10 +23,16 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from jaxprog import buckets, errors, files, paths
 from jaxprog.reliability import lease as lease_lib
 from jaxprog.reliability import owners, signals
+
+_T = TypeVar('_T')
+
+# Between two tries to get a lock that another has.
+_POLL_SECONDS = 0.5
 
 
 class Lock:
@@ -66,11 +72,15 @@ class Lock:
     Called before each save, it keeps one run from spoiling the other's. It
     waits for no bucket: the disk is this run's own meanwhile.
     """
-    owner = _read(self._path)
-    if self._me and owner and not self._is_mine(owner):
-      raise RuntimeError(owners.describe_successor(owner, self._place))
+    if self._me:
+      check_owner(self._path.parent, self.token)
     if self.lease is not None and self.lease.lost:
       raise RuntimeError(self.lease.lost)
+
+  @property
+  def token(self) -> str:
+    """What tells this owner from all others, once it has the lock."""
+    return self._me['token']
 
   def __enter__(self) -> 'Lock':
     """Takes the lock, then the lease.
@@ -167,7 +177,34 @@ class Lock:
       thread.join()
 
   def _is_mine(self, owner: owners.Owner) -> bool:
-    return owner.get('token') == self._me['token']
+    return owner.get('token') == self.token
+
+
+def check_owner(workdir: str | os.PathLike[str], token: str) -> None:
+  """Raises a RuntimeError unless the lock is that of `token`, or nobody's.
+
+  For processes that work for its owner.
+  """
+  owner = _read(pathlib.Path(workdir) / 'run.lock')
+  if owner and owner.get('token') != token:
+    place = buckets.shown(workdir)
+    raise RuntimeError(owners.describe_successor(owner, place))
+
+
+def patiently(call: Callable[[], _T], seconds: float) -> _T:
+  """Returns what `call` does, tried again while another has its workdir.
+
+  Raises:
+    UserError: if one still has after so many seconds.
+  """
+  end = time.monotonic() + seconds
+  while True:
+    try:
+      return call()
+    except owners.InUseError:
+      if time.monotonic() > end:
+        raise
+    time.sleep(_POLL_SECONDS)
 
 
 def check_free(workdir: str | os.PathLike[str]) -> str:

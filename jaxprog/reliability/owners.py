@@ -21,6 +21,10 @@ Owner = dict[str, Any]
 _T = TypeVar('_T')
 
 
+class InUseError(errors.UserError):
+  """Another process has the workdir."""
+
+
 def describe_process() -> Owner:
   """Returns what others may want to know of this process."""
   now = datetime.datetime.now(datetime.UTC)
@@ -121,10 +125,10 @@ def describe_successor(owner: Owner, place: str) -> str:
   )
 
 
-def refusal(owner: Owner, where: str) -> errors.UserError:
+def refusal(owner: Owner, where: str) -> InUseError:
   """Returns what whoever comes second is told."""
   name, since = _name(owner), owner.get('since', '?')
-  return errors.UserError(
+  return InUseError(
     f'Process {name} has been using this workdir since {since}.',
     where,
     f'Stop it (kill {name}), or use another --workdir.',

@@ -56,6 +56,14 @@ def use(preset: str) -> None:
       os.environ[variable] = ' '.join(words)
 
 
+def share_memory(part: float) -> None:
+  """Has this process take a part of what it would of a GPU's memory.
+
+  Before `use`; what the environment says already stays.
+  """
+  os.environ.setdefault(_MEMORY[0], f'{_MEMORY_PART * part:.3g}')
+
+
 def step_options(
   preset: str, platform: str, num_steps: int
 ) -> dict[str, bool | int]:
