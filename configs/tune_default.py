@@ -32,7 +32,8 @@ def get_config() -> config_dict.ConfigDict:
   config.timeout_minutes = 0.0
   # 'tpe' (Bergstra et al. 2011) or 'random'.
   config.sampler = 'tpe'
-  # Decides what is tried; trials all have the seed of the ladder.
+  # Decides what is tried, with several trials at once the order too in which
+  # they end; trials all have the seed of the ladder.
   config.sampler_seed = 0
   # 'none'; 'median': a trial ends when its last stage is worse than the median
   # of those before it at the same epoch; 'hyperband' (arXiv:1603.06560).
@@ -40,4 +41,14 @@ def get_config() -> config_dict.ConfigDict:
   # Trials that are never pruned, and epochs of each that are not.
   config.pruner_startup_trials = 5
   config.pruner_warmup_epochs = 1
+  # Where Optuna keeps what is known. 'journal': in WORKDIR/tune.journal, also
+  # for many workers, and on NFS; '': the same with 'ray', else in
+  # WORKDIR/tune.db, which is SQLite's and for one process. Or in a database,
+  # postgresql://USER:$NAME@HOST/DATABASE, mysql://…: its driver has to be
+  # installed; $NAME stands for what the environment has, such as a password.
+  config.storage = ''
+  # Where trials take place, as in compare_default: 'serial' or 'ray'.
+  compare = start_from('compare_default')
+  config.engine = compare.engine
+  config.ray = compare.ray
   return config

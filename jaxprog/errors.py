@@ -1,12 +1,15 @@
 """Exceptions that end a run in a planned way, with an exit code."""
 
 import difflib
+import re
 import signal
 import textwrap
 from collections.abc import Iterable
 
 # Of a sentence that names what is known, in characters.
 _MAX_LENGTH = 800
+# Of scheme://user:password@host; it may have a / and an @ of its own.
+_PASSWORD = re.compile(r'(://[^\s/:@]*:)\S*@')
 
 
 class UserError(Exception):
@@ -17,7 +20,9 @@ class UserError(Exception):
   """
 
   def __init__(self, what: str, where: str = '', suggestion: str = ''):
-    what, where, suggestion = map(printable, (what, where, suggestion))
+    what, where, suggestion = (
+      without_passwords(printable(x)) for x in (what, where, suggestion)
+    )
     super().__init__('\n'.join(x for x in (what, where, suggestion) if x))
     self.what, self.where, self.suggestion = what, where, suggestion
 
@@ -52,6 +57,11 @@ def not_installed(
 def printable(text: str) -> str:
   """Returns a line with what no terminal should see or can show escaped."""
   return ''.join(x if x.isprintable() else _escape(x) for x in text)
+
+
+def without_passwords(text: str) -> str:
+  """Returns `text` with *** for the password of each URL in it."""
+  return _PASSWORD.sub(r'\1***@', text)
 
 
 def _escape(char: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 import runs
 
 from jaxprog import errors, start_from
-from jaxprog.tools import tune
+from jaxprog.tools import studies, tune
 from tests import tiny_config
 
 RATE = {'field': 'stages[0].learning_rate', 'log': (1e-3, 1e-1)}
@@ -176,7 +176,7 @@ def test_a_search_that_another_has_taken_over_ends(data_dir, tmp_path):
 def test_a_workdir_may_have_any_name(tmp_path):
   workdir = tmp_path / 'a b?c#d%41'
   workdir.mkdir()
-  tune._open_study(create_config(), workdir)
+  studies.open_study(create_config(), workdir)
   assert [x.name for x in workdir.iterdir()] == ['tune.db']
   assert [x.name for x in tmp_path.iterdir()] == [workdir.name]
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from typing import Any
 
+from jaxprog import errors
+
 _PACKAGES = (
   'jax',
   'jaxlib',
@@ -46,7 +48,7 @@ def environment() -> dict[str, Any]:
     'versions': _versions(),
     'devices': _devices(),
     'git': _git(pathlib.Path(__file__).parent),
-    'command': shlex.join(sys.orig_argv),
+    'command': errors.without_passwords(shlex.join(sys.orig_argv)),
   }
 
 

@@ -47,7 +47,7 @@ FOLDERS = (
 )
 _OF_RUN = re.compile(
   rf'(?:{"|".join(FOLDERS)})/.*|'
-  r'[^/]+\.(?:csv|db|html|json|jsonl|log|png|txt)',
+  r'[^/]+\.(?:csv|db|html|journal|json|jsonl|log|png|txt)',
   re.DOTALL,
 )
 # Of this machine alone, or not whole.
@@ -365,6 +365,9 @@ def read_file(path: pathlib.Path) -> bytes:
   Raises:
     FileNotFoundError: if it is gone.
   """
+  if path.name == 'tune.journal':
+    data = path.read_bytes()
+    return data[: data.rfind(b'\n') + 1]  # The rest is being written.
   if path.name != 'tune.db':
     return path.read_bytes()
   path.stat()

@@ -35,7 +35,7 @@ def describe_process() -> Owner:
     'start': start_time(os.getpid()),
     'boot': _boot(),
     'pid_namespace': _pid_namespace(),
-    'command': shlex.join(sys.orig_argv),
+    'command': errors.without_passwords(shlex.join(sys.orig_argv)),
     'token': uuid.uuid4().hex,
   }
 

@@ -21,6 +21,8 @@ _SIGNS = (
   'checkpoints',
   'comparison.json',
   'tune.db',
+  'tune.journal',
+  'tune_study.txt',
 )
 # So many other runs are named to who has asked for one that is not there.
 _NAMED = 5

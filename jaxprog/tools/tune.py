@@ -1,28 +1,29 @@
 """Searches hyper-parameters with Optuna, each trial a run of its own.
 
-WORKDIR/tune.db is Optuna's own storage (its dashboard shows it), WORKDIR/trials
-holds the runs. The same command goes on after any end: what was under way when
-a search was killed is resumed, not begun again.
+Optuna's own storage keeps what is known (its dashboard shows it) and
+WORKDIR/trials the runs, one or many at once. The same command goes on after any
+end: what was under way when a search was killed is resumed, not begun again.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import io
-import json
 import math
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import rich.console
 from ml_collections import config_dict
 
 from jaxprog import buckets, errors, files, formats, stages
 from jaxprog import config as config_lib
-from jaxprog.comparison import live, statistics
+from jaxprog.comparison import engines, live, statistics
 from jaxprog.data import workers
 from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
@@ -35,12 +36,15 @@ from jaxprog.training import ladder, loop, preflight
 _missing: ImportError | None = None
 try:
   import optuna
-  import sqlalchemy
   from optuna import distributions
   from optuna.trial import TrialState
+
+  from jaxprog.tools import studies
 except ImportError as e:
   _missing = e
 
+# For how long a process that was lost may still have the workdir of its trial.
+_PATIENCE_SECONDS = 120.0
 _KINDS = ('choice', 'integer', 'log', 'uniform')
 
 
@@ -63,25 +67,34 @@ def tune(
   workdir, url = mirror.locate(workdir, config.base.mirror)
   config = config_lib.with_mirror(config)
   space = create_space(config)
-  preflight.launch(stages.complete(config.base), workdir, only=config.only)
-  with signals.StopRequest(), mirror.hold(workdir, url) as owner:
-    study = _open_study(config, workdir)
-    _check_same_search(config, study, workdir)
-    files.write_json(workdir / 'config.json', config_lib.to_json(config))
-    _enqueue_unfinished(study)
-    deadline = time.monotonic() + (60 * config.timeout_minutes or math.inf)
-    states = TrialState.COMPLETE, TrialState.PRUNED
-    left = config.num_trials - len(study.get_trials(states=states))
+  _preflight(config, workdir)
+  with (
+    signals.StopRequest(),
+    mirror.hold(workdir, url) as owner,
+    engines.start(config, workdir, _say) as engine,
+  ):
+    study = studies.open_study(config, workdir, engine.slots)
+    plain = studies.without_password(config)
+    files.write_json(workdir / 'config.json', config_lib.to_json(plain))
+    studies.enqueue_unfinished(study)
+    search = _Search(config, workdir, study, space, owner, engine)
     console = rich.console.Console(markup=False)
-    with live.search(workdir, console, lines=False):
-      while left > 0 and time.monotonic() < deadline:
-        _run_trial(config, workdir, study, space, owner)
-        _write(config, workdir, _describe(study))
-        left -= 1
-      found = _describe(study)
-      _write(config, workdir, found)
+    with live.search(workdir, console, lines=engine.slots > 1):
+      _run_trials(search)
+    found = _describe(study)
+    _write(config, workdir, found)
   _show(config, workdir, found)
   return found
+
+
+def _preflight(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
+  """Raises UserError for what would fail hours later, at no cost."""
+  base = stages.complete(config.base)
+  if config.engine != 'serial':
+    # Accelerators are for trials, which look whether they are the right ones.
+    jax.config.update('jax_platforms', 'cpu')
+    base.platform = 'any'
+  preflight.launch(base, workdir, only=config.only)
 
 
 def create_space(
@@ -103,8 +116,11 @@ def create_space(
     Field('pruner', str, None, choices=('hyperband', 'median', 'none')),
     Field('num_trials', int, None, within='[1, inf)'),
     Field('timeout_minutes', float, None),
+    Field('storage', str, None),
   ):
     field.check(config.get(field.name), 'config')
+  engines.check(config)
+  studies.check_storage(config)
   if not config.search:
     raise errors.UserError(
       'There is nothing to search.',
@@ -179,77 +195,40 @@ def _create_ladder(
   return stages.complete(trial)
 
 
-def _open_study(
-  config: config_dict.ConfigDict, workdir: pathlib.Path
-) -> optuna.Study:
-  # Written out by hand, ? and # in a name would end it.
-  storage = sqlalchemy.engine.URL.create(
-    'sqlite', database=str((workdir / 'tune.db').absolute())
-  )
-  optuna.logging.set_verbosity(optuna.logging.WARNING)
-  match config.pruner:
-    case 'median':
-      pruner: Any = optuna.pruners.MedianPruner(
-        n_startup_trials=config.pruner_startup_trials,
-        n_warmup_steps=config.pruner_warmup_epochs,
-      )
-    case 'hyperband':
-      pruner = optuna.pruners.HyperbandPruner(
-        min_resource=max(1, config.pruner_warmup_epochs)
-      )
-    case _:
-      pruner = optuna.pruners.NopPruner()
-  study = optuna.create_study(
-    study_name='jaxprog',
-    storage=storage.render_as_string(),
-    direction='maximize',
-    load_if_exists=True,
-    pruner=pruner,
-  )
-  # From the same seed, every start would draw the first trials again.
-  seed = config.sampler_seed + len(study.get_trials())
-  if config.sampler == 'tpe':
-    study.sampler = optuna.samplers.TPESampler(seed=seed)
-  else:
-    study.sampler = optuna.samplers.RandomSampler(seed=seed)
-  return study
+@dataclasses.dataclass(frozen=True)
+class _Search:
+  """What trials are asked for and run with."""
+
+  config: config_dict.ConfigDict
+  workdir: pathlib.Path
+  study: optuna.Study
+  space: dict[str, distributions.BaseDistribution]
+  owner: lock.Lock
+  engine: engines.Engine
 
 
-def _check_same_search(
-  config: config_dict.ConfigDict, study: optuna.Study, workdir: pathlib.Path
-) -> None:
-  """Raises UserError if what lies there is a search for something else."""
-  searched = json.dumps([[dict(x) for x in config.search], list(config.only)])
-  base = config_lib.config_hash(stages.complete(config.base))
-  before = study.user_attrs.get('search', [base, searched])
-  if list(before) != [base, searched]:
-    raise errors.UserError(
-      'The search here began with another ladder, or searched other fields.',
-      f'--workdir={workdir}',
-      'Use another --workdir, or the config that it began with.',
-    )
-  study.set_user_attr('search', [base, searched])
+def _run_trials(search: _Search) -> None:
+  """Runs trials until there are enough; as many at once as there is room for.
+
+  Workers take turns: between two lines of `engine.run` nothing else happens.
+  """
+  config, study = search.config, search.study
+  deadline = time.monotonic() + (60 * config.timeout_minutes or math.inf)
+  states = TrialState.COMPLETE, TrialState.PRUNED
+  left = config.num_trials - len(study.get_trials(states=states))
+
+  def work():
+    nonlocal left
+    while left > 0 and time.monotonic() < deadline:
+      left -= 1
+      _run_trial(search)
+      _write(config, search.workdir, _describe(study))
+
+  workers = min(search.engine.slots, left)
+  search.engine.at_once([work] * workers)
 
 
-def _enqueue_unfinished(study: optuna.Study) -> None:
-  """Asks again for trials that came to no end, in the same directories."""
-  last = {t.user_attrs.get('directory', ''): t for t in study.get_trials()}
-  for directory, trial in last.items():
-    if trial.state == TrialState.RUNNING:
-      study.tell(trial.number, state=TrialState.FAIL)
-    elif trial.state != TrialState.FAIL:
-      continue
-    if directory and trial.params:
-      study.enqueue_trial(trial.params, user_attrs={'directory': directory})
-
-
-def _run_trial(
-  config: config_dict.ConfigDict,
-  workdir: pathlib.Path,
-  study: optuna.Study,
-  space: dict[str, distributions.BaseDistribution],
-  owner: lock.Lock,
-) -> None:
+def _run_trial(search: _Search) -> None:
   """Tells the study the best top-1 of the last stage of its next trial.
 
   A trial whose loss stays not finite is worth 0: the search must learn from
@@ -258,13 +237,57 @@ def _run_trial(
   Raises:
     RuntimeError: if another search has taken over the workdir.
   """
+  config, study, owner = search.config, search.study, search.owner
+  is_here = config.engine == 'serial'
   owner.check()  # The trial's own lock knows nothing of it.
-  trial = study.ask(space)
+  trial = study.ask(search.space)
   directory = trial.user_attrs.get('directory', f'{trial.number:04d}')
   trial.set_user_attr('directory', directory)
   config_of_trial = _create_ladder(config, trial.params)
   chosen = stages.select(stages.create_stages(config_of_trial), config.only)
-  last = chosen[-1].name
+  shown = ', '.join(f'{k}={_short(v)}' for k, v in trial.params.items())
+  _say(f'trial {directory}: {shown}')
+  outcome = search.engine.run(
+    f'trial {directory}',
+    train_trial,
+    trial,
+    config_of_trial,
+    search.workdir.absolute() / 'trials' / directory,
+    [stage.name for stage in chosen],
+    owner.check
+    if is_here
+    else functools.partial(
+      lock.check_owner, search.workdir.absolute(), owner.token
+    ),
+    0.0 if is_here else _PATIENCE_SECONDS,
+  )
+  owner.check()
+  for name in ('error', 'num_images'):
+    if name in outcome:
+      trial.set_user_attr(name, outcome[name])
+  top1 = outcome['top1']
+  study.tell(trial, top1, TrialState.PRUNED if top1 is None else None)
+  if not is_here:
+    result = 'pruned' if top1 is None else f'top-1 {top1:.1%}'
+    _say(f'trial {directory}: {result}')
+
+
+def train_trial(
+  trial: optuna.Trial,
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  names: Sequence[str],
+  check: Callable[[], object],
+  patience_seconds: float,
+) -> dict[str, Any]:
+  """Trains stages of a trial, and reports the last one's epochs to its study.
+
+  Returns its best top1, None if it was pruned, num_images that it was scored
+  on and the error if its loss stayed not finite. What `check` raises, which is
+  called after each epoch, ends it. A process that still has the workdir is
+  waited for with patience.
+  """
+  last = names[-1]
   reported = set()
 
   def report(row):
@@ -273,35 +296,29 @@ def _run_trial(
       trial.report(row['val_top1'], row['epoch'])
 
   def on_epoch(stage, row):
-    owner.check()
+    check()
     if stage == last:
       report(row)
       if trial.should_prune():
         raise optuna.TrialPruned
 
-  console = rich.console.Console(markup=False)
-  shown = ', '.join(f'{k}={_short(v)}' for k, v in trial.params.items())
-  console.print(f'trial {directory}: {shown}', highlight=False, soft_wrap=True)
   try:
-    history = ladder.train(
-      config_of_trial,
-      workdir / 'trials' / directory,
-      only=[stage.name for stage in chosen],
-      on_epoch=on_epoch,
+    history = lock.patiently(
+      lambda: ladder.train(config, workdir, only=names, on_epoch=on_epoch),
+      patience_seconds,
     )
   except optuna.TrialPruned:
-    study.tell(trial, state=TrialState.PRUNED)
-    return
+    return {'top1': None}
   except loop.SkippedTooOftenError as e:
-    trial.set_user_attr('error', str(e)[:500])
-    study.tell(trial, 0.0)
-    return
+    return {'top1': 0.0, 'error': str(e)[:500]}
   stage = history_lib.find_stage(history, last) or {}
-  trial.set_user_attr('num_images', stage.get('num_eval_images', 0))
   for row in stage.get('epochs', ()):
     if row['epoch'] not in reported:  # It was trained by an earlier start.
       report(row)
-  study.tell(trial, (stage.get('best') or {'top1': 0.0})['top1'])
+  return {
+    'top1': (stage.get('best') or {'top1': 0.0})['top1'],
+    'num_images': stage.get('num_eval_images', 0),
+  }
 
 
 def _describe(study: optuna.Study) -> dict[str, Any]:
@@ -386,6 +403,11 @@ def _show(
     markup=False,
     soft_wrap=True,
   )
+
+
+def _say(text: str) -> None:
+  console = rich.console.Console(markup=False)
+  console.print(text, highlight=False, soft_wrap=True)
 
 
 def _parameter(field: str, trial: Mapping[str, Any]) -> str:
