@@ -110,7 +110,7 @@ def test_eval_of_another_stage(trained):
   [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
 )
 def test_interrupted_equals_uninterrupted(trained, config, tmp_path, signum):
-  often = '--config.checkpoint_every_steps=5'
+  often = '--config.checkpoint_every_steps=10'
   arguments = (config, often, f'--workdir={tmp_path}', '--only=three,ten')
   process = runs.start_main(*arguments)
   runs.wait_for_step(process, tmp_path, 'ten', 10)
