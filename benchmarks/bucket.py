@@ -40,7 +40,7 @@ def main() -> None:
     fake_gcs.serve((_BUCKET,)) as server,
     tempfile.TemporaryDirectory(dir=args.directory) as folder,
   ):
-    os.environ.update(server.environ, JAXPROG_CACHE_DIR=folder)
+    os.environ['JAXPROG_CACHE_DIR'] = folder
     server.order('slow', seconds=args.delay)
     root = pathlib.Path(folder).resolve()
     save(state, root / 'alone', args.rounds, 'without a bucket')

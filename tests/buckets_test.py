@@ -21,10 +21,8 @@ NAMES = ('a b', 'a%20b', 'ä/火', 'a#1', 'a?b', 'a+b&c=d', "it's [x]*", '.a/.b'
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server():
   with fake_gcs.serve() as server:
-    for key, value in server.environ.items():
-      monkeypatch.setenv(key, value)
     yield server
 
 

@@ -3,6 +3,7 @@ import pathlib
 import subprocess
 import sys
 
+import mounts
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -73,6 +74,13 @@ def data_dir(tmp_path_factory):
   return path
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of 4 MB."""
+  with mounts.disk(tmp_path / 'disk') as path:
+    yield path
+
+
 @pytest.fixture(scope='session')
 def run_main():
   """Runs the command line as a user does; returns the finished process."""
@@ -93,6 +101,18 @@ def run_main():
     )
 
   return run
+
+
+@pytest.fixture(scope='module')
+def say(request):
+  """Prints at once, whatever pytest captures."""
+  capture = request.config.pluginmanager.getplugin('capturemanager')
+
+  def print_now(text):
+    with capture.global_and_fixture_disabled():
+      print(text, flush=True)
+
+  return print_now
 
 
 @pytest.hookimpl(wrapper=True)

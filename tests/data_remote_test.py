@@ -33,9 +33,7 @@ RECORDS = f'{FOLDER}/imagenette_folder-%s.array_record-00000-of-00001'
 @pytest.fixture(scope='module')
 def server():
   names = 'on-disk', 'raw-only', 'forbidden', 'shared', 'small', 'anew'
-  with pytest.MonkeyPatch.context() as patch, fake_gcs.serve(names) as server:
-    for key, value in server.environ.items():
-      patch.setenv(key, value)
+  with fake_gcs.serve(names) as server:
     workers.executor.cache_clear()  # Earlier ones know another server.
     yield server
 
@@ -453,20 +451,6 @@ def test_what_is_wrong_with_a_bucket_names_the_field(server, tmp_path):
       'digits', copy('gs://shared/data', tmp_path / 'b')
     )
   assert info.value.where == 'config.data_dir=gs://shared/data'
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-  """A disk of 4 MB."""
-  path = tmp_path / 'disk'
-  path.mkdir()
-  command = ['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', str(path)]
-  try:
-    subprocess.run(command, check=True, capture_output=True)
-  except (OSError, subprocess.CalledProcessError):
-    pytest.skip('Only root can mount a small disk.')
-  yield path
-  subprocess.run(['umount', '-l', str(path)], check=True)
 
 
 def test_without_room_records_are_read_in_the_bucket(

@@ -20,6 +20,7 @@ import http.server
 import itertools
 import json
 import math
+import os
 import pathlib
 import random
 import re
@@ -29,6 +30,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
+from unittest import mock
 
 # It comes with gcsfs; in Python a checkpoint would take seconds.
 import google_crc32c
@@ -253,11 +255,12 @@ def serve(
   folder: pathlib.Path | None = None,
   seed: int = 0,
 ) -> Iterator[Server]:
-  """Yields a server that answers until the block ends."""
+  """Yields a server that this process knows, until the block ends."""
   server = Server(buckets, port, folder, seed)
   threading.Thread(target=server.serve_forever, args=(0.05,)).start()
   try:
-    yield server
+    with mock.patch.dict(os.environ, server.environ):
+      yield server
   finally:
     server.close()
 

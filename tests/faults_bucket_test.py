@@ -35,9 +35,7 @@ FIRST_STEPS = 12
 
 @pytest.fixture(scope='module')
 def service():
-  with fake_gcs.serve((BUCKET,)) as server, pytest.MonkeyPatch.context() as env:
-    for key, value in server.environ.items():
-      env.setenv(key, value)
+  with fake_gcs.serve((BUCKET,)) as server:
     yield server
 
 
@@ -57,18 +55,6 @@ def url(request):
   """A URL of the test's own."""
   name = re.sub(r'\W+', '-', request.node.name)
   return f'gs://{BUCKET}/runs/{name}'
-
-
-@pytest.fixture(scope='module')
-def say(request):
-  """Prints at once, whatever pytest captures."""
-  capture = request.config.pluginmanager.getplugin('capturemanager')
-
-  def print_now(text):
-    with capture.global_and_fixture_disabled():
-      print(text, flush=True)
-
-  return print_now
 
 
 @pytest.fixture(scope='module')
@@ -318,17 +304,13 @@ def test_faults_of_the_network_change_nothing(
   assert_whole(server, url, two.copy(url), reference)
 
 
-def test_a_bucket_that_is_away_for_a_while(
-  machine, config, tmp_path, monkeypatch, say
-):
+def test_a_bucket_that_is_away_for_a_while(machine, config, tmp_path, say):
   """Training goes on; what the bucket lacks follows."""
   one, url = machine('one'), f'gs://{BUCKET}/runs/away'
   folder, port = tmp_path / 'objects', None
   long = '--config.stages[0].num_epochs=400'
   with fake_gcs.serve((BUCKET,), folder=folder) as server:
     port = server.server_port
-    for key, value in server.environ.items():
-      monkeypatch.setenv(key, value)
     process = one.start(config, long, '--only=three', f'--workdir={url}')
     machines.until(lambda: saved(server, url, 'three'))
   before = newest(one, url)
@@ -353,14 +335,12 @@ def newest(machine, url):
 
 
 def test_a_bucket_that_is_away_in_the_end(
-  machine, config, tmp_path, monkeypatch, reference, say
+  machine, config, tmp_path, reference, say
 ):
   """What it lacks is said, and follows once the command is repeated."""
   one, url = machine('one'), f'gs://{BUCKET}/runs/away'
   folder = tmp_path / 'objects'
   with fake_gcs.serve((BUCKET,), folder=folder) as server:
-    for key, value in server.environ.items():
-      monkeypatch.setenv(key, value)
     process = one.start(config, f'--workdir={url}')
     machines.until(lambda: saved(server, url, 'ten'))
     port = server.server_port

@@ -4,10 +4,10 @@ import os
 import pathlib
 import pickle
 import shutil
-import signal
 import subprocess
-import sys
+from unittest import mock
 
+import mounts
 import numpy as np
 import pytest
 import runs
@@ -20,26 +20,6 @@ ARGUMENTS = (
   '--config.stages[0].num_epochs=4',
   '--config.checkpoint_every_steps=3',
 )
-# Ends where better weights are whole, and the state that knows of them is not.
-KILLED_BETWEEN = """
-import os, signal, sys
-from jaxprog import cli
-from jaxprog.reliability import checkpoints
-
-save_latest = checkpoints.Checkpoints.save_latest
-
-def save_or_die(self, state, meta, *rest):
-  record = meta['record']
-  if len(record['epochs']) > 1 and record['best']['epoch'] == len(
-    record['epochs']
-  ):
-    self.wait()
-    os.kill(os.getpid(), signal.SIGKILL)
-  save_latest(self, state, meta, *rest)
-
-checkpoints.Checkpoints.save_latest = save_or_die
-cli.main(['main.py', *sys.argv[1:]])
-"""
 
 
 @pytest.fixture(scope='module')
@@ -48,11 +28,36 @@ def config(data_dir):
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(config, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('expected')
-  result = runs.call_main(config, *ARGUMENTS, f'--workdir={workdir}')
+def trained(config, tmp_path_factory):
+  """An uninterrupted run, and what a kill on its way would have left.
+
+  That is a copy from where better weights are whole, and the state that knows
+  of them is not, with two intact steps or more.
+  """
+  folder = tmp_path_factory.mktemp('trained')
+  whole, killed = folder / 'whole', folder / 'killed'
+  save_latest = checkpoints.Checkpoints.save_latest
+
+  def copy_and_save(self, state, meta, *rest):
+    record = meta['record']
+    epochs, best = record['epochs'], record['best']
+    if len(epochs) > 1 and best['epoch'] == len(epochs) and not killed.exists():
+      self.wait()
+      # The lock would be of a process that lives.
+      left_out = shutil.ignore_patterns('run.lock', '.*.tmp')
+      shutil.copytree(whole, killed, ignore=left_out)
+    save_latest(self, state, meta, *rest)
+
+  with mock.patch.object(checkpoints.Checkpoints, 'save_latest', copy_and_save):
+    result = runs.call_main(config, *ARGUMENTS, f'--workdir={whole}')
   assert result.returncode == 0, result.stderr
-  return workdir
+  assert not (killed / 'checkpoints' / STAGE / 'done.json').exists()
+  return whole, killed
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(trained):
+  return trained[0]
 
 
 @pytest.fixture(scope='module')
@@ -61,21 +66,9 @@ def expected(uninterrupted):
   return runs.bits(uninterrupted, STAGE)
 
 
-@pytest.fixture(scope='module')
-def killed(config, tmp_path_factory):
-  """A run that was killed there, with two intact steps or more."""
-  workdir = tmp_path_factory.mktemp('killed')
-  arguments = config, *ARGUMENTS, f'--workdir={workdir}'
-  code = [sys.executable, '-c', KILLED_BETWEEN, *arguments]
-  process = subprocess.run(code, cwd=runs.ROOT, capture_output=True, text=True)
-  assert process.returncode == -signal.SIGKILL, process.stderr
-  assert not (workdir / 'checkpoints' / STAGE / 'done.json').exists()
-  return workdir
-
-
 @pytest.fixture
-def workdir(killed, tmp_path):
-  return shutil.copytree(killed, tmp_path / 'run')
+def workdir(trained, tmp_path):
+  return shutil.copytree(trained[1], tmp_path / 'run')
 
 
 def intact_steps(workdir):
@@ -209,36 +202,30 @@ def test_nothing_in_a_workdir_is_executed(run_main, config, workdir, tmp_path):
 
 
 @pytest.fixture
-def small_disk(workdir):
+def own_disk(workdir):
   """The checkpoints of `workdir` on a disk of their own, of 8 MB."""
   path = workdir / 'checkpoints'
   moved = path.rename(workdir / 'moved')
-  path.mkdir()
-  command = ['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', str(path)]
-  try:
-    subprocess.run(command, check=True, capture_output=True)
-  except (OSError, subprocess.CalledProcessError):
-    pytest.skip('Only root can mount a small disk.')
-  shutil.copytree(moved, path, dirs_exist_ok=True)
-  yield path
-  subprocess.run(['umount', str(path)], check=True)
+  with mounts.disk(path, 'size=8m'):
+    shutil.copytree(moved, path, dirs_exist_ok=True)
+    yield path
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_older_steps_stay(
-  run_main, config, expected, workdir, small_disk
+  run_main, config, expected, workdir, own_disk
 ):
   kept = intact_steps(workdir)
-  filler = small_disk / 'filler'
-  filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 2 * 4096))
+  filler = own_disk / 'filler'
+  filler.write_bytes(bytes(shutil.disk_usage(own_disk).free - 2 * 4096))
   result = run_main(config, *ARGUMENTS, f'--workdir={workdir}')
   assert result.returncode == 1, result.stdout
   (line,) = [x for x in result.stderr.splitlines() if 'Failed:' in x]
-  assert f'The disk of {small_disk}' in line
+  assert f'The disk of {own_disk}' in line
   assert 'No space left' in line
   assert kept[-1] in intact_steps(workdir)
   filler.unlink()
   result = runs.call_main(config, *ARGUMENTS, f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   assert runs.bits(workdir, STAGE) == expected
-  assert os.listdir(small_disk) == [STAGE]
+  assert os.listdir(own_disk) == [STAGE]

@@ -24,18 +24,6 @@ full_form = pytest.mark.skipif(not TRIALS, reason='make test-faults runs it')
 
 
 @pytest.fixture(scope='module')
-def say(request):
-  """Prints at once, whatever pytest captures."""
-  capture = request.config.pluginmanager.getplugin('capturemanager')
-
-  def print_now(text):
-    with capture.global_and_fixture_disabled():
-      print(text, flush=True)
-
-  return print_now
-
-
-@pytest.fixture(scope='module')
 def rows(say):
   """Collects (kind, survived), and prints the table in the end."""
   found = []

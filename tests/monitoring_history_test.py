@@ -105,20 +105,6 @@ def test_saved_history_comes_back_and_is_strict_json(tmp_path):
   assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_failed_save_leaves_the_old_file(tmp_path):
-  path = tmp_path / 'training_history.json'
-  files.write_json(path, history_lib.new_history('old'))
-
-  class Broken:
-    def __str__(self):
-      raise RuntimeError
-
-  with pytest.raises(RuntimeError):
-    files.write_json(path, {'stages': [Broken()]})
-  assert history_lib.load_history(path)['config_hash'] == 'old'
-  assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
 @pytest.mark.parametrize(
   ('text', 'what'),
   [

@@ -29,9 +29,7 @@ with lease.Lease(buckets.Bucket(sys.argv[1]), me, print, 0.2, 1.0) as held:
   ended = threading.Event()
   def wait(): sys.stdin.read(); ended.set()
   threading.Thread(target=wait, daemon=True).start()
-  for _ in range(400):
-    if ended.wait(0.05):
-      break
+  while not ended.wait(0.05):
     try:
       held.check()
     except RuntimeError as e:
@@ -41,10 +39,8 @@ with lease.Lease(buckets.Bucket(sys.argv[1]), me, print, 0.2, 1.0) as held:
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server():
   with fake_gcs.serve() as server:
-    for name, value in server.environ.items():
-      monkeypatch.setenv(name, value)
     gcsfs.GCSFileSystem.clear_instance_cache()  # It knows the one before.
     yield server
 
@@ -104,7 +100,7 @@ def test_of_many_that_come_at_once_one_wins(bucket):
     try:
       with mine:
         results.append('won')
-        ended.wait(20)
+        ended.wait(60)
     except errors.UserError as e:
       results.append(e)
 
@@ -156,12 +152,11 @@ def test_a_living_process_of_this_host_is_not_waited_for(bucket):
 def test_an_owner_elsewhere_that_lives_falls_silent_and_wakes(bucket):
   said = []
   with owner(bucket) as process:
-    began = time.monotonic()
+    # Who waits for all of it takes over, and raises nothing.
     with pytest.raises(errors.UserError, match='on elsewhere has been using'):
-      create(bucket, said, patience=20.0).__enter__()
-    assert time.monotonic() - began < 15
+      create(bucket, said, patience=60.0).__enter__()
     assert said == [
-      f'Waiting up to 20 s: process {process.pid} on elsewhere may be using '
+      f'Waiting up to 60 s: process {process.pid} on elsewhere may be using '
       f'{bucket.url}.'
     ]
     assert 'on elsewhere may be using' in lease.check_free(bucket)
@@ -173,7 +168,8 @@ def test_an_owner_elsewhere_that_lives_falls_silent_and_wakes(bucket):
       process.send_signal(signal.SIGCONT)
       text = f'Process {os.getpid()} on {owners.describe_process()["host"]} has'
       assert process.stdout.readline().startswith(text)
-      time.sleep(0.5)
+      count = lease.read_newest(bucket)['count']
+      wait_until(lambda: lease.read_newest(bucket)['count'] > count)
       held.check()
     assert names(bucket) == ['lease/000001.json', 'lease/000002.json']
 
@@ -181,15 +177,15 @@ def test_an_owner_elsewhere_that_lives_falls_silent_and_wakes(bucket):
 def test_one_that_gives_back_while_another_watches(bucket):
   with owner(bucket) as process:
     process.send_signal(signal.SIGSTOP)
-    results = []
+    results, said = [], []
 
     def come():
-      with create(bucket, patience=20.0) as held:
+      with create(bucket, said, patience=60.0) as held:
         results.append(held.taken_over)
 
     thread = threading.Thread(target=come)
     thread.start()
-    time.sleep(0.3)
+    wait_until(lambda: said)
     newest = lease.read_newest(bucket)
     bucket.write(
       'lease/000001.json', json.dumps({**newest, 'released': True}).encode()
@@ -206,7 +202,7 @@ def test_two_that_take_over_at_once(bucket):
     try:
       with create(buckets.Bucket(bucket.url)) as held:
         results.append('won')
-        ended.wait(20)
+        ended.wait(60)
         held.check()
     except errors.UserError as e:
       results.append(str(e))

@@ -24,9 +24,7 @@ PREFIX = 'runs/a/'
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-  with fake_gcs.serve(('test-bucket',)) as server:
-    for key, value in server.environ.items():
-      monkeypatch.setenv(key, value)
+  with fake_gcs.serve() as server:
     monkeypatch.setenv('JAXPROG_CACHE_DIR', str(tmp_path / 'cache'))
     yield server
 

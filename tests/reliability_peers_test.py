@@ -120,7 +120,7 @@ def start_counting(how):
   ]
 
 
-def start_sharing(server, folder, urls):
+def start_sharing(folder, urls):
   """Starts two processes of `SHARING`, as if each had a host of its own."""
   port = free_port()
   return [
@@ -129,7 +129,6 @@ def start_sharing(server, folder, urls):
       cwd=runs.ROOT,
       env={
         **os.environ,
-        **server.environ,
         'JAX_PLATFORMS': 'cpu',
         'JAXPROG_CACHE_DIR': str(folder / f'host{index}'),
       },
@@ -319,7 +318,7 @@ def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk(
 
   def start(name, *flags):
     hosts = [
-      {**server.environ, 'JAXPROG_CACHE_DIR': str(tmp_path / name / str(index))}
+      {'JAXPROG_CACHE_DIR': str(tmp_path / name / str(index))}
       for index in range(2)
     ]
     arguments = (
@@ -423,7 +422,7 @@ def test_a_locked_workdir_refuses_all(config, tmp_path):
 
 def test_the_others_see_in_a_bucket_what_the_first_process_writes(tmp_path):
   with fake_gcs.serve() as server:
-    pair = start_sharing(server, tmp_path, 2 * ['gs://test-bucket/run'])
+    pair = start_sharing(tmp_path, 2 * ['gs://test-bucket/run'])
     for code, output in end(pair):
       assert code == 0, output
       assert output.splitlines() == ['0', '1', '2']
@@ -434,8 +433,8 @@ def test_the_others_see_in_a_bucket_what_the_first_process_writes(tmp_path):
 
 def test_buckets_that_differ_are_refused(tmp_path):
   urls = 'gs://test-bucket/run', 'gs://test-bucket/other'
-  with fake_gcs.serve() as server:
-    for code, output in end(start_sharing(server, tmp_path, urls)):
+  with fake_gcs.serve():
+    for code, output in end(start_sharing(tmp_path, urls)):
       assert code == 2, output
       assert 'workdir of process 1 is not the one of process 0' in output
 

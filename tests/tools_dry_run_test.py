@@ -1,7 +1,10 @@
 """A ladder tried in two steps a stage, as a user does it."""
 
+import shutil
+
 import pytest
 import runs
+import two_stages
 
 CONFIG = 'tests/tiny_config.py'
 
@@ -21,6 +24,9 @@ def listing(folder):
 
 def test_every_stage_is_tried_and_nothing_kept(config, tmp_path):
   workdir = tmp_path / 'runs' / 'first'
+  left = workdir.parent / '.first.dry_run' / 'checkpoints'  # Of one killed.
+  left.mkdir(parents=True)
+  (left / 'old').touch()
   result = runs.call_main(
     config, f'--workdir={workdir}', '--dry_run', '--skip=ten_again'
   )
@@ -29,16 +35,21 @@ def test_every_stage_is_tried_and_nothing_kept(config, tmp_path):
   (three,) = (x for x in lines if x.startswith('three: fresh weights, 2 steps'))
   assert 'evaluation of 72 images' in three
   assert any(x.startswith('ten: weights of three, 2 steps') for x in lines)
-  assert list(tmp_path.iterdir()) == []
+  assert list(workdir.parent.iterdir()) == []
 
 
-def test_a_run_goes_on_as_if_nothing_had_been_tried(config, tmp_path):
+def test_a_run_goes_on_as_if_nothing_had_been_tried(
+  data_dir, tmp_path_factory, tmp_path
+):
   workdir = tmp_path / 'run'
-  arguments = config, f'--workdir={workdir}', '--config.stages[0].num_epochs=1'
-  begun = runs.call_main(*arguments, '--only=three')
-  assert begun.returncode == 0, begun.stderr
+  two_stages.copy(tmp_path_factory, data_dir).rename(workdir)
+  shutil.rmtree(workdir / 'checkpoints' / 'ten')
   before = listing(workdir)
-  result = runs.call_main(*arguments, '--dry_run', '--only=three,ten')
+  result = runs.call_main(
+    f'--config=tests/two_stages.py:{data_dir}',
+    f'--workdir={workdir}',
+    '--dry_run',
+  )
   assert result.returncode == 0, result.stderr
   assert 'three: done before' in result.stdout
   assert 'ten: weights of three, 2 steps' in result.stdout
@@ -58,14 +69,9 @@ def test_a_mistake_is_three_lines_and_leaves_nothing(config, tmp_path):
   assert not list(tmp_path.glob('.*'))
 
 
-def test_leftovers_are_removed_and_other_modes_refuse(config, tmp_path):
-  left = tmp_path / '.run.dry_run' / 'checkpoints'
-  left.mkdir(parents=True)
-  (left / 'old').touch()
-  arguments = config, f'--workdir={tmp_path}/run', '--dry_run'
-  result = runs.call_main(*arguments, '--only=three')
-  assert result.returncode == 0, result.stderr
-  assert list(tmp_path.iterdir()) == []
-  result = runs.call_main(*arguments, '--mode=prepare')
+def test_other_modes_refuse(config, tmp_path):
+  result = runs.call_main(
+    config, f'--workdir={tmp_path}/run', '--dry_run', '--mode=prepare'
+  )
   assert result.returncode == 2
   assert '--mode=prepare takes no --dry_run.' in result.stderr

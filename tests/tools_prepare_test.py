@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 
+import mounts
 import numpy as np
 import pytest
 import runs
@@ -68,21 +69,6 @@ def add_noise(root, count):
 
 
 @contextlib.contextmanager
-def mounted(path, *options):
-  """Mounts a file system at `path`, where one may."""
-  path.mkdir(exist_ok=True)
-  for arguments in options:
-    done = subprocess.run(['mount', *arguments, path], capture_output=True)
-    if done.returncode:
-      pytest.skip(f'Cannot mount: {done.stderr.decode()}')
-  try:
-    yield
-  finally:
-    # Lazily: readers may not have let go of their files.
-    subprocess.run(['umount', '--lazy', path], check=True)
-
-
-@contextlib.contextmanager
 def largest_file(size):
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -110,8 +96,8 @@ def test_a_full_disk_is_said(config, tmp_path, how, what):
   data.mkdir(exist_ok=True)  # Or its being new would be said, too.
   before = files_below(data)
   if how == 'disk':
-    tmpfs = '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs'
-    full, reason = mounted(data, tmpfs), 'No space left on device'
+    full = mounts.disk(data, 'size=300k')
+    reason = 'No space left on device'
   else:
     full, reason = largest_file(100_000), 'File too large'
   with full:
@@ -127,10 +113,7 @@ def test_prepared_data_that_one_may_only_read_is_enough(config, tmp_path):
   data = tmp_path / 'data'
   assert runs.call_main(config, '--mode=prepare').returncode == 0
   before = files_below(data)
-  bound = ('--bind', data), ('-o', 'remount,bind,ro')
-  with mounted(data, *bound):
-    with pytest.raises(OSError, match='Read-only'):
-      (data / 'x').touch()
+  with mounts.read_only(data):
     result = runs.call_main(config, '--mode=prepare')
     assert result.returncode == 0, result.stderr
     assert runs.call_main(config, '--mode=audit').returncode == 0
@@ -141,15 +124,6 @@ def test_prepared_data_that_one_may_only_read_is_enough(config, tmp_path):
     result = runs.call_main(config, '--mode=prepare')
     assert_three_lines(result, 'Read-only file system')
   assert files_below(data) == before
-
-
-@contextlib.contextmanager
-def read_only(folder):
-  """Lets nobody write to a folder, not even root."""
-  with mounted(folder, ('--bind', folder), ('-o', 'remount,bind,ro')):
-    with pytest.raises(OSError, match='Read-only'):
-      (folder / 'x').touch()
-    yield
 
 
 @pytest.mark.slow
@@ -167,7 +141,7 @@ def test_every_mode_works_where_data_may_only_be_read(config, tmp_path):
     'tune': [config.replace(':', ':tune@'), f'--workdir={tmp_path}/t'],
   }
   modes |= {x: [] for x in ('check', 'verify', 'audit', 'prepare', 'lr_find')}
-  with read_only(data):
+  with mounts.read_only(data):
     for mode in ('train', 'eval', 'report', 'export', *modes):
       place = config, f'--workdir={tmp_path}/run', f'--mode={mode}'
       # Of flags that are given twice the last holds.
@@ -184,7 +158,7 @@ def test_a_copy_whose_times_are_lost_may_be_read_only(
   for image in (tmp_path / 'pets').rglob('*.JPEG'):
     os.utime(image, ns=(1, 1))
   name, data = f'folder:{tmp_path}/pets', tmp_path / 'data'
-  with read_only(data):
+  with mounts.read_only(data):
     with pytest.raises(errors.UserError, match='were written to since'):
       preparation.check_dataset(name, data)
     assert runs.call_main(config, '--mode=prepare').returncode == 0
@@ -210,7 +184,7 @@ def test_where_no_cache_can_be_the_note_beside_the_records_serves(
 def test_what_is_missing_where_one_may_only_read_is_said(config, tmp_path):
   data = tmp_path / 'data'
   write_pets(data / 'imagenette2')
-  with read_only(data):
+  with mounts.read_only(data):
     with pytest.raises(errors.UserError, match='Read-only') as caught:
       preparation.load_dataset('imagenette', data)
     assert 'links to raw folders' in caught.value.suggestion
@@ -219,7 +193,7 @@ def test_what_is_missing_where_one_may_only_read_is_said(config, tmp_path):
     own = preparation.load_dataset('imagenette', tmp_path / 'own')
     assert own.num_classes == 3
   preparation.prepare(f'folder:{tmp_path}/pets', data)
-  with read_only(data):
+  with mounts.read_only(data):
     result = runs.call_main(config, f'--workdir={tmp_path}/run')
     assert_three_lines(result, 'Read-only', "set storage='original'")
 

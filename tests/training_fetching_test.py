@@ -12,9 +12,7 @@ from jaxprog.training import fetching
 
 @pytest.fixture(scope='module')
 def server():
-  with pytest.MonkeyPatch.context() as patch, fake_gcs.serve() as server:
-    for key, value in server.environ.items():
-      patch.setenv(key, value)
+  with fake_gcs.serve() as server:
     yield server
 
 

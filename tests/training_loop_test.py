@@ -4,37 +4,20 @@ import dataclasses
 import json
 import math
 
+import fragile
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import runs
 import tiny_config
-from data_fixtures import encode, write_class_folders
-from flax import linen as nn
 
 import jaxprog
 from jaxprog.training import loop, setup
 
 
-class Fragile(nn.Module):
-  """White images are poison to it."""
-
-  num_classes: int
-  image_size: int
-  dtype: object
-
-  @nn.compact
-  def __call__(self, x, *, train):
-    poison = jnp.where(jnp.mean(x, (1, 2, 3)) > 2.2, jnp.nan, 0.0)
-    x = nn.BatchNorm(use_running_average=not train, name='norm')(x)
-    x = x.reshape(len(x), -1)
-    return nn.Dense(self.num_classes, name='head')(x) + poison[:, None]
-
-
 def train(config, workdir):
   """Returns a run's history without times, its incidents and its weights."""
-  jaxprog.train(config, workdir, model=Fragile)
+  jaxprog.train(config, workdir, model=fragile.Fragile)
   lines = (workdir / 'incidents.jsonl').read_text().splitlines()
   incidents = [(x['kind'], x['step']) for x in map(json.loads, lines)]
   history = runs.without_times(runs.read_history(workdir))
@@ -44,21 +27,11 @@ def train(config, workdir):
 def test_skips_and_rollbacks_are_the_same_however_far_ahead(
   tmp_path, monkeypatch
 ):
-  raw = write_class_folders(tmp_path / 'raw', train=16)
-  white = encode(np.full((20, 20, 3), 255, np.uint8), 'JPEG')
-  for name in ('n01/n01_train_1', 'n02/n02_train_3', 'n03/n03_train_4'):
-    (raw / f'train/{name}.JPEG').write_bytes(white)
-  config = tiny_config.get_config(tmp_path / 'data')
+  white = 'n01/n01_train_1', 'n02/n02_train_3', 'n03/n03_train_4'
+  config = fragile.create_config(
+    tmp_path, white, train=16, num_epochs=2, batch_size=4
+  )
   config.max_skipped_steps, config.checkpoint_every_steps = 2, 3
-  config.stages = [
-    {
-      'name': 'only',
-      'dataset': f'folder:{raw}',
-      'num_epochs': 2,
-      'batch_size': 4,
-      'min_crop_area': 0.9,
-    }
-  ]
   monkeypatch.setattr(loop, '_SECONDS_AHEAD', 0.0)
   one_step = train(config, tmp_path / 'near')
   monkeypatch.setattr(loop, '_SECONDS_AHEAD', math.inf)

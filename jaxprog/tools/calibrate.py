@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import rich.console
 from ml_collections import config_dict
@@ -66,8 +65,7 @@ def calibrate(
   trained = trained_lib.load_trained(
     config, workdir, stage=stage, weights=weights, model=model
   )
-  if quiet := jax.process_index() != 0:
-    activity.silence()
+  console = evaluate.open_console()
   step = forward.create_step(trained.create_apply())
   fitted, measured = _divide(trained, workdir)
   value = temperature.fit(*_see(trained, step, fitted))
@@ -86,10 +84,10 @@ def calibrate(
     **trained.calibrated_for,
   }
   path = calibrated.find_path(workdir, trained.stage.name, weights)
-  if not quiet:
+  if not console.quiet:
     files.write_json(path, found)
     outputs.add_to_reports(workdir)
-  _show(found, path, quiet)
+  _show(found, path, console)
   return found
 
 
@@ -148,10 +146,9 @@ def _see(
   return logits[known], labels[known]
 
 
-def _show(found: Mapping[str, Any], path: pathlib.Path, quiet: bool) -> None:
-  console = rich.console.Console(
-    stderr=True, quiet=quiet, highlight=False, markup=False
-  )
+def _show(
+  found: Mapping[str, Any], path: pathlib.Path, console: rich.console.Console
+) -> None:
   console.print(
     f'{found["stage"]}, {found["weights"]} weights of epoch {found["epoch"]}, '
     f'fitted on {found["fitted_on"]} ({found["num_fitted"]:,}), measured on '

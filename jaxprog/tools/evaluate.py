@@ -140,11 +140,7 @@ def find_subject(
   if flip_average:
     flipping = dataclasses.replace(trained.stage, eval_flip=True)
     trained = dataclasses.replace(trained, stage=flipping)
-  if quiet := jax.process_index() != 0:
-    activity.silence()
-  console = rich.console.Console(
-    stderr=True, quiet=quiet, highlight=False, markup=False
-  )
+  console = open_console()
   if dataset == trained.stage.dataset:
     dataset = ''
   data, present, among, notes = _find_data(trained, dataset)
@@ -158,6 +154,15 @@ def find_subject(
     'flip' * flip_average,
   )
   return Subject(trained, data, frozenset(present), among, words, console)
+
+
+def open_console() -> rich.console.Console:
+  """Returns the stderr of the first process; the others are quiet."""
+  if quiet := jax.process_index() != 0:
+    activity.silence()
+  return rich.console.Console(
+    stderr=True, quiet=quiet, highlight=False, markup=False
+  )
 
 
 def _find_data(

@@ -54,11 +54,7 @@ def probe(
   """
   workdir = paths_lib.workdir(workdir)
   rundir.check(workdir)
-  if quiet := jax.process_index() != 0:
-    activity.silence()
-  console = rich.console.Console(
-    stderr=True, quiet=quiet, highlight=False, markup=False
-  )
+  console = evaluate.open_console()
   ladder = stages.create_stages(config)
   sources = [
     trained_lib.load_trained(config, workdir, stage=x.name, model=model)
@@ -73,7 +69,7 @@ def probe(
       known = [x for x in sources if x.stage.name in earlier]
       rows += _probe(config, stage, datasets[stage.name], known)
   path = workdir / 'probe.json'
-  if not quiet:
+  if not console.quiet:
     files.write_json(path, {'rows': rows})
     outputs.add_to_reports(workdir)
   columns = [x for x in hand_over.PROBED if not x.wide]
