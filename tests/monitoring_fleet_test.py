@@ -2,23 +2,15 @@
 
 import io
 import re
-import time
 
 import history_fixture
 import rich.console
+import runs
 
 from jaxprog.monitoring import fleet, progress, standing
 from jaxprog.reliability import lock
 
 METRICS = {'loss': 1.2, 'top1': 0.5, 'images_per_second': 1234.5}
-
-
-def wait_for(condition):
-  deadline = time.monotonic() + 30
-  while not (found := condition()):
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
-  return found
 
 
 def test_a_run_is_found_while_it_goes_on_and_says_where_it_stands(tmp_path):
@@ -34,7 +26,7 @@ def test_a_run_is_found_while_it_goes_on_and_says_where_it_stands(tmp_path):
     console = rich.console.Console(file=io.StringIO())
     with progress.Progress(2, console=console, workdir=workdir) as shown:
       shown.start_stage(1, 'ten', [10, 20])
-      wait_for(lambda: find()[0].standing)
+      runs.wait_for(lambda: find()[0].standing)
       shown.step(10, METRICS)
       shown.end_epoch(history_fixture.create_row(1), True)
       shown.step(11, METRICS)
@@ -42,7 +34,7 @@ def test_a_run_is_found_while_it_goes_on_and_says_where_it_stands(tmp_path):
     assert not path.exists()
     # The first of its words may have been the last before it ended.
     teller = standing.Teller(workdir, shown._describe)
-    (run,) = wait_for(lambda: find() if path.exists() else ())
+    (run,) = runs.wait_for(lambda: find() if path.exists() else ())
     assert (run.stage, run.epoch) == ('ten (2/2)', '2/2')
     assert run.standing['step'] == 11
     assert run.standing['images_per_second'] == 1234.5
@@ -72,11 +64,11 @@ def create_seen(count, name='adamw seed {}'):
     'images_per_second': 1234.5,
     'seconds_left': 3723.0,
   }
-  runs = [
+  running = [
     (name.format(i), standing.Running(None, {'host': 'node'}, values))
     for i in range(count)
   ]
-  return fleet.Seen(5, 24, runs, 7200.0)
+  return fleet.Seen(5, 24, running, 7200.0)
 
 
 def draw(*arguments):

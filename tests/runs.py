@@ -91,6 +91,15 @@ def words(page):
   return ' '.join(html.unescape(re.sub(r'<[^>]*>', ' ', page)).split())
 
 
+def wait_for(condition):
+  """Returns what `condition` does as soon as that is true."""
+  deadline = time.monotonic() + 60
+  while not (found := condition()):
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  return found
+
+
 def start_main(*arguments):
   return subprocess.Popen(
     [sys.executable, 'main.py', *map(str, arguments)],

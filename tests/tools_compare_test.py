@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import os
 import pathlib
@@ -11,10 +12,11 @@ import time
 import compare_config
 import numpy as np
 import pytest
+import rich.console
 import runs as run_lib
 
 from jaxprog import errors, files
-from jaxprog.comparison import cells, collect, runs
+from jaxprog.comparison import cells, collect, live, runs
 from jaxprog.monitoring import outcomes
 from jaxprog.reliability import checkpoints, lock
 from jaxprog.tools import compare as tool
@@ -460,8 +462,9 @@ def test_a_run_that_never_began_has_a_record_too(strategies):
   assert (record['status'], record['final_top1']) == ('failed', None)
 
 
-def test_others_see_how_far_a_comparison_is(strategies, tmp_path):
+def test_others_see_how_far_a_comparison_is(strategies, tmp_path, monkeypatch):
   """Of nothing but its config, then of a run that goes on, then of a kill."""
+  monkeypatch.setattr(live, '_LOOK_SECONDS', 0.01)
   _, whole, _result = strategies
   workdir = tmp_path / 'copy'
   workdir.mkdir()
@@ -490,6 +493,14 @@ def test_others_see_how_far_a_comparison_is(strategies, tmp_path):
   # Its curve over images and over seconds, and in no mean.
   assert page.count('<path class="line s0 single unfinished"') == 2
   assert 'adamw (n = 0)' in said
+  with lock.Lock(workdir), lock.Lock(first):
+    written, out = workdir / 'report.html', io.StringIO()
+    written.unlink()
+    console = rich.console.Console(file=out)
+    with live.comparison(workdir, console, lines=True):
+      run_lib.wait_for(written.exists)
+    assert 'event=runs over=3 total=4 running=1 left=0:' in out.getvalue()
+    assert 'data-live' not in written.read_text()
   said, page = see()
   assert 'stopped as of' in said
   assert '1 begun' in said

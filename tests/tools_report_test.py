@@ -258,8 +258,8 @@ def test_a_holdout_is_named_beside_a_run_on_validation():
   history = history_fixture.create_history((2,))
   held = history_fixture.create_history((2,))
   held['stages'][0]['eval_split'] = 'holdout:5%'
-  runs = [rundir.RunFiles('one', history), rundir.RunFiles('held', held)]
-  page = runs.words(side_by_side.side_by_side(runs))
+  both = [rundir.RunFiles('one', history), rundir.RunFiles('held', held)]
+  page = runs.words(side_by_side.side_by_side(both))
   assert page.count('on 3,925 images held out') == 1
   held['stages'][0]['validation'] = {
     'top1': 0.1234,
@@ -267,7 +267,7 @@ def test_a_holdout_is_named_beside_a_run_on_validation():
     'epoch': 2,
     'num_images': 3925,
   }
-  page = runs.words(side_by_side.side_by_side(runs))
+  page = runs.words(side_by_side.side_by_side(both))
   assert page.index(f'{history["stages"][0]["best"]["top1"]:.1%}') < page.index(
     '12.3%'
   )

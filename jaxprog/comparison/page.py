@@ -127,7 +127,7 @@ def _create_page(
 def _sections(
   result: Mapping[str, Any], state: UnderWay | None
 ) -> Iterator[_Section]:
-  runs, target = result['runs'], result.get('target_top1') or 0.0
+  runs, target = list(result['runs']), result.get('target_top1') or 0.0
   unfinished: list[Record] = []
   if state:
     unfinished = under_way.read_unfinished(state)
