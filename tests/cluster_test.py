@@ -12,6 +12,7 @@ import ray_cluster
 import runs
 
 from jaxprog import files
+from jaxprog.reliability import lock
 
 pytest.importorskip('ray')
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
@@ -186,6 +187,20 @@ def test_a_host_that_wakes_up_writes_nothing_beside_its_successor(
   assert_same_bits(tmp_path, long)
 
 
+def test_a_run_that_another_process_has_is_waited_for(
+  cluster, data_dir, long, tmp_path
+):
+  run, other = (
+    tmp_path / 'cells' / cell / 'seed-0' for cell in ('adamw', 'sgd_momentum')
+  )
+  with lock.Lock(run):
+    process = start(f'{CONFIG}:long:{data_dir}', tmp_path, cluster=cluster)
+    ray_cluster.wait_until((other / 'outcome.json').exists, process)
+    assert not (run / 'config.json').exists()
+  finish(process)
+  assert_same_bits(tmp_path, long)
+
+
 def test_a_driver_that_is_stopped_or_killed_leaves_no_run_behind(
   cluster, data_dir, long, tmp_path
 ):
@@ -206,6 +221,15 @@ def test_a_driver_that_is_stopped_or_killed_leaves_no_run_behind(
   ray_cluster.wait_until(lambda: not find_owners(tmp_path))
   assert not list(tmp_path.glob('cells/*/*/outcome.json'))
   finish(start(*command, cluster=cluster))
+  assert_same_bits(tmp_path, long)
+
+
+def test_a_client_of_a_cluster_compares_as_a_host_of_it(
+  cluster, data_dir, long, tmp_path
+):
+  address = f'--config.ray.address={cluster.client_address}'
+  config = f'{CONFIG}:long:{data_dir}'
+  finish(start(config, tmp_path, address, cluster=cluster))
   assert_same_bits(tmp_path, long)
 
 

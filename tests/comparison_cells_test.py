@@ -271,11 +271,11 @@ def test_every_config_of_a_comparison_is_tried_here():
   ('field', 'value', 'what'),
   [
     ('engine', 'rai', "Did you mean 'ray'?"),
-    ('ray.num_cpus', 0.0, '(0, inf)'),
+    ('ray.num_cpus', 0.0, 'must be above 0'),
     ('ray.num_gpus', 1.5, 'whole numbers, not GPU 1.5'),
     ('ray.resources', 'TPU', 'is NAME=AMOUNT, not TPU'),
     ('ray.resources', 'CPU=2', 'besides num_cpus'),
-    ('ray.max_retries', -1, '[0, inf)'),
+    ('ray.max_retries', -1, 'max_retries is -1'),
   ],
 )
 def test_a_mistake_in_an_engine_is_said(field, value, what):

@@ -28,7 +28,7 @@ _LIMIT_SECONDS = 120
 class Cluster:
   """A head without cores, and hosts of one core each that are added to it."""
 
-  def __init__(self, num_hosts=2, resources=({}, {})):
+  def __init__(self, resources=({}, {})):
     self._folder = tempfile.mkdtemp(prefix='ray-')
     port, client_port = _free_port(), _free_port()
     self.address = f'127.0.0.1:{port}'
@@ -41,15 +41,19 @@ class Cluster:
     }
     self._stack = contextlib.ExitStack()
     self._stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
-    self._start(
-      '--head',
-      f'--port={port}',
-      f'--ray-client-server-port={client_port}',
-      '--include-dashboard=false',
-      f'--temp-dir={self._folder}',
-      '--num-cpus=0',
-    )
-    self.hosts = [self.add_host(x) for x in resources[:num_hosts]]
+    try:
+      self._start(
+        '--head',
+        f'--port={port}',
+        f'--ray-client-server-port={client_port}',
+        '--include-dashboard=false',
+        f'--temp-dir={self._folder}',
+        '--num-cpus=0',
+      )
+      self.hosts = [self.add_host(x) for x in resources]
+    except BaseException:
+      self.close()
+      raise
 
   def add_host(self, resources):
     return self._start(

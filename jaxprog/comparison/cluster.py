@@ -58,7 +58,7 @@ class Cluster:
       runtime_env={'env_vars': _environment()},
     )(tasks.work)
     self._home = threading.current_thread()
-    # Of the flow that computes.
+    # Whoever has it computes; who began the first flows waits for them.
     self._turn = threading.Lock()
     self._submitting = threading.Lock()
     self._under_way: set[Any] = set()
@@ -87,8 +87,10 @@ class Cluster:
         error = f'{name}: its process or host died ({type(e).__name__})'
       finally:
         self._under_way.discard(reference)
+      if self._ending.is_set():
+        raise _EndedError
       self._say(f'{error}.')
-    raise tasks.LostError(f'{error}, for the {self._num_tries}. time')
+    raise tasks.LostError(f'{error}; that was try {self._num_tries}')
 
   def at_once(self, flows: Sequence[Callable[[], _T]]) -> list[_T]:
     """See `engines.Engine`."""
