@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import pathlib
 import random
 import signal
 import time
@@ -90,6 +91,33 @@ def test_every_cell_is_a_run_with_each_seed(strategies):
   assert finals[0] != finals[1]
   first, second = (find(result, 'adamw', x)['outcomes'] for x in (0, 1))
   assert first['images'] == second['images']
+
+
+def test_a_hold_out_chooses_and_validation_images_are_compared(
+  data_dir, tmp_path
+):
+  config = compare_config.get_config(data_dir)
+  config.base.stages[0].update(num_epochs=1, eval_split='holdout:20%')
+  config.grid = ({'stages[-1].optimizer': ('adamw',)},)
+  config.seeds, config.tuning.factors, config.tuning.rungs = 1, (1.0,), (1.0,)
+  result = tool.compare(config, tmp_path)
+  record = find(result, 'adamw')
+  folder = pathlib.Path(record['workdir'])
+  (stage,) = run_lib.read_history(folder)['stages']
+  validation = stage['validation']
+  assert record['final_top1'] == validation['top1']
+  assert record['num_images'] == validation['num_images'] == 360
+  assert record['num_images'] != stage['num_eval_images']
+  right = outcomes.from_json(record['outcomes']).right
+  assert len(right) == 360
+  assert np.mean(right) == pytest.approx(validation['top1'])
+  assert record['curve'][-1]['top1'] == stage['epochs'][-1]['val_top1']
+  # A rate is chosen on the hold-out alone.
+  tuning = result['cells'][0]['tuning']
+  (trial,) = tuning['trials']
+  folder = pathlib.Path(tuning['runs'][0]['workdir'])
+  (stage,) = run_lib.read_history(folder)['stages']
+  assert trial['score'] == stage['epochs'][-1]['val_top1']
 
 
 def test_a_comparison_that_another_has_taken_over_ends(data_dir, tmp_path):

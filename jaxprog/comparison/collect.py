@@ -28,9 +28,11 @@ def read_record(
   """Returns what came of one run, an entry of `runs` in docs/compare.md.
 
   `curve` and `boundaries` count the whole ladder, also what was trained once
-  for several cells. Accuracies are those of the images that choose the best
-  weights, parts of one, None where there are none. `learning_rate` and
-  `num_epochs` are the last stage's.
+  for several cells. Its accuracies, and `best_top1`, are those of the images
+  that choose the best weights, parts of one, None where there are none. So is
+  `final_top1`, of the last epoch's weights; but where a hold-out chooses, it is
+  that of the best weights on the validation images, looked at once.
+  `learning_rate` and `num_epochs` are the last stage's.
 
   `outcome` says how it ended: 'status', 'error' and 'shared'. `handovers` are
   seconds of the hand-over to a stage where it was not measured, because the
@@ -39,12 +41,20 @@ def read_record(
   history = run_lib.read_history(planned.workdir)
   curve, boundaries = _read_costs(planned, history, handovers)
   last = history_lib.find_stage(history, planned.names[-1])
+  num_images = last['num_eval_images'] if last else 0
   final = best = outcomes = None
   if outcome['status'] == 'done' and last and last['best']:
-    found = last['epochs'][-1]['val_top1'], last['best']['top1']
+    epoch, final = (last['epochs'][-1][x] for x in ('epoch', 'val_top1'))
+    validation = last.get('validation')
+    if validation:
+      epoch, final = validation['epoch'], validation['top1']
+      num_images = validation['num_images']
+    found = final, last['best']['top1']
     final, best = (x if formats.is_number(x) else None for x in found)
-    path = outcomes_lib.find_path(planned.workdir, planned.names[-1])
-    outcomes = outcomes_lib.read(path, last['epochs'][-1]['epoch'])
+    path = outcomes_lib.find_path(
+      planned.workdir, planned.names[-1], validation=bool(validation)
+    )
+    outcomes = outcomes_lib.read(path, epoch)
   resumes = [stage.get('resumed_at_steps', ()) for stage in history['stages']]
   return {
     'cell': planned.cell.name,
@@ -58,7 +68,7 @@ def read_record(
     'num_epochs': planned.last.num_epochs,
     'final_top1': final,
     'best_top1': best,
-    'num_images': last['num_eval_images'] if last else 0,
+    'num_images': num_images,
     'outcomes': outcomes_lib.to_json(outcomes),
     'curve': curve,
     'boundaries': boundaries,

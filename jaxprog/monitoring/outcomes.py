@@ -1,7 +1,9 @@
 """Which evaluation images a stage has right, a bit for each.
 
-WORKDIR/outcomes/STAGE.npz is of the stage's last evaluation. Two runs that were
-evaluated on the same images can then be compared image by image.
+WORKDIR/outcomes/STAGE.npz is of the stage's last evaluation; where a hold-out
+chooses the best weights, STAGE.validation.npz is of these on the validation
+images. Two runs that were evaluated on the same images can then be compared
+image by image.
 """
 
 import base64
@@ -47,9 +49,12 @@ def sort_images(
   return Order(np.array(positions, np.int64), digest)
 
 
-def find_path(workdir: pathlib.Path, stage: str) -> pathlib.Path:
+def find_path(
+  workdir: pathlib.Path, stage: str, *, validation: bool = False
+) -> pathlib.Path:
   """Returns where the outcomes of a stage are kept."""
-  return workdir / 'outcomes' / f'{stage}.npz'
+  name = f'{stage}.validation.npz' if validation else f'{stage}.npz'
+  return workdir / 'outcomes' / name
 
 
 def write(

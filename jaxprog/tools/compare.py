@@ -274,8 +274,7 @@ def _tune(comparison: Comparison) -> None:
         what = f'trial of {cell.name}, rate x {factor:g}, seed {seed}'
         trials.append(comparison.run(planned, what))
         runs.forget_checkpoints(planned)
-        top1 = trials[-1]['final_top1']
-        scores.append(-math.inf if top1 is None else top1)
+        scores.append(_score_trial(trials[-1]))
       return sum(scores) / len(scores)
 
     choice = halving.halve(
@@ -290,6 +289,15 @@ def _tune(comparison: Comparison) -> None:
     }
     border = ', at the border of the range' if choice.at_border else ''
     comparison.say(f'{cell.name}: rate x {choice.factor:g}{border}')
+
+
+def _score_trial(trial: Record) -> float:
+  """Returns the last top-1 on the images that choose the best weights.
+
+  Validation images that a hold-out keeps for the end choose no rate.
+  """
+  top1 = trial['curve'][-1]['top1'] if trial['status'] == 'done' else None
+  return -math.inf if top1 is None else top1
 
 
 def _time_cells(comparison: Comparison) -> dict[str, _Timing]:
@@ -389,9 +397,10 @@ def _write(
   config, every = comparison.config, [planned for planned, _ in done]
   handovers = collect.measure_handovers(every)
   records = [collect.read_record(*run, handovers) for run in done]
-  # Without a target: what every run that is done reached.
-  finals = [record['final_top1'] for record in statistics.done(records)]
-  target = config.target_top1 or min(finals, default=0.0)
+  # Without a target: what the curve of every run that is done reached.
+  ends = [record['curve'][-1]['top1'] for record in statistics.done(records)]
+  known = [top1 for top1 in ends if top1 is not None]
+  target = config.target_top1 or min(known, default=0.0)
   # By the last run of each.
   by_cell = {planned.cell.name: planned for planned in every}
   result: dict[str, Any] = {

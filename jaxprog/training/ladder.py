@@ -14,6 +14,7 @@ from jaxprog import errors
 from jaxprog.data import workers
 from jaxprog.monitoring import activity, diagnostics, pictures
 from jaxprog.monitoring import history as history_lib
+from jaxprog.monitoring import outcomes as outcomes_lib
 from jaxprog.reliability import checkpoints, mirror, peers, signals
 from jaxprog.reporting import facts, report, shown
 from jaxprog.training import (
@@ -319,6 +320,12 @@ def _examine(run: run_lib.Run, task: setup_lib.Task) -> dict[str, Any]:
   }
   if task.dataset.holdout is None:
     return {'diagnostics': found}
+  if jax.process_index() == 0:
+    order = outcomes_lib.sort_images(
+      split.names(), split.labels, task.dataset.classes
+    )
+    path = outcomes_lib.find_path(run.workdir, name, validation=True)
+    outcomes_lib.write(path, order, outcomes['rank'] < 1, epoch)
   run.progress.message(
     f'{name}: validation top-1 {scores["top1"]:.1%} of the weights of epoch '
     f'{epoch}, chosen on {task.stage.eval_split}'
