@@ -27,7 +27,7 @@ endif
 
 # Prints what came of each run, and a table in the end.
 FAULTS ?= 20
-test-faults: $(VENV)/installed-test
+test-faults: $(VENV)/installed-faults
 	JAXPROG_FAULTS=$(FAULTS) $(RUN) -m pytest -m 'faults or slow' tests $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-lint
@@ -53,6 +53,11 @@ $(VENV)/installed: requirements.txt pyproject.toml setup.py | $(VENV)/bin/python
 $(VENV)/installed-test: $(VENV)/installed
 	@echo 'Installing what the tests need into $(VENV).'
 	$(RUN) -m pip install --editable '.[test]'
+	touch $@
+
+$(VENV)/installed-faults: $(VENV)/installed-test
+	@echo 'Installing Ray, for hosts that can be lost, into $(VENV).'
+	$(RUN) -m pip install --editable '.[ray]'
 	touch $@
 
 $(VENV)/installed-parity: $(VENV)/installed-test

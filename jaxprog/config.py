@@ -323,7 +323,11 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if 'base' not in values:
       return _restore_ladder(values)
     base = _restore_ladder(values.pop('base'))
-    return {**_with_tuples(values), 'base': base}
+    # A comparison or a search, of which fields younger than the file too have
+    # their defaults.
+    kind = 'tune' if 'search' in values else 'compare'
+    known = start_from(f'{kind}_default').to_dict()
+    return {**known, **_with_tuples(values), 'base': base}
   except OSError as e:
     raise errors.UserError(
       f'{path} cannot be read: {e.strerror}', f'--config={path}'

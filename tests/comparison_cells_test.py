@@ -1,12 +1,14 @@
 import pathlib
+import subprocess
+import sys
 
 import compare_config
 import pytest
 
 import jaxprog
 from jaxprog import config as config_lib
-from jaxprog import errors, files, stages
-from jaxprog.comparison import cells
+from jaxprog import errors, files, stages, start_from
+from jaxprog.comparison import cells, engines
 
 CONFIGS = [
   f'configs/{name}.py{argument}'
@@ -263,3 +265,42 @@ def test_every_config_of_a_comparison_is_tried_here():
   there = {p.stem for p in pathlib.Path('configs').glob('compare_*.py')}
   tried = {pathlib.Path(spec.partition(':')[0]).stem for spec in CONFIGS}
   assert there - {'compare_default'} == tried
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'what'),
+  [
+    ('engine', 'rai', "Did you mean 'ray'?"),
+    ('ray.num_cpus', 0.0, '(0, inf)'),
+    ('ray.num_gpus', 1.5, 'whole numbers, not GPU 1.5'),
+    ('ray.resources', 'TPU', 'is NAME=AMOUNT, not TPU'),
+    ('ray.resources', 'CPU=2', 'besides num_cpus'),
+    ('ray.max_retries', -1, '[0, inf)'),
+  ],
+)
+def test_a_mistake_in_an_engine_is_said(field, value, what):
+  pytest.importorskip('ray')
+  config = start_from('compare_default')
+  config.engine = 'ray'
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(errors.UserError) as caught:
+    engines.check(config)
+  assert what in str(caught.value)
+
+
+def test_without_ray_it_is_said_what_to_install():
+  program = (
+    'import sys; sys.modules["ray"] = None\n'
+    'from jaxprog import start_from\n'
+    'from jaxprog.comparison import engines\n'
+    'config = start_from("compare_default")\n'
+    'engines.check(config)\n'
+    'config.engine = "ray"\n'
+    'engines.check(config)\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True
+  )
+  *_, what, where, mend = done.stderr.strip().splitlines()
+  assert 'A cluster needs a package that is not installed' in what
+  assert (where, mend) == ('config.engine', "pip install 'jaxprog[ray]'")

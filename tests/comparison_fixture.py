@@ -32,6 +32,8 @@ def create_run(cell, seed, final=0.3, status='done', **fields):
     'outcomes': None,
     'curve': create_curve([(final or 0) * i / 4 for i in range(1, 5)]),
     'boundaries': [],
+    'host': 'here',
+    'device': 'a processor',
   }
   return {**run, **fields}
 

@@ -8,7 +8,10 @@ from jaxprog.comparison import halving
 def halve(scores, num_rungs=3, keep=0.5):
   """Returns the choice where a factor's score is looked up by rung."""
   return halving.halve(
-    list(scores), num_rungs, keep, lambda rung, x: scores[x][rung]
+    list(scores),
+    num_rungs,
+    keep,
+    lambda rung, left: [scores[x][rung] for x in left],
   )
 
 
@@ -40,7 +43,7 @@ def test_every_cell_has_as_many_trials_whatever_its_scores(keep, count):
   for scores in ((0, 1, 2, 3, 4), (1, 1, 1, 1, 1), (4, -math.inf, 2, 1, 0)):
     by_factor = dict(zip(factors, scores, strict=True))
     choice = halving.halve(
-      factors, 3, keep, lambda _, x, found=by_factor: found[x]
+      factors, 3, keep, lambda _, left, x=by_factor: [x[y] for y in left]
     )
     assert len(choice.trials) == count
 

@@ -5,6 +5,8 @@ A run's record has all that statistics, tables and figures read; see
 """
 
 import itertools
+import json
+import pathlib
 import statistics as mean_lib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -75,7 +77,21 @@ def read_record(
     'shared': outcome['shared'],
     'resumed': sum(map(len, resumes)),
     'workdir': str(planned.workdir),
+    **_read_machine(planned.workdir),
   }
+
+
+def _read_machine(workdir: pathlib.Path) -> dict[str, str]:
+  """Returns on which host and kind of device a run was last begun."""
+  try:
+    found = json.loads((workdir / 'environment.json').read_text())
+  except (FileNotFoundError, ValueError):
+    return {'host': '', 'device': ''}
+  devices = found.get('devices') or {}
+  kind = devices.get('kind', '')
+  if devices.get('platform') == 'cpu':  # Which is all that JAX says of it.
+    kind = found.get('cpu', kind)
+  return {'host': found.get('host', ''), 'device': kind}
 
 
 def _read_costs(
@@ -156,20 +172,28 @@ def find_verdicts(
   by_cell = statistics.by_cell(records)
   reference, *others = (cell for cell in cells if cell.name in by_cell)
   sentences, answers = [], dict[Axis, tuple[str, str]]()
+  unlike = set[str]()
   for cell in others:
     names = [cell.name, reference.name]
     if cell.control:  # Of the ladder is spoken, against what it has to beat.
       names.reverse()
     a, b = (by_cell[name] for name in names)
     axis = cell.equal or ('images' if budget == 'own' else budget)
+    kinds = sorted({run['device'] for run in statistics.done([*a, *b])})
+    if axis == 'seconds' and len(kinds) > 1:
+      sentences.append(
+        f'{" against ".join(names)}: seconds of {" and ".join(kinds)} are not '
+        'equal, nothing can be compared.'
+      )
+      unlike.add(cell.name)
+      continue
     text = verdicts.compare_sentence(a, b, target, axis)
     sentences.append(f'{" against ".join(names)}: {text}.')
     if cell.control and cell.equal:
       answers[axis] = verdicts.answer(a, b)
   if answers:
     sentences.insert(0, verdicts.overall(reference.name, answers))
-  elif others:
-    arms = [by_cell[cell.name] for cell in others]
+  elif arms := [by_cell[x.name] for x in others if x.name not in unlike]:
     sentences.insert(0, verdicts.ranking(arms, by_cell[reference.name]))
   return sentences
 

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ _T = TypeVar('_T')
 
 # How names begin of what runs see of this process's environment.
 _PASSED_ON = ('JAX', 'XLA_', 'LIBTPU_', 'TF_')
+# Between two looks at what a flow waits for.
+_POLL_SECONDS = 0.5
 # How Ray names what a host computes on.
 _ACCELERATOR = 'accelerator_type:'
 
@@ -75,6 +78,9 @@ class Engine(Protocol):
     What one of them raises ends all others, which save what they have.
     """
 
+  def wait(self, condition: Callable[[], bool]) -> None:
+    """Returns once `condition` holds, which other flows bring about."""
+
 
 class Serial:
   """Runs in this process, one after the other."""
@@ -89,6 +95,10 @@ class Serial:
   def at_once(self, flows: Sequence[Callable[[], _T]]) -> list[_T]:
     """See `Engine`."""
     return [flow() for flow in flows]
+
+  def wait(self, condition: Callable[[], bool]) -> None:
+    """See `Engine`."""
+    assert condition(), 'What comes before has been run.'
 
 
 class Cluster:
@@ -118,7 +128,7 @@ class Cluster:
     self._turn = threading.Lock()
     self._submitting = threading.Lock()
     self._under_way: set[Any] = set()
-    self._is_ending = False
+    self._ending = threading.Event()
 
   def run(self, name: str, call: Callable[..., _T], *arguments: Any) -> _T:
     """See `Engine`."""
@@ -172,6 +182,14 @@ class Cluster:
         raise error
     return [x.result() for x in begun]
 
+  def wait(self, condition: Callable[[], bool]) -> None:
+    """See `Engine`."""
+    while not condition():
+      with self._others_turn():
+        ended = self._ending.wait(_POLL_SECONDS)
+      if ended:
+        raise _EndedError
+
   def _take_turn(self, flow: Callable[[], _T], has_turn: threading.Event) -> _T:
     with self._turn:
       has_turn.set()
@@ -193,7 +211,7 @@ class Cluster:
     self, name: str, call: Callable[..., Any], arguments: tuple[Any, ...]
   ) -> Any:
     with self._submitting:
-      if self._is_ending:
+      if self._ending.is_set():
         raise _EndedError
       task = self._task.options(name=name)
       reference = task.remote(self._place, call, arguments)
@@ -203,7 +221,7 @@ class Cluster:
   def _end(self) -> None:
     """Has all that is under way save and leave, as Ctrl-C does."""
     with self._submitting:
-      self._is_ending = True
+      self._ending.set()
       for reference in list(self._under_way):
         ray.cancel(reference)
 
@@ -238,7 +256,7 @@ def check(config: config_dict.ConfigDict) -> None:
     Field('ray.max_retries', int, None, within='[0, inf)'),
   ):
     field.check(config.ray[field.name.removeprefix('ray.')], 'config')
-  _parse_resources(config.ray.resources)
+  _needs(config.ray)
 
 
 @contextlib.contextmanager
@@ -268,6 +286,7 @@ def start(
     with signals.StopRequest():  # Ray has put its own handler there.
       nodes = _find_nodes(needs)
       _check_hosts(nodes, needs, workdir, alike)
+      _check_accelerators(nodes, needs, config.base.platform)
       slots = sum(_count_runs(node, needs) for node in nodes)
       yield Cluster(config.ray, slots, say)
   finally:
@@ -276,9 +295,19 @@ def start(
 
 
 def _needs(asked: config_dict.ConfigDict) -> dict[str, float]:
-  """Returns what a run takes, by Ray's names."""
+  """Returns what a run takes, by Ray's names.
+
+  Raises:
+    UserError: for what Ray could not give.
+  """
   others = _parse_resources(asked.resources)
-  return {'CPU': asked.num_cpus, 'GPU': asked.num_gpus, **others}
+  needs = {'CPU': asked.num_cpus, 'GPU': asked.num_gpus, **others}
+  for name, amount in needs.items():
+    if amount > 1 and amount != int(amount):
+      raise errors.UserError(
+        f'Above 1 Ray gives whole numbers, not {name} {amount:g}.', 'config.ray'
+      )
+  return needs
 
 
 def _parse_resources(text: str) -> dict[str, float]:
@@ -289,15 +318,14 @@ def _parse_resources(text: str) -> dict[str, float]:
   """
   found = {}
   for part in filter(None, text.split(',')):
-    name, _, amount = part.partition('=')
-    try:
-      found[name.strip()] = float(amount)
-    except ValueError:
+    name, _, amount = map(str.strip, part.partition('='))
+    if name in ('CPU', 'GPU') or not re.fullmatch(r'\d*\.?\d+', amount):
       raise errors.UserError(
-        f'A resource is NAME=AMOUNT, not {part!r}.',
+        f'A resource besides num_cpus and num_gpus is NAME=AMOUNT, not {part}.',
         f'config.ray.resources={text}',
         "Write 'TPU=4', or several with a comma between.",
-      ) from None
+      )
+    found[name] = float(amount)
   return found
 
 
@@ -369,11 +397,20 @@ def _check_hosts(
       scheduling_strategy=scheduling_strategies.NodeAffinitySchedulingStrategy(
         node['NodeID'], soft=False
       )
-    ).remote(path)
+    ).remote(os.getcwd(), path)
     for node in nodes
   ]
+  try:
+    seen = ray.get(asked)
+  except ray.exceptions.RayError as e:
+    *_, reason = str(e).strip().splitlines()
+    raise errors.UserError(
+      f'A host of the cluster cannot have runs: {reason}',
+      'config.ray',
+      'It needs jaxprog, and the folder in which this command runs.',
+    ) from None
   kinds = {}
-  for node, (host, processor, found) in zip(nodes, ray.get(asked), strict=True):
+  for node, (host, processor, found) in zip(nodes, seen, strict=True):
     if found != path.read_bytes():
       raise errors.UserError(
         f'Host {host} of the cluster does not see the workdir.',
@@ -391,3 +428,22 @@ def _check_hosts(
       'config.budget and config.controls',
       'Use another budget, or name one kind in config.ray.resources.',
     )
+
+
+def _check_accelerators(
+  nodes: Sequence[Mapping[str, Any]], needs: Mapping[str, float], platform: str
+) -> None:
+  """Raises UserError if accelerators stand idle that nobody said so of.
+
+  Ray hides GPUs from what asks for none: runs would fall back to cores.
+  """
+  if 'cpu' in (platform, os.environ.get('JAX_PLATFORMS')):
+    return
+  for name, field in (('GPU', 'num_gpus=1'), ('TPU', "resources='TPU=4'")):
+    number = sum(node['Resources'].get(name, 0) for node in nodes)
+    if number and not any(v for k, v in needs.items() if k != 'CPU'):
+      raise errors.UserError(
+        f'The cluster has {number:g} {name}s, of which runs would have none.',
+        'config.ray',
+        f"Set config.ray.{field}, or config.base.platform='cpu'.",
+      )

@@ -32,7 +32,7 @@ def halve(
   factors: Sequence[float],
   num_rungs: int,
   keep: float,
-  score: Callable[[int, float], float],
+  score: Callable[[int, Sequence[float]], Sequence[float]],
 ) -> Choice:
   """Returns the best of `factors` on the last rung that they are left for.
 
@@ -44,11 +44,13 @@ def halve(
     factors: above 0.
     num_rungs: each costs more than the one before.
     keep: part that goes on, in (0, 1]; rounded up.
-    score: of a rung, counted from 0, and a factor; higher is better.
+    score: of a rung, counted from 0, and the factors that are left; one each,
+      higher is better.
   """
   left, trials, best = list(factors), [], None
   for rung in range(num_rungs):
-    ran = [Trial(rung, x, score(rung, x)) for x in left]
+    pairs = zip(left, score(rung, left), strict=True)
+    ran = [Trial(rung, *pair) for pair in pairs]
     trials += ran
     ran.sort(key=lambda t: (-t.score, abs(math.log(t.factor)), t.factor))
     if ran[0].score == -math.inf:

@@ -8,12 +8,13 @@ trained again.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import shutil
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ml_collections import config_dict
@@ -22,15 +23,19 @@ from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
 from jaxprog.comparison.budgets import StageCost
 from jaxprog.comparison.cells import Cell
-from jaxprog.reliability import checkpoints, integrity
-from jaxprog.training import ladder, loop
+from jaxprog.monitoring import activity
+from jaxprog.reliability import checkpoints, integrity, lock
+from jaxprog.training import ladder, loop, xla_flags
 from jaxprog.training import setup as setup_lib
 
-_Outcome = dict[str, Any]
+Outcome = dict[str, Any]
 
 _VERSION = 1
 # What a finished stage has saved for those after it.
 _SHARED = {'best', 'final', 'ema', 'done.json'}
+
+# Cells and lengths whose later stages this process has compiled.
+_compiled: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +62,21 @@ class Planned:
     chosen = stages.create_stages(self.config)
     return next(s for s in chosen if s.name == self.names[-1])
 
+  @functools.cached_property
+  def keys(self) -> tuple[str, ...]:
+    """What decides the result of the first stage, of the first two, ..."""
+    return tuple(
+      _prefix_key(self, count + 1) for count in range(len(self.costs))
+    )
 
-def read_outcome(planned: Planned) -> _Outcome | None:
+  def shares(self, other: 'Planned', count: int = 1) -> bool:
+    """Returns whether the first stages are trained alike, before the last."""
+    if self.seed != other.seed or count >= len(self.costs):
+      return False
+    return self.keys[count - 1 : count] == other.keys[count - 1 : count]
+
+
+def read_outcome(planned: Planned) -> Outcome | None:
   """Returns how the run ended; None if it is not over, or may go on.
 
   One that failed may have met a full disk: it is tried again. One that diverged
@@ -85,11 +103,13 @@ def run(
   planned: Planned,
   earlier: Sequence[Planned],
   check: Callable[[], object],
-) -> _Outcome:
+  patience_seconds: float = 0.0,
+) -> Outcome:
   """Trains what is left of a run that is not over; returns how it ended.
 
-  Stages of `earlier` runs, which are over, may serve this one too. What `check`
-  raises, which is called before it and after each epoch, ends all.
+  Stages that `earlier` runs have trained may serve this one too. What `check`
+  raises, which is called before it and after each epoch, ends all. A process
+  that still has the workdir is waited for with patience.
 
   Raises:
     UserError: for a mistake that the user can mend.
@@ -97,19 +117,27 @@ def run(
     SaveError: if the disk is full, as it would be for the next run.
   """
   check()
-  shared = share_stages(planned, earlier)
-  status, error = 'done', ''
-  try:
+  xla_flags.use(planned.config.xla_flags)
+
+  def train():
+    found = share_stages(planned, earlier)
+    _compile_once(planned)
     ladder.train(
       planned.config,
       planned.workdir,
       only=planned.names,
       on_epoch=lambda name, row: check(),
     )
+    return found
+
+  status, error, shared = 'done', '', list[str]()
+  try:
+    shared = lock.patiently(train, patience_seconds)
   except (errors.UserError, errors.Stopped, integrity.SaveError):
     raise
   except Exception as e:
     check()
+    shared = share_stages(planned, ())
     skipped = isinstance(e, loop.SkippedTooOftenError)
     status = 'diverged' if skipped else 'failed'
     error = f'{type(e).__name__}: {" ".join(str(e).split())}'
@@ -128,18 +156,41 @@ def run(
   return outcome
 
 
-def compile_ahead(planned: Planned) -> None:
+def failed(error: str) -> Outcome:
+  """Returns the outcome of a run that could not be, or that is lost."""
+  return {'status': 'failed', 'error': error, 'shared': []}
+
+
+def _compile_once(planned: Planned) -> None:
   """Compiles the later stages of a run for JAX's cache on disk.
 
   A short stage would end before the next one is compiled, and the hand-over
   would be measured with a wait that only the first run of a cell has.
   """
-  if len(planned.names) < 2 or not planned.config.compilation_cache_dir:
+  key = f'{planned.cell.name} {planned.last.num_epochs}'
+  if len(planned.names) < 2 or key in _compiled:
     return
-  setup = setup_lib.create_setup(planned.config, only=planned.names)
-  for stage in setup.chosen[1:]:
-    task = setup_lib.create_task(setup, stage)
-    setup_lib.compile_task(task, carried=True)
+  _compiled.add(key)
+  if planned.config.compilation_cache_dir:
+    with activity.doing(f'compiling later stages of {planned.cell.name}'):
+      setup = setup_lib.create_setup(planned.config, only=planned.names)
+      for stage in setup.chosen[1:]:
+        task = setup_lib.create_task(setup, stage)
+        setup_lib.compile_task(task, carried=True)
+
+
+def must_wait(
+  planned: Planned, earlier: Sequence[Planned], training: Iterable[Planned]
+) -> bool:
+  """Returns whether a stage that would be shared is being trained elsewhere.
+
+  By one of the runs `training`; what `earlier` runs have trained is there.
+  """
+  for count, name in enumerate(planned.names[:-1], 1):
+    target = checkpoints.stage_directory(planned.workdir, name)
+    if not target.exists() and not _find_source(planned, count, earlier):
+      return any(planned.shares(other, count) for other in training)
+  return False
 
 
 def share_stages(planned: Planned, earlier: Sequence[Planned]) -> list[str]:
@@ -157,7 +208,9 @@ def share_stages(planned: Planned, earlier: Sequence[Planned]) -> list[str]:
       source = _find_source(planned, count, earlier)
       if source is None:
         break
-      _link(source, target, marker)
+      with lock.Lock(planned.workdir):
+        if not target.exists():
+          _link(source, target, marker)
     elif not marker.exists():
       break
     shared.append(name)
@@ -174,9 +227,8 @@ def _find_source(
   planned: Planned, count: int, earlier: Sequence[Planned]
 ) -> pathlib.Path | None:
   """Returns where the first `count` stages were trained alike, if anywhere."""
-  wanted = _prefix_key(planned, count)
   for other in earlier:
-    if len(other.names) >= count and _prefix_key(other, count) == wanted:
+    if planned.shares(other, count):
       name = planned.names[count - 1]
       with contextlib.suppress(integrity.DamagedError):
         if checkpoints.read_done(other.workdir, name) is not None:

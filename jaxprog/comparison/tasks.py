@@ -38,8 +38,7 @@ def work(
   place: Place, call: Callable[..., _T], arguments: tuple[Any, ...]
 ) -> _T | Stopped:
   """Returns what `call` does with `arguments`, at its place."""
-  with contextlib.suppress(OSError):  # Paths may all be absolute.
-    os.chdir(place.folder)
+  os.chdir(place.folder)
   if 0 < place.num_gpus < 1:
     xla_flags.share_memory(place.num_gpus)
   with _pinned(math.ceil(place.num_cpus)):
@@ -49,8 +48,13 @@ def work(
       return Stopped()
 
 
-def look(path: pathlib.Path) -> tuple[str, str, bytes]:
-  """Returns a host's name, its processor, and what it finds in a file."""
+def look(folder: str, path: pathlib.Path) -> tuple[str, str, bytes]:
+  """Returns a host's name, its processor, and what it finds in a file.
+
+  Raises:
+    OSError: if there is no such folder.
+  """
+  os.chdir(folder)
   found = environment.environment()
   with contextlib.suppress(OSError):
     return found['host'], found['cpu'], path.read_bytes()

@@ -5,7 +5,7 @@ WORKDIR/tuning, epochs that were timed in WORKDIR/timing. The same command goes
 on after any end: what is over is read, what was interrupted is resumed.
 """
 
-import dataclasses
+import functools
 import io
 import math
 import pathlib
@@ -24,168 +24,28 @@ from jaxprog.comparison import (
   budgets,
   cells,
   collect,
+  engines,
   figures,
   halving,
   page,
+  plans,
   runs,
   statistics,
   tables,
 )
 from jaxprog.comparison.cells import Cell
+from jaxprog.comparison.plans import Comparison
 from jaxprog.comparison.runs import Planned
 from jaxprog.comparison.statistics import Record
 from jaxprog.data import workers
 from jaxprog.monitoring import activity, environment
-from jaxprog.reliability import lock, mirror, signals
+from jaxprog.reliability import mirror, signals
 from jaxprog.reporting.report import terminal_table
 from jaxprog.training import preflight
 from jaxprog.training import run as run_lib
 
 # What is kept of a trial's record.
 _OF_TRIALS = ('seed', 'learning_rate', 'num_epochs', 'status', 'workdir')
-
-
-@dataclasses.dataclass
-class Comparison:
-  """A comparison on its way.
-
-  What plans a run raises UserError, naming the cell, for a mistake in the
-  config or the data.
-  """
-
-  config: config_dict.ConfigDict
-  workdir: pathlib.Path
-  # The reference first, then other cells, then controls.
-  cells: tuple[Cell, ...]
-  console: rich.console.Console
-  meter: budgets.Meter = dataclasses.field(default_factory=budgets.Meter)
-  # Runs that are over, in order: what they trained may serve others.
-  over: list[Planned] = dataclasses.field(default_factory=list)
-  # Cells whose later stages were compiled before their first run.
-  compiled: set[str] = dataclasses.field(default_factory=set)
-  # What was found about the learning rate of a cell, by its name.
-  tuning: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-  # Of the workdir, once anything is run; the locks of runs know nothing of it.
-  owner: lock.Lock | None = None
-
-  @property
-  def reference(self) -> Cell:
-    """The cell that others are compared with."""
-    return self.cells[0]
-
-  @property
-  def num_runs(self) -> int:
-    """How many runs there will be, if no trial is lost."""
-    tuning = self.config.tuning
-    count = len(self.cells) * self.config.seeds
-    count += sum(map(_is_timed, self.cells[1:]))
-    if tuning.factors:
-      choice = halving.halve(
-        tuning.factors, len(tuning.rungs), tuning.keep, lambda *_: 0.0
-      )
-      tuned = sum(map(_is_tuned, self.cells))
-      count += tuned * len(choice.trials) * tuning.seeds
-    return count
-
-  def plan_run(
-    self, cell: Cell, seed: int, num_epochs: float | None = None
-  ) -> Planned:
-    """Returns a run that is compared, at its tuned learning rate.
-
-    `num_epochs` are those of the last stage; None: what the budget gives, and
-    the cell's own where that is told in seconds.
-    """
-    factor = self.tuning.get(_tuned_as(cell), {}).get('factor', 1.0)
-    folder = f'cells/{cell.name}/seed-{seed}'
-    return self._plan(cell, seed, folder, factor, num_epochs=num_epochs)
-
-  def plan_trial(
-    self, cell: Cell, seed: int, rung: int, factor: float
-  ) -> Planned:
-    """Returns a run of a part of the last stage, at a multiple of its rate."""
-    folder = f'tuning/{cell.name}/rung-{rung}/rate-x{factor:g}/seed-{seed}'
-    part = self.config.tuning.rungs[rung]
-    return self._plan(cell, seed, folder, factor, part=part)
-
-  def _plan(
-    self,
-    cell: Cell,
-    seed: int,
-    folder: str,
-    factor: float,
-    *,
-    num_epochs: float | None = None,
-    part: float | None = None,
-  ) -> Planned:
-    ladder = cells.create_ladder(self.config, cell, seed)
-    with cells.in_cell(cell):
-      *_, last = cells.trained_stages(ladder, cell)
-      if num_epochs is None:
-        num_epochs = self._count_epochs(cell, ladder, last.num_epochs)
-      ladder = budgets.set_length(ladder, last.name, num_epochs)
-      if part is not None:
-        length = round(part * num_epochs, 6)
-        ladder = budgets.set_length(ladder, last.name, length)
-      if factor != 1:
-        stage = next(s for s in ladder.stages if s.name == last.name)
-        stage.learning_rate *= factor
-      costs = self.meter.measure(ladder, cell.only)
-    return Planned(cell, seed, ladder, costs, self.workdir / folder)
-
-  def plan_timing(self, cell: Cell) -> Planned:
-    """Returns a run of a few epochs of each stage."""
-    seed = self.config.base.seed
-    ladder = cells.create_ladder(self.config, cell, seed)
-    with cells.in_cell(cell):
-      for stage in cells.trained_stages(ladder, cell):
-        count = float(self.config.timed_epochs)
-        ladder = budgets.set_length(ladder, stage.name, count)
-      costs = self.meter.measure(ladder, cell.only)
-    return Planned(
-      cell, seed, ladder, costs, self.workdir / 'timing' / cell.name
-    )
-
-  def _count_epochs(
-    self, cell: Cell, ladder: config_dict.ConfigDict, own: float
-  ) -> float:
-    """Returns the epochs of a cell's last stage that the budget leaves."""
-    kind = cell.equal
-    if kind in ('', 'seconds') or cell == self.reference:
-      return own
-    seed = self.config.base.seed
-    reference = cells.create_ladder(self.config, self.reference, seed)
-    costs = self.meter.measure(reference, self.reference.only)
-    return budgets.equal_epochs(
-      sum(cost.total(kind) for cost in costs),
-      self.meter.measure(ladder, cell.only),
-      kind,
-      f'budget {kind!r}',
-    )
-
-  def run(self, planned: Planned, what: str) -> Record:
-    """Brings a run to its end, with a line before and after it."""
-    number = f'run {len(self.over) + 1} of {self.num_runs}'
-    before = runs.read_outcome(planned)
-    if before is None:
-      self.say(f'{number}: {what}')
-      key = f'{planned.cell.name} {planned.last.num_epochs}'
-      if key not in self.compiled:
-        self.compiled.add(key)
-        with activity.doing(f'compiling later stages of {planned.cell.name}'):
-          runs.compile_ahead(planned)
-    assert self.owner is not None
-    outcome = before or runs.run(planned, self.over, self.owner.check)
-    self.over.append(planned)
-    record = collect.read_record(planned, outcome, {})
-    score = record['final_top1']
-    result = outcome['status'] if score is None else f'top-1 {score:.1%}'
-    again = ', done before' if before else ''
-    self.say(f'{number}: {what}: {result}{again}')
-    return record
-
-  def say(self, text: str) -> None:
-    """Prints a line."""
-    self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def compare(
@@ -205,6 +65,9 @@ def compare(
   workdir, url = mirror.locate(workdir, config.base.mirror)
   config = config_lib.with_mirror(config)
   chosen = cells.create_cells(config)
+  engines.check(config)
+  if config.engine != 'serial':  # The devices are the runs'.
+    jax.config.update('jax_platforms', 'cpu')
   if jax.process_count() > 1:
     raise errors.UserError('A comparison runs in one process.')
   preflight.claim_workdir(workdir)
@@ -214,22 +77,18 @@ def compare(
     comparison.say(f'comparison: {len(chosen)} cells, the costs of their steps')
     planned = _plan_all(comparison)
     console.print(_plan_table(planned))
-    with mirror.hold(workdir, url) as comparison.owner:
+    alike = any(cell.equal == 'seconds' for cell in chosen)
+    with (
+      mirror.hold(workdir, url) as comparison.owner,
+      engines.start(
+        config, workdir, comparison.say, alike=alike
+      ) as comparison.engine,
+    ):
       files.write_json(workdir / 'config.json', config_lib.to_json(config))
       _tune(comparison)
       result = _run_all(comparison, _time_cells(comparison))
       _conclude(comparison, result)
   return result
-
-
-def _is_tuned(cell: Cell) -> bool:
-  """Returns whether a cell has trials; controls share those of one."""
-  return not cell.control or cell.name == cells.CONTROL
-
-
-def _is_timed(cell: Cell) -> bool:
-  """Returns whether epochs of a cell are timed; those of controls are known."""
-  return cell.equal == 'seconds' and not cell.control
 
 
 # Seconds of all that comes before the last stage of a cell, hand-overs to it
@@ -246,49 +105,59 @@ def _plan_all(comparison: Comparison) -> list[Planned]:
   with activity.doing('counting the costs of cells') as show:
     for cell in comparison.cells:
       planned.append(comparison.plan_run(cell, config.base.seed))
-      if config.tuning.factors and _is_tuned(cell):
+      if config.tuning.factors and plans.is_tuned(cell):
         for rung in range(len(config.tuning.rungs)):
           comparison.plan_trial(cell, config.base.seed, rung, 1.0)
-      if _is_timed(cell):
+      if plans.is_timed(cell):
         comparison.plan_timing(cell)
       show(len(planned), len(comparison.cells))
   return planned
 
 
-def _tuned_as(cell: Cell) -> str:
-  return cells.CONTROL if cell.control else cell.name
-
-
 def _tune(comparison: Comparison) -> None:
   """Chooses the learning rate of each cell, with as many trials in each."""
-  tuning = comparison.config.tuning
-  if not tuning.factors:
+  if not comparison.config.tuning.factors:
     return
-  for cell in filter(_is_tuned, comparison.cells):
-    trials: list[Record] = []
+  comparison.engine.at_once(
+    [
+      functools.partial(_tune_cell, comparison, cell)
+      for cell in filter(plans.is_tuned, comparison.cells)
+    ]
+  )
 
-    def score(rung: int, factor: float, cell=cell, trials=trials) -> float:
-      scores = []
-      for seed in cells.tuning_seeds(comparison.config):
-        planned = comparison.plan_trial(cell, seed, rung, factor)
-        what = f'trial of {cell.name}, rate x {factor:g}, seed {seed}'
-        trials.append(comparison.run(planned, what))
-        runs.forget_checkpoints(planned)
-        scores.append(_score_trial(trials[-1]))
-      return sum(scores) / len(scores)
 
-    choice = halving.halve(
-      tuning.factors, len(tuning.rungs), tuning.keep, score
-    )
-    comparison.tuning[cell.name] = {
-      'factor': choice.factor,
-      'at_border': choice.at_border,
-      'trials': [trial._asdict() for trial in choice.trials],
-      'runs': [{k: trial[k] for k in _OF_TRIALS} for trial in trials],
-      'cost': collect.sum_costs(trials),
-    }
-    border = ', at the border of the range' if choice.at_border else ''
-    comparison.say(f'{cell.name}: rate x {choice.factor:g}{border}')
+def _tune_cell(comparison: Comparison, cell: Cell) -> None:
+  tuning, trials = comparison.config.tuning, list[Record]()
+  seeds = cells.tuning_seeds(comparison.config)
+
+  def run(rung: int, factor: float, seed: int) -> Record:
+    planned = comparison.plan_trial(cell, seed, rung, factor)
+    what = f'trial of {cell.name}, rate x {factor:g}, seed {seed}'
+    record = comparison.run(planned, what)
+    runs.forget_checkpoints(planned)
+    return record
+
+  def score(rung: int, factors: Sequence[float]) -> list[float]:
+    flows = [
+      functools.partial(run, rung, factor, seed)
+      for factor in factors
+      for seed in seeds
+    ]
+    trials.extend(comparison.engine.at_once(flows))
+    scores = [_score_trial(trial) for trial in trials[-len(flows) :]]
+    starts = range(0, len(scores), len(seeds))
+    return [sum(scores[i : i + len(seeds)]) / len(seeds) for i in starts]
+
+  choice = halving.halve(tuning.factors, len(tuning.rungs), tuning.keep, score)
+  comparison.tuning[cell.name] = {
+    'factor': choice.factor,
+    'at_border': choice.at_border,
+    'trials': [trial._asdict() for trial in choice.trials],
+    'runs': [{k: trial[k] for k in _OF_TRIALS} for trial in trials],
+    'cost': collect.sum_costs(trials),
+  }
+  border = ', at the border of the range' if choice.at_border else ''
+  comparison.say(f'{cell.name}: rate x {choice.factor:g}{border}')
 
 
 def _score_trial(trial: Record) -> float:
@@ -306,11 +175,15 @@ def _time_cells(comparison: Comparison) -> dict[str, _Timing]:
   Those are left out whose few timed epochs did not reach their end.
   """
   timings = {}
-  for cell in filter(_is_timed, comparison.cells[1:]):
+
+  def time(cell: Cell) -> None:
     planned = comparison.plan_timing(cell)
     record = comparison.run(planned, f'{cell.name}, timed')
     if record['status'] == 'done':
       timings[cell.name] = _read_timing(comparison, planned)
+
+  timed = filter(plans.is_timed, comparison.cells[1:])
+  comparison.engine.at_once([functools.partial(time, x) for x in timed])
   return timings
 
 
@@ -333,15 +206,27 @@ def _run_all(
 
   Returns what comparison.json holds.
   """
-  done: list[tuple[Planned, Record]] = []
+  places = [
+    (seed, cell)
+    for seed in cells.seeds(comparison.config)
+    for cell in comparison.cells
+  ]
+  done: dict[tuple[int, str], tuple[Planned, Record]] = {}
   result: dict[str, Any] = {}
-  for seed in cells.seeds(comparison.config):
-    reference: Record = {}
-    for cell in comparison.cells:
-      timing = timings.get(cell.name)
-      done.append(_run_cell(comparison, cell, seed, reference, timing))
-      reference = reference or done[-1][1]
-      result = _write(comparison, done)
+
+  def run(seed: int, cell: Cell) -> None:
+    nonlocal result
+    first = seed, comparison.reference.name
+    if cell.equal == 'seconds' and cell != comparison.reference:
+      comparison.engine.wait(lambda: first in done)
+    _, reference = done.get(first, (None, {}))
+    timing = timings.get(cell.name)
+    done[seed, cell.name] = _run_cell(comparison, cell, seed, reference, timing)
+    if any(name == comparison.reference.name for _, name in done):
+      known = [done.get((seed, cell.name)) for seed, cell in places]
+      result = _write(comparison, [x for x in known if x])
+
+  comparison.engine.at_once([functools.partial(run, *x) for x in places])
   return result
 
 
@@ -363,7 +248,7 @@ def _run_cell(
       planned = comparison.plan_run(cell, seed, num_epochs)
     except errors.UserError as e:  # Seconds are measured: not known before.
       reason = f'{e.what} {e.where}'.strip()
-      return planned, {'status': 'failed', 'error': reason, 'shared': []}
+      return planned, runs.failed(reason)
   return planned, comparison.run(planned, f'{cell.name}, seed {seed}')
 
 
@@ -434,7 +319,7 @@ def _describe_cell(comparison: Comparison, planned: Planned) -> dict[str, Any]:
     'equal': cell.equal,
     'learning_rate': planned.last.peak_learning_rate,
     'flops_per_image': flops / images,
-    'tuning': comparison.tuning.get(_tuned_as(cell)),
+    'tuning': comparison.tuning.get(plans.tuned_as(cell)),
   }
 
 

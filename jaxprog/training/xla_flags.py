@@ -57,11 +57,11 @@ def use(preset: str) -> None:
 
 
 def share_memory(part: float) -> None:
-  """Has this process take a part of what it would of a GPU's memory.
-
-  Before `use`; what the environment says already stays.
-  """
-  os.environ.setdefault(_MEMORY[0], f'{_MEMORY_PART * part:.3g}')
+  """Has this process take a part of what it would of a GPU's memory."""
+  share = memory_part() * part
+  for name in _MEMORY:
+    os.environ.pop(name, None)
+  os.environ[_MEMORY[0]] = f'{share:.3g}'
 
 
 def step_options(
