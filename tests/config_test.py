@@ -306,6 +306,19 @@ def test_fields_younger_than_a_saved_config_have_their_defaults(tmp_path):
   assert loaded.watchdog_minutes == config.watchdog_minutes
 
 
+@pytest.mark.parametrize('name', ['compare_default', 'tune_default'])
+def test_fields_younger_than_a_saved_comparison_have_theirs(tmp_path, name):
+  config = config_lib.load_config(name)
+  plain = config_lib.to_json(config)
+  younger = [x for x in plain if x not in ('base', 'grid', 'search')]
+  for field in younger:
+    del plain[field]
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(plain))
+  loaded = config_lib.load_config(str(path))
+  assert config_lib.to_json(loaded) == config_lib.to_json(config)
+
+
 def test_the_path_of_a_saved_config_may_hold_colons(tmp_path):
   folder = tmp_path / 'x.py:12:30'
   folder.mkdir()

@@ -47,6 +47,8 @@ class Cluster:
     return self._start(
       f'--address={self.address}',
       '--num-cpus=1',
+      '--min-worker-port=0',
+      '--max-worker-port=0',
       f'--resources={json.dumps(resources)}',
     )
 

@@ -16,6 +16,7 @@ from jaxprog.comparison import (
   engines,
   halving,
   runs,
+  tasks,
 )
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
@@ -198,7 +199,7 @@ class Comparison:
     self.training[planned.workdir] = planned
     try:
       return self.engine.run(what, runs.run, planned, earlier, check, patience)
-    except engines.LostError as e:
+    except tasks.LostError as e:
       return runs.failed(str(e))
     finally:
       del self.training[planned.workdir]

@@ -5,9 +5,13 @@ import fcntl
 import math
 import os
 import pathlib
+import platform
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, TypeVar
+
+from ml_collections import config_dict
 
 from jaxprog import errors
 from jaxprog.monitoring import environment
@@ -30,8 +34,47 @@ class Place(NamedTuple):
   num_gpus: float = 0.0
 
 
+class LostError(RuntimeError):
+  """A run's process or host died, more often than it is begun again."""
+
+
 class Stopped(NamedTuple):
   """What is returned for a run that was asked to stop, and has saved."""
+
+
+def count_needs(asked: config_dict.ConfigDict) -> dict[str, float]:
+  """Returns what a run takes, by Ray's names.
+
+  Raises:
+    UserError: for what Ray could not give.
+  """
+  others = _parse_resources(asked.resources)
+  needs = {'CPU': asked.num_cpus, 'GPU': asked.num_gpus, **others}
+  for name, amount in needs.items():
+    if amount > 1 and amount != int(amount):
+      raise errors.UserError(
+        f'Above 1 Ray gives whole numbers, not {name} {amount:g}.', 'config.ray'
+      )
+  return needs
+
+
+def _parse_resources(text: str) -> dict[str, float]:
+  """Returns what 'TPU=4,big=0.5' says.
+
+  Raises:
+    UserError: if that is none.
+  """
+  found = {}
+  for part in filter(None, text.split(',')):
+    name, _, amount = map(str.strip, part.partition('='))
+    if name in ('CPU', 'GPU') or not re.fullmatch(r'\d*\.?\d+', amount):
+      raise errors.UserError(
+        f'A resource besides num_cpus and num_gpus is NAME=AMOUNT, not {part}.',
+        f'config.ray.resources={text}',
+        "Write 'TPU=4', or several with a comma between.",
+      )
+    found[name] = float(amount)
+  return found
 
 
 def work(
@@ -55,10 +98,11 @@ def look(folder: str, path: pathlib.Path) -> tuple[str, str, bytes]:
     OSError: if there is no such folder.
   """
   os.chdir(folder)
-  found = environment.environment()
-  with contextlib.suppress(OSError):
-    return found['host'], found['cpu'], path.read_bytes()
-  return found['host'], found['cpu'], b''
+  try:
+    found = path.read_bytes()
+  except OSError:
+    found = b''
+  return platform.node(), environment.processor(), found
 
 
 @contextlib.contextmanager
@@ -85,7 +129,9 @@ def _claim(core: int, stack: contextlib.ExitStack) -> bool:
   """Returns whether a core is ours, until `stack` closes or we are killed."""
   folder = pathlib.Path(tempfile.gettempdir(), f'jaxprog-cores-{os.getuid()}')
   folder.mkdir(mode=0o700, exist_ok=True)
-  file = os.open(folder / str(core), os.O_RDWR | os.O_CREAT, 0o600)
+  file = os.open(
+    folder / str(core), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600
+  )
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError:

@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
     'host': platform.node(),
     'platform': platform.platform(),
     'cpu_count': os.cpu_count(),
-    'cpu': _cpu(),
+    'cpu': processor(),
     'memory_bytes': _memory(),
     'python': platform.python_version(),
     'versions': _versions(),
@@ -52,7 +52,7 @@ def environment() -> dict[str, Any]:
   }
 
 
-def _cpu() -> str:
+def processor() -> str:
   """Returns the model of the processor, its architecture where none is said."""
   with contextlib.suppress(OSError):
     for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
