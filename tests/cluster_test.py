@@ -26,7 +26,11 @@ def cluster():
   found.close()
 
 
-def start(config, workdir, *arguments, cores=None):
+def start(config, workdir, *arguments, cluster=None, cores=None):
+  """Starts a comparison: on a cluster, or on some cores of this process."""
+  if cluster:
+    address = f'--config.ray.address={cluster.address}'
+    arguments = '--config.engine=ray', address, *arguments
   return subprocess.Popen(
     [
       *(sys.executable, 'main.py', '--mode=compare'),
@@ -35,15 +39,12 @@ def start(config, workdir, *arguments, cores=None):
       *arguments,
     ],
     cwd=runs.ROOT,
+    env=cluster and cluster.environ,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
     preexec_fn=cores and (lambda: os.sched_setaffinity(0, cores)),
   )
-
-
-def on(cluster):
-  return '--config.engine=ray', f'--config.ray.address={cluster.address}'
 
 
 def finish(process, code=0):
@@ -131,7 +132,7 @@ def test_runs_side_by_side_end_with_the_table_of_one_after_the_other(
   cluster, data_dir, tmp_path
 ):
   config = f'{CONFIG}:{data_dir}'
-  output = finish(start(config, tmp_path / 'ray', *on(cluster)))
+  output = finish(start(config, tmp_path / 'ray', cluster=cluster))
   finish(start(config, tmp_path / 'serial', cores={0}))
   both = [tmp_path / x for x in ('serial', 'ray')]
   assert 'run 24 of 24' in output
@@ -148,7 +149,7 @@ def test_runs_side_by_side_end_with_the_table_of_one_after_the_other(
 
 
 def test_a_host_that_is_lost_costs_no_bit(cluster, data_dir, long, tmp_path):
-  process = start(f'{CONFIG}:long:{data_dir}', tmp_path, *on(cluster))
+  process = start(f'{CONFIG}:long:{data_dir}', tmp_path, cluster=cluster)
   owners = wait_for_epochs(process, tmp_path)
   host = cluster.hosts.pop()
   lost = [x for x in owners if owners[x] in ray_cluster.list_tree(host)]
@@ -165,7 +166,7 @@ def test_a_host_that_is_lost_costs_no_bit(cluster, data_dir, long, tmp_path):
 def test_a_host_that_wakes_up_writes_nothing_beside_its_successor(
   cluster, data_dir, long, tmp_path
 ):
-  process = start(f'{CONFIG}:long:{data_dir}', tmp_path, *on(cluster))
+  process = start(f'{CONFIG}:long:{data_dir}', tmp_path, cluster=cluster)
   owners = wait_for_epochs(process, tmp_path)
   host = cluster.hosts.pop()
   (asleep,) = [x for x in owners if owners[x] in ray_cluster.list_tree(host)]
@@ -188,14 +189,14 @@ def test_a_host_that_wakes_up_writes_nothing_beside_its_successor(
 def test_a_driver_that_is_stopped_or_killed_leaves_no_run_behind(
   cluster, data_dir, long, tmp_path
 ):
-  command = f'{CONFIG}:long:{data_dir}', tmp_path, *on(cluster)
-  process = start(*command)
+  command = f'{CONFIG}:long:{data_dir}', tmp_path
+  process = start(*command, cluster=cluster)
   owners = wait_for_epochs(process, tmp_path)
   process.send_signal(signal.SIGTERM)
   finish(process, 128 + signal.SIGTERM)
   assert not find_owners(tmp_path)
   assert not list(tmp_path.glob('cells/*/*/outcome.json'))
-  process = start(*command)
+  process = start(*command, cluster=cluster)
   begun = {x: count_epochs(x) for x in owners}
   ray_cluster.wait_until(
     lambda: all(count_epochs(x) > begun[x] for x in owners), process
@@ -204,7 +205,7 @@ def test_a_driver_that_is_stopped_or_killed_leaves_no_run_behind(
   process.communicate()
   ray_cluster.wait_until(lambda: not find_owners(tmp_path))
   assert not list(tmp_path.glob('cells/*/*/outcome.json'))
-  finish(start(*command))
+  finish(start(*command, cluster=cluster))
   assert_same_bits(tmp_path, long)
 
 
@@ -212,13 +213,14 @@ def test_seconds_are_refused_on_unlike_devices(data_dir, tmp_path):
   kinds = [{'chip': 1, f'accelerator_type:{x}': 1} for x in ('A100', 'H100')]
   cluster = ray_cluster.Cluster(resources=kinds)
   try:
-    config = f'{CONFIG}:long:{data_dir}', tmp_path / 'new', *on(cluster)
+    command = f'{CONFIG}:long:{data_dir}', tmp_path / 'new'
     chip = '--config.ray.resources=chip=1'
-    output = finish(start(*config, chip, '--config.budget=seconds'), 2)
+    seconds = '--config.budget=seconds'
+    output = finish(start(*command, chip, seconds, cluster=cluster), 2)
     assert 'only equal on equal devices' in output
     assert all(x in output for x in ('A100 (', 'H100 ('))
     chip = '--config.ray.resources=chip=2'
-    output = finish(start(*config, chip), 2)
+    output = finish(start(*command, chip, cluster=cluster), 2)
     assert 'No host of the cluster has what a run takes' in output
     assert not (tmp_path / 'new').exists()
   finally:

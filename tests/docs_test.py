@@ -14,7 +14,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from jaxprog import cli, fields
+from jaxprog import cli, fields, start_from
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ('README.md', *sorted(f'docs/{p.name}' for p in ROOT.glob('docs/*.md')))
@@ -95,7 +95,8 @@ def test_the_flags_of_other_commands_are_some(page, command):
   overrides = cli.parse_flags(asked, words)
   cli.check_flags(asked)
   names = {re.split(r'[.[]', path)[0] for path in overrides}
-  assert names <= {*fields.CONFIG, 'stages', 'stage_defaults', 'base'}
+  known = {*fields.CONFIG, 'stages', 'stage_defaults'}
+  assert names <= known | {*start_from('compare_default')}
 
 
 @pytest.mark.parametrize('page', PAGES)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import signal
 import socket
@@ -31,6 +32,13 @@ class Cluster:
     self._folder = tempfile.mkdtemp(prefix='ray-')
     port, client_port = _free_port(), _free_port()
     self.address = f'127.0.0.1:{port}'
+    self.client_address = f'ray://127.0.0.1:{client_port}'
+    # What a process has that knows this cluster's token.
+    self.environ = {
+      **os.environ,
+      'RAY_AUTH_MODE': 'token',
+      'RAY_AUTH_TOKEN': secrets.token_hex(32),
+    }
     self._stack = contextlib.ExitStack()
     self._stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
     self._start(
@@ -59,7 +67,7 @@ class Cluster:
     script = pathlib.Path(sys.executable).with_name('ray')
     process = subprocess.Popen(
       [script, 'start', '--block', '--disable-usage-stats', *arguments],
-      env={**os.environ, **_HEALTH, 'PYTHONPATH': str(runs.ROOT)},
+      env={**self.environ, **_HEALTH, 'PYTHONPATH': str(runs.ROOT)},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,

@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from ray.util import scheduling_strategies
 
 from jaxprog import buckets, errors
 from jaxprog.comparison import tasks
+from jaxprog.monitoring import activity
 from jaxprog.reliability import signals
 
 _T = TypeVar('_T')
@@ -198,12 +200,20 @@ def _environment() -> dict[str, str]:
 def _connect(address: str) -> None:
   """Joins a cluster; without an address Ray's own rules name one."""
   try:
-    ray.init(
-      address=address or None,
-      log_to_driver=False,
-      logging_level=logging.ERROR,
-    )
-  except (ConnectionError, RuntimeError, ValueError) as e:
+    with activity.doing('joining the Ray cluster'), warnings.catch_warnings():
+      # JAX's, of processes that are forked and call nothing of it.
+      warnings.filterwarnings('ignore', message='os.fork', module='subprocess')
+      ray.init(
+        address=address or None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+      )
+  except (
+    ConnectionError,
+    RuntimeError,
+    ValueError,
+    ray.exceptions.RayError,
+  ) as e:
     address = address or os.environ.get('RAY_ADDRESS', '')
     raise errors.UserError(
       f'There is no Ray cluster: {" ".join(str(e).split())[:300]}',
