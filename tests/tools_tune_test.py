@@ -1,5 +1,6 @@
 import csv
 import json
+import pickle
 import signal
 import sqlite3
 import subprocess
@@ -7,9 +8,13 @@ import sys
 
 import pytest
 import runs
+from optuna.trial import TrialState
 
 from jaxprog import errors, start_from
-from jaxprog.tools import studies, tune
+from jaxprog.comparison import studies
+from jaxprog.monitoring import environment
+from jaxprog.reliability import owners
+from jaxprog.tools import tune
 from tests import tiny_config
 
 RATE = {'field': 'stages[0].learning_rate', 'log': (1e-3, 1e-1)}
@@ -64,6 +69,8 @@ def create_config(data_dir='data', **fields):
     ({'num_trials': 0}, 'num_trials is 0; it must be at least 1'),
     ({'timeout_minutes': -1}, 'must be at least 0'),
     ({'only': ('four',)}, 'four'),
+    ({'engine': 'slurm'}, "Unknown engine 'slurm'"),
+    ({'storage': 'files'}, 'no URL of a database'),
     (
       {'search': ({'field': 'stages[0].momentum', 'uniform': (0.5, 1.5)},)},
       'momentum',
@@ -95,7 +102,7 @@ def test_a_search_goes_on_where_it_was_stopped(run_main, data_dir, tmp_path):
   )
   kill = signal.SIGKILL
   assert stop_in_trial('0000', kill, arguments, workdir) == -kill
-  assert stop_in_trial('0002', signal.SIGTERM, arguments, workdir) == 143
+  assert stop_in_trial('0002', signal.SIGTERM, arguments, workdir) == 123
   finished = run_main(*arguments)
   assert finished.returncode == 0, finished.stderr + finished.stdout
   found = json.loads((workdir / 'tune.json').read_text())
@@ -165,12 +172,95 @@ def test_a_trial_that_is_worse_than_the_others_is_pruned(
     tune.tune(config, tmp_path)
 
 
-def test_a_search_that_another_has_taken_over_ends(data_dir, tmp_path):
+def test_a_search_that_another_has_taken_over_ends_and_goes_on(
+  data_dir, tmp_path
+):
+  config = create_config(data_dir, num_trials=1, storage='journal')
   runs.take_over_later(tmp_path, first := tmp_path / 'trials' / '0000')
   with pytest.raises(RuntimeError, match='1 on elsewhere has taken over'):
-    tune.tune(create_config(data_dir, num_trials=1), tmp_path)
+    tune.tune(config, tmp_path)
   assert len(runs.read_history(first)['stages'][0]['epochs']) == 1
   assert not (tmp_path / 'tune.json').exists()
+  (tmp_path / 'run.lock').unlink()
+  with open(tmp_path / 'tune.journal', 'a') as file:
+    file.write('{"op_code":')  # As a full disk leaves it.
+  (trial,) = tune.tune(config, tmp_path)['trials']
+  assert (trial['directory'], trial['number']) == ('0000', 1)
+  stage = runs.read_history(first)['stages'][0]
+  assert len(stage['resumed_at_steps']) == 1
+  assert trial['epochs'] == len(stage['epochs']) == 2
+
+
+def draw(config, workdir, count=12):
+  """Returns what a study is asked for that has no use for the answers."""
+  workdir.mkdir()
+  study = studies.open_study(config, workdir)
+  space = tune.create_space(config)
+  for index in range(count):
+    study.tell(study.ask(space), (7 * index % 5) / 5)
+  return [trial.params for trial in study.get_trials()]
+
+
+def test_trials_are_the_same_wherever_they_are_kept(data_dir, tmp_path):
+  database, journal = (
+    draw(create_config(data_dir, storage=x), tmp_path / f'in {x}')
+    for x in ('', 'journal')
+  )
+  assert database == journal
+  assert len({str(x) for x in journal}) == 12
+
+
+def test_a_search_stays_where_it_began(tmp_path):
+  for storage, there in (
+    ('', 'tune.db'),
+    ('journal', 'tune.journal'),
+    (f'sqlite:///{tmp_path}/x.db', 'a database'),
+  ):
+    workdir = tmp_path / there
+    workdir.mkdir()
+    config = create_config(storage=storage)
+    name = studies.open_study(config, workdir).study_name
+    assert studies.open_study(config, workdir).study_name == name
+    others = {'', 'journal', f'sqlite:///{tmp_path}/y.db'} - {storage}
+    for other in others - ({''} if storage == 'journal' else set()):
+      with pytest.raises(errors.UserError, match=f'kept in {there}|no study'):
+        studies.open_study(create_config(storage=other), workdir)
+  many = create_config(engine='ray')
+  with pytest.raises(errors.UserError, match='which is for one process'):
+    studies.open_study(many, tmp_path / 'tune.db')
+
+
+def test_a_trial_may_be_elsewhere(tmp_path):
+  config = create_config(pruner_startup_trials=1, pruner_warmup_epochs=0)
+  config.storage = 'journal'
+  study = studies.open_study(config, tmp_path, slots=2)
+  trials = [study.ask(tune.create_space(config)) for _ in range(2)]
+  for trial, value in zip(trials, (0.9, 0.1), strict=True):
+    elsewhere = pickle.loads(pickle.dumps(trial))
+    elsewhere.report(value, 1)
+    assert elsewhere.should_prune() == (value < 0.5)
+    state = TrialState.PRUNED if value < 0.5 else None
+    study.tell(trial, None if state else value, state)
+  assert [x.value for x in study.get_trials()] == [0.9, 0.1]
+
+
+def test_no_password_is_shown(data_dir, tmp_path, monkeypatch):
+  url = 'oracle://me:hunter2@127.0.0.1/searches'
+  arguments = (
+    '--mode=tune',
+    f'--config=tests/tune_config.py:{data_dir}',
+    f'--workdir={tmp_path / "tune"}',
+    f'--config.storage={url}',
+  )
+  told = runs.call_main(*arguments)
+  assert told.returncode == 2
+  assert 'a driver that is not installed' in told.stderr
+  assert 'oracle://me:***@127.0.0.1/searches' in told.stderr
+  assert 'hunter2' not in told.stdout + told.stderr
+  monkeypatch.setattr(sys, 'orig_argv', ['jaxprog', *arguments])
+  for found in (environment.environment(), owners.describe_process()):
+    assert 'me:***@127.0.0.1' in found['command']
+    assert 'hunter2' not in found['command']
 
 
 def test_a_workdir_may_have_any_name(tmp_path):

@@ -39,7 +39,7 @@ try:
   from optuna import distributions
   from optuna.trial import TrialState
 
-  from jaxprog.tools import studies
+  from jaxprog.comparison import studies
 except ImportError as e:
   _missing = e
 

@@ -32,12 +32,22 @@ _FILES = {
   'journal': 'tune.journal',
   'database': 'tune_study.txt',
 }
+_DESCRIBED = {
+  'sqlite': 'tune.db, which is for one process',
+  'journal': 'tune.journal',
+  'database': 'a database',
+}
+_GO_ON = {
+  'sqlite': "Go on with engine 'serial' and storage ''",
+  'journal': "Go on with storage 'journal'",
+  'database': 'Let storage name the database',
+}
 _NAME = 'jaxprog'
 
 
 def check_storage(config: config_dict.ConfigDict) -> None:
   """Raises UserError if a search can be kept in no such place."""
-  if _kind(config) != 'database':
+  if config.storage in ('', 'journal'):
     return
   where = f'config.storage={config.storage}'
   how = "Write '', 'journal', postgresql://… or mysql://…"
@@ -45,7 +55,11 @@ def check_storage(config: config_dict.ConfigDict) -> None:
     url = _url(config)
     url.get_dialect().import_dbapi()
   except ImportError as e:
-    raise errors.not_installed('The database', where, e, '') from None
+    raise errors.UserError(
+      f'The database needs a driver that is not installed: {e}.',
+      where,
+      'Install it, or name the one that is there: postgresql+psycopg2://…',
+    ) from None
   except sqlalchemy.exc.ArgumentError:
     what = 'config.storage is no URL of a database.'
     raise errors.UserError(what, where, how) from None
@@ -63,19 +77,15 @@ def open_study(
       else, or if the database does not answer.
   """
   optuna.logging.set_verbosity(optuna.logging.WARNING)
-  kind = _kind(config)
-  for other, name in _FILES.items():
-    if other != kind and (workdir / name).exists():
-      raise _kept_elsewhere(config, workdir, other)
-  match kind:
+  match _find_kind(config, workdir):
     case 'sqlite':
       # Written out by hand, ? and # in a name would end it.
       url = sqlalchemy.engine.URL.create(
-        'sqlite', database=str((workdir / _FILES[kind]).absolute())
+        'sqlite', database=str((workdir / _FILES['sqlite']).absolute())
       )
       study = _create_study(config, url.render_as_string(), _NAME)
     case 'journal':
-      storage = _open_journal((workdir / _FILES[kind]).absolute())
+      storage = _open_journal((workdir / _FILES['journal']).absolute())
       study = _create_study(config, storage, _NAME)
     case _:
       study = _open_in_database(config, workdir)
@@ -104,10 +114,27 @@ def enqueue_unfinished(study: optuna.Study) -> None:
       study.enqueue_trial(trial.params, user_attrs={'directory': directory})
 
 
-def _kind(config: config_dict.ConfigDict) -> str:
+def _find_kind(config: config_dict.ConfigDict, workdir: pathlib.Path) -> str:
+  """Returns which of `_FILES` the search is kept in, or to be.
+
+  Raises:
+    UserError: if it is kept elsewhere.
+  """
+  there = [x for x, name in _FILES.items() if (workdir / name).exists()]
   if config.storage:
-    return 'journal' if config.storage == 'journal' else 'database'
-  return 'sqlite' if config.engine == 'serial' else 'journal'
+    kind = 'journal' if config.storage == 'journal' else 'database'
+  elif config.engine != 'serial' or 'journal' in there:
+    kind = 'journal'
+  else:
+    kind = 'sqlite'
+  for other in there:
+    if other != kind:
+      raise errors.UserError(
+        f'The search here is kept in {_DESCRIBED[other]}.',
+        f'config.storage={config.storage!r}, config.engine={config.engine!r}',
+        f'{_GO_ON[other]}, or use another --workdir.',
+      )
+  return kind
 
 
 def _url(config: config_dict.ConfigDict) -> sqlalchemy.engine.URL:
@@ -118,30 +145,10 @@ def _url(config: config_dict.ConfigDict) -> sqlalchemy.engine.URL:
 def without_password(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   """Returns `config` as it may be written down."""
   config = config_dict.ConfigDict(config)
-  if _kind(config) == 'database':
-    config.storage = sqlalchemy.engine.make_url(
-      config.storage
-    ).render_as_string()
+  if config.storage not in ('', 'journal'):
+    url = sqlalchemy.engine.make_url(config.storage)
+    config.storage = url.render_as_string()
   return config
-
-
-def _kept_elsewhere(
-  config: config_dict.ConfigDict, workdir: pathlib.Path, kind: str
-) -> errors.UserError:
-  how = {
-    'sqlite': "Leave config.storage '' and config.engine 'serial'",
-    'journal': "Write --config.storage='journal'",
-    'database': 'Let config.storage name its database',
-  }
-  return errors.UserError(
-    f'The search in {workdir} is kept in {_describe(kind)}.',
-    f'config.storage={config.storage!r}, config.engine={config.engine!r}',
-    f'{how[kind]} to go on with it, or use another --workdir.',
-  )
-
-
-def _describe(kind: str) -> str:
-  return 'a database' if kind == 'database' else _FILES[kind]
 
 
 def _create_study(
