@@ -269,7 +269,7 @@ def ours(args: argparse.Namespace, dtype: str) -> tuple[Turn, Facts]:
 
   def step():
     nonlocal state
-    state, metrics = compiled(state, batch, task.step_rng)
+    state, metrics = compiled(state, batch, *task.arguments(program))
     return metrics
 
   return timed(step, jax.block_until_ready), facts

@@ -71,12 +71,13 @@ def time_bare(task: setup.Task, num_steps: int) -> float:
   with contextlib.closing(feed_lib.Feed(task, task.seed, 0)) as feed:
     batch = feed.next()
   state = task.create_state(task.init(task.init_rng))
-  train_step = task.train_steps[task.program(0)]
-  state, _ = train_step(state, batch, task.step_rng)
+  program = task.program(0)
+  train_step, arguments = task.train_steps[program], task.arguments(program)
+  state, _ = train_step(state, batch, *arguments)
   jax.block_until_ready(state)
   start = time.monotonic()
   for _ in range(num_steps):
-    state, _ = train_step(state, batch, task.step_rng)
+    state, _ = train_step(state, batch, *arguments)
   jax.block_until_ready(state)
   return (time.monotonic() - start) / num_steps
 

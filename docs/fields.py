@@ -13,7 +13,9 @@ config sets `config.FIELD`; a stage is a dict, and what it leaves out comes from
 Numbers are at least 0 where nothing else is said.
 
 *resume*: a run that has begun may go on with another value. *hosts*: the hosts
-of one run may differ in it. *phases*: it may change within a stage."""
+of one run may differ in it. *phases*: it may change within a stage. *sweeps*: a
+sweep over it compiles once, but for 0:
+[docs/compare.md](compare.md#trials-do-not-compile)."""
 
 
 def to_markdown() -> str:
@@ -49,7 +51,12 @@ def _read_comments(cls: type) -> dict[str, str]:
 
 def _describe(x: fields.Field, comment: str) -> str:
   """Returns the row of a field."""
-  facts = {'resume': x.free, 'hosts': x.local, 'phases': x.phase}
+  facts = {
+    'resume': x.free,
+    'hosts': x.local,
+    'phases': x.phase,
+    'sweeps': x.number,
+  }
   may = ', '.join(fact for fact, true in facts.items() if true)
   default = f'{x.default:g}' if x.kind is float else repr(x.default)
   values = ', '.join(f'`{choice}`' for choice in x.choices)

@@ -44,7 +44,9 @@ class Field:
       hardware the same bits come out.
     local: whether the hosts of one run may differ in it.
     phase: whether a phase may change it within a stage.
-    traced: whether the compiled step holds its value, which no shape shows.
+    traced: whether the compiled step depends on it, which no shape shows.
+    number: whether compiled steps take it as an argument: with another value,
+      unless one of both is 0, they are the same.
     scheduled: whether it decides when and at what rate steps are taken, and
       not what one of them computes.
     hashed: what stands for it in the config's hash, though it is free: it was
@@ -64,6 +66,7 @@ class Field:
   local: bool = False
   phase: bool = False
   traced: bool = False
+  number: bool = False
   scheduled: bool = False
   hashed: float | None = None
   younger: bool = False
@@ -391,15 +394,17 @@ class StageFields:
   # Part of the loss that is the divergence between both networks' softened
   # probabilities of the classes that both know, times the temperature's square
   # (Hinton et al. 2015, arXiv:1503.02531); the labels have the rest.
-  distill_weight: float = field(0.5, within='[0, 1]', younger=True)
-  distill_temperature: float = field(2.0, within='(0, inf)', younger=True)
+  distill_weight: float = field(0.5, within='[0, 1]', younger=True, number=True)
+  distill_temperature: float = field(
+    2.0, within='(0, inf)', younger=True, number=True
+  )
   # What the squared distance between both networks' last features counts, over
   # the square of the teacher's; through a 1x1 projection that learns with the
   # stage where their widths differ (Romero et al. 2015, arXiv:1412.6550).
-  distill_features: float = field(0.0, younger=True)
+  distill_features: float = field(0.0, younger=True, number=True)
   # Both fall to 0 in a line over so many epochs, and from there on nobody
   # teaches; 0: they stay as they are to the end.
-  distill_epochs: float = field(0.0, unit='epochs', younger=True)
+  distill_epochs: float = field(0.0, unit='epochs', younger=True, number=True)
 
   # How training images are kept: 'original', as they came; 'jpeg:N' with the
   # shorter side at most N pixels, quality 90 ('jpeg:N:QUALITY'); 'raw' or
@@ -438,10 +443,12 @@ class StageFields:
   alternating_flip: bool = False
   # Random colours: each factor is uniform in [1 - x, 1 + x], the shift of the
   # hue in [-x, x] turns; in random order, as torchvision's ColorJitter.
-  brightness: float = field(0.0, phase=True, traced=True)
-  contrast: float = field(0.0, phase=True, traced=True)
-  saturation: float = field(0.0, phase=True, traced=True)
-  hue: float = field(0.0, within='[0, 0.5]', phase=True, traced=True)
+  brightness: float = field(0.0, phase=True, traced=True, number=True)
+  contrast: float = field(0.0, phase=True, traced=True, number=True)
+  saturation: float = field(0.0, phase=True, traced=True, number=True)
+  hue: float = field(
+    0.0, within='[0, 0.5]', phase=True, traced=True, number=True
+  )
   # 'none', 'rand_augment' (arXiv:1909.13719) or 'trivial_augment'
   # (arXiv:2103.10158).
   auto_augment: str = field(
@@ -453,28 +460,32 @@ class StageFields:
   # Chance to fill a random rectangle with noise, and its part of the area
   # (Zhong et al. 2017, arXiv:1708.04896).
   erasing_probability: float = field(
-    0.0, within='[0, 1]', phase=True, traced=True
+    0.0, within='[0, 1]', phase=True, traced=True, number=True
   )
-  erasing_min_area: float = field(0.02, within='(0, 1)')
-  erasing_max_area: float = field(1 / 3, within='(0, 1)')
+  erasing_min_area: float = field(0.02, within='(0, 1)', number=True)
+  erasing_max_area: float = field(1 / 3, within='(0, 1)', number=True)
   # Beta distribution that mixes two images or pastes a rectangle of one into
   # the other, 0: not; where both are set, each step takes one of them
   # (arXiv:1710.09412, arXiv:1905.04899).
-  mixup_alpha: float = field(0.0, phase=True, traced=True)
-  cutmix_alpha: float = field(0.0, phase=True, traced=True)
+  mixup_alpha: float = field(0.0, phase=True, traced=True, number=True)
+  cutmix_alpha: float = field(0.0, phase=True, traced=True, number=True)
   # Chance that a training image skips the last residual block; it rises
   # linearly from 0 at the first one (Huang et al. 2016, arXiv:1603.09382).
   drop_path: float = field(
-    0.0, within='[0, 1)', phase=True, traced=True, younger=True
+    0.0, within='[0, 1)', phase=True, traced=True, younger=True, number=True
   )
 
   # Classes with unequal numbers of training images. The loss of an image counts
   # as the number of its class's images to the power of minus class_weighting
   # (0: all alike; 1: all classes alike), on average once.
-  class_weighting: float = field(0.0, within='[0, 1]', younger=True)
+  class_weighting: float = field(
+    0.0, within='[0, 1]', younger=True, number=True
+  )
   # Or rare classes are drawn more often, and the others less: 0, an epoch shows
   # each image once; 1, it shows as many images, and equally many of each class.
-  balanced_sampling: float = field(0.0, within='[0, 1]', younger=True)
+  balanced_sampling: float = field(
+    0.0, within='[0, 1]', younger=True, number=True
+  )
 
   # What decides which weights are best: 'validation', or 'holdout:2%' of the
   # training images; then the validation images are looked at once, at the end.
@@ -505,7 +516,7 @@ class StageFields:
 
   # Passes over the training images; fractions are allowed.
   num_epochs: float = field(
-    1.0, unit='epochs', within='(0, inf)', scheduled=True
+    1.0, unit='epochs', within='(0, inf)', scheduled=True, number=True
   )
   # Images in one step, over all devices of all processes.
   batch_size: int = field(128, unit='images', within='[1, inf)', phase=True)
@@ -523,10 +534,14 @@ class StageFields:
   phases: tuple[PhaseStart, ...] = ()
 
   # Peak of the schedule, per step.
-  learning_rate: float = field(0.001, within='(0, inf)', scheduled=True)
+  learning_rate: float = field(
+    0.001, within='(0, inf)', scheduled=True, number=True
+  )
   # SGD, LARS: multiply learning_rate by batch_size / base_batch_size.
   scale_learning_rate: bool = False
-  base_batch_size: int = field(256, unit='images', within='[1, inf)')
+  base_batch_size: int = field(
+    256, unit='images', within='[1, inf)', number=True
+  )
   # What makes an update of a gradient.
   optimizer: str = field('adamw', choices=tuple(OPTIMIZERS))
   # How the learning rate goes.
@@ -547,27 +562,35 @@ class StageFields:
   )
   # Linear rise from 0 to the peak, in epochs or else in optimizer steps;
   # one_cycle has warmup_fraction.
-  warmup_epochs: float = field(0.0, unit='epochs', scheduled=True)
-  warmup_steps: int = field(0, unit='steps', scheduled=True)
+  warmup_epochs: float = field(0.0, unit='epochs', scheduled=True, number=True)
+  warmup_steps: int = field(0, unit='steps', scheduled=True, number=True)
   # one_cycle: the part of the steps that rises, the peak over the first rate,
   # and the first rate over the last.
-  warmup_fraction: float = field(0.3, within='(0, 1)', scheduled=True)
-  div_factor: float = field(25.0, within='[1, inf)', scheduled=True)
-  final_div_factor: float = field(1e4, within='[1, inf)', scheduled=True)
+  warmup_fraction: float = field(
+    0.3, within='(0, 1)', scheduled=True, number=True
+  )
+  div_factor: float = field(
+    25.0, within='[1, inf)', scheduled=True, number=True
+  )
+  final_div_factor: float = field(
+    1e4, within='[1, inf)', scheduled=True, number=True
+  )
   # polynomial: the exponent.
   power: float = field(2.0, within='(0, inf)', scheduled=True)
   # Last rate as a part of the peak, or the least one: cosine, polynomial,
   # exponential_warmup, linear, plateau.
-  end_factor: float = field(0.0, within='[0, 1]', scheduled=True)
+  end_factor: float = field(0.0, within='[0, 1]', scheduled=True, number=True)
   # cosine, cosine_warmup: epochs from the peak to the first warm restart (0:
   # none), and each period over the one before.
-  restart_epochs: float = field(0.0, unit='epochs', scheduled=True)
-  restart_factor: float = field(1.0, within='[1, inf)', scheduled=True)
+  restart_epochs: float = field(0.0, unit='epochs', scheduled=True, number=True)
+  restart_factor: float = field(
+    1.0, within='[1, inf)', scheduled=True, number=True
+  )
   # step: epochs at which the rate is multiplied by step_factor.
   milestones: tuple[float, ...] = field(
-    (), unit='epochs', within='(0, inf)', scheduled=True
+    (), unit='epochs', within='(0, inf)', scheduled=True, number=True
   )
-  step_factor: float = field(0.1, within='(0, 1)', scheduled=True)
+  step_factor: float = field(0.1, within='(0, 1)', scheduled=True, number=True)
   # plateau: the rate is multiplied by plateau_factor when val_loss or val_top1
   # has not improved by plateau_min_delta for more than plateau_patience
   # evaluations; then plateau_cooldown evaluations do not count.
@@ -582,20 +605,20 @@ class StageFields:
   # AdamW, LAMB: decay rates of both moments, and what keeps the division finite
   # (RMSprop too). Muon uses them for all but kernels. schedule_free_adamw: b1
   # is how near to the average gradients are asked for.
-  b1: float = field(0.9, within='[0, 1)')
-  b2: float = field(0.999, within='[0, 1)')
-  eps: float = field(1e-8, within='(0, inf)')
+  b1: float = field(0.9, within='[0, 1)', number=True)
+  b2: float = field(0.999, within='[0, 1)', number=True)
+  eps: float = field(1e-8, within='(0, inf)', number=True)
   # SGD, LARS, Muon, RMSprop; schedule_free_sgd: as b1 above.
-  momentum: float = field(0.9, within='[0, 1)')
+  momentum: float = field(0.9, within='[0, 1)', number=True)
   # SGD, LARS, Muon.
   nesterov: bool = False
   # Momentum, or Adam's first moment (AdamW, LAMB, Muon): 'float32', or
   # 'bfloat16' for half the bytes. Second moments stay float32.
   optimizer_state_dtype: str = field('float32', choices=('bfloat16', 'float32'))
   # RMSprop: decay rate of the mean square; PyTorch's alpha.
-  rms_decay: float = field(0.99, within='[0, 1)')
+  rms_decay: float = field(0.99, within='[0, 1)', number=True)
   # LARS: a layer's rate is this times its weights' norm over its gradient's.
-  trust_coefficient: float = field(0.001, within='(0, inf)')
+  trust_coefficient: float = field(0.001, within='(0, inf)', number=True)
   # 8-bit: numbers that share a scale, and the size of the smallest array that
   # is quantised.
   quantization_block: int = field(256, unit='numbers', within='[8, 65536]')
@@ -603,29 +626,29 @@ class StageFields:
   # On kernels only. 'decoupled': each step takes learning_rate * weight_decay
   # of a kernel. 'coupled': it is part of the gradient. 'auto': decoupled for
   # AdamW, LAMB and Muon, coupled for SGD, LARS and RMSprop, as in PyTorch.
-  weight_decay: float = 1e-4
+  weight_decay: float = field(1e-4, number=True)
   weight_decay_kind: str = field(
     'auto', choices=('auto', 'coupled', 'decoupled')
   )
   # Largest global norm of a step's gradient; 0: no limit.
-  gradient_clipping: float = 0.0
+  gradient_clipping: float = field(0.0, number=True)
   # Or largest norm of a unit's gradient over that of its weights (Brock et al.
   # 2021, arXiv:2102.06171); 0: no limit.
-  adaptive_clipping: float = 0.0
+  adaptive_clipping: float = field(0.0, number=True)
   # Keep an exponential moving average of the weights, evaluated beside them;
   # how much of it stays each step, 0: none.
-  ema_decay: float = field(0.0, within='[0, 1)')
+  ema_decay: float = field(0.0, within='[0, 1)', number=True)
   # How less of it stays at first: after n steps at most 1 - (1 + n)^-x, as in
   # timm's ModelEmaV3, whose x is 2/3; 0: at most (1 + n) / (10 + n).
   ema_warmup_power: float = field(0.0, younger=True)
 
   # Train only the head in the first epochs.
-  freeze_epochs: float = field(0.0, unit='epochs')
+  freeze_epochs: float = field(0.0, unit='epochs', number=True)
   # Rates of the head and of the backbone over the schedule's.
-  head_rate_factor: float = 1.0
-  backbone_rate_factor: float = 1.0
+  head_rate_factor: float = field(1.0, number=True)
+  backbone_rate_factor: float = field(1.0, number=True)
   # Rate of each block of layers over that of the one after it.
-  layer_decay: float = field(1.0, within='(0, 1]')
+  layer_decay: float = field(1.0, within='(0, 1]', number=True)
 
   # Stop the stage once val_top1 is this high; 0: never.
   target_top1: float = field(0.0, within='[0, 1]', scheduled=True)
@@ -640,9 +663,13 @@ class StageFields:
   loss: str = field('softmax', choices=('bce', 'softmax'), younger=True)
   # bce: targets above it become 1, all others 0, such as 0.2 (Wightman et al.
   # 2021, arXiv:2110.00476); 0: they stay as they were mixed.
-  bce_target_threshold: float = field(0.0, within='[0, 1)', younger=True)
+  bce_target_threshold: float = field(
+    0.0, within='[0, 1)', younger=True, number=True
+  )
   # Part of the target spread evenly over all classes, in training only.
-  label_smoothing: float = field(0.0, within='[0, 1)', phase=True, traced=True)
+  label_smoothing: float = field(
+    0.0, within='[0, 1)', phase=True, traced=True, number=True
+  )
   # Compute in config.dtype; False: float32 throughout.
   mixed_precision: bool = True
 

@@ -127,9 +127,14 @@ class Stage(fields.StageFields):
     return fields.OPTIMIZERS[self.optimizer].schedule_free
 
   @property
+  def averaging_field(self) -> str:
+    """Which field says how near schedule-free gradients are to the average."""
+    return 'momentum' if self.optimizer == 'schedule_free_sgd' else 'b1'
+
+  @property
   def averaging(self) -> float:
-    """How near schedule-free gradients are to the average, from 0 to 1."""
-    return self.momentum if self.optimizer == 'schedule_free_sgd' else self.b1
+    """How near they are to it, from 0 to 1."""
+    return getattr(self, self.averaging_field)
 
   @property
   def peak_learning_rate(self) -> float:
@@ -509,7 +514,7 @@ def _schedule_free_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
       'Leave optimizer_state_dtype out.',
     )
   if not stage.averaging:
-    field = 'momentum' if name == 'schedule_free_sgd' else 'b1'
+    field = stage.averaging_field
     yield field, f'{name} divides by {field}, which is 0.', 'Set it to 0.9.'
 
 

@@ -86,7 +86,9 @@ def test_memory_is_that_of_the_step_that_training_compiles(planned, data_dir):
   (program,) = task.train_steps
   step = task.train_steps[program]
   batch = task.batch_shapes(48, 8, training=True)
-  compiled = step.lower(task.state_shapes, batch, task.step_rng).compile()
+  compiled = step.lower(
+    task.state_shapes, batch, *task.arguments(program)
+  ).compile()
   found = json.loads((folder / 'run' / plan.FILE).read_text())['stages'][0]
   (planned_step,) = found['steps']
   memory = compiled.memory_analysis()
@@ -118,7 +120,7 @@ def test_the_step_is_bfloat16_with_losses_in_float32(data_dir, tmp_path):
     task.train_steps[program],
     task.state_shapes,
     task.batch_shapes(48, 8, training=True),
-    task.step_rng,
+    *task.arguments(program),
   )
   assert metrics['loss'].dtype == 'float32'
 

@@ -14,7 +14,7 @@ from jaxprog import epochs, errors, stages
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers
 from jaxprog.planning import costs
-from jaxprog.training import distillation, state, steps
+from jaxprog.training import distillation, numbers, state, steps
 from jaxprog.training import setup as setup_lib
 from tests import parity
 
@@ -91,13 +91,12 @@ def create(teacher_width=3, **fields):
   )
   train_step = steps.create_train_step(
     model,
-    tx,
-    lambda step: 0.5,
+    lambda step, _: 0.5,
     stage,
     lengths,
     PIXELS,
     num_classes=4,
-    teach=distillation.create_teach_fn(other, stage, lengths, frozen=False),
+    teach=distillation.create_teach_fn(other, stage, frozen=False),
   )
 
   def projection(variables):
@@ -108,7 +107,13 @@ def create(teacher_width=3, **fields):
 
   first = state.create_state(variables, tx, ema=True, projection=projection)
   teacher = {'variables': theirs, 'known': np.array([True, True, False, True])}
-  return first, jax.jit(train_step), teacher
+  found = numbers.read(stage, lengths, model, first.params, num_classes=4)
+  jitted = jax.jit(train_step)
+
+  def take_step(state, batch, rng, teacher):
+    return jitted(state, batch, rng, found, teacher)
+
+  return first, take_step, teacher
 
 
 def batch():
@@ -235,15 +240,14 @@ def test_a_teacher_computes_in_the_dtype_of_the_stage():
   )
   stage = stages.create_stages(tiny_config.get_config())[0]
   stage = dataclasses.replace(stage, distill_from='stage:a')
-  teach = distillation.create_teach_fn(
-    model, stage, epochs.Steps((), 10), frozen=False
-  )
+  teach = distillation.create_teach_fn(model, stage, frozen=False)
+  asked = distillation.read_numbers(stage, epochs.Steps((), 10))
   variables = jax.eval_shape(
     lambda: state.init_variables(model, 8, jax.random.key(0))
   )
   teacher = {'variables': variables, 'known': np.ones(3, bool)}
   images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
-  trace = jax.jit(teach).trace(teacher, images, np.int32(0))
+  trace = jax.jit(teach).trace(teacher, images, np.int32(0), asked)
   text = trace.lower(lowering_platforms=('tpu',)).as_text()
   convolutions = [x for x in text.splitlines() if 'stablehlo.convolution' in x]
   assert convolutions

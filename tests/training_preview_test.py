@@ -42,7 +42,6 @@ def see(task, batch):
   pixels = task.config.mean_rgb, task.config.std_rgb
   train_step = steps.create_train_step(
     model,
-    tx,
     task.learning_rate_fn,
     task.stage,
     task.steps,
@@ -51,7 +50,8 @@ def see(task, batch):
   )
   variables = state_lib.init_variables(model, 8, jax.random.key(0))
   state = state_lib.create_state(variables, tx)
-  state, _ = jax.jit(train_step)(state, batch, task.step_rng)
+  arguments = task.arguments(task.program(0))
+  state, _ = jax.jit(train_step)(state, batch, *arguments)
   mean, std = (255 * np.array(x, np.float32) for x in pixels)
   seen = np.asarray(state.batch_stats['seen']) * std + mean
   return np.clip(np.round(seen), 0, 255).astype(np.uint8)

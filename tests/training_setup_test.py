@@ -31,10 +31,10 @@ def batch(task):
 def take_steps(task, num_steps=2):
   """Returns the first state, and the last one with its metrics."""
   first = current = task.create_state(task.init(task.init_rng))
-  (step,) = task.train_steps.values()
+  ((program, step),) = task.train_steps.items()
   metrics = None
   for _ in range(num_steps):
-    current, metrics = step(current, batch(task), task.step_rng)
+    current, metrics = step(current, batch(task), *task.arguments(program))
   return first, (current, metrics)
 
 

@@ -13,7 +13,7 @@ from jaxprog import epochs, stages
 from jaxprog.models import resnet
 from jaxprog.optim import optimizers
 from jaxprog.planning import chips
-from jaxprog.training import augment, devices, state, steps
+from jaxprog.training import augment, devices, numbers, state, steps
 
 # The update is the gradient.
 PLAIN = {
@@ -47,22 +47,30 @@ def create(
   lengths = epochs.Steps((epochs.Phase(0, 0, 10, 6),), 10, frozen=frozen)
   model, tx = model or Linear(num_classes), optimizers.create_optimizer(stage)
   variables = state.init_variables(model, 2, jax.random.key(0))
-  train_steps = [
-    jax.jit(
+  found = numbers.read(
+    stage,
+    lengths,
+    model,
+    variables['params'],
+    num_classes=num_classes,
+    class_weights=class_weights,
+  )
+
+  def create_step(only_head):
+    train_step = jax.jit(
       steps.create_train_step(
         model,
-        tx,
-        lambda step: rate * (step + 1),
+        lambda step, _: rate * (step + 1),
         stage,
         lengths,
         PIXELS,
         num_classes=num_classes,
-        class_weights=class_weights,
         frozen=only_head,
       )
     )
-    for only_head in (False, True)
-  ]
+    return lambda *args: train_step(*args, found)
+
+  train_steps = create_step(False), create_step(True)
   current = state.create_state(variables, tx, ema=stage.ema_decay > 0)
   return model, current, train_steps[0], train_steps[1]
 
@@ -176,7 +184,12 @@ def test_every_augmentation_reaches_the_images():
   data = batch(8)
   stage = stages.create_stages(tiny_config.get_config())[0]
   stage = dataclasses.replace(stage, **PLAIN)
-  plain = steps.augment_batch(jax.random.key(0), data, stage, PIXELS)
+
+  def see(stage):
+    told = numbers.read_images(stage), stage, PIXELS, 4
+    return steps.see_batch(jax.random.key(0), 0, data, *told)[0]
+
+  plain = see(stage)
   np.testing.assert_array_equal(
     plain, augment.normalise(data['image'], *PIXELS)
   )
@@ -189,7 +202,7 @@ def test_every_augmentation_reaches_the_images():
     {'erasing_probability': 1.0, 'erasing_max_area': 0.8},
   ):
     changed = dataclasses.replace(stage, **fields)
-    images = steps.augment_batch(jax.random.key(0), data, changed, PIXELS)
+    images = see(changed)
     assert np.isfinite(images).all()
     assert not np.array_equal(images, plain), fields
 
@@ -456,15 +469,13 @@ def test_the_average_follows_weights_and_statistics():
 def test_an_average_warms_up_as_in_timm():
   torch = pytest.importorskip('torch', reason=parity.REASON)
   utils = parity.import_module('timm.utils')
-  stage = stages.create_stages(tiny_config.get_config())[0]
-  stage = dataclasses.replace(stage, ema_decay=0.99, ema_warmup_power=2 / 3)
   peer = utils.ModelEmaV3(torch.nn.Linear(1, 1), 0.99, use_warmup=True)
   at = np.array([0, 1, 2, 10, 500, 999, 1000, 5000])
   # Its steps are counted after the update that they follow.
   expected = [peer.get_decay(int(step) + 1) for step in at]
   assert expected[0] == 0 < expected[3] < expected[-1] == 0.99
   np.testing.assert_allclose(
-    steps.average_decay(stage, at), expected, rtol=1e-6
+    steps.average_decay(0.99, 2 / 3, at), expected, rtol=1e-6
   )
 
 

@@ -10,17 +10,39 @@ import jax.numpy as jnp
 import optax
 
 from jaxprog import stages
-from jaxprog.optim import eight_bit
+from jaxprog.optim import arguments, eight_bit
+
+# By field; floats, or arguments of a compiled step.
+Numbers = dict[str, Any]
 
 # The module that leads to a teacher's features: it learns as the head does.
 PROJECTION = 'distill_projection'
 # Root mean square of Muon's updates: what AdamW's have in practice (Liu et al.
 # 2025, arXiv:2502.16982, section 2.2), so that one learning rate fits both.
 _MUON_RMS = 0.2
+# The numbers of an optimizer; of the first ones 1 - x is asked for too.
+_DECAYS = ('b1', 'b2', 'momentum', 'rms_decay')
+_NUMBERS = (
+  *_DECAYS,
+  *('adaptive_clipping', 'eps', 'gradient_clipping'),
+  *('trust_coefficient', 'weight_decay'),
+)
 
 
-def create_optimizer(stage: stages.Stage) -> optax.GradientTransformation:
+def read_numbers(stage: stages.Stage) -> Numbers:
+  """Returns what `create_optimizer` takes to have no constants."""
+  numbers = {name: getattr(stage, name) for name in _NUMBERS}
+  decays = {name: arguments.create_number(numbers[name]) for name in _DECAYS}
+  return {**numbers, **decays}
+
+
+def create_optimizer(
+  stage: stages.Stage, numbers: Numbers | None = None
+) -> optax.GradientTransformation:
   """Returns clipping, the optimizer of `stage` and its weight decay.
+
+  Of `stage` it is what there is and whether a number is 0; the others are in
+  `numbers`, if they are arguments of the step that this is a part of.
 
   There is no learning rate in it, and no sign: the training step takes
   params - rate * updates. So the rate follows the stage's own step even when
@@ -32,16 +54,21 @@ def create_optimizer(stage: stages.Stage) -> optax.GradientTransformation:
 
   What is schedule-free has the rate in it: see `take_step`.
   """
+  if numbers is None:
+    numbers = {name: getattr(stage, name) for name in _NUMBERS}
   none = decay = optax.identity()
   if stage.weight_decay:
-    decay = optax.add_decayed_weights(stage.weight_decay, weight_decay_mask)
+    rate = numbers['weight_decay']
+    decay = optax.add_decayed_weights(rate, weight_decay_mask)
   coupled, decoupled = (decay, none) if stage.is_coupled else (none, decay)
   direction = optax.chain(
-    _create_clipping(stage), coupled, _create_direction(stage, decoupled)
+    _create_clipping(stage, numbers),
+    coupled,
+    _create_direction(stage, numbers, decoupled),
   )
-  return (
-    _average_steps(direction, stage) if stage.is_schedule_free else direction
-  )
+  if stage.is_schedule_free:
+    return _average_steps(direction, stage, numbers)
+  return direction
 
 
 def take_step(
@@ -51,12 +78,17 @@ def take_step(
   grads: Any,
   opt_state: optax.OptState,
   params: Any,
+  factors: Numbers | None = None,
 ) -> tuple[Any, optax.OptState]:
-  """Returns the next parameters and state of `tx`, the optimizer of `stage`."""
+  """Returns the next parameters and state of `tx`, the optimizer of `stage`.
+
+  `factors` are those of `read_factors`, if they are arguments.
+  """
+  own = rate_factors(params, stage, factors)
   if stage.is_schedule_free:
     tx = optax.with_extra_args_support(tx)
     updates, opt_state = tx.update(
-      grads, opt_state, params, learning_rate=learning_rate
+      grads, opt_state, params, learning_rate=learning_rate, factors=own
     )
     return optax.apply_updates(params, updates), opt_state
   updates, opt_state = tx.update(grads, opt_state, params)
@@ -64,7 +96,7 @@ def take_step(
     lambda p, u, factor: p - (factor * learning_rate) * u,
     params,
     updates,
-    rate_factors(params, stage),
+    own,
   )
   return params, opt_state
 
@@ -121,8 +153,18 @@ def weight_decay_mask(params: Any) -> Any:
   return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
 
 
-def rate_factors(params: Any, stage: stages.Stage) -> Any:
-  """Returns what each leaf's learning rate is multiplied by, floats.
+def read_factors(params: Any, stage: stages.Stage) -> Numbers:
+  """Returns the factors of the modules in `params` that are not 0 or 1."""
+  factors = rate_factors(dict.fromkeys(params, 0), stage)
+  return {name: x for name, x in factors.items() if x not in (0, 1)}
+
+
+def rate_factors(
+  params: Any, stage: stages.Stage, numbers: Numbers | None = None
+) -> Any:
+  """Returns what each leaf's learning rate is multiplied by.
+
+  Those are floats, but for the modules that `numbers` names.
 
   The head or the backbone has its own factor. Each group of layers has
   `layer_decay` times the rate of the one after it (Clark et al. 2020,
@@ -134,6 +176,8 @@ def rate_factors(params: Any, stage: stages.Stage) -> Any:
 
   def factor(path, _):
     name = path[0].key
+    if numbers and name in numbers:
+      return numbers[name]
     head, backbone = stage.head_rate_factor, stage.backbone_rate_factor
     own = head if name in ('head', PROJECTION) else backbone
     return own * stage.layer_decay ** groups.index(_layer_group(name))
@@ -152,23 +196,25 @@ def _layer_group(name: str) -> tuple[int, tuple[str | int, ...]]:
   return 1, tuple(int(p) if p.isdecimal() else p for p in parts)
 
 
-def _create_clipping(stage: stages.Stage) -> optax.GradientTransformation:
+def _create_clipping(
+  stage: stages.Stage, numbers: Numbers
+) -> optax.GradientTransformation:
   """Returns the limit on the global norm, or on the norm of each unit.
 
   Units are the outputs of a layer; the classifier is left alone (Brock et al.
   2021, arXiv:2102.06171, section 4).
   """
   if stage.gradient_clipping:
-    return _clip_by_global_norm(stage.gradient_clipping)
+    return _clip_by_global_norm(numbers['gradient_clipping'])
   if stage.adaptive_clipping:
     return optax.masked(
-      optax.adaptive_grad_clip(stage.adaptive_clipping),
+      optax.adaptive_grad_clip(numbers['adaptive_clipping']),
       lambda params: {name: name != 'head' for name in params},
     )
   return optax.identity()
 
 
-def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+def _clip_by_global_norm(limit: Any) -> optax.GradientTransformation:
   """Returns optax's, with the norm that the step has computed anyway."""
 
   def clip(grads, _):
@@ -180,36 +226,35 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
 
 def _average_steps(
-  direction: optax.GradientTransformation, stage: stages.Stage
+  direction: optax.GradientTransformation, stage: stages.Stage, numbers: Numbers
 ) -> optax.GradientTransformationExtraArgs:
   """Returns `direction` made schedule-free (Defazio et al. 2024, 2405.15682).
 
   Its steps are averaged, each as heavy as the square of the highest rate so
   far, and gradients are asked for between the last step and the average.
   """
+  averaging = numbers[stage.averaging_field]
 
-  def at(learning_rate):
-    def scale(updates, params):
+  def at(learning_rate, factors=None):
+    def scale(updates, _):
       return jax.tree.map(
-        lambda u, factor: -(factor * learning_rate) * u,
-        updates,
-        rate_factors(params, stage),
+        lambda u, factor: -(factor * learning_rate) * u, updates, factors
       )
 
     step = optax.chain(direction, optax.stateless(scale))
-    return optax.contrib.schedule_free(step, learning_rate, stage.averaging)
+    return optax.contrib.schedule_free(step, learning_rate, averaging)
 
-  def update(grads, state, params=None, *, learning_rate, **_):
-    return at(learning_rate).update(grads, state, params)
+  def update(grads, state, params=None, *, learning_rate, factors, **_):
+    return at(learning_rate, factors).update(grads, state, params)
 
   return optax.GradientTransformationExtraArgs(at(0.0).init, update)
 
 
 def _create_direction(
-  stage: stages.Stage, decay: optax.GradientTransformation
+  stage: stages.Stage, numbers: Numbers, decay: optax.GradientTransformation
 ) -> optax.GradientTransformation:
   """Returns the optimizer proper and the decoupled `decay`."""
-  decays = stage.b1, stage.b2, stage.eps
+  decays = numbers['b1'], numbers['b2'], numbers['eps']
   adam = _store_first_moment(optax.scale_by_adam(*decays), stage, 'mu')
   blocks = {
     'block_size': stage.quantization_block,
@@ -227,38 +272,44 @@ def _create_direction(
     case 'lars':
       # You et al. 2017, arXiv:1708.03888, but as in optax: the ratio's
       # denominator is the norm of gradient plus decay, not a sum of norms.
-      trust_ratio = _scale_kernels_by_trust_ratio(stage.trust_coefficient)
-      return optax.chain(trust_ratio, _create_trace(stage), decay)
+      trust_ratio = _scale_kernels_by_trust_ratio(numbers['trust_coefficient'])
+      return optax.chain(trust_ratio, _create_trace(stage, numbers), decay)
     case 'muon':
-      muon = _create_muon(stage)
+      muon = _create_muon(stage, numbers)
       parts = {'muon': muon, 'adam': adam}
       return optax.chain(optax.partition(parts, _label_muon), decay)
     case 'rmsprop':
       # torch.optim.RMSprop adds eps after the root; so does this.
-      rms = optax.scale_by_rms(stage.rms_decay, stage.eps, eps_in_sqrt=False)
-      return optax.chain(rms, _create_trace(stage), decay)
+      rms = optax.scale_by_rms(
+        numbers['rms_decay'], numbers['eps'], eps_in_sqrt=False
+      )
+      return optax.chain(rms, _create_trace(stage, numbers), decay)
     case 'schedule_free_adamw':
       # Adam without its first moment.
       rms = optax.scale_by_rms(
-        stage.b2, stage.eps, eps_in_sqrt=False, bias_correction=True
+        *decays[1:], eps_in_sqrt=False, bias_correction=True
       )
       return optax.chain(rms, decay)
     case 'schedule_free_sgd':
       return decay
     case 'sgd_momentum':
-      return optax.chain(_create_trace(stage), decay)
+      return optax.chain(_create_trace(stage, numbers), decay)
     case 'sgd_momentum_8bit':
-      trace = eight_bit.trace_8bit(stage.momentum, stage.nesterov, **blocks)
+      trace = eight_bit.trace_8bit(
+        numbers['momentum'], stage.nesterov, **blocks
+      )
       return optax.chain(trace, decay)
     case _:
       raise ValueError(f'Unknown optimizer: {stage.optimizer!r}.')
 
 
-def _create_trace(stage: stages.Stage) -> optax.GradientTransformation:
+def _create_trace(
+  stage: stages.Stage, numbers: Numbers
+) -> optax.GradientTransformation:
   """Returns PyTorch's momentum without dampening: m = momentum * m + g."""
   if not stage.momentum:
     return optax.identity()
-  trace = optax.trace(stage.momentum, stage.nesterov)
+  trace = optax.trace(numbers['momentum'], stage.nesterov)
   return _store_first_moment(trace, stage, 'trace')
 
 
@@ -294,29 +345,31 @@ def _store_first_moment(
 
 
 def _scale_kernels_by_trust_ratio(
-  coefficient: float,
+  coefficient: Any,
 ) -> optax.GradientTransformation:
   """Multiplies a kernel's update by coefficient * |kernel| / |update|."""
   trust_ratio = optax.scale_by_trust_ratio(trust_coefficient=coefficient)
   return optax.masked(trust_ratio, weight_decay_mask)
 
 
-def _create_muon(stage: stages.Stage) -> optax.GradientTransformation:
+def _create_muon(
+  stage: stages.Stage, numbers: Numbers
+) -> optax.GradientTransformation:
   """Returns Muon (Jordan et al. 2024) for kernels (H, W, in, out).
 
   A kernel is a matrix (H * W * in, out). Orthogonal, its root mean square is
   max(rows, columns) ** -0.5; that is scaled to _MUON_RMS, whatever the shape.
   """
-  numbers = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
+  matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
 
   def scale(update, _):
     height, width, num_in, num_out = update.shape
     return _MUON_RMS * max(height * width * num_in, num_out) ** 0.5 * update
 
   muon = optax.contrib.scale_by_muon(
-    beta=stage.momentum,
+    beta=numbers['momentum'],
     nesterov=stage.nesterov,
-    weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: numbers, tree),
+    weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrix, tree),
   )
   return optax.chain(
     _store_first_moment(muon, stage, 'mu'),

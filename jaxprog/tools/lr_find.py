@@ -98,7 +98,7 @@ def _run(
   task = setup_lib.create_task(
     dataclasses.replace(setup, steps={stage.name: steps}),
     stage,
-    lambda step: jax.numpy.asarray(rates)[step],
+    lambda step, numbers=None: jax.numpy.asarray(rates)[step],
   )
   with activity.doing(f'starting {stage.name}'):
     variables, _ = handover.hand_over(setup, workdir, task)

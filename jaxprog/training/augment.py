@@ -6,7 +6,8 @@ matter. Only `mix` pairs examples, and draws once a step.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,10 @@ def mirror(images: jax.Array, mirrored: jax.Array) -> jax.Array:
 
 
 def color_jitter(
-  keys: jax.Array, images: jax.Array, **strengths: float
+  keys: jax.Array,
+  images: jax.Array,
+  ranges: Any = None,
+  **strengths: float,
 ) -> jax.Array:
   """Returns images (N, H, W, 3) of other colours, f32 in [0, 255].
 
@@ -87,6 +91,7 @@ def color_jitter(
   Args:
     keys: of each example.
     images: in [0, 255], of any type.
+    ranges: those of `color_ranges`, where strengths are no constants.
     **strengths: of COLORS, x of the factor of all channels, of the distance to
       the image's mean grey and of that to the pixel's grey; the hue in turns
       of the colour wheel, at most 1/2.
@@ -94,19 +99,28 @@ def color_jitter(
   kinds = {kind: x for kind, x in strengths.items() if x}
   if not kinds:
     return images.astype(jnp.float32)
-  return adjust_colors(images, tuple(kinds), *draw_colors(keys, kinds))
+  if ranges is None:
+    ranges = color_ranges(kinds)
+  return adjust_colors(images, tuple(kinds), *draw_colors(keys, ranges))
 
 
-def draw_colors(
-  keys: jax.Array, strengths: dict[str, float]
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the `amounts` and `order` of `adjust_colors`, at random."""
-  low = [-x if k == 'hue' else max(0.0, 1 - x) for k, x in strengths.items()]
-  high = [x if k == 'hue' else 1 + x for k, x in strengths.items()]
+def color_ranges(strengths: Mapping[str, float]) -> np.ndarray:
+  """Returns where the amounts of kinds lie that are not 0, f32 (2, K)."""
+  kinds = {kind: x for kind, x in strengths.items() if x}
+  low = [-x if k == 'hue' else max(0.0, 1 - x) for k, x in kinds.items()]
+  high = [x if k == 'hue' else 1 + x for k, x in kinds.items()]
+  return np.array((low, high), np.float32)
+
+
+def draw_colors(keys: jax.Array, ranges: Any) -> tuple[jax.Array, jax.Array]:
+  """Returns the `amounts` and `order` of `adjust_colors`, at random.
+
+  Amounts are uniform in `ranges`, (2, K).
+  """
+  start, stop = ranges
 
   def draw(key):
-    amounts, ranks = jax.random.uniform(key, (2, len(strengths)))
-    start, stop = jnp.array(low), jnp.array(high)
+    amounts, ranks = jax.random.uniform(key, (2, len(start)))
     return start + (stop - start) * amounts, jnp.argsort(ranks)
 
   return jax.vmap(draw)(_stream(keys, _COLORS))
@@ -192,33 +206,33 @@ def random_erasing(
   keys: jax.Array,
   images: jax.Array,
   *,
-  probability: float,
-  min_area: float,
-  max_area: float,
+  probability: Any,
+  min_area: Any,
+  more_area: Any,
 ) -> jax.Array:
   """Returns normalised images, f32 (N, H, W, C), some with a hole of noise.
 
   With `probability`, a rectangle is filled with standard normal noise, pixel
   by pixel (Zhong et al. 2017, arXiv:1708.04896; timm's 'pixel' mode). Its area
-  is uniform in [min_area, max_area] of the image's, the logarithm of its
-  aspect uniform. Of ten drawn the first that is smaller than the image in both
-  directions is taken; if none is, nothing is erased.
+  is uniform in [min_area, min_area + more_area] of the image's, the logarithm
+  of its aspect uniform. Of ten drawn the first that is smaller than the image
+  in both directions is taken; if none is, nothing is erased.
   """
   height, width, channels = images.shape[1:]
 
   def fill(key, noise_key, image):
-    erased = _erased(key, height, width, probability, min_area, max_area)
+    erased = _erased(key, height, width, probability, min_area, more_area)
     noise = jax.random.normal(noise_key, (height, width, channels))
     return jnp.where(erased[..., None], noise, image)
 
   return jax.vmap(fill)(_stream(keys, _ERASING), _stream(keys, _NOISE), images)
 
 
-def _erased(key, height, width, probability, min_area, max_area):
+def _erased(key, height, width, probability, min_area, more_area):
   """Returns the mask of a random rectangle or of nothing, (height, width)."""
   drawn = jax.random.uniform(key, (3 + 2 * _ERASING_TRIES,))
   (chance, y, x), area, aspect = jnp.split(drawn, (3, 3 + _ERASING_TRIES))
-  area = height * width * (min_area + (max_area - min_area) * area)
+  area = height * width * (min_area + more_area * area)
   aspect = _ERASING_ASPECT ** (2 * aspect - 1)
   heights = jnp.round(jnp.sqrt(area * aspect))
   widths = jnp.round(jnp.sqrt(area / aspect))
@@ -239,13 +253,13 @@ def _rectangle(height, width, top, left, bottom, right):
   return (top <= y) & (y < bottom) & (left <= x) & (x < right)
 
 
-def draw_paths(keys: jax.Array, rates: Sequence[float]) -> jax.Array:
+def draw_paths(keys: jax.Array, rates: Any) -> jax.Array:
   """Returns what the residual of each block is multiplied with, f32 (N, B).
 
   It is 0 with the chance that `rates`, (B,), names, and else what makes its
   mean 1 (Huang et al. 2016, arXiv:1603.09382; the scale is timm's DropPath's).
   """
-  kept = 1 - np.array(rates, np.float32)
+  kept = 1 - jnp.asarray(rates, jnp.float32)
 
   def draw(key):
     return jnp.where(jax.random.uniform(key, kept.shape) < kept, 1 / kept, 0)
@@ -293,6 +307,7 @@ def mix(
   *,
   mixup_alpha: float = 0.0,
   cutmix_alpha: float = 0.0,
+  alphas: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns images and targets, each mixed with those of the example before.
 
@@ -310,13 +325,15 @@ def mix(
       as an image that could not be read, stays as it is.
     mixup_alpha: 0 is no mixup.
     cutmix_alpha: 0 is no CutMix.
+    alphas: both of them, where they are no constants.
   """
   if not mixup_alpha and not cutmix_alpha:
     return images, targets
   height, width = images.shape[1:3]
-  share_of_pixel, share = _draw_shares(
-    rng, height, width, mixup_alpha, cutmix_alpha
-  )
+  if alphas is None:
+    alphas = mixup_alpha, cutmix_alpha
+  asked = mixup_alpha > 0, cutmix_alpha > 0
+  share_of_pixel, share = _draw_shares(rng, height, width, asked, alphas)
   mixed = jnp.roll(weights, 1) > 0
   share_of_pixel = jnp.where(
     mixed[:, None, None, None], share_of_pixel[..., None], 1
@@ -329,16 +346,17 @@ def _average(x: jax.Array, share: jax.Array) -> jax.Array:
   return share * x + (1 - share) * jnp.roll(x, 1, axis=0)
 
 
-def _draw_shares(rng, height, width, mixup_alpha, cutmix_alpha):
+def _draw_shares(rng, height, width, asked, alphas):
   """Returns what stays of each pixel, (height, width), and of the target."""
   rng = jax.random.fold_in(rng, _MIX)
   coin_key, share_key, box_key = jax.random.split(rng, 3)
-  if mixup_alpha and cutmix_alpha:
+  mixup_alpha, cutmix_alpha = alphas
+  if all(asked):
     cut = jax.random.bernoulli(coin_key)
     alpha = jnp.where(cut, cutmix_alpha, mixup_alpha)
   else:
-    cut = jnp.array(cutmix_alpha > 0)
-    alpha = jnp.float32(mixup_alpha or cutmix_alpha)
+    cut = jnp.array(asked[1])
+    alpha = jnp.float32(cutmix_alpha if asked[1] else mixup_alpha)
   share = jax.random.beta(share_key, alpha, alpha)
   pasted = _pasted(box_key, height, width, share)
   return (

@@ -16,6 +16,7 @@ from jaxprog.training import state as state_lib
 
 # Rates that a picture can tell apart.
 _NUM_RATES = 400
+_PADDED = 512
 
 
 def describe(task: setup_lib.Task) -> progress_lib.Description:
@@ -47,7 +48,9 @@ def sample_learning_rate(task: setup_lib.Task) -> list[float]:
   count = min(count, steps.total)
   first = [steps.epoch_start(i * length / count) for i in range(count)]
   at = np.minimum(np.array(first, np.int32), steps.total - 1)
-  return jax.vmap(task.learning_rate_fn)(at).tolist()
+  # Of one length in most stages, so that this compiles once.
+  padded = np.resize(at, -(-count // _PADDED) * _PADDED)
+  return jax.vmap(task.learning_rate_fn)(padded)[:count].tolist()
 
 
 def join_rates(

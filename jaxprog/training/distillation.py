@@ -4,7 +4,7 @@ It sees the very images that the other does, augmented and mixed: a consistent
 teacher (Beyer et al. 2022, arXiv:2106.05237). No gradient goes to it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +12,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxprog import epochs, errors, stages
-from jaxprog.optim import optimizers
+from jaxprog.optim import arguments, optimizers
 
 Params = dict[str, Any]
 # `variables`, whose head has the classes of who learns, and `known`, bool
 # (classes,): which of these the teacher has learned.
 Teacher = dict[str, Any]
-# Of a teacher, images and the stage's step, pure.
-Teach = Callable[[Teacher, jax.Array, jax.Array], 'Lesson']
+# By name; floats, or arguments of a compiled step.
+Numbers = Mapping[str, Any]
+# Of a teacher, images, the stage's step and numbers, pure.
+Teach = Callable[[Teacher, jax.Array, jax.Array, Numbers], 'Lesson']
 # Stands for minus infinity, whose differences are not finite.
 _NEVER = -1e30
 
@@ -36,19 +38,30 @@ class Lesson(NamedTuple):
   features: jax.Array | None
 
 
+def read_numbers(stage: stages.Stage, steps: epochs.Steps) -> Numbers:
+  """Returns what is asked of a lesson."""
+  return {
+    'weight': stage.distill_weight,
+    'temperature': arguments.create_number(stage.distill_temperature),
+    'features': stage.distill_features,
+    'per_taught': arguments.inverse(max(steps.taught, 1)),
+  }
+
+
 def create_teach_fn(
-  model: nn.Module, stage: stages.Stage, steps: epochs.Steps, *, frozen: bool
+  model: nn.Module, stage: stages.Stage, *, frozen: bool
 ) -> Teach:
-  """Returns teach(teacher, images, step) -> Lesson, pure.
+  """Returns teach(teacher, images, step, numbers) -> Lesson, pure.
 
   A `frozen` backbone has no features to learn.
   """
   asks_features = stage.distill_features > 0 and not frozen
 
-  def teach(teacher, images, step):
+  def teach(teacher, images, step, numbers):
     share = jnp.ones((), jnp.float32)
     if stage.distill_epochs:
-      share = jnp.maximum(0, 1 - step.astype(jnp.float32) / steps.taught)
+      gone = step.astype(jnp.float32) * numbers['per_taught']
+      share = jnp.maximum(0, 1 - gone)
     logits, features = _apply(model, teacher['variables'], images)
     return Lesson(
       share,
@@ -86,7 +99,7 @@ def join_losses(
   logits: jax.Array,
   features: jax.Array | None,
   params: Params,
-  stage: stages.Stage,
+  numbers: Numbers,
 ) -> jax.Array:
   """Returns the losses (N,) of labels and of a lesson together.
 
@@ -94,9 +107,9 @@ def join_losses(
   f are the stage's weights times the share that is left of them.
   """
   if lesson.logits is not None:
-    weight = lesson.share * stage.distill_weight
+    weight = lesson.share * numbers['weight']
     softened = soften_loss(
-      logits, lesson.logits, lesson.known, stage.distill_temperature
+      logits, lesson.logits, lesson.known, numbers['temperature']
     )
     losses = (1 - weight) * losses + weight * softened
   if lesson.features is not None and features is not None:
@@ -104,12 +117,12 @@ def join_losses(
     distances = feature_distances(
       features, lesson.features, projection and projection['kernel']
     )
-    losses += lesson.share * stage.distill_features * distances
+    losses += lesson.share * numbers['features'] * distances
   return losses
 
 
 def soften_loss(
-  logits: jax.Array, taught: jax.Array, known: jax.Array, temperature: float
+  logits: jax.Array, taught: jax.Array, known: jax.Array, temperature: Any
 ) -> jax.Array:
   """Returns T^2 * KL(softmax(taught / T), softmax(logits / T)), (N,).
 

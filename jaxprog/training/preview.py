@@ -13,7 +13,8 @@ from jaxprog import stages
 from jaxprog.data import batches as batches_lib
 from jaxprog.data import loader
 from jaxprog.monitoring import pictures
-from jaxprog.training import augment, setup, steps
+from jaxprog.training import numbers as numbers_lib
+from jaxprog.training import setup, steps
 
 _MAX_IMAGES = 16
 
@@ -62,10 +63,12 @@ def draw_augmented(
   their shares.
   """
   rows = _first_rows(batch, _MAX_IMAGES)
+  stage = task.steps.part(task.stage, 0)
   images, targets = _see(
     np.asarray(jax.random.key_data(task.step_rng)),
     rows,
-    stage=task.steps.part(task.stage, 0),
+    numbers_lib.read_images(stage),
+    stage=stage,
     pixels=(tuple(task.config.mean_rgb), tuple(task.config.std_rgb)),
     num_classes=task.dataset.num_classes,
   )
@@ -79,6 +82,7 @@ def draw_augmented(
 def _see(
   key_data: jax.Array,
   batch: steps.Batch,
+  numbers: numbers_lib.Numbers,
   *,
   stage: stages.Stage,
   pixels: tuple[Sequence[float], Sequence[float]],
@@ -86,13 +90,8 @@ def _see(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns uint8 images and the targets that they are trained with."""
   rng = jax.random.wrap_key_data(key_data)
-  images, targets = augment.mix(
-    jax.random.fold_in(rng, 0),
-    steps.augment_batch(rng, batch, stage, pixels),
-    jax.nn.one_hot(batch['label'], num_classes),
-    batch['mask'].astype(jnp.float32),
-    mixup_alpha=stage.mixup_alpha,
-    cutmix_alpha=stage.cutmix_alpha,
+  images, targets, _ = steps.see_batch(
+    rng, 0, batch, numbers, stage, pixels, num_classes
   )
   mean, std = (255 * jnp.asarray(x, jnp.float32) for x in pixels)
   images = jnp.clip(jnp.round(images * std + mean), 0, 255)

@@ -22,6 +22,7 @@ from jaxprog.models import resnet
 from jaxprog.monitoring import activity
 from jaxprog.optim import optimizers, schedules
 from jaxprog.training import alike, devices, distillation, xla_flags
+from jaxprog.training import numbers as numbers_lib
 from jaxprog.training import state as state_lib
 from jaxprog.training import steps as steps_lib
 from jaxprog.training.transfer import pretrained
@@ -83,6 +84,8 @@ class Task:
   create_state: Any
   train_steps: Mapping[Program, Any]
   eval_step: Any
+  # What the programs compute with, on the devices.
+  numbers: Mapping[Program, numbers_lib.Numbers]
   shardings: devices.Shardings
   # Decides the order of examples, fresh weights and augmentation.
   seed: int
@@ -94,7 +97,8 @@ class Task:
 
   def arguments(self, program: Program) -> tuple[Any, ...]:
     """Returns what a training step takes besides state and batch."""
-    return (self.step_rng, self.teacher) if program.taught else (self.step_rng,)
+    told = self.step_rng, self.numbers[program]
+    return (*told, self.teacher) if program.taught else told
 
   @property
   def num_workers(self) -> int:
@@ -351,12 +355,13 @@ def _exclude_leaks(
 def create_task(
   setup: Setup,
   stage: stages_lib.Stage,
-  learning_rate_fn: optax.Schedule | None = None,
+  learning_rate_fn: Callable[..., jax.Array] | None = None,
   among: np.ndarray | None = None,
 ) -> Task:
   """Returns the model, the optimizer and the steps of `stage`.
 
-  `learning_rate_fn` takes the place of the stage's own schedule; evaluation
+  `learning_rate_fn` takes the place of the stage's own schedule, and its second
+  argument may be the schedule's numbers; evaluation
   chooses `among` classes, bool (classes,), or all.
   """
   dataset, steps = setup.datasets[stage.name], setup.steps[stage.name]
@@ -386,7 +391,7 @@ def create_task(
   state_shapes = jax.eval_shape(lambda rng: create_state(init(rng)), init_rng)
   jit = functools.partial(jax.jit, out_shardings=replicated)
   train_steps, eval_step = _create_steps(
-    setup, stage, create_model, create_teacher, tx, learning_rate_fn, among
+    setup, stage, create_model, create_teacher, learning_rate_fn, among
   )
   return Task(
     config=setup.config,
@@ -402,6 +407,20 @@ def create_task(
     create_state=jit(create_state),
     train_steps=train_steps,
     eval_step=eval_step,
+    numbers={
+      program: _put(
+        numbers_lib.read(
+          _part(stage, program),
+          steps,
+          model,
+          state_shapes.params,
+          num_classes=dataset.num_classes,
+          class_weights=_weigh_classes(dataset, stage),
+        ),
+        replicated,
+      )
+      for program in train_steps
+    },
     shardings=setup.shardings,
     seed=seed,
     init_rng=_place_key(init_rng, replicated),
@@ -475,8 +494,7 @@ def _create_steps(
   stage: stages_lib.Stage,
   create_model: Callable[[int], nn.Module],
   create_teacher: Callable[[int], nn.Module],
-  tx: optax.GradientTransformation,
-  learning_rate_fn: optax.Schedule,
+  learning_rate_fn: Callable[..., jax.Array],
   among: np.ndarray | None,
 ) -> tuple[dict[Program, Any], Any]:
   """Returns the training steps by program, and the evaluation step.
@@ -498,22 +516,19 @@ def _create_steps(
     )
 
   def create_train_step(program):
-    options = dict(zip(_TRACED, program.options, strict=True))
-    part = dataclasses.replace(stage, **options)
+    part = _part(stage, program)
     teach = None
     if program.taught:
       teach = distillation.create_teach_fn(
-        create_teacher(program.image_size), part, steps, frozen=program.frozen
+        create_teacher(program.image_size), part, frozen=program.frozen
       )
     return steps_lib.create_train_step(
       create_model(program.image_size),
-      tx,
       learning_rate_fn,
       part,
       steps,
       pixels,
       num_classes=dataset.num_classes,
-      class_weights=_weigh_classes(dataset, stage),
       frozen=program.frozen,
       teach=teach,
     )
@@ -521,7 +536,7 @@ def _create_steps(
   donated = 0 if config.donate_state else ()
   train_steps = {
     program: jit(
-      create_train_step(program), 1 + program.taught, donate_argnums=donated
+      create_train_step(program), 2 + program.taught, donate_argnums=donated
     )
     for program in _list_programs(stage, steps).values()
   }
@@ -577,6 +592,12 @@ def compile_task(task: Task, *, carried: bool) -> Task:
   )
 
 
+def _part(stage: stages_lib.Stage, program: Program) -> stages_lib.Stage:
+  """Returns `stage` as `program` trains it."""
+  options: dict[str, Any] = dict(zip(_TRACED, program.options, strict=True))
+  return dataclasses.replace(stage, **options)
+
+
 def _list_programs(
   stage: stages_lib.Stage, steps: epochs.Steps
 ) -> dict[int, Program]:
@@ -604,6 +625,19 @@ def _place_key(key: jax.Array, sharding: jax.sharding.NamedSharding) -> Any:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
   data = jax.device_put(jax.random.key_data(key), sharding)
   return jax.random.wrap_key_data(data)
+
+
+def _put(numbers: Any, sharding: jax.sharding.NamedSharding) -> Any:
+  """Returns `numbers` on all devices, as `_place_key` does; nobody waits.
+
+  All processes have read them from one config: device_put would compare each.
+  """
+  if sharding.mesh.devices.flat[0] not in jax.devices():
+    return _place(numbers, sharding)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, sharding, lambda at: x[at]),
+    numbers,
+  )
 
 
 def _place(shapes: Any, sharding: jax.sharding.Sharding) -> Any:

@@ -12,7 +12,6 @@ import optax
 from flax import linen as nn
 
 from jaxprog import epochs, stages
-from jaxprog.models import resnet
 from jaxprog.optim import optimizers
 from jaxprog.training import augment, distillation, losses
 from jaxprog.training import state as state_lib
@@ -27,52 +26,49 @@ _UNRANKED = 2**30
 
 def create_train_step(
   model: nn.Module,
-  tx: optax.GradientTransformation,
-  learning_rate_fn: optax.Schedule,
+  learning_rate_fn: Callable[..., jax.Array],
   stage: stages.Stage,
   steps: epochs.Steps,
   pixels: tuple[Sequence[float], Sequence[float]],
   *,
   num_classes: int,
-  class_weights: np.ndarray | None = None,
   frozen: bool = False,
   teach: distillation.Teach | None = None,
 ) -> Callable[..., tuple[state_lib.TrainState, Metrics]]:
-  """Returns train_step(state, batch, rng) -> (state, metrics), pure.
+  """Returns train_step(state, batch, rng, numbers) -> (state, metrics), pure.
 
   `batch` is the global one: uint8 image (N, H, W, 3), int32 label, index and
   epoch (N,), bool mask (N,), False where the loss must not look. How an image
   is augmented, and which blocks it skips, depends on `rng`, its index and its
-  epoch alone; how images are mixed, on `rng` and `state.step`. `metrics` are
-  this step's means; their sums go into `state.metrics`. A step whose loss,
-  gradient or new state is not finite changes nothing but `step` and is counted
-  as skipped.
+  epoch alone; how images are mixed, on `rng` and `state.step`. `numbers` are
+  those of `numbers.read`: of what stands there, `stage` and `steps` only say
+  whether it is 0. `metrics` are this step's means; their sums go into
+  `state.metrics`. A step whose loss, gradient or new state is not finite
+  changes nothing but `step` and is counted as skipped.
 
   Args:
     model: classifies images; its classifier is the module `head`.
-    tx: the optimizer of `stage`.
-    learning_rate_fn: the rate of a step, before the plateau's scale.
+    learning_rate_fn: the rate of a step and the schedule's numbers, before the
+      plateau's scale.
     stage: what is trained, as it is in this part of the stage.
     steps: its lengths in steps.
     pixels: mean and standard deviation that images are normalised with.
     num_classes: length of the logits.
-    class_weights: (num_classes,), what an image of each class counts in the
-      loss that is minimised; in no metric.
     frozen: train the head alone: the backbone is a fixed function of the
       image, with its running statistics, and needs no gradient.
     teach: what a teacher says of images; the step's last argument is then that
       teacher.
   """
-  prepare = _create_prepare_fn(model, stage, pixels, num_classes, frozen)
-  grads_of = _create_grads_fn(model, stage, class_weights, frozen, teach)
+  prepare = _create_prepare_fn(stage, pixels, num_classes, frozen)
+  grads_of = _create_grads_fn(model, stage, frozen, teach)
 
-  def train_step(state, batch, rng, *teacher):
-    examples = prepare(rng, state.step, batch)
+  def train_step(state, batch, rng, numbers, *teacher):
+    examples = prepare(rng, state.step, batch, numbers)
     grads, batch_stats, loss, top1 = grads_of(
-      state, teacher[0] if teacher else None, *examples
+      state, numbers, teacher[0] if teacher else None, *examples
     )
     learning_rate = state.rate_scale * jnp.asarray(
-      learning_rate_fn(state.step), jnp.float32
+      learning_rate_fn(state.step, numbers['schedule']), jnp.float32
     )
     metrics = {
       'loss': loss,
@@ -80,10 +76,11 @@ def create_train_step(
       'grad_norm': optimizers.global_norm(grads),
       'learning_rate': learning_rate,
     }
+    tx = optimizers.create_optimizer(stage, numbers['optimizer'])
     if steps.frozen and not frozen:
-      state = _begin_anew(state, state.step == steps.frozen, tx)
+      state = _begin_anew(state, state.step == numbers['frozen'], tx)
     learned = _learn(
-      state, grads, batch_stats, learning_rate, tx, stage, frozen
+      state, grads, batch_stats, learning_rate, tx, stage, numbers, frozen
     )
     new = [loss, metrics['grad_norm'], batch_stats]
     if not optimizers.is_bounded(stage):
@@ -104,32 +101,24 @@ def create_train_step(
 
 
 def _create_prepare_fn(
-  model: nn.Module,
   stage: stages.Stage,
   pixels: tuple[Sequence[float], Sequence[float]],
   num_classes: int,
   frozen: bool,
-) -> Callable[[jax.Array, jax.Array, Batch], list[jax.Array]]:
-  """Returns f(rng, step, batch) -> images, targets, weights and perhaps paths.
+) -> Callable[..., list[jax.Array]]:
+  """Returns f(rng, step, batch, numbers).
 
-  They are what the function of `_create_grads_fn` takes.
+  What comes back, images, targets, weights and perhaps paths, is what the
+  function of `_create_grads_fn` takes.
   """
 
-  def prepare(rng, step, batch):
-    weights = batch['mask'].astype(jnp.float32)
-    images, targets = augment.mix(
-      jax.random.fold_in(rng, step),
-      augment_batch(rng, batch, stage, pixels),
-      jax.nn.one_hot(batch['label'], num_classes),
-      weights,
-      mixup_alpha=stage.mixup_alpha,
-      cutmix_alpha=stage.cutmix_alpha,
+  def prepare(rng, step, batch, numbers):
+    examples = list(
+      see_batch(rng, step, batch, numbers['images'], stage, pixels, num_classes)
     )
-    examples = [images, targets, weights]
     if stage.drop_path and not frozen:
       keys = augment.example_keys(rng, batch['epoch'], batch['index'])
-      rates = resnet.path_rates(model, stage.drop_path)
-      examples.append(augment.draw_paths(keys, rates))
+      examples.append(augment.draw_paths(keys, numbers['path_rates']))
     return examples
 
   return prepare
@@ -145,10 +134,18 @@ def _begin_anew(state, is_now, tx):
   return state.replace(opt_state=opt_state)
 
 
-def _learn(state, grads, batch_stats, learning_rate, tx, stage, frozen):
+def _learn(
+  state, grads, batch_stats, learning_rate, tx, stage, numbers, frozen
+):
   """Returns what a step makes of the fields of the state that learn."""
   params, opt_state = optimizers.take_step(
-    tx, stage, learning_rate, grads, state.opt_state, state.params
+    tx,
+    stage,
+    learning_rate,
+    grads,
+    state.opt_state,
+    state.params,
+    numbers['factors'],
   )
   if frozen:
     params = {**state.params, 'head': params['head']}
@@ -156,16 +153,37 @@ def _learn(state, grads, batch_stats, learning_rate, tx, stage, frozen):
     'params': params,
     'batch_stats': batch_stats,
     'opt_state': opt_state,
-    'ema': _average(state, params, batch_stats, stage),
+    'ema': _average(state, params, batch_stats, stage, numbers['ema_decay']),
   }
 
 
-def augment_batch(
+def see_batch(
   rng: jax.Array,
+  step: jax.Array | int,
   batch: Batch,
+  numbers: dict[str, Any],
   stage: stages.Stage,
   pixels: tuple[Sequence[float], Sequence[float]],
-) -> jax.Array:
+  num_classes: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the images, targets and weights that a step is about.
+
+  `numbers` are those of `numbers.read_images`.
+  """
+  weights = batch['mask'].astype(jnp.float32)
+  images, targets = augment.mix(
+    jax.random.fold_in(rng, step),
+    _augment(rng, batch, numbers, stage, pixels),
+    jax.nn.one_hot(batch['label'], num_classes),
+    weights,
+    mixup_alpha=stage.mixup_alpha,
+    cutmix_alpha=stage.cutmix_alpha,
+    alphas=numbers['alphas'],
+  )
+  return images, targets, weights
+
+
+def _augment(rng, batch, numbers, stage, pixels):
   """Returns the normalised images of a training batch, each changed alone."""
   images, epoch, index = batch['image'], batch['epoch'], batch['index']
   keys = augment.example_keys(rng, epoch, index)
@@ -176,16 +194,10 @@ def augment_batch(
     images = augment.mirror(images, mirrored)
   colors = {kind: getattr(stage, kind) for kind in augment.COLORS}
   if any(colors.values()):
-    images = augment.color_jitter(keys, images, **colors)
+    images = augment.color_jitter(keys, images, numbers['colors'], **colors)
   images = augment.normalise(images, *pixels)
   if stage.erasing_probability:
-    images = augment.random_erasing(
-      keys,
-      images,
-      probability=stage.erasing_probability,
-      min_area=stage.erasing_min_area,
-      max_area=stage.erasing_max_area,
-    )
+    images = augment.random_erasing(keys, images, **numbers['erasing'])
   if stage.low_frequency_size:
     images = augment.keep_low_frequencies(images, stage.low_frequency_size)
   return images
@@ -194,11 +206,10 @@ def augment_batch(
 def _create_grads_fn(
   model: nn.Module,
   stage: stages.Stage,
-  class_weights: np.ndarray | None,
   frozen: bool,
   teach: distillation.Teach | None,
 ) -> Callable[..., Any]:
-  """Returns f(state, teacher, images, targets, weights, *paths).
+  """Returns f(state, numbers, teacher, images, targets, weights, *paths).
 
   `paths` say which blocks each image skips, if any does. What comes back is
   grads, batch_stats, loss and top1, the last two being means over what
@@ -207,29 +218,33 @@ def _create_grads_fn(
   micro-batches, one after the other, each divided by what the whole batch
   shows: its means, but that BatchNorm sees each by itself.
   """
-  loss_fn = _create_loss_fn(model, stage, class_weights, frozen)
+  loss_fn = _create_loss_fn(model, stage, frozen)
 
-  def grads_of_part(state, batch_stats, count, teacher, *examples):
-    lesson = teach and teach(teacher, examples[0], state.step)
+  def grads_of_part(state, batch_stats, count, numbers, teacher, *examples):
+    lesson = teach and teach(
+      teacher, examples[0], state.step, numbers['lesson']
+    )
     trained, fixed = state.params, {}
     if frozen:
       trained, fixed = {'head': state.params['head']}, state.params
     grads, aux = jax.grad(loss_fn, has_aux=True)(
-      trained, fixed, batch_stats, count, lesson, *examples
+      trained, fixed, batch_stats, count, numbers, lesson, *examples
     )
     if frozen:
       zeros = jax.tree.map(jnp.zeros_like, state.params)
       grads = {**zeros, **grads}
     return grads, *aux
 
-  def grads_of(state, teacher, *examples):
+  def grads_of(state, numbers, teacher, *examples):
     images, _, weights, *_ = examples
     batch_size = len(images)
     count = jnp.maximum(jnp.sum(weights), 1)
     micro = stage.micro_batch_size or batch_size
     parts = batch_size // micro
     if parts == 1:
-      return grads_of_part(state, state.batch_stats, count, teacher, *examples)
+      return grads_of_part(
+        state, state.batch_stats, count, numbers, teacher, *examples
+      )
 
     def split(x):
       # Every parts-th example: each device keeps the examples it has.
@@ -237,7 +252,7 @@ def _create_grads_fn(
 
     def add_part(sums, part):
       grads, batch_stats, loss, top1 = grads_of_part(
-        state, sums[1], count, teacher, *part
+        state, sums[1], count, numbers, teacher, *part
       )
       total = jax.tree.map(jnp.add, (sums[0], *sums[2:]), (grads, loss, top1))
       return (total[0], batch_stats, *total[1:]), None
@@ -253,21 +268,20 @@ def _create_grads_fn(
 def _create_loss_fn(
   model: nn.Module,
   stage: stages.Stage,
-  class_weights: np.ndarray | None,
   frozen: bool,
 ) -> Callable[..., Any]:
   """Returns what `_create_grads_fn` takes the gradient of, by `trained`.
 
   `lesson` is a teacher's, None where nobody teaches; sums are over `count`.
+  What class weights are for is minimised, and is in no metric.
   """
   losses_of = losses.create_loss_fn(stage)
   told = ['batch_stats']
   if stage.distill_from and stage.distill_features:
     told.append('intermediates')
 
-  def loss_fn(
-    trained, fixed, batch_stats, count, lesson, images, targets, weights, *paths
-  ):
+  def loss_fn(trained, fixed, batch_stats, count, numbers, lesson, *examples):
+    images, targets, weights, *paths = examples
     params, features = {**fixed, **trained}, None
     variables = {'params': params, 'batch_stats': batch_stats}
     if frozen:
@@ -279,15 +293,15 @@ def _create_loss_fn(
       batch_stats = changed.get('batch_stats', {})
       features = distillation.last_features(changed)
     correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
-    found = losses_of(logits, targets)
+    found = losses_of(logits, targets, numbers['loss'])
     if lesson is not None:
       found = distillation.join_losses(
-        found, lesson, logits, features, params, stage
+        found, lesson, logits, features, params, numbers['lesson']
       )
     # What is hidden may be anything, NaN too.
     minimised = loss = jnp.sum(jnp.where(weights > 0, found, 0)) / count
-    if class_weights is not None:
-      found *= jnp.sum(targets * class_weights, axis=-1)
+    if numbers['class_weights'] is not None:
+      found *= jnp.sum(targets * numbers['class_weights'], axis=-1)
       minimised = jnp.sum(jnp.where(weights > 0, found, 0)) / count
     top1 = jnp.sum(weights * correct) / count
     return minimised, (batch_stats, loss, top1)
@@ -295,14 +309,14 @@ def _create_loss_fn(
   return loss_fn
 
 
-def _average(state, params, batch_stats, stage):
+def _average(state, params, batch_stats, stage, decay):
   """Returns the next averaged variables, statistics included.
 
   Averages of weights need averages of their statistics.
   """
   if not state.ema:
     return {}
-  decay = average_decay(stage, state.step)
+  decay = average_decay(decay, stage.ema_warmup_power, state.step)
   return jax.tree.map(
     lambda old, new: decay * old + (1 - decay) * new,
     state.ema,
@@ -313,16 +327,16 @@ def _average(state, params, batch_stats, stage):
   )
 
 
-def average_decay(stage: stages.Stage, step: jax.Array) -> jax.Array:
-  """Returns how much of the average stays at `step`, f32.
+def average_decay(decay: Any, power: float, step: jax.Array) -> jax.Array:
+  """Returns how much of the average stays at `step`, f32, at most `decay`.
 
   In the first steps less of the old is kept, so that a short stage does not
-  average its start.
+  average its start; see ema_warmup_power.
   """
   count = step.astype(jnp.float32)
-  if power := stage.ema_warmup_power:
-    return jnp.minimum(stage.ema_decay, 1 - (1 + count) ** -power)
-  return jnp.minimum(stage.ema_decay, (1 + count) / (10 + count))
+  if power:
+    return jnp.minimum(decay, 1 - (1 + count) ** -power)
+  return jnp.minimum(decay, (1 + count) / (10 + count))
 
 
 def _all_finite(tree: Any) -> jax.Array:
