@@ -11,8 +11,7 @@ def get_config(argument='data'):
   config.operators = ()
   config.grid = ({'stages[-1].optimizer': ('adamw', 'sgd_momentum')},)
   if kind == 'long':
-    config.base.stages = [{'name': 'ten', 'num_epochs': 40}]
-    config.base.checkpoint_every_steps = 10
+    config.base.stages = [{'name': 'ten', 'num_epochs': 8}]
   else:
     config.grid += ({'stages[-1].weight_decay': (0.0, 0.05, 0.5)},)
     config.seeds = 4

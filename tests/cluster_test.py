@@ -110,15 +110,24 @@ def count_epochs(run):
     return 0
 
 
-def wait_for_epochs(process, workdir, count=2):
-  """Returns the owners of both runs once each has had some epochs."""
+def wait_for_epochs(process, workdir, count):
+  """Returns the owners of both runs as soon as both have had some epochs.
+
+  Who is ahead sleeps until the other one is there.
+  """
+  asleep = {}
 
   def look():
-    found = find_owners(workdir)
-    well_on = [x for x in found if count_epochs(x) >= count]
-    return len(well_on) == 2 and found
+    for run, pid in find_owners(workdir).items():
+      if run not in asleep and count_epochs(run) >= count:
+        os.kill(pid, signal.SIGSTOP)
+        asleep[run] = pid
+    return len(asleep) == 2
 
-  return ray_cluster.wait_until(look, process)
+  ray_cluster.wait_until(look, process)
+  for pid in asleep.values():
+    os.kill(pid, signal.SIGCONT)
+  return asleep
 
 
 @pytest.fixture(scope='module')
@@ -151,7 +160,7 @@ def test_runs_side_by_side_end_with_the_table_of_one_after_the_other(
 
 def test_a_host_that_is_lost_costs_no_bit(cluster, data_dir, long, tmp_path):
   process = start(f'{CONFIG}:long:{data_dir}', tmp_path, cluster=cluster)
-  owners = wait_for_epochs(process, tmp_path)
+  owners = wait_for_epochs(process, tmp_path, 2)
   host = cluster.hosts.pop()
   lost = [x for x in owners if owners[x] in ray_cluster.list_tree(host)]
   ray_cluster.signal_tree(host, signal.SIGKILL)
@@ -168,7 +177,7 @@ def test_a_host_that_wakes_up_writes_nothing_beside_its_successor(
   cluster, data_dir, long, tmp_path
 ):
   process = start(f'{CONFIG}:long:{data_dir}', tmp_path, cluster=cluster)
-  owners = wait_for_epochs(process, tmp_path)
+  owners = wait_for_epochs(process, tmp_path, 2)
   host = cluster.hosts.pop()
   (asleep,) = [x for x in owners if owners[x] in ray_cluster.list_tree(host)]
   ray_cluster.signal_tree(host, signal.SIGSTOP)
@@ -206,16 +215,13 @@ def test_a_driver_that_is_stopped_or_killed_leaves_no_run_behind(
 ):
   command = f'{CONFIG}:long:{data_dir}', tmp_path
   process = start(*command, cluster=cluster)
-  owners = wait_for_epochs(process, tmp_path)
+  wait_for_epochs(process, tmp_path, 2)
   process.send_signal(signal.SIGTERM)
   finish(process, 128 + signal.SIGTERM)
   assert not find_owners(tmp_path)
   assert not list(tmp_path.glob('cells/*/*/outcome.json'))
   process = start(*command, cluster=cluster)
-  begun = {x: count_epochs(x) for x in owners}
-  ray_cluster.wait_until(
-    lambda: all(count_epochs(x) > begun[x] for x in owners), process
-  )
+  wait_for_epochs(process, tmp_path, 4)
   process.kill()
   process.communicate()
   ray_cluster.wait_until(lambda: not find_owners(tmp_path))
