@@ -84,6 +84,30 @@ def snapshot(folder):
   }
 
 
+def until(condition, seconds=60.0):
+  """Returns after how many seconds a condition was true."""
+  began = time.monotonic()
+  while not condition():
+    assert time.monotonic() < began + seconds, 'It does not come.'
+    time.sleep(0.01)
+  return time.monotonic() - began
+
+
+class Enough(Exception):  # noqa: N818
+  """Ends a run where a test wants it to."""
+
+
+def stop_after(epochs):
+  """Returns an on_epoch that ends a run once so many of a stage are over."""
+
+  def on_epoch(name, row):
+    del name
+    if row['epoch'] == epochs:
+      raise Enough
+
+  return on_epoch
+
+
 def start_main(*arguments):
   return subprocess.Popen(
     [sys.executable, 'main.py', *map(str, arguments)],
@@ -113,9 +137,7 @@ def take_over_later(workdir, folder):
   """Lets another run have the lock of `workdir` once `folder` is there."""
 
   def take_over():
-    deadline = time.monotonic() + 60
-    while not folder.exists() and time.monotonic() < deadline:
-      time.sleep(0.005)
+    until(folder.exists)
     other = {'token': 'of another', 'pid': 1, 'host': 'elsewhere'}
     (workdir / 'run.lock').write_text(json.dumps(other))
 
