@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 
+import machines
 import pytest
-import runs
 
 from benchmarks import gpu
 
@@ -107,7 +107,7 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path):
     ('good', 'a', '2'),
     ('late', '', 'left out, no time'),
   ]
-  runs.until(lambda: not is_running(child.read_text().strip()))
+  machines.until(lambda: not is_running(child.read_text().strip()))
   assert 'Left out: --parts=hangs,late' in gpu.draw_table(rows, 1.0)
 
 

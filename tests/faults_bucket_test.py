@@ -260,7 +260,7 @@ def test_two_at_once(server, machine, config, url, say):
   one, two = machine('one'), machine('two')
   first = one.start(config, f'--workdir={url}')
   runs.wait_for_step(first, one.copy(url), 'three', 0)
-  runs.until(lambda: saved(server, url, 'three'))
+  machines.until(lambda: saved(server, url, 'three'))
   began = time.monotonic()
   second = two.call(config, f'--workdir={url}')
   say(f'\nrefused after {time.monotonic() - began:.1f} s: {second.stderr}')
@@ -312,14 +312,14 @@ def test_a_bucket_that_is_away_for_a_while(machine, config, tmp_path, say):
   with fake_gcs.serve((BUCKET,), folder=folder) as server:
     port = server.server_port
     process = one.start(config, long, '--only=three', f'--workdir={url}')
-    runs.until(lambda: saved(server, url, 'three'))
+    machines.until(lambda: saved(server, url, 'three'))
   before = newest(one, url)
   time.sleep(40)
   assert process.poll() is None
   between = newest(one, url)
   assert between > before
   with fake_gcs.serve((BUCKET,), port, folder) as server:
-    seconds = runs.until(
+    seconds = machines.until(
       lambda: max(saved(server, url, 'three'), default=0) > between, 120
     )
     process.send_signal(signal.SIGTERM)
@@ -342,10 +342,10 @@ def test_a_bucket_that_is_away_in_the_end(
   folder = tmp_path / 'objects'
   with fake_gcs.serve((BUCKET,), folder=folder) as server:
     process = one.start(config, f'--workdir={url}')
-    runs.until(lambda: saved(server, url, 'ten'))
+    machines.until(lambda: saved(server, url, 'ten'))
     port = server.server_port
   done = one.copy(url) / 'checkpoints' / 'ten' / 'done.json'
-  runs.until(done.exists)
+  machines.until(done.exists)
   began = time.monotonic()
   _, err = process.communicate(timeout=300)
   say(f'\nended {time.monotonic() - began:.1f} s after the last stage: {err}')
@@ -363,7 +363,7 @@ def kill_once(machine, server, url, arguments, pattern):
   """Kills what a machine does as soon as an object's name matches."""
   with machine.start(*arguments, f'--workdir={url}') as process:
     try:
-      runs.until(
+      machines.until(
         lambda: any(
           re.search(pattern, x) for x in machines.objects(server, url)
         ),

@@ -227,8 +227,7 @@ def test_killed_workers_do_not_change_a_run(trained, folder):
   )
   try:
     runs.wait_for_step(process, folder / 'run', 'all', 2)
-    runs.until(lambda: worker_processes(process.pid))
-    for pid in worker_processes(process.pid):
+    for pid in runs.wait_for(lambda: worker_processes(process.pid)):
       os.kill(pid, signal.SIGKILL)
     output = process.communicate(timeout=200)[0]
   finally:

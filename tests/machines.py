@@ -11,6 +11,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import time
 
 import runs
 
@@ -72,6 +73,15 @@ def objects(server, url: str) -> dict[str, bytes]:
     for name, data in server.objects(bucket).items()
     if name.startswith(prefix) and not name.startswith(f'{prefix}lease/')
   }
+
+
+def until(condition, seconds: float = 60.0) -> float:
+  """Returns after how many seconds a condition was true."""
+  began = time.monotonic()
+  while not condition():
+    assert time.monotonic() < began + seconds, 'It does not come.'
+    time.sleep(0.02)
+  return time.monotonic() - began
 
 
 def main() -> None:

@@ -303,7 +303,7 @@ def test_the_owner_shows_that_it_lives(tmp_path):
   path = tmp_path / 'run.lock'
   with lock.Lock(tmp_path, beat_seconds=0.05) as held:
     os.utime(path, (0, 0))
-    runs.until(lambda: path.stat().st_mtime > time.time() - 60)
+    runs.wait_for(lambda: path.stat().st_mtime > time.time() - 60)
     held.check()
 
 

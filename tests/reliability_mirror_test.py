@@ -228,9 +228,9 @@ def test_a_bucket_that_fails_is_said_once_and_caught_up_with(
   with held(folder):
     server.forbid('test-bucket')
     (folder / 'history.json').write_text('1')
-    runs.until(lambda: sum(x.status == 403 for x in server.requests) > 2)
+    runs.wait_for(lambda: sum(x.status == 403 for x in server.requests) > 2)
     server.heal()
-    runs.until(lambda: 'history.json' in objects(server))
+    runs.wait_for(lambda: 'history.json' in objects(server))
   err = capfd.readouterr().err
   assert err.count('The run goes on') == 1
   assert 'You may not do that in gs://test-bucket' in err
@@ -271,15 +271,15 @@ def test_events_are_uploaded_now_and_then(server, tmp_path, monkeypatch):
     new = events.with_name('.new')  # Never half written.
     new.write_text('1')
     new.replace(events)
-    runs.until(lambda: name in objects(server))
+    runs.wait_for(lambda: name in objects(server))
     events.write_text('12')
     (folder / 'history.json').write_text('1')
-    runs.until(lambda: 'history.json' in objects(server))
+    runs.wait_for(lambda: 'history.json' in objects(server))
     assert objects(server)[name] == b'1'
     # A state comes with the points before it.
     server.clear()
     save(folder, 'latest', 1)
-    runs.until(
+    runs.wait_for(
       lambda: 'checkpoints/ten/latest/1/manifest.json' in objects(server)
     )
     assert written(server)[0] == name

@@ -234,7 +234,7 @@ def test_leaving_ends_the_children(tmp_path):
   os.kill(child, 0)
   process.send(signal.SIGTERM)
   process.end(143)
-  runs.until(lambda: not _is_running(child))
+  runs.wait_for(lambda: not _is_running(child))
 
 
 def _is_running(pid):

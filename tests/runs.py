@@ -1,10 +1,12 @@
 """What tests of the command line look at, and how they interrupt it."""
 
 import contextlib
+import html
 import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -84,28 +86,18 @@ def snapshot(folder):
   }
 
 
-def until(condition, seconds=60.0):
-  """Returns after how many seconds a condition was true."""
-  began = time.monotonic()
-  while not condition():
-    assert time.monotonic() < began + seconds, 'It does not come.'
+def words(page):
+  """Returns the words of a page, without its elements."""
+  return ' '.join(html.unescape(re.sub(r'<[^>]*>', ' ', page)).split())
+
+
+def wait_for(condition):
+  """Returns what `condition` does as soon as that is true."""
+  deadline = time.monotonic() + 60
+  while not (found := condition()):
+    assert time.monotonic() < deadline
     time.sleep(0.01)
-  return time.monotonic() - began
-
-
-class Enough(Exception):  # noqa: N818
-  """Ends a run where a test wants it to."""
-
-
-def stop_after(epochs):
-  """Returns an on_epoch that ends a run once so many of a stage are over."""
-
-  def on_epoch(name, row):
-    del name
-    if row['epoch'] == epochs:
-      raise Enough
-
-  return on_epoch
+  return found
 
 
 def start_main(*arguments):
@@ -137,8 +129,23 @@ def take_over_later(workdir, folder):
   """Lets another run have the lock of `workdir` once `folder` is there."""
 
   def take_over():
-    until(folder.exists)
+    wait_for(folder.exists)
     other = {'token': 'of another', 'pid': 1, 'host': 'elsewhere'}
     (workdir / 'run.lock').write_text(json.dumps(other))
 
   threading.Thread(target=take_over, daemon=True).start()
+
+
+class Enough(Exception):  # noqa: N818
+  """Ends a run where a test wants it to."""
+
+
+def stop_after(epochs):
+  """Returns an on_epoch that ends a run once so many of a stage are over."""
+
+  def on_epoch(name, row):
+    del name
+    if row['epoch'] == epochs:
+      raise Enough
+
+  return on_epoch

@@ -45,8 +45,10 @@ def test_later_stages_images_come_while_the_first_one_trains(server, tmp_path):
   assert records(copy, 'imagenette') == both
   assert records(copy, 'imagenet_mini') == set()
   server.heal()
-  runs.until(lambda: records(copy, 'imagenet_mini') == both)
+  runs.wait_for(lambda: records(copy, 'imagenet_mini') == both)
   key = f'data/prepared/imagenette_folder/1.0.0/{extra.name}'
-  runs.until(lambda: key in server.objects('test-bucket'))
+  runs.wait_for(lambda: key in server.objects('test-bucket'))
   fetcher.close()
-  runs.until(lambda: 'fetcher' not in {x.name for x in threading.enumerate()})
+  runs.wait_for(
+    lambda: 'fetcher' not in {x.name for x in threading.enumerate()}
+  )
