@@ -83,6 +83,12 @@ def data_dir(tmp_path_factory):
   return path
 
 
+@pytest.fixture(scope='session')
+def config(data_dir):
+  """The flag for the ladder that most runs of the command line are of."""
+  return f'--config=tests/tiny_config.py:{data_dir}'
+
+
 @pytest.fixture
 def small_disk(tmp_path):
   """A disk of 4 MB."""
