@@ -21,30 +21,39 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # What takes longest comes first, so that workers that each take the next file
 # end together.
 LONGEST = (
-  'main_test',
-  'main_bucket_test',
-  'faults_checkpoints_test',
-  'input_test',
-  'tools_check_test',
-  'controls_test',
-  'faults_test',
-  'faults_bucket_test',
-  'tools_tune_test',
   'tools_compare_test',
-  'reliability_checkpoints_test',
+  'main_test',
+  'training_resume_test',
+  'faults_checkpoints_test',
   'reliability_peers_test',
+  'tools_check_test',
+  'training_transfer_handover_test',
+  'training_transfer_hub_test',
+  'tools_plan_test',
+  'reliability_checkpoints_test',
+  'tools_evaluate_test',
+  'tools_tune_test',
+  'training_rollback_test',
+  'tools_prepare_test',
+  'training_transfer_pretrained_test',
+  'tools_export_test',
+  'input_test',
+  'controls_test',
+  'reliability_lease_test',
   'data_loader_test',
   'models_resnet_test',
-  'monitoring_tensorboard_test',
-  'training_transfer_handover_test',
-  'tools_evaluate_test',
-  'tools_verify_test',
-  'data_shards_test',
-  'tools_export_test',
-  'tools_plan_test',
-  'training_rollback_test',
+  'models_norm_test',
   'tools_dry_run_test',
+  'main_bucket_test',
+  'tools_probe_test',
+  'training_schedule_free_test',
+  'training_transfer_teacher_test',
+  'training_loop_test',
+  'data_shards_test',
   'data_preparation_test',
+  'data_hub_test',
+  'tools_predict_test',
+  'tools_verify_test',
   'configs_test',
   'reliability_watchdog_test',
 )
@@ -72,6 +81,12 @@ def data_dir(tmp_path_factory):
   path = tmp_path_factory.mktemp('data')
   preparation.load_dataset('digits', path)
   return path
+
+
+@pytest.fixture(scope='session')
+def config(data_dir):
+  """The flag for the ladder that most runs of the command line are of."""
+  return f'--config=tests/tiny_config.py:{data_dir}'
 
 
 @pytest.fixture

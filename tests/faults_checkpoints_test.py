@@ -23,11 +23,6 @@ ARGUMENTS = (
 
 
 @pytest.fixture(scope='module')
-def config(data_dir):
-  return f'--config=tests/tiny_config.py:{data_dir}'
-
-
-@pytest.fixture(scope='module')
 def trained(config, tmp_path_factory):
   """An uninterrupted run, and what a kill on its way would have left.
 

@@ -3,7 +3,6 @@
 import os
 import pathlib
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -228,11 +227,7 @@ def test_killed_workers_do_not_change_a_run(trained, folder):
   )
   try:
     runs.wait_for_step(process, folder / 'run', 'all', 2)
-    deadline = time.monotonic() + 60
-    while not (found := worker_processes(process.pid)):
-      assert time.monotonic() < deadline
-      time.sleep(0.01)
-    for pid in found:
+    for pid in runs.wait_for(lambda: worker_processes(process.pid)):
       os.kill(pid, signal.SIGKILL)
     output = process.communicate(timeout=200)[0]
   finally:

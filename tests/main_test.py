@@ -21,11 +21,6 @@ CONFIG = 'tests/tiny_config.py'
 
 
 @pytest.fixture(scope='module')
-def config(data_dir):
-  return f'--config={CONFIG}:{data_dir}'
-
-
-@pytest.fixture(scope='module')
 def trained(config, tmp_path_factory):
   """A finished run, uninterrupted."""
   workdir = tmp_path_factory.mktemp('trained')

@@ -13,6 +13,7 @@ import time
 import fake_gcs
 import gcsfs
 import pytest
+import runs
 
 from jaxprog import buckets, errors
 from jaxprog.reliability import lease, owners
@@ -107,7 +108,7 @@ def test_of_many_that_come_at_once_one_wins(bucket):
   threads = [threading.Thread(target=come) for _ in range(8)]
   for thread in threads:
     thread.start()
-  wait_until(lambda: len(results) == 8)
+  runs.wait_for(lambda: len(results) == 8)
   ended.set()
   for thread in threads:
     thread.join()
@@ -169,7 +170,7 @@ def test_an_owner_elsewhere_that_lives_falls_silent_and_wakes(bucket):
       text = f'Process {os.getpid()} on {owners.describe_process()["host"]} has'
       assert process.stdout.readline().startswith(text)
       count = lease.read_newest(bucket)['count']
-      wait_until(lambda: lease.read_newest(bucket)['count'] > count)
+      runs.wait_for(lambda: lease.read_newest(bucket)['count'] > count)
       held.check()
     assert names(bucket) == ['lease/000001.json', 'lease/000002.json']
 
@@ -185,7 +186,7 @@ def test_one_that_gives_back_while_another_watches(bucket):
 
     thread = threading.Thread(target=come)
     thread.start()
-    wait_until(lambda: said)
+    runs.wait_for(lambda: said)
     newest = lease.read_newest(bucket)
     bucket.write(
       'lease/000001.json', json.dumps({**newest, 'released': True}).encode()
@@ -210,7 +211,7 @@ def test_two_that_take_over_at_once(bucket):
   threads = [threading.Thread(target=come) for _ in range(2)]
   for thread in threads:
     thread.start()
-  wait_until(lambda: len(results) == 2)
+  runs.wait_for(lambda: len(results) == 2)
   ended.set()
   for thread in threads:
     thread.join()
@@ -255,7 +256,7 @@ def test_requests_of_a_beat(server):
   bucket = buckets.Bucket('gs://test-bucket/run')
   with create(bucket, patience=30.0) as held:
     server.clear()
-    wait_until(lambda: server.counts().get('write', 0) >= 4)
+    runs.wait_for(lambda: server.counts().get('write', 0) >= 4)
     for _ in range(20):
       held.check()
     counts = server.counts()
@@ -276,7 +277,7 @@ def test_faults_and_outages_do_not_lose_it(server):
     held.check()
     assert held.lost is None
     count = lease.read_newest(bucket)['count']
-    wait_until(lambda: lease.read_newest(bucket)['count'] > count)
+    runs.wait_for(lambda: lease.read_newest(bucket)['count'] > count)
   assert lease.read_newest(bucket)['released']
 
 
@@ -316,10 +317,3 @@ def test_a_signal_ends_the_wait(bucket):
   _, said = process.communicate(timeout=60)
   assert 'Stopped by SIGTERM' in said
   assert names(bucket) == ['lease/000001.json']
-
-
-def wait_until(condition):
-  deadline = time.monotonic() + 60
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.01)

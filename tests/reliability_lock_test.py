@@ -319,7 +319,7 @@ def test_the_owner_shows_that_it_lives(tmp_path):
   path = tmp_path / 'run.lock'
   with lock.Lock(tmp_path, beat_seconds=0.05) as held:
     os.utime(path, (0, 0))
-    wait_until(lambda: path.stat().st_mtime > time.time() - 60)
+    runs.wait_for(lambda: path.stat().st_mtime > time.time() - 60)
     held.check()
 
 
@@ -381,10 +381,3 @@ def test_a_read_only_workdir():
   assert second.returncode == 2
   assert 'Cannot write to the workdir' in second.stderr
   assert len(second.stderr.strip().split('\n')) == 3
-
-
-def wait_until(condition):
-  deadline = time.monotonic() + 60
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.01)

@@ -9,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-import time
 
 import fake_gcs
 import pytest
@@ -229,9 +228,9 @@ def test_a_bucket_that_fails_is_said_once_and_caught_up_with(
   with held(folder):
     server.forbid('test-bucket')
     (folder / 'history.json').write_text('1')
-    until(lambda: sum(x.status == 403 for x in server.requests) > 2)
+    runs.wait_for(lambda: sum(x.status == 403 for x in server.requests) > 2)
     server.heal()
-    until(lambda: 'history.json' in objects(server))
+    runs.wait_for(lambda: 'history.json' in objects(server))
   err = capfd.readouterr().err
   assert err.count('The run goes on') == 1
   assert 'You may not do that in gs://test-bucket' in err
@@ -272,15 +271,17 @@ def test_events_are_uploaded_now_and_then(server, tmp_path, monkeypatch):
     new = events.with_name('.new')  # Never half written.
     new.write_text('1')
     new.replace(events)
-    until(lambda: name in objects(server))
+    runs.wait_for(lambda: name in objects(server))
     events.write_text('12')
     (folder / 'history.json').write_text('1')
-    until(lambda: 'history.json' in objects(server))
+    runs.wait_for(lambda: 'history.json' in objects(server))
     assert objects(server)[name] == b'1'
     # A state comes with the points before it.
     server.clear()
     save(folder, 'latest', 1)
-    until(lambda: 'checkpoints/ten/latest/1/manifest.json' in objects(server))
+    runs.wait_for(
+      lambda: 'checkpoints/ten/latest/1/manifest.json' in objects(server)
+    )
     assert written(server)[0] == name
     assert objects(server)[name] == b'12'
     events.write_text('123')
@@ -557,10 +558,3 @@ def test_a_signal_waits_for_the_last_upload(server, tmp_path):
   assert objects(server)['history.json'] == b'1'
   (newest,) = [k for k in server.objects('test-bucket') if k.endswith('1.json')]
   assert json.loads(server.objects('test-bucket')[newest])['released']
-
-
-def until(condition):
-  deadline = time.monotonic() + 60
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.02)

@@ -180,11 +180,6 @@ def latest_steps(workdir):
 
 
 @pytest.fixture(scope='module')
-def config(data_dir):
-  return f'--config={CONFIG}:{data_dir}'
-
-
-@pytest.fixture(scope='module')
 def story(config, tmp_path_factory):
   """One run, begun by one process, interrupted, and gone on with by others.
 

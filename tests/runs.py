@@ -129,10 +129,23 @@ def take_over_later(workdir, folder):
   """Lets another run have the lock of `workdir` once `folder` is there."""
 
   def take_over():
-    deadline = time.monotonic() + 60
-    while not folder.exists() and time.monotonic() < deadline:
-      time.sleep(0.005)
+    wait_for(folder.exists)
     other = {'token': 'of another', 'pid': 1, 'host': 'elsewhere'}
     (workdir / 'run.lock').write_text(json.dumps(other))
 
   threading.Thread(target=take_over, daemon=True).start()
+
+
+class Enough(Exception):  # noqa: N818
+  """Ends a run where a test wants it to."""
+
+
+def stop_after(epochs):
+  """Returns an on_epoch that ends a run once so many of a stage are over."""
+
+  def on_epoch(name, row):
+    del name
+    if row['epoch'] == epochs:
+      raise Enough
+
+  return on_epoch

@@ -25,11 +25,6 @@ from jaxprog.tools import check as check_lib
 CONFIG = 'tests/tiny_config.py'
 
 
-@pytest.fixture(scope='module')
-def config(data_dir):
-  return f'--config={CONFIG}:{data_dir}'
-
-
 def assert_three_lines(result, *expected):
   assert result.returncode == 2, result.stdout + result.stderr
   assert len(result.stderr.strip().split('\n')) <= 3

@@ -2,16 +2,8 @@
 
 import shutil
 
-import pytest
 import runs
 import two_stages
-
-CONFIG = 'tests/tiny_config.py'
-
-
-@pytest.fixture(scope='module')
-def config(data_dir):
-  return f'--config={CONFIG}:{data_dir}'
 
 
 def listing(folder):

@@ -1,8 +1,8 @@
 import threading
-import time
 
 import fake_gcs
 import pytest
+import runs
 from data_fixtures import write_class_folders
 
 from jaxprog import buckets, start_from
@@ -14,13 +14,6 @@ from jaxprog.training import fetching
 def server():
   with fake_gcs.serve() as server:
     yield server
-
-
-def wait_for(condition):
-  deadline = time.monotonic() + 60
-  while not condition() and time.monotonic() < deadline:
-    time.sleep(0.02)
-  return condition()
 
 
 def records(folder, name):
@@ -52,10 +45,10 @@ def test_later_stages_images_come_while_the_first_one_trains(server, tmp_path):
   assert records(copy, 'imagenette') == both
   assert records(copy, 'imagenet_mini') == set()
   server.heal()
-  assert wait_for(lambda: records(copy, 'imagenet_mini') == both)
+  runs.wait_for(lambda: records(copy, 'imagenet_mini') == both)
   key = f'data/prepared/imagenette_folder/1.0.0/{extra.name}'
-  assert wait_for(lambda: key in server.objects('test-bucket'))
+  runs.wait_for(lambda: key in server.objects('test-bucket'))
   fetcher.close()
-  assert wait_for(
+  runs.wait_for(
     lambda: 'fetcher' not in {x.name for x in threading.enumerate()}
   )

@@ -20,19 +20,6 @@ FOUR = '--config.stages[0].num_epochs=4'
 BATCH = '--config.stages[0].batch_size'
 
 
-class Enough(Exception):  # noqa: N818
-  """Ends a run where a test wants it to."""
-
-
-def stop_after(epochs):
-  def on_epoch(name, row):
-    del name
-    if row['epoch'] == epochs:
-      raise Enough
-
-  return on_epoch
-
-
 @pytest.fixture(scope='module')
 def arguments(data_dir):
   return (
@@ -58,8 +45,10 @@ def left(arguments, tmp_path_factory):
 def start(arguments, workdir, epochs):
   """Trains until `epochs` are over."""
   config = load_config(arguments)
-  with pytest.raises(Enough):
-    ladder.train(config, workdir, only=['three'], on_epoch=stop_after(epochs))
+  with pytest.raises(runs.Enough):
+    ladder.train(
+      config, workdir, only=['three'], on_epoch=runs.stop_after(epochs)
+    )
 
 
 def load_config(arguments):

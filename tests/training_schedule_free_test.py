@@ -14,10 +14,6 @@ from jaxprog.training import setup as setup_lib
 from jaxprog.training.transfer import handover
 
 
-class Enough(Exception):  # noqa: N818
-  """Ends a run where the test wants it to."""
-
-
 def create_config(data_dir):
   config = tiny_config.get_config(data_dir)
   config.checkpoint_every_steps = 3
@@ -74,12 +70,8 @@ def test_what_is_evaluated_is_what_is_saved(finished):
 def test_interrupted_equals_uninterrupted(finished, data_dir, tmp_path, kept):
   """In the first epoch, and right after it was evaluated."""
   config, workdir = create_config(data_dir), tmp_path / 'run'
-
-  def stop(name, row):
-    raise Enough
-
-  with pytest.raises(Enough):
-    jaxprog.train(config, workdir, on_epoch=stop)
+  with pytest.raises(runs.Enough):
+    jaxprog.train(config, workdir, on_epoch=runs.stop_after(1))
   latest = workdir / 'checkpoints' / 'three' / 'latest'
   for step in integrity.list_steps(latest):
     if step > kept:

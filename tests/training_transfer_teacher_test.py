@@ -144,10 +144,6 @@ def _spoil(path, data_dir):
   return found
 
 
-class Enough(Exception):  # noqa: N818
-  """Ends a run where a test wants it to."""
-
-
 @pytest.mark.slow
 def test_a_taught_stage_goes_on_with_the_same_bits_and_no_other_teacher(
   data_dir, wide, tmp_path, monkeypatch
@@ -158,12 +154,12 @@ def test_a_taught_stage_goes_on_with_the_same_bits_and_no_other_teacher(
   jaxprog.train(config, tmp_path / 'whole')
 
   def end(*_):
-    raise Enough
+    raise runs.Enough
 
   with monkeypatch.context() as patched:
     # After the second save: in the middle of the epoch.
     patched.setattr(ladder.loop, '_stop_if_asked', end)
-    with pytest.raises(Enough):
+    with pytest.raises(runs.Enough):
       jaxprog.train(config, tmp_path / 'cut')
   kept = pathlib.Path(source).read_bytes()
   _, task = create_task(config)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxprog import errors, files, stages
-from jaxprog.data import sources
 
 # What of a dataset is looked for, in this order: its own files, and those that
 # the Hub makes of whatever it has.
@@ -142,7 +141,7 @@ def _get(
       raise
     return None
   folder = pathlib.Path(root, below)
-  return folder if sources.find_files(folder, pattern[1:]) else None
+  return folder if any(folder.rglob(pattern)) else None
 
 
 def _not_fetched(
