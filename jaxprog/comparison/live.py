@@ -87,13 +87,12 @@ def _work(
   see: Callable[[], fleet.Seen] | None,
   is_over: threading.Event,
 ) -> None:
-  next_page = 0.0
+  next_page = time.monotonic() + _LOOK_SECONDS
   with contextlib.ExitStack() as stack:
     if see is not None:
       shown = fleet.Fleet(console, 'runs')
       stack.callback(shown.close)
-      shown.show(see())
-    while not is_over.wait(_LOOK_SECONDS):
+    while not is_over.is_set():
       # What fails here fails aloud at the end.
       with contextlib.suppress(OSError, errors.UserError):
         if see is not None:
@@ -103,6 +102,7 @@ def _work(
           write_page(workdir)
           rest = max(_PAGE_SECONDS, _REST * (time.thread_time() - began))
           next_page = time.monotonic() + rest
+      is_over.wait(_LOOK_SECONDS)
 
 
 def _see(plan: under_way.Plan) -> fleet.Seen:
