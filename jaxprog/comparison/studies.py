@@ -85,7 +85,7 @@ def open_study(
       )
       study = _create_study(config, url.render_as_string(), _NAME)
     case 'journal':
-      storage = _open_journal((workdir / _FILES['journal']).absolute())
+      storage = _open_journal(workdir / _FILES['journal'])
       study = _create_study(config, storage, _NAME)
     case _:
       study = _open_in_database(config, workdir)

@@ -23,7 +23,7 @@ from ml_collections import config_dict
 
 from jaxprog import buckets, errors, files, formats, stages
 from jaxprog import config as config_lib
-from jaxprog.comparison import engines, live, statistics
+from jaxprog.comparison import engines, live, statistics, tasks
 from jaxprog.data import workers
 from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
@@ -44,7 +44,7 @@ except ImportError as e:
   _missing = e
 
 # For how long a process that was lost may still have the workdir of its trial.
-_PATIENCE_SECONDS = 120.0
+_PATIENCE_SECONDS = 300.0
 _KINDS = ('choice', 'integer', 'log', 'uniform')
 
 
@@ -232,7 +232,8 @@ def _run_trial(search: _Search) -> None:
   """Tells the study the best top-1 of the last stage of its next trial.
 
   A trial whose loss stays not finite is worth 0: the search must learn from
-  it. One that ends otherwise stays under way, for the next start.
+  it. One that ends otherwise stays under way, or has failed if its host died
+  too often: the next start goes on with it.
 
   Raises:
     RuntimeError: if another search has taken over the workdir.
@@ -247,20 +248,26 @@ def _run_trial(search: _Search) -> None:
   chosen = stages.select(stages.create_stages(config_of_trial), config.only)
   shown = ', '.join(f'{k}={_short(v)}' for k, v in trial.params.items())
   _say(f'trial {directory}: {shown}')
-  outcome = search.engine.run(
-    f'trial {directory}',
-    train_trial,
-    trial,
-    config_of_trial,
-    search.workdir.absolute() / 'trials' / directory,
-    [stage.name for stage in chosen],
-    owner.check
-    if is_here
-    else functools.partial(
-      lock.check_owner, search.workdir.absolute(), owner.token
-    ),
-    0.0 if is_here else _PATIENCE_SECONDS,
-  )
+  check: Callable[[], object] = owner.check
+  patience = 0.0
+  if not is_here:
+    check = functools.partial(lock.check_owner, search.workdir, owner.token)
+    patience = _PATIENCE_SECONDS
+  try:
+    outcome = search.engine.run(
+      f'trial {directory}',
+      train_trial,
+      trial,
+      config_of_trial,
+      search.workdir / 'trials' / directory,
+      [stage.name for stage in chosen],
+      check,
+      patience,
+    )
+  except tasks.LostError as e:
+    study.tell(trial, state=TrialState.FAIL)
+    _say(f'{e}: the next start tries it again')
+    return
   owner.check()
   for name in ('error', 'num_images'):
     if name in outcome:
