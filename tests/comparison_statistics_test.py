@@ -97,6 +97,28 @@ def test_welch_difference_and_p_value_equal_scipys():
   assert found.p_value == pytest.approx(expected.pvalue, rel=1e-6)
 
 
+def test_equivalence_equals_statsmodels():
+  """ttost_paired(a, b, -0.01, 0.01) of statsmodels 0.15.0."""
+  a, b = (0.51, 0.52, 0.5, 0.515), (0.508, 0.523, 0.503, 0.51)
+  for x, y in ((a, b), (b, a)):
+    found = statistics.compare(scores(x), scores(y))
+    assert found.p_equal(0.01) == pytest.approx(0.007956029511875021)
+    bound = found.within(0.05)
+    assert found.p_equal(bound) == pytest.approx(0.05)
+    assert bound < max(map(abs, found.estimate[2:4]))
+  assert statistics.compare(scores(a[:2]), scores(b[:2])).within(0.05) is None
+
+
+def test_cells_a_margin_apart_are_called_equal_in_5_of_100_cases():
+  trials = 2000
+  rng = np.random.default_rng(6)
+  found = sum(
+    statistics.compare(scores(0.01 + x), scores([0.5] * 4)).p_equal(0.01) < 0.05
+    for x in rng.normal(0.5, 0.004, (trials, 4))
+  )
+  assert abs(found / trials - 0.05) < five_sigma(0.05, trials)
+
+
 def test_two_runs_are_never_called_better():
   """Of 360 images, each pair of seeds differs by the same nine."""
   a, b = ([x / 360 for x in counts] for counts in ((320, 325), (311, 316)))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxprog import errors, files
-from jaxprog.comparison import charts, tables
+from jaxprog.comparison import charts, sequential, tables, verdicts
 from jaxprog.reporting.page import html
 from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.parts import Column, Table
@@ -60,9 +60,10 @@ def _create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
   """Returns the page of what comparison.json holds."""
   name = workdir.resolve().name
   status = 'finished' if result['finished'] else 'under way'
-  summaries = tables.summarize(result['runs'], result['reference'])
+  rule = sequential.rule_of(result)
+  summaries = tables.summarize(result['runs'], result['reference'], rule)
   accuracies, costs = tables.tabulate(summaries)
-  notes = tables.notes(summaries, result['reference'])
+  notes = tables.notes(summaries, result['reference'], rule)
   drawn = charts.differences(summaries, result['reference'])
   target = result.get('target_top1') or 0.0
   return html.document(
@@ -94,7 +95,10 @@ def _create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
 
 
 def _verdicts(result: Mapping[str, Any]) -> Html:
-  first, *others = result['verdicts'] or ['Nothing can be said yet.']
+  first, *others = [
+    *(result['verdicts'] or ['Nothing can be said yet.']),
+    *verdicts.outlook(result),
+  ]
   return join(
     tag('p', tag('strong', first)),
     tag('ul', *(tag('li', text) for text in others)) if others else None,

@@ -27,9 +27,12 @@ from jaxprog.comparison import (
   figures,
   halving,
   page,
+  power,
   runs,
+  sequential,
   statistics,
   tables,
+  verdicts,
 )
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
@@ -67,6 +70,8 @@ class Comparison:
   tuning: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
   # Of the workdir, once anything is run; the locks of runs know nothing of it.
   owner: lock.Lock | None = None
+  # What can be shown, as said before the first run.
+  power: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def reference(self) -> Cell:
@@ -216,6 +221,9 @@ def compare(
     console.print(_plan_table(planned))
     with mirror.hold(workdir, url) as comparison.owner:
       files.write_json(workdir / 'config.json', config_lib.to_json(config))
+      previous = collect.read_previous(workdir)
+      comparison.power = power.begin(config, planned, previous)
+      comparison.say(verdicts.power_sentence(comparison.power))
       _tune(comparison)
       result = _run_all(comparison, _time_cells(comparison))
       _conclude(comparison, result)
@@ -394,22 +402,33 @@ def _write(
   target = config.target_top1 or min(finals, default=0.0)
   # By the last run of each.
   by_cell = {planned.cell.name: planned for planned in every}
+  finished = len(done) == len(comparison.cells) * config.seeds
   result: dict[str, Any] = {
     'version': page.VERSION,
     'reference': comparison.reference.name,
     'budget': config.budget,
     'target_top1': target,
-    'finished': len(done) == len(comparison.cells) * config.seeds,
-    'verdicts': collect.find_verdicts(
-      records, comparison.cells, target, config.budget
+    'finished': finished,
+    **collect.conclude(
+      records,
+      comparison.cells,
+      config,
+      target,
+      finished=finished,
+      previous=collect.read_previous(comparison.workdir),
     ),
     'config': config_lib.to_json(config),
     'environment': environment.environment(),
     'cells': [_describe_cell(comparison, x) for x in by_cell.values()],
     'runs': records,
   }
+  before, after = comparison.power, None
+  if finished:
+    after = power.end(before, result)
+  result['power'] = {'before': before, 'after': after}
   files.write_json(comparison.workdir / 'comparison.json', result)
-  tables.write(comparison.workdir, records, result['cells'])
+  rule = sequential.rule_of(result)
+  tables.write(comparison.workdir, records, result['cells'], rule)
   return result
 
 
@@ -432,13 +451,15 @@ def _describe_cell(comparison: Comparison, planned: Planned) -> dict[str, Any]:
 def _conclude(comparison: Comparison, result: Mapping[str, Any]) -> None:
   """Draws, prints and writes what a person reads."""
   records, workdir = result['runs'], comparison.workdir
+  rule = sequential.rule_of(result)
   with activity.doing('drawing the comparison'):
-    picture = figures.plot(workdir, records, result['target_top1'])
+    picture = figures.plot(workdir, records, result['target_top1'], rule)
     page.write_page(workdir)
-  summaries = tables.summarize(records, result['reference'])
+  summaries = tables.summarize(records, result['reference'], rule)
+  said = [*result['verdicts'], *verdicts.outlook(result)]
   parts = [
-    tables.render(summaries, result['reference']),
-    *map(rich.text.Text, ['', *result['verdicts'], *_remarks(result)]),
+    tables.render(summaries, result['reference'], rule),
+    *map(rich.text.Text, ['', *said, *_remarks(result)]),
   ]
   text = io.StringIO()
   for console in (
