@@ -95,10 +95,8 @@ def _create_page(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
 
 
 def _verdicts(result: Mapping[str, Any]) -> Html:
-  first, *others = [
-    *(result['verdicts'] or ['Nothing can be said yet.']),
-    *verdicts.outlook(result),
-  ]
+  said = [*result['verdicts'], *verdicts.outlook(result)]
+  first, *others = said or ['Nothing can be said yet.']
   return join(
     tag('p', tag('strong', first)),
     tag('ul', *(tag('li', text) for text in others)) if others else None,
