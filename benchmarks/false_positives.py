@@ -43,8 +43,8 @@ def main() -> None:
   tables = {
     'false_positives': print_false_positives,
     'kinds': print_kinds,
-    'levels': print_levels,
     'power': print_power,
+    'levels': print_levels,
     'looks': print_looks,
     'equal': print_equal,
     'pilots': print_pilots,
@@ -87,24 +87,6 @@ def print_kinds(rng: np.random.Generator, trials: int) -> None:
       )
 
 
-def print_levels(rng: np.random.Generator, trials: int) -> None:
-  """Prints how often equal cells differ at smaller levels, in percent."""
-  levels = 0.05, 0.02, 0.01, 0.005, 0.001
-  print('\n| seeds | n | images | accuracy |', *(f'{x:.1%} |' for x in levels))
-  print('|---' * (4 + len(levels)), '|', sep='')
-  for seeds, runs in itertools.product((0.0, SEEDS, 4 * SEEDS), (3, 5, 10)):
-    for images, accuracy in ((360, 0.5), (2_000, 0.9)):
-      drawn = _draw_pairs(rng, trials, runs, images, accuracy, seeds=seeds)
-      p_values = np.concatenate(
-        [error.p_value(mean) for mean, error in map(_test, drawn)]
-      )
-      print(
-        f'| {seeds} | {runs} | {images:,} | {accuracy:.0%} |',
-        *(f'{100 * (p_values < x).mean():.2f} |' for x in levels),
-        flush=True,
-      )
-
-
 def print_power(rng: np.random.Generator, trials: int) -> None:
   """Prints how often a difference is found, image by image and without."""
   kinds = 'by image', 'binomial'
@@ -119,6 +101,24 @@ def print_power(rng: np.random.Generator, trials: int) -> None:
         f'| {runs} | {images:,} | {accuracy:.0%} | '
         f'{100 * found["difference"]:.1f} |',
         *(f'{100 * found[x]:.0f} |' for x in kinds),
+        flush=True,
+      )
+
+
+def print_levels(rng: np.random.Generator, trials: int) -> None:
+  """Prints how often equal cells differ at smaller levels, in percent."""
+  levels = 0.05, 0.02, 0.01, 0.005, 0.001
+  print('\n| seeds | n | images | accuracy |', *(f'{x:.1%} |' for x in levels))
+  print('|---' * (4 + len(levels)), '|', sep='')
+  for seeds, runs in itertools.product((0.0, SEEDS, 4 * SEEDS), (3, 5, 10)):
+    for images, accuracy in ((360, 0.5), (2_000, 0.9)):
+      drawn = _draw_pairs(rng, trials, runs, images, accuracy, seeds=seeds)
+      p_values = np.concatenate(
+        [error.p_value(mean) for mean, error in map(_test, drawn)]
+      )
+      print(
+        f'| {seeds} | {runs} | {images:,} | {accuracy:.0%} |',
+        *(f'{100 * (p_values < x).mean():.2f} |' for x in levels),
         flush=True,
       )
 

@@ -151,6 +151,8 @@ def test_controls_are_the_last_stage_alone_with_all_that_can_be_equal():
     ({'seeds': 1.5}, 'whole number', 'config.seeds'),
     ({'budget': 'flop'}, "Unknown budget 'flop'", 'config.budget'),
     ({'target_top1': 60.0}, 'target_top1 is 60', 'config.target_top1'),
+    ({'seeds': 5, 'max_seeds': 3}, 'max_seeds is 3', 'config'),
+    ({'margin': 1.0}, 'margin is 1', 'config'),
     ({'controls': True}, 'ladder of one', 'config.controls'),
     (
       {'base': taught(), 'cells': ({**ALONE, 'overrides': {}},)},
@@ -263,3 +265,12 @@ def test_every_config_of_a_comparison_is_tried_here():
   there = {p.stem for p in pathlib.Path('configs').glob('compare_*.py')}
   tried = {pathlib.Path(spec.partition(':')[0]).stem for spec in CONFIGS}
   assert there - {'compare_default'} == tried
+
+
+def test_a_config_of_an_older_version_has_the_younger_fields():
+  config = create(seeds=4)
+  for field in ('max_seeds', 'margin', 'pilot'):
+    del config[field]
+  found = cells.complete(config)
+  assert (found.seeds, found.max_seeds, found.margin) == (4, 0, 0.0)
+  assert config_lib.to_json(found) == config_lib.to_json(create(seeds=4))

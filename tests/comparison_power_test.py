@@ -33,6 +33,8 @@ def test_of_seeds_alone_it_equals_statsmodels(n, level):
 
 def test_below_three_pairs_nothing_is_shown():
   assert power.detectable(power.assume(2000), 2) == math.inf
+  # Nor may accuracies differ by more than all images.
+  assert power.detectable(power.assume(2000), 3, 1e-4) == math.inf
   assert (
     power.required(power.Spread(1e-9, 0, 0, 10), 1.0) == statistics.MIN_RUNS
   )
@@ -55,6 +57,9 @@ def test_a_pilot_is_measured_by_its_pairs():
   found = power.measure(runs, 'a')
   # 0, 0.01 and -0.03 around their mean.
   assert found.seeds == pytest.approx(0.00043333, rel=1e-4)
+  # Two degrees of freedom: chi-squared has 0.2107 and 4.605 at 10% and 90%.
+  low, high = (x.seeds / found.seeds for x in found.bounds())
+  assert (low, high) == pytest.approx((2 / 4.605, 2 / 0.2107), rel=1e-3)
   few = [{**run, 'num_images': 400} for run in runs]
   least = sum(noise_lib.binomial_variance(sum(x) / 3, 400) for x in (a, b))
   assert power.measure(few, 'a').least == pytest.approx(least)
@@ -81,9 +86,8 @@ def test_what_is_said_before_the_first_run():
   assert 'points can be seen, with 9 of ' in text
   assert f'; for 1 point take {found["seeds_for_goal"]} seeds. ' in text
   found = power.foresee(asked(seeds=2, max_seeds=2), None, '')
-  assert (
-    'images nothing is called a difference; for'
-    in verdicts.power_sentence(found)
+  assert 'images no difference can be shown; for' in verdicts.power_sentence(
+    found
   )
   found = power.foresee(asked(margin=0.0001), None, '')
   assert (

@@ -6,6 +6,7 @@ import pytest
 import scipy.stats
 
 from benchmarks import false_positives
+from jaxprog.comparison import noise as noise_lib
 from jaxprog.comparison import statistics
 from jaxprog.monitoring.outcomes import Outcomes
 
@@ -245,6 +246,23 @@ def test_a_cell_against_itself_differs_in_3_to_6_of_100_cases(n):
       assert found[kind] < 0.06 + five_sigma(0.06, trials) / 2
     assert found['by image'] > 0.03 - five_sigma(0.03, trials) / 2
     assert found['seeds alone'] > found['binomial']
+
+
+@pytest.mark.parametrize('seeds', [0.0, 1.0, 3.0])
+def test_small_levels_are_no_more_often_wrong_than_they_say(seeds):
+  """Three runs may lie close by chance; `seeds` beside a noise of 1."""
+  trials = 40_000
+  rng = np.random.default_rng(8)
+  x = math.hypot(1, seeds) * rng.standard_normal((trials, 3))
+  noise = noise_lib.Noise(1 / 3)
+  error = noise_lib.standard_error(x.var(1, ddof=1) / 3, 2, noise)
+  p_values, halves = error.p_value(x.mean(1)), {}
+  for level in (0.05, 0.02, 0.005, 0.0005):
+    wrong = p_values < level
+    assert wrong.mean() < 1.2 * level + five_sigma(level, trials)
+    halves[level] = error.half(level)
+    assert np.array_equal(wrong, abs(x.mean(1)) > halves[level])
+  assert (halves[0.0005] > halves[0.005]).all()
 
 
 def test_a_difference_of_four_standard_deviations_is_found():

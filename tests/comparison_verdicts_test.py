@@ -196,6 +196,16 @@ def test_an_arm_whose_runs_diverge_does_not_win_by_those_that_are_left():
   assert verdicts.answer(worse, b)[0] == 'does not pay'
 
 
+def test_arms_are_not_equal_by_the_runs_that_are_left():
+  a, b = arm('the ladder', 0.4), arm('the control', 0.4)
+  rule = Rule(margin=0.01)
+  assert verdicts.answer(a, b, rule)[0] == 'equal'
+  a.append(run('a', 3, status='diverged'))
+  word, ground = verdicts.answer(a, b, rule)
+  assert word == 'not shown'
+  assert ground.endswith(', runs of the ladder diverged')
+
+
 def test_the_first_line_answers_for_each_control():
   ladder = arm('the ladder', 0.4, (0, 0.01, 0.021))
   answers = {

@@ -33,7 +33,8 @@ class Spread(NamedTuple):
   that by which the two runs happen to have right what others have not; all of
   them have `shared` in common, which is the images'. The last two are those of
   `num_images`. No mean of pairs varies by less than `least`: that is said where
-  it is not known which images each run has right.
+  it is not known which images each run has right. `freedom` are the degrees of
+  freedom by which the spread of pairs is known.
   """
 
   seeds: float
@@ -41,6 +42,7 @@ class Spread(NamedTuple):
   shared: float
   num_images: int
   least: float = 0.0
+  freedom: float = math.inf
 
   def on(self, num_images: int) -> 'Spread':
     """Returns that of an evaluation on another number of images."""
@@ -51,6 +53,20 @@ class Spread(NamedTuple):
       part * self.shared,
       num_images,
       part * self.least,
+      self.freedom,
+    )
+
+  def bounds(self) -> tuple['Spread', 'Spread']:
+    """Returns the ends between which it lies in 80% of all cases."""
+    if math.isinf(self.freedom):
+      return self, self
+    total = self.freedom * (self.seeds + self.own)
+    low, high = (
+      total / special.chdtri(self.freedom, 1 - x) - self.own for x in (0.9, 0.1)
+    )
+    return (
+      self._replace(seeds=max(float(low), 0.0)),
+      self._replace(seeds=max(float(high), 0.0)),
     )
 
   def error(self, n: int) -> Error:
@@ -77,16 +93,20 @@ def measure(runs: Iterable[Record], reference: str) -> Spread | None:
   cells = statistics.by_cell(runs)
   scores = {cell: statistics.final_scores(x) for cell, x in cells.items()}
   theirs = scores.pop(reference, {})
-  found = [
-    _measure([ours[seed] for seed in common], [theirs[seed] for seed in common])
-    for ours in scores.values()
-    if len(common := sorted(ours.keys() & theirs.keys())) > 1
-  ]
+  found, counts = [], []
+  for ours in scores.values():
+    common = sorted(ours.keys() & theirs.keys())
+    if len(common) > 1:
+      found.append(_measure(*([x[k] for k in common] for x in (ours, theirs))))
+      counts.append(len(common) - 1)
   if not found:
     return None
   total, own, shared, least = np.mean([x[:-1] for x in found], 0).tolist()
   num_images = found[0][-1]
-  return Spread(max(total - own, 0.0), own, shared, num_images, least)
+  # All pairs have the reference's runs: two variances correlate by a quarter.
+  freedom = sum(counts) / (1 + (len(counts) - 1) / 4)
+  seeds = max(total - own, 0.0)
+  return Spread(seeds, own, shared, num_images, least, freedom)
 
 
 def _measure(
@@ -109,13 +129,14 @@ def detectable(
 
   By the noncentral t distribution (Cohen 1988), at a two-sided `level`: that of
   the last look, over the number of cells, which is the first step of Holm's.
-  Infinite below MIN_RUNS.
+  Infinite below MIN_RUNS, and where accuracies cannot differ by so much.
   """
   if n < statistics.MIN_RUNS:
     return math.inf
   error = spread.error(n)
   limit = error.half(level) / error.size
-  return float(error.size * special.nctdtrinc(error.freedom, 1 - power, limit))
+  found = error.size * special.nctdtrinc(error.freedom, 1 - power, limit)
+  return float(found) if found <= 1 else math.inf
 
 
 def required(
@@ -248,17 +269,23 @@ def foresee(
     detectable(spread, n, level)
     for n, level in zip((asked.seeds, asked.max_seeds), levels, strict=True)
   )
+  bounds = [detectable(x, asked.seeds, levels[0]) for x in spread.bounds()]
   goal = asked.margin or _rounder(min(found, last))
   return {
     **asked._asdict(),
     'source': source,
-    'spread': spread._asdict(),
+    'spread': {**spread._asdict(), 'freedom': _finite(spread.freedom)},
     'seconds_a_seed': seconds,
-    'detectable': found if math.isfinite(found) else None,
-    'detectable_at_max': last if math.isfinite(last) else None,
+    'detectable': _finite(found),
+    'detectable_between': [_finite(x) for x in bounds],
+    'detectable_at_max': _finite(last),
     'goal': goal,
     'seeds_for_goal': required(spread, goal, levels[1]),
   }
+
+
+def _finite(number: float) -> float | None:
+  return number if math.isfinite(number) else None
 
 
 def _rounder(part: float) -> float:

@@ -98,16 +98,17 @@ class Plan(NamedTuple):
       'verdict': verdict,
     }
     others = [x for x in self.looks if x['seeds'] != seeds]
-    return self._replace(looks=(*others, look))
+    looks = sorted([*others, look], key=lambda x: x['seeds'])
+    return self._replace(looks=tuple(looks))
 
   def note(self) -> str:
     """Returns what exploratory looks are worth, and what was shown before."""
-    ordered = sorted({x['seeds']: x['level'] for x in self.looks}.items())
-    if None not in (level for _, level in ordered):
+    found = [x['level'] for x in self.looks]
+    if None not in found:
       return ''
     chance = crossing(
-      [n for n, _ in ordered],
-      [ERROR if level is None else level for _, level in ordered],
+      [x['seeds'] for x in self.looks],
+      [ERROR if level is None else level for level in found],
     )
     text = (
       f'{self.max_seeds} seeds were planned: what more of them show is '

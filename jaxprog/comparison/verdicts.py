@@ -140,7 +140,10 @@ def answer(a: _Arm, b: _Arm, rule: Rule = _PLAIN) -> tuple[str, str]:
   ground = f'{format_points(e)} points, {_count(found)}'
   if rule.silence or not statistics.is_difference(e):
     if _is_equal(found, rule):
-      return 'equal', ground
+      lost = [x for x in (a, b) if any(r['status'] == 'diverged' for r in x)]
+      if not lost:
+        return 'equal', ground
+      size = f'runs of {_name(lost[0])} diverged'
     return 'not shown', ', '.join(filter(None, (ground, rule.silence or size)))
   better, worse = (a, b) if e.mean > 0 else (b, a)
   diverged, fewer = (
@@ -238,9 +241,15 @@ def power_sentence(found: Mapping[str, Any]) -> str:
   seen, goal = found['detectable'], format_margin(found['goal'])
   text = f'With {seeds} seeds and {images:,} images '
   if seen is None:
-    text += 'nothing is called a difference'
+    text += 'no difference can be shown'
   else:
     text += f'differences of {format_bound(seen)} can be seen'
+    low, high = (
+      'more' if x is None else format_bound(x).split()[0]
+      for x in found['detectable_between']
+    )
+    if low != high:
+      text += f' ({low} to {high}, so far as the spread is known)'
   last = found['detectable_at_max']
   if found['max_seeds'] > seeds and last is not None:
     text += f', with {found["max_seeds"]} of {format_bound(last)}'

@@ -208,7 +208,7 @@ def compare(
   if isinstance(config, str):
     config = config_lib.load_config(config)
   workdir, url = mirror.locate(workdir, config.base.mirror)
-  config = config_lib.with_mirror(config)
+  config = cells.complete(config_lib.with_mirror(config))
   chosen = cells.create_cells(config)
   if jax.process_count() > 1:
     raise errors.UserError('A comparison runs in one process.')
