@@ -37,6 +37,16 @@ def get_config() -> config_dict.ConfigDict:
   # Runs of each cell. Seeds count from base.seed; a seed is the same order of
   # examples in every cell, so runs pair.
   config.seeds = 3
+  # The largest number of seeds there may ever be, if more are added until a
+  # difference shows; it has to be known before the first look. 0: `seeds`.
+  config.max_seeds = 0
+  # Differences of final top-1 below this do not matter, in [0, 1): cells that
+  # are shown to differ by less are called equal; 0: none are.
+  config.margin = 0.0
+  # Workdir or comparison.json of an earlier comparison: what a number of seeds
+  # can show is said before the first run by how far apart its pairs lie. '':
+  # by the runs that are over, else by what is typical.
+  config.pilot = ''
   # What is equal in every cell: 'epochs', 'images', 'flops' or 'seconds' of the
   # whole ladder. The last stage's num_epochs follow from it, and what counts
   # epochs with them. 'own': nothing, cells are as long as they say themselves.

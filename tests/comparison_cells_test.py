@@ -153,6 +153,8 @@ def test_controls_are_the_last_stage_alone_with_all_that_can_be_equal():
     ({'seeds': 1.5}, 'whole number', 'config.seeds'),
     ({'budget': 'flop'}, "Unknown budget 'flop'", 'config.budget'),
     ({'target_top1': 60.0}, 'target_top1 is 60', 'config.target_top1'),
+    ({'seeds': 5, 'max_seeds': 3}, 'max_seeds is 3', 'config'),
+    ({'margin': 1.0}, 'margin is 1', 'config'),
     ({'controls': True}, 'ladder of one', 'config.controls'),
     (
       {'base': taught(), 'cells': ({**ALONE, 'overrides': {}},)},
@@ -304,3 +306,12 @@ def test_without_ray_it_is_said_what_to_install():
   *_, what, where, mend = done.stderr.strip().splitlines()
   assert 'A cluster needs a package that is not installed' in what
   assert (where, mend) == ('config.engine', "pip install 'jaxprog[ray]'")
+
+
+def test_a_config_of_an_older_version_has_the_younger_fields():
+  config = create(seeds=4)
+  for field in ('max_seeds', 'margin', 'pilot'):
+    del config[field]
+  found = cells.complete(config)
+  assert (found.seeds, found.max_seeds, found.margin) == (4, 0, 0.0)
+  assert config_lib.to_json(found) == config_lib.to_json(create(seeds=4))

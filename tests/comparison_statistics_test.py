@@ -6,6 +6,7 @@ import pytest
 import scipy.stats
 
 from benchmarks import false_positives
+from jaxprog.comparison import noise as noise_lib
 from jaxprog.comparison import statistics
 from jaxprog.monitoring.outcomes import Outcomes
 
@@ -95,6 +96,28 @@ def test_welch_difference_and_p_value_equal_scipys():
   assert e.n == 3
   assert e.std == pytest.approx(math.hypot(a.std(ddof=1), b.std(ddof=1)))
   assert found.p_value == pytest.approx(expected.pvalue, rel=1e-6)
+
+
+def test_equivalence_equals_statsmodels():
+  """ttost_paired(a, b, -0.01, 0.01) of statsmodels 0.15.0."""
+  a, b = (0.51, 0.52, 0.5, 0.515), (0.508, 0.523, 0.503, 0.51)
+  for x, y in ((a, b), (b, a)):
+    found = statistics.compare(scores(x), scores(y))
+    assert found.p_equal(0.01) == pytest.approx(0.007956029511875021)
+    bound = found.within(0.05)
+    assert found.p_equal(bound) == pytest.approx(0.05)
+    assert bound < max(map(abs, found.estimate[2:4]))
+  assert statistics.compare(scores(a[:2]), scores(b[:2])).within(0.05) is None
+
+
+def test_cells_a_margin_apart_are_called_equal_in_5_of_100_cases():
+  trials = 2000
+  rng = np.random.default_rng(6)
+  found = sum(
+    statistics.compare(scores(0.01 + x), scores([0.5] * 4)).p_equal(0.01) < 0.05
+    for x in rng.normal(0.5, 0.004, (trials, 4))
+  )
+  assert abs(found / trials - 0.05) < five_sigma(0.05, trials)
 
 
 def test_two_runs_are_never_called_better():
@@ -223,6 +246,23 @@ def test_a_cell_against_itself_differs_in_3_to_6_of_100_cases(n):
       assert found[kind] < 0.06 + five_sigma(0.06, trials) / 2
     assert found['by image'] > 0.03 - five_sigma(0.03, trials) / 2
     assert found['seeds alone'] > found['binomial']
+
+
+@pytest.mark.parametrize('seeds', [0.0, 1.0, 3.0])
+def test_small_levels_are_no_more_often_wrong_than_they_say(seeds):
+  """Three runs may lie close by chance; `seeds` beside a noise of 1."""
+  trials = 40_000
+  rng = np.random.default_rng(8)
+  x = math.hypot(1, seeds) * rng.standard_normal((trials, 3))
+  noise = noise_lib.Noise(1 / 3)
+  error = noise_lib.standard_error(x.var(1, ddof=1) / 3, 2, noise)
+  p_values, halves = error.p_value(x.mean(1)), {}
+  for level in (0.05, 0.02, 0.005, 0.0005):
+    wrong = p_values < level
+    assert wrong.mean() < 1.2 * level + five_sigma(level, trials)
+    halves[level] = error.half(level)
+    assert np.array_equal(wrong, abs(x.mean(1)) > halves[level])
+  assert (halves[0.0005] > halves[0.005]).all()
 
 
 def test_a_difference_of_four_standard_deviations_is_found():

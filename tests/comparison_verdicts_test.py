@@ -3,7 +3,8 @@ import math
 import comparison_fixture
 import pytest
 
-from jaxprog.comparison import statistics, verdicts
+from jaxprog.comparison import sequential, statistics, verdicts
+from jaxprog.comparison.sequential import Rule
 
 run, cell = comparison_fixture.create_run, comparison_fixture.create_cell
 SPREAD = (-0.01, 0.0, 0.01)
@@ -40,7 +41,8 @@ def test_the_target_reached_sooner():
   b = at_target('the control', (10, 10, 10), (0.41, 0.41, 0.41))
   assert sentence(a, b) == (
     'the ladder reached 30.0% top-1 sooner, after 0.82x [0.77, 0.87] of the '
-    'FLOPs; final accuracy +0.0 [-2.5, 2.5] points: no difference shown, n = 3'
+    'FLOPs; final accuracy +0.0 [-2.5, 2.5] points: no difference shown, equal '
+    'within 1.7 points, n = 3'
   )
 
 
@@ -100,8 +102,8 @@ def test_one_run_against_several():
 def test_unequal_numbers_of_runs_that_pair():
   a, b = arm('a', 0.4), arm('b', 0.4, (*SPREAD, 0.5))
   assert verdicts.accuracy_sentence(a, b) == (
-    'final accuracy +0.0 [0.0, 0.0] points: no difference shown, n = 3 pairs '
-    'of 3 and 4 runs'
+    'final accuracy +0.0 [0.0, 0.0] points: no difference shown, equal within '
+    '0.01 points, n = 3 pairs of 3 and 4 runs'
   )
 
 
@@ -194,6 +196,16 @@ def test_an_arm_whose_runs_diverge_does_not_win_by_those_that_are_left():
   assert verdicts.answer(worse, b)[0] == 'does not pay'
 
 
+def test_arms_are_not_equal_by_the_runs_that_are_left():
+  a, b = arm('the ladder', 0.4), arm('the control', 0.4)
+  rule = Rule(margin=0.01)
+  assert verdicts.answer(a, b, rule)[0] == 'equal'
+  a.append(run('a', 3, status='diverged'))
+  word, ground = verdicts.answer(a, b, rule)
+  assert word == 'not shown'
+  assert ground.endswith(', runs of the ladder diverged')
+
+
 def test_the_first_line_answers_for_each_control():
   ladder = arm('the ladder', 0.4, (0, 0.01, 0.021))
   answers = {
@@ -204,7 +216,8 @@ def test_the_first_line_answers_for_each_control():
   assert verdicts.overall('the ladder', answers) == (
     'The ladder pays at equal FLOPs (+2.0 [1.9, 2.2] points, n = 3); it does '
     'not pay at equal images (-2.0 [-2.1, -1.8] points, n = 3); it is not '
-    'shown to pay at equal seconds (-0.3 [-4.1, 3.5] points, n = 3).'
+    'shown to pay at equal seconds (-0.3 [-4.1, 3.5] points, n = 3, equal '
+    'within 2.9 points).'
   )
 
 
@@ -227,9 +240,69 @@ def test_the_first_line_says_where_there_was_nothing_to_compare():
   )
 
 
-def test_no_sentence_calls_two_arms_equal():
+def test_no_sentence_calls_two_arms_equal_without_saying_within_what():
   a, b = arm('a', 0.4), arm('b', 0.4)
-  assert 'equal' not in sentence(a, b)
+  assert 'equal' not in sentence(a, b).replace('equal within 0.01 points', '')
+
+
+@pytest.mark.parametrize(
+  ('margin', 'shown', 'word', 'said'),
+  [
+    (0.02, 0.005, 'equal', 'points: equal within 2 points, n = 5'),
+    (
+      0.008,
+      0.005,
+      'not shown',
+      'points: no difference shown, equal within 1.2 points, n = 5',
+    ),
+    (
+      0.02,
+      0.01,
+      'pays',
+      'points: better, equal within 2 points, n = 5',
+    ),
+    (0.02, 0.02, 'pays', 'points: better, n = 5'),
+  ],
+)
+def test_a_margin_separates_equal_from_not_shown(margin, shown, word, said):
+  a = arm('a', 0.4 + shown, (-0.008, 0.008, 0.0, 0.006, -0.006))
+  b = arm('b', 0.4, (0, 0, 0, 0, 0))
+  rule = Rule(margin=margin)
+  assert verdicts.accuracy_sentence(a, b, rule).endswith(said)
+  found, ground = verdicts.answer(a, b, rule)
+  assert found == word
+  assert ('equal within 2' in ground) == ('better, equal' in said)
+  text = verdicts.overall('a', {'flops': (found, ground)}, margin)
+  assert ('A is equal within 2 points to the control' in text) == (
+    word == 'equal'
+  )
+
+
+def test_what_is_exploratory_or_under_way_is_not_claimed():
+  a, b = arm('a', 0.5), arm('b', 0.4)
+  for silence in (sequential.EXPLORATORY, sequential.UNDER_WAY):
+    rule = Rule(silence=silence, margin=0.3)
+    text = verdicts.accuracy_sentence(a, b, rule)
+    assert text == (
+      f'final accuracy +10.0 [10.0, 10.0] points: {silence}, n = 3'
+    )
+    word, ground = verdicts.answer(a, b, rule)
+    assert (word, ground.endswith(silence)) == ('not shown', True)
+    text = verdicts.ranking([a], b, rule)
+    assert text == (
+      f'A is not shown to differ from b in final accuracy ({silence}).'
+    )
+    slow = at_target('slow', (12, 12.2, 12.4), LEVEL)
+    fast = at_target('fast', (10, 10, 10), LEVEL)
+    text = verdicts.target_sentence(slow, fast, 0.3, 'flops', rule)
+    assert text.endswith(f'of the FLOPs: {silence}')
+
+
+def test_a_bound_is_rounded_up():
+  found = map(verdicts.format_bound, (0.0201, 0.02, 0.01, 0.00991, 0.00001))
+  assert list(found) == [
+    *('2.1 points', '2 points', '1 point', '1 point', '0.01 points')
+  ]
 
 
 def test_many_comparisons_are_said_to_be_many():
@@ -238,6 +311,11 @@ def test_many_comparisons_are_said_to_be_many():
     'Each interval holds 95% by itself: of 3 independent comparisons without '
     'any difference, at least one would show one in 14% of all cases.'
   )
+
+
+def test_the_intervals_of_a_look_are_said_to_be_its_own():
+  note = verdicts.multiplicity_note(1, Rule((1 / 3,)))
+  assert note.startswith('Intervals of differences are of 99.4% at this look:')
 
 
 def test_the_best_cell_is_said_to_be_chosen():
@@ -267,11 +345,15 @@ def test_the_first_sentence_says_which_cells_differ():
   assert verdicts.ranking(others, a) == (
     'Better than a: good (+10.0 [10.0, 10.0] points); worse than a: bad (-10.0 '
     '[-10.0, -10.0] points); same is not shown to differ from a in final '
-    'accuracy.'
+    'accuracy (equal within 2.2 points).'
   )
   many = [cell(f'c{i}', cells['same']) for i in range(4)]
   assert verdicts.ranking(many, a) == (
-    '4 of 4 cells are not shown to differ from a in final accuracy.'
+    '4 of 4 cells are not shown to differ from a in final accuracy (equal '
+    'within 2.5 points).'
+  )
+  assert verdicts.ranking(many[:2], a, Rule(margin=0.03)) == (
+    'C0 and c1 are equal to a within 3 points.'
   )
   lost = cell('lost', [None], status='failed')
   assert verdicts.ranking([lost], a).startswith('Lost is not shown')

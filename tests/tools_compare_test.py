@@ -161,6 +161,17 @@ def test_all_that_is_written_says_the_same(strategies):
     assert len(list(csv.DictReader(file))) == 4
 
 
+def test_what_can_be_shown_is_said_before_the_first_run(strategies):
+  _, _, result = strategies
+  before, after = (result['power'][x] for x in ('before', 'after'))
+  assert before['source'].startswith('assumed')
+  assert before['num_images'] == find(result, 'adamw')['num_images']
+  assert (before['seeds'], before['detectable']) == (2, None)
+  assert after['source'] == before['source']  # The other cell diverged.
+  assert after['seconds_a_seed'] > 0
+  assert result['looks'] == []  # Two seeds show nothing.
+
+
 def test_runs_that_are_over_are_not_trained_again(strategies):
   config, workdir, result = strategies
   before = {
@@ -182,6 +193,8 @@ def test_more_seeds_leave_the_first_ones_as_they_are(strategies):
   grown = tool.compare(more, workdir)
   assert find(grown, 'adamw') == find(result, 'adamw')
   assert [x['seed'] for x in grown['runs']] == [0, 1, 2]
+  (look,) = grown['looks']
+  assert (grown['max_seeds'], look['seeds'], look['level']) == (3, 3, 0.05)
 
 
 def test_another_config_in_the_same_workdir_is_a_mistake(strategies):

@@ -45,6 +45,8 @@ class StageCost(NamedTuple):
   steps: epochs_lib.Steps
   step_flops: _StepFlops
   handover: HandOver = HandOver()
+  # Those that its final accuracy is of.
+  num_eval_images: int = 0
 
   def at(self, step: int) -> tuple[int, float]:
     """Returns the images and FLOPs of the first `step` steps."""
@@ -73,6 +75,7 @@ class _Measured(NamedTuple):
   num_train_images: int
   step_flops: _StepFlops
   handover: HandOver
+  num_eval_images: int
 
 
 class Meter:
@@ -102,7 +105,7 @@ class Meter:
       cost = StageCost(stage.name, stage.num_epochs, steps, found.step_flops)
       if index or stage.init_from:
         cost = cost._replace(handover=found.handover)
-      costs.append(cost)
+      costs.append(cost._replace(num_eval_images=found.num_eval_images))
     return tuple(costs)
 
   def _has(self, key: str, stage: stages_lib.Stage) -> bool:
@@ -237,7 +240,7 @@ def _key(ladder: config_dict.ConfigDict, stage: stages_lib.Stage) -> str:
 
 
 def _trace(setup: setup_lib.Setup, stage: stages_lib.Stage) -> _Measured:
-  """Returns how many images a stage trains on, and what its parts cost."""
+  """Returns on how many images a stage trains, and what its parts cost."""
   task = setup_lib.create_task(setup, stage)
   by_program = {
     program: costs.count_flops(task.trace_train_step(program).jaxpr)
@@ -248,7 +251,8 @@ def _trace(setup: setup_lib.Setup, stage: stages_lib.Stage) -> _Measured:
     for first in task.steps.starts
   }
   handover = HandOver(*costs.count_handover(task))
-  return _Measured(len(task.dataset.train), flops, handover)
+  dataset = task.dataset
+  return _Measured(len(dataset.train), flops, handover, len(dataset.eval))
 
 
 def _kind(steps: epochs_lib.Steps, step: int) -> tuple[int, bool, bool]:

@@ -90,6 +90,15 @@ def create_cells(config: config_dict.ConfigDict) -> tuple[Cell, ...]:
   return tuple(found)
 
 
+def complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Returns `config` with the fields that are younger than it, in place."""
+  if 'base' in config:
+    for name, value in config_lib.start_from('compare_default').items():
+      if name not in config:
+        config[name] = value
+  return config
+
+
 def create_ladder(
   config: config_dict.ConfigDict, cell: Cell, seed: int
 ) -> config_dict.ConfigDict:
@@ -370,6 +379,9 @@ def _check_fields(config: config_dict.ConfigDict) -> None:
     Field('budget', str, None, choices=(*_BUDGETS, _OWN)),
     Field('controls', bool, None),
     Field('seeds', int, None, within='[1, inf)'),
+    Field('max_seeds', int, None, within=f'0 or [{config.seeds}, inf)'),
+    Field('margin', float, None, within='[0, 1)'),
+    Field('pilot', str, None),
     Field('timed_epochs', int, None, within='[1, inf)'),
     Field('target_top1', float, None, within='[0, 1]'),
     Field('tuning.seeds', int, None, within='[1, inf)'),

@@ -11,11 +11,15 @@ import statistics as mean_lib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from ml_collections import config_dict
+
 from jaxprog import formats
-from jaxprog.comparison import statistics, verdicts
+from jaxprog.comparison import claims, sequential, statistics, verdicts
 from jaxprog.comparison.budgets import StageCost
 from jaxprog.comparison.cells import Cell
+from jaxprog.comparison.claims import Claim
 from jaxprog.comparison.runs import Planned
+from jaxprog.comparison.sequential import Rule
 from jaxprog.comparison.statistics import Axis, Record
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import outcomes as outcomes_lib
@@ -163,6 +167,7 @@ def find_verdicts(
   cells: Sequence[Cell],
   target: float,
   budget: Axis | Literal['own'],
+  rule: Rule,
 ) -> list[str]:
   """Returns sentences on each cell against the reference, the first cell.
 
@@ -187,15 +192,66 @@ def find_verdicts(
       )
       unlike.add(cell.name)
       continue
-    text = verdicts.compare_sentence(a, b, target, axis)
+    text = verdicts.compare_sentence(a, b, target, axis, rule)
     sentences.append(f'{" against ".join(names)}: {text}.')
     if cell.control and cell.equal:
-      answers[axis] = verdicts.answer(a, b)
+      answers[axis] = verdicts.answer(a, b, rule)
   if answers:
-    sentences.insert(0, verdicts.overall(reference.name, answers))
+    sentences.insert(0, verdicts.overall(reference.name, answers, rule.margin))
   elif arms := [by_cell[x.name] for x in others if x.name not in unlike]:
-    sentences.insert(0, verdicts.ranking(arms, by_cell[reference.name]))
+    sentences.insert(0, verdicts.ranking(arms, by_cell[reference.name], rule))
   return sentences
+
+
+def read_previous(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """Returns what comparison.json holds; None: there is none to go on from."""
+  try:
+    text = (workdir / 'comparison.json').read_text(encoding='utf-8')
+    found = json.loads(text)
+  except (FileNotFoundError, ValueError):
+    return None
+  return found if isinstance(found, dict) else None
+
+
+def conclude(
+  records: Sequence[Record],
+  cells: Sequence[Cell],
+  config: config_dict.ConfigDict,
+  target: float,
+  *,
+  finished: bool,
+  previous: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+  """Returns what is claimed and by which plan, entries of comparison.json.
+
+  `previous` is what it held before.
+  """
+  plan = sequential.go_on(previous, config.seeds, config.max_seeds)
+  rule = plan.rule(config.seeds, finished=finished, margin=config.margin)
+  sentences = find_verdicts(records, cells, target, config.budget, rule)
+  if finished:
+    plan = plan.add(config.seeds, rule, next(iter(sentences), ''))
+  runs = statistics.by_cell(records)
+  scores = {cell: statistics.final_scores(runs[cell]) for cell in runs}
+  found = claims.find(scores, cells[0].name, rule) if records else {}
+  return {
+    'max_seeds': plan.max_seeds,
+    'looks': list(plan.looks),
+    'verdicts': sentences,
+    'differences': [_describe(cell, x) for cell, x in found.items()],
+  }
+
+
+def _describe(cell: str, claim: Claim) -> dict[str, Any]:
+  e = claim.difference.estimate
+  return {
+    'cell': cell,
+    **e._asdict(),
+    'p_holm': claim.p_value,
+    'p_equal': claim.p_equal,
+    'equal_within': claim.within,
+    'verdict': claim.verdict,
+  }
 
 
 def sum_costs(records: Sequence[Record]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from jaxprog import files
 from jaxprog.comparison import statistics, tables, verdicts
+from jaxprog.comparison.sequential import Rule
 from jaxprog.comparison.statistics import Estimate, Record
 from jaxprog.reporting import plots
 from jaxprog.reporting.facts import shorten
@@ -28,6 +29,7 @@ _DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)))
 _INK, _SOFT = plots.INK, '#6b6b6b'
 # Even in lightness and without red against green.
 MAP = 'cividis'
+_PLAIN = Rule()
 
 _SMALL = 8.5
 # How many of the best cells of a grid have a curve.
@@ -49,7 +51,10 @@ class Grid(NamedTuple):
 
 
 def plot(
-  workdir: pathlib.Path, runs: Sequence[Record], target: float
+  workdir: pathlib.Path,
+  runs: Sequence[Record],
+  target: float,
+  rule: Rule = _PLAIN,
 ) -> pathlib.Path:
   """Draws a comparison; returns the picture's path.
 
@@ -60,13 +65,13 @@ def plot(
   if any(x['control'] or len(x['boundaries']) > 1 for x in runs):
     path, figure = (
       workdir / 'ladder_comparison.png',
-      draw_ladder(runs, target, runs[0]['cell']),
+      draw_ladder(runs, target, runs[0]['cell'], rule),
     )
   else:
     path = workdir / 'optimizer_scheduler_comparison.png'
     grid = find_grid(runs)
     if grid is None:
-      figure = draw_forest(runs, runs[0]['cell'])
+      figure = draw_forest(runs, runs[0]['cell'], rule)
     else:
       figure = draw_grid(runs, grid)
   files.write_bytes(path, plots.encode(figure))
@@ -108,16 +113,18 @@ def draw_grid(runs: Sequence[Record], grid: Grid) -> Figure:
   return figure
 
 
-def draw_forest(runs: Sequence[Record], reference: str) -> Figure:
+def draw_forest(
+  runs: Sequence[Record], reference: str, rule: Rule = _PLAIN
+) -> Figure:
   """Returns each cell's difference to the reference, the largest first."""
   count = len(statistics.by_cell(runs))
   figure = _figure(9.5, 0.42 * count + 1.6, 'Beside the reference')
-  _draw_differences(figure.add_subplot(), runs, reference)
+  _draw_differences(figure.add_subplot(), runs, reference, rule)
   return figure
 
 
 def draw_ladder(
-  runs: Sequence[Record], target: float, reference: str
+  runs: Sequence[Record], target: float, reference: str, rule: Rule = _PLAIN
 ) -> Figure:
   """Returns differences to the reference, above accuracy over images."""
   cells = statistics.by_cell(runs)
@@ -125,7 +132,7 @@ def draw_ladder(
   rows = 0.36 * len(cells) + 0.8
   figure = _figure(11, rows + 4.8, f'Beside {reference}')
   forest, curves = figure.subplots(2, 1, height_ratios=(rows, 4.2))
-  _draw_differences(forest, runs, reference)
+  _draw_differences(forest, runs, reference, rule)
   alone = [x for x in arms if not any(map(statistics.earlier_stages, arms[x]))]
   # By first appearance: an arm has one colour, whatever its rank.
   styles = _styles(cells, dashed=alone if len(alone) < len(arms) else ())
@@ -271,13 +278,13 @@ def _mark_boundaries(axes: Axes, arms: Mapping[str, Sequence[Record]]) -> None:
 
 
 def _draw_differences(
-  axes: Axes, runs: Sequence[Record], reference: str
+  axes: Axes, runs: Sequence[Record], reference: str, rule: Rule
 ) -> None:
   """Draws how each cell's final top-1 differs, and says it on the right.
 
   Filled are those of p < 0.05. Cells without a run that is done come last.
   """
-  found = tables.summarize(runs, reference)
+  found = tables.summarize(runs, reference, rule)
   others = [x for x in found if x.cell != reference]
   others.sort(key=lambda x: -x.difference.estimate.mean if x.difference else 9)
   texts = []

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprog import buckets, errors, files, formats
-from jaxprog.comparison import charts, tables, under_way
+from jaxprog.comparison import charts, sequential, tables, under_way, verdicts
 from jaxprog.comparison.statistics import Record
 from jaxprog.comparison.under_way import UnderWay
 from jaxprog.reliability import lock
@@ -133,11 +133,12 @@ def _sections(
     unfinished = under_way.read_unfinished(state)
     yield 'so-far', 'So far', join(*_describe_state(state))
   if runs:
-    summaries = tables.summarize(runs, result['reference'])
+    rule = sequential.rule_of(result)
+    summaries = tables.summarize(runs, result['reference'], rule)
     accuracies, costs = tables.tabulate(summaries)
     drawn = charts.differences(summaries, result['reference'])
     yield 'verdicts', 'Verdicts', join(_verdicts(result), drawn)
-    notes = tables.notes(summaries, result['reference'])
+    notes = tables.notes(summaries, result['reference'], rule)
     said = (tag('p', x, class_='note') for x in notes)
     yield 'accuracy', 'Accuracy', join(render(accuracies), *said)
   if runs or unfinished:
@@ -221,7 +222,8 @@ def _status(
 
 
 def _verdicts(result: Mapping[str, Any]) -> Html:
-  first, *others = result['verdicts'] or ['Nothing can be said yet.']
+  said = [*result['verdicts'], *verdicts.outlook(result)]
+  first, *others = said or ['Nothing can be said yet.']
   return join(
     tag('p', tag('strong', first)),
     tag('ul', *(tag('li', text) for text in others)) if others else None,

@@ -54,6 +54,8 @@ class Comparison:
   engine: engines.Engine = dataclasses.field(default_factory=engines.Serial)
   # Of the workdir, once anything is run; the locks of runs know nothing of it.
   owner: lock.Lock | None = None
+  # What can be shown, as said before the first run.
+  power: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def reference(self) -> Cell:

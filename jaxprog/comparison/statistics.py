@@ -4,12 +4,7 @@ Runs are the records of a comparison: cell, seed, status, final_top1,
 num_images, outcomes, curve and boundaries. Accuracies are parts of one.
 
 A mean over runs is uncertain for two reasons: other seeds, and other images to
-evaluate on. The first shows in how far apart the runs lie. The second does not:
-all runs are evaluated on the same images, and may all owe the same part of
-their accuracy to them. So no error here is smaller than what the images leave
-uncertain. Where it is known which images each run has right, that is counted,
-image by image; else it is that of as many independent ones. docs/compare.md
-shows how often equal cells are then told apart.
+evaluate on; see noise.py.
 """
 
 import collections
@@ -20,12 +15,12 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from scipy import special
 
+from jaxprog.comparison import noise as noise_lib
+from jaxprog.comparison import sequential
+from jaxprog.comparison.noise import Error, Noise
+from jaxprog.comparison.sequential import MIN_RUNS
 from jaxprog.monitoring import outcomes as outcomes_lib
 from jaxprog.monitoring.outcomes import Outcomes
-
-CONFIDENCE = 0.95
-# Fewer runs on a side are called neither better nor worse, sooner nor later.
-MIN_RUNS = 3
 
 T = TypeVar('T')
 # What is kept of a run, and the costs that its curve is told over.
@@ -49,7 +44,10 @@ class Score(NamedTuple):
 
 
 class Estimate(NamedTuple):
-  """A mean and its 95% interval; one value has no interval and no spread."""
+  """A mean and its interval, of 95% unless said otherwise.
+
+  One value has no interval and no spread.
+  """
 
   mean: float
   std: float | None
@@ -62,27 +60,36 @@ class Difference(NamedTuple):
   """How two cells differ, first less second, or first over second.
 
   `counts` are the runs of each that gave a number. Paired, the estimate is of
-  the seeds that both have. Below MIN_RUNS there is no `p_value`.
+  the seeds that both have. Below MIN_RUNS there is no `p_value`. `error` is
+  that of the mean, or of its logarithm; None where there is no interval.
   """
 
   estimate: Estimate
   p_value: float | None
   paired: bool
   counts: tuple[int, int]
+  error: Error | None = None
 
+  def p_equal(self, margin: float) -> float | None:
+    """Returns the p-value of cells that differ by `margin` or more.
 
-class Noise(NamedTuple):
-  """What the evaluation images leave uncertain of a mean over runs.
+    Of two tests, one on each side (Schuirmann 1987).
+    """
+    if self.p_value is None or self.error is None:
+      return None
+    inside = margin - abs(self.estimate.mean)
+    one_side = float(self.error.p_value(inside)) / 2
+    return one_side if inside > 0 else 1 - one_side
 
-  `own` is the variance by which each run is lucky for itself, so that it shows
-  in how far apart runs lie; `shared` is that by which all of them are, and more
-  runs do not lessen it. `freedom` are the degrees of freedom of their sum.
-  Numbers, or arrays of many cases at once.
-  """
+  def within(self, level: float) -> float | None:
+    """Returns the smallest margin whose `p_equal` is `level`.
 
-  own: Any
-  shared: Any = 0.0
-  freedom: Any = math.inf
+    The further end of an interval of 1 - 2 `level`: a difference lies on one
+    side only, so it is larger than that in a part `level` of all cases.
+    """
+    if self.p_value is None or self.error is None:
+      return None
+    return abs(self.estimate.mean) + float(self.error.half(2 * level))
 
 
 class MeanCurve(NamedTuple):
@@ -94,72 +101,6 @@ class MeanCurve(NamedTuple):
   high: np.ndarray | None
 
 
-def image_noise(*arms: np.ndarray) -> Noise:
-  """Returns the noise of a sum of means, of what came of each image.
-
-  Args:
-    *arms: (..., runs, images) each, with the same images: an accuracy is one
-      arm of 0 and 1, a difference of pairs one of -1, 0 and 1, that of two
-      cells whose runs do not pair two, the second one negated.
-  """
-  num_images = arms[0].shape[-1]
-  means = sum(arm.mean(-2) for arm in arms)
-  squares = (means - means.mean(-1, keepdims=True)) ** 2
-  second, fourth = squares.sum(-1), (squares**2).sum(-1)
-  # Where all images say the same, as if one did not.
-  alike = second == 0
-  second, fourth = np.where(alike, 1, second), np.where(alike, 1, fourth)
-  total = second / num_images**2
-  own = np.minimum(sum(map(_own_noise, arms)), total)
-  # As many as there are images with a say; twice, as of a variance.
-  return Noise(own, total - own, 2 * second**2 / fourth)
-
-
-def _own_noise(arm: np.ndarray) -> Any:
-  """Returns the variance of a mean by what neither run nor image explains."""
-  runs, images = arm.shape[-2:]
-  if runs == 1:
-    return 0.0
-  left = arm - arm.mean(-2, keepdims=True) - arm.mean(-1, keepdims=True)
-  left += arm.mean((-2, -1), keepdims=True)
-  freedom = (runs - 1) * (images - 1)
-  return (left**2).sum((-2, -1)) / freedom / (runs * images)
-
-
-def binomial_variance(top1: Any, num_images: int) -> Any:
-  """Returns the `own` noise of an accuracy of which only the mean is known.
-
-  As if no two runs had an image in common (Agresti & Coull 1998: four more
-  images, two of them right, keep it above 0).
-  """
-  part = (top1 * num_images + 2) / (num_images + 4)
-  return part * (1 - part) / (num_images + 4)
-
-
-def standard_error(spread: Any, freedom: Any, noise: Noise) -> tuple[Any, Any]:
-  """Returns the standard error of a mean over runs, and its freedom.
-
-  Where runs lie no further apart than their own noise makes them, nothing shows
-  of seeds and the error is that of the images. But few runs may lie close by
-  chance: with a limit at the noise itself, three of them would be told apart
-  too often. Past the limit, `spread` takes the place of the runs' own noise,
-  and degrees of freedom are averaged by their part of the variance, which is
-  more careful than Satterthwaite's formula. Limit and average were chosen by
-  benchmarks/false_positives.py.
-
-  Args:
-    spread: variance of the mean, from how far apart runs lie.
-    freedom: of `spread`.
-    noise: of the same mean.
-  """
-  limit = 1 - (2 / (freedom + 1)) ** 2.5
-  seeds = np.where(spread > limit * noise.own, spread, 0.0)
-  variance = np.maximum(seeds, noise.own) + noise.shared
-  part = np.minimum(seeds / variance, 1)
-  inverse = part / freedom + (1 - part) / noise.freedom
-  return np.sqrt(variance), 1 / np.maximum(inverse, 1e-9)
-
-
 def estimate(scores: Iterable[Score]) -> Estimate:
   """Returns the mean top-1 of a cell, the standard deviation and the interval.
 
@@ -167,7 +108,8 @@ def estimate(scores: Iterable[Score]) -> Estimate:
   """
   scores = list(scores)
   x = _top1s(scores)
-  return _test(_spread(x), x.mean(), noise_of(scores), _ACCURACIES)[0]
+  found = _test(_spread(x), x.mean(), noise_of(scores), _ACCURACIES)
+  return found.estimate
 
 
 class _Spread(NamedTuple):
@@ -202,25 +144,41 @@ def _spread_of(x: np.ndarray, y: np.ndarray, *, paired: bool) -> _Spread | None:
 
 
 def _interval(
-  spread: _Spread, mean: Any, noise: Noise, limits: tuple[float, float]
-) -> tuple[Any, Any, Any]:
-  """Returns the ends of a mean's interval, in `limits`, and its p-value."""
-  error, freedom = standard_error(spread.variance, spread.freedom, noise)
-  half = special.stdtrit(freedom, 0.5 + CONFIDENCE / 2) * error
+  mean: Any,
+  error: Error,
+  limits: tuple[float, float],
+  level: float = sequential.ERROR,
+) -> tuple[Any, Any]:
+  """Returns the ends of a mean's interval, in `limits`."""
+  half = error.half(level)
   low, high = np.clip((mean - half, mean + half), *limits)
-  return low, high, 2 * special.stdtr(freedom, -abs(mean) / error)
+  return low, high
+
+
+class _Tested(NamedTuple):
+  """A mean with its interval, the p-value of 0, and its error."""
+
+  estimate: Estimate
+  p_value: float | None = None
+  error: Error | None = None
 
 
 def _test(
-  spread: _Spread | None, mean: Any, noise: Noise, limits: tuple[float, float]
-) -> tuple[Estimate, float | None]:
-  """Returns a mean with its interval, within `limits`, and its p-value."""
+  spread: _Spread | None,
+  mean: Any,
+  noise: Noise,
+  limits: tuple[float, float],
+  level: float = sequential.ERROR,
+) -> _Tested:
+  """Returns what is known of a mean, its interval within `limits`."""
   mean = float(mean)
   if spread is None:
-    return Estimate(mean, None, None, None, 1), None
-  low, high, p_value = map(float, _interval(spread, mean, noise, limits))
+    return _Tested(Estimate(mean, None, None, None, 1))
+  error = noise_lib.standard_error(spread.variance, spread.freedom, noise)
+  low, high = map(float, _interval(mean, error, limits, level))
   found = Estimate(mean, float(spread.std), low, high, spread.n)
-  return found, p_value if spread.n >= MIN_RUNS else None
+  p_value = float(error.p_value(mean)) if spread.n >= MIN_RUNS else None
+  return _Tested(found, p_value, error)
 
 
 def noise_of(*arms: Sequence[Score], paired: bool = False) -> Noise:
@@ -233,11 +191,13 @@ def noise_of(*arms: Sequence[Score], paired: bool = False) -> Noise:
       for arm, sign in zip(arms, (1.0, -1.0), strict=False)
     ]
     if paired:
-      return image_noise(signed[0] + signed[1])
-    return image_noise(*signed)
+      return noise_lib.image_noise(signed[0] + signed[1])
+    return noise_lib.image_noise(*signed)
   return Noise(
     sum(
-      binomial_variance(_top1s(arm).mean(), min(x.num_images for x in arm))
+      noise_lib.binomial_variance(
+        _top1s(arm).mean(), min(x.num_images for x in arm)
+      )
       for arm in arms
     )
   )
@@ -262,8 +222,9 @@ def told_apart(a: float, b: float, num_images: int) -> bool:
 
   Of one run each: what other seeds would change is not in it.
   """
-  variance = sum(binomial_variance(x, num_images) for x in (a, b))
-  return abs(a - b) > special.ndtri(0.5 + CONFIDENCE / 2) * math.sqrt(variance)
+  variance = sum(noise_lib.binomial_variance(x, num_images) for x in (a, b))
+  limit = -special.ndtri(sequential.ERROR / 2)
+  return abs(a - b) > limit * math.sqrt(variance)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -291,15 +252,22 @@ def expected_maximum(count: int) -> float:
   return float(np.trapezoid(np.heaviside(x, 0.5) - special.ndtr(x) ** count, x))
 
 
-def compare(a: Mapping[int, Score], b: Mapping[int, Score]) -> Difference:
-  """Returns a - b: over the seeds that both have, or by Welch if under two."""
+def compare(
+  a: Mapping[int, Score],
+  b: Mapping[int, Score],
+  level: float = sequential.ERROR,
+) -> Difference:
+  """Returns a - b: over the seeds that both have, or by Welch if under two.
+
+  Its interval misses what is true in a part `level` of all cases.
+  """
   x, y, paired = _pair(a, b)
   noise = noise_of(x, y, paired=paired)
   first, second = _top1s(x), _top1s(y)
   mean = first.mean() - second.mean()
   spread = _spread_of(first, second, paired=paired)
-  found, p_value = _test(spread, mean, noise, _DIFFERENCES)
-  return Difference(found, p_value, paired, (len(a), len(b)))
+  e, p_value, error = _test(spread, mean, noise, _DIFFERENCES, level)
+  return Difference(e, p_value, paired, (len(a), len(b)), error)
 
 
 def _pair(
@@ -401,7 +369,11 @@ def costs_to_target(
 
 
 def compare_time_to_target(
-  a: Sequence[Record], b: Sequence[Record], target: float, axis: Axis
+  a: Sequence[Record],
+  b: Sequence[Record],
+  target: float,
+  axis: Axis,
+  level: float = sequential.ERROR,
 ) -> Difference | None:
   """Returns the ratio of the costs to a target, or None where it has no sense.
 
@@ -421,10 +393,12 @@ def compare_time_to_target(
   noise = Noise(sum(_target_noise(runs, target, axis) for runs in (a, b)))
   spread = _spread_of(x, y, paired=paired)
   everywhere = -math.inf, math.inf
-  e, p_value = _test(spread, x.mean() - y.mean(), noise, everywhere)
+  mean = x.mean() - y.mean()
+  e, p_value, error = _test(spread, mean, noise, everywhere, level)
   low, high = (None if x is None else math.exp(x) for x in (e.low, e.high))
   ratio = Estimate(math.exp(e.mean), e.std, low, high, e.n)
-  return Difference(ratio, p_value, paired, (len(costs[0]), len(costs[1])))
+  counts = len(costs[0]), len(costs[1])
+  return Difference(ratio, p_value, paired, counts, error)
 
 
 def _target_noise(runs: Iterable[Record], target: float, axis: Axis) -> float:
@@ -435,7 +409,9 @@ def _target_noise(runs: Iterable[Record], target: float, axis: Axis) -> float:
   finished = done(runs)
   images = min(run['num_images'] for run in finished)
   slopes = [_slope(run, target, axis) for run in finished]
-  return binomial_variance(target, images) / float(np.median(slopes)) ** 2
+  return (
+    noise_lib.binomial_variance(target, images) / float(np.median(slopes)) ** 2
+  )
 
 
 def _slope(run: Record, target: float, axis: Axis) -> float:
@@ -461,8 +437,10 @@ def mean_curve(runs: Iterable[Record], axis: Axis) -> MeanCurve | None:
   mean, spread = values.mean(0), _spread(values)
   if spread is None:
     return MeanCurve(grid, mean, None, None)
-  own = binomial_variance(mean, min(run['num_images'] for run in done(runs)))
-  low, high, _ = _interval(spread, mean, Noise(own), _ACCURACIES)
+  images = min(run['num_images'] for run in done(runs))
+  own = noise_lib.binomial_variance(mean, images)
+  error = noise_lib.standard_error(spread.variance, spread.freedom, Noise(own))
+  low, high = _interval(mean, error, _ACCURACIES)
   return MeanCurve(grid, mean, low, high)
 
 

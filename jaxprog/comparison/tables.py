@@ -11,7 +11,9 @@ import rich.console
 import rich.text
 
 from jaxprog import files
-from jaxprog.comparison import statistics, verdicts
+from jaxprog.comparison import claims, statistics, verdicts
+from jaxprog.comparison.claims import Claim
+from jaxprog.comparison.sequential import Rule
 from jaxprog.comparison.statistics import Axis, Difference, Estimate, Record
 from jaxprog.reporting.parts import Column, Table
 from jaxprog.reporting.report import terminal_table
@@ -24,20 +26,29 @@ _CAPTION = (
   f'{statistics.MIN_RUNS} runs on. Intervals count other seeds and other '
   'evaluation images.'
 )
+_PLAIN = Rule()
 
 
 class CellSummary(NamedTuple):
   """What the runs of a cell come to.
 
-  `top1` is None where no run is done; `difference` and `p_value`, the latter
-  adjusted for the number of cells, are None for the reference itself as well.
+  `top1` is None where no run is done, `claim` for the reference itself as well.
   """
 
   cell: str
   runs: Sequence[Record]
   top1: Estimate | None
-  difference: Difference | None
-  p_value: float | None
+  claim: Claim | None
+
+  @property
+  def difference(self) -> Difference | None:
+    """How it differs from the reference."""
+    return self.claim and self.claim.difference
+
+  @property
+  def p_value(self) -> float | None:
+    """Adjusted for the looks and the number of cells."""
+    return self.claim and self.claim.p_value
 
   @property
   def counts(self) -> dict[str, int]:
@@ -48,7 +59,7 @@ class CellSummary(NamedTuple):
   @property
   def is_shown(self) -> bool:
     """Whether it differs from the reference, all cells taken together."""
-    return self.p_value is not None and self.p_value < 1 - statistics.CONFIDENCE
+    return self.claim is not None and self.claim.differs
 
   @property
   def learning_rates(self) -> list[float]:
@@ -65,27 +76,22 @@ class CellSummary(NamedTuple):
     return {axis: sum(end[axis] for end in ends) / len(ends) for axis in _AXES}
 
 
-def summarize(runs: Iterable[Record], reference: str) -> list[CellSummary]:
+def summarize(
+  runs: Iterable[Record], reference: str, rule: Rule = _PLAIN
+) -> list[CellSummary]:
   """Returns a summary of each cell, in the order of their first runs.
 
   `reference` is the cell that the others are compared with; it has a run.
   """
   cells = statistics.by_cell(runs)
   scores = {cell: statistics.final_scores(cells[cell]) for cell in cells}
-  differences = {
-    cell: statistics.compare(scores[cell], scores[reference])
-    for cell in cells
-    if cell != reference and scores[cell] and scores[reference]
-  }
-  p_values = statistics.holm([x.p_value for x in differences.values()])
-  adjusted = dict(zip(differences, p_values, strict=True))
+  found = claims.find(scores, reference, rule)
   return [
     CellSummary(
       cell,
       cells[cell],
       statistics.estimate(scores[cell].values()) if scores[cell] else None,
-      differences.get(cell),
-      adjusted.get(cell),
+      found.get(cell),
     )
     for cell in cells
   ]
@@ -108,9 +114,9 @@ def create_table(
 def tabulate(summaries: Sequence[CellSummary]) -> tuple[Table, Table]:
   """Returns the accuracies and the costs of all cells."""
   accuracies = create_table(
-    ('cell', 'n', 'top-1', 'std', '95% interval', 'difference', 'p'),
+    ('cell', 'n', 'top-1', 'std', '95% interval', 'difference', 'p', 'equal'),
     [_accuracy_row(summary) for summary in summaries],
-    'Final top-1 over seeds, %',
+    'Final top-1 over seeds, %; equal: within so many points, all together',
   )
   costs = create_table(
     ('cell', 'best rate', 'epochs', 'images', 'FLOPs', 'seconds', 'runs'),
@@ -122,17 +128,22 @@ def tabulate(summaries: Sequence[CellSummary]) -> tuple[Table, Table]:
 
 
 def render(
-  summaries: Sequence[CellSummary], reference: str
+  summaries: Sequence[CellSummary], reference: str, rule: Rule = _PLAIN
 ) -> rich.console.Group:
   """Returns both tables and notes on them, for 80 columns."""
-  texts = map(rich.text.Text, notes(summaries, reference))
-  accuracies, costs = (
-    terminal_table(x.columns, x.rows, gap=1) for x in tabulate(summaries)
+  texts = map(rich.text.Text, notes(summaries, reference, rule))
+  accuracies, costs = tabulate(summaries)
+  return rich.console.Group(
+    # Within how many points cells are equal is said by the verdicts below.
+    terminal_table(accuracies.columns[:-1], accuracies.rows, gap=1),
+    terminal_table(costs.columns, costs.rows, gap=1),
+    *texts,
   )
-  return rich.console.Group(accuracies, costs, *texts)
 
 
-def notes(summaries: Sequence[CellSummary], reference: str) -> list[str]:
+def notes(
+  summaries: Sequence[CellSummary], reference: str, rule: Rule = _PLAIN
+) -> list[str]:
   """Returns what a reader of the table has to know, a sentence or two each."""
   texts = [_CAPTION.format(reference=reference)]
   runs = [run for summary in summaries for run in summary.runs]
@@ -146,7 +157,7 @@ def notes(summaries: Sequence[CellSummary], reference: str) -> list[str]:
       'Which images each run has right is not known of all: the images of two '
       'cells are taken for independent ones, which makes intervals wide.'
     )
-  texts.append(verdicts.multiplicity_note(len(compared)))
+  texts.append(verdicts.multiplicity_note(len(compared), rule))
   texts.append(verdicts.selection_note([s.top1 for s in summaries if s.top1]))
   if lost := statistics.count_lost(runs):
     texts.append(
@@ -188,6 +199,9 @@ def _cell_rows(
       **_estimate_fields('difference', difference and difference.estimate),
       'paired': difference and difference.paired,
       'p_holm': s.p_value,
+      'p_equal': s.claim and s.claim.p_equal,
+      'equal_within': s.claim and s.claim.within,
+      'verdict': s.claim and s.claim.verdict,
       'learning_rate': ' '.join(f'{rate:g}' for rate in s.learning_rates),
       **{axis: costs.get(axis) for axis in _AXES},
       'control': cell['control'],
@@ -203,12 +217,13 @@ def write(
   workdir: pathlib.Path,
   records: Sequence[Record],
   cells: Sequence[Mapping[str, Any]],
+  rule: Rule = _PLAIN,
 ) -> None:
   """Writes comparison_runs.csv and comparison_cells.csv.
 
   `cells` is what comparison.json says of them, the reference first.
   """
-  summaries = summarize(records, cells[0]['name'])
+  summaries = summarize(records, cells[0]['name'], rule)
   for name, rows in (
     ('comparison_runs.csv', _run_rows(records)),
     ('comparison_cells.csv', _cell_rows(summaries, cells)),
@@ -233,7 +248,7 @@ def format_count(value: float) -> str:
 def _accuracy_row(s: CellSummary) -> tuple[str, ...]:
   n = str(s.counts['done'])
   if s.top1 is None:
-    return (s.cell, n, *[_NONE] * 5)
+    return (s.cell, n, *[_NONE] * 6)
   std, low, high = (
     None if x is None else f'{100 * x:.2f}'
     for x in (s.top1.std, s.top1.low, s.top1.high)
@@ -249,7 +264,14 @@ def _accuracy_row(s: CellSummary) -> tuple[str, ...]:
     f'[{low}, {high}]' if low else _NONE,
     verdicts.format_points(s.difference.estimate) if s.difference else _NONE,
     p,
+    _within(s.claim),
   )
+
+
+def _within(claim: Claim | None) -> str:
+  if claim is None or claim.within is None:
+    return _NONE
+  return verdicts.format_bound(claim.within).split()[0]
 
 
 def _cost_row(s: CellSummary) -> tuple[str, ...]:

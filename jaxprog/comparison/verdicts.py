@@ -1,8 +1,12 @@
 """What a comparison found, in sentences that claim no more than was shown."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from jaxprog.comparison import statistics
+from jaxprog import formats
+from jaxprog.comparison import claims, sequential, statistics
+from jaxprog.comparison.sequential import Rule
 from jaxprog.comparison.statistics import Axis, Difference, Estimate, Record
 
 # So many digits after the point at most; see `_format`.
@@ -10,11 +14,15 @@ _MAX_DIGITS = 4
 # More cells that do not differ are counted.
 _MAX_NAMED = 3
 
+_PLAIN = Rule()
+
 # One side of a comparison: the runs of a cell, whose name it has in a sentence.
 _Arm = Sequence[Record]
 
 
-def compare_sentence(a: _Arm, b: _Arm, target: float, axis: Axis) -> str:
+def compare_sentence(
+  a: _Arm, b: _Arm, target: float, axis: Axis, rule: Rule = _PLAIN
+) -> str:
   """Returns all that is to be said of `a` against `b`, without a full stop.
 
   `axis` is the cost of reaching `target`, a top-1 in [0, 1].
@@ -23,44 +31,69 @@ def compare_sentence(a: _Arm, b: _Arm, target: float, axis: Axis) -> str:
   if missing:
     return f'{_no_run(missing)}: nothing can be compared'
   parts = [
-    target_sentence(a, b, target, axis),
-    accuracy_sentence(a, b),
+    target_sentence(a, b, target, axis, rule),
+    accuracy_sentence(a, b, rule),
     *lost_runs(a, b),
   ]
   return '; '.join(parts)
 
 
-def target_sentence(a: _Arm, b: _Arm, target: float, axis: Axis) -> str:
+def target_sentence(
+  a: _Arm, b: _Arm, target: float, axis: Axis, rule: Rule = _PLAIN
+) -> str:
   """Returns what `a` paid to reach `target`, as a multiple of what `b` paid."""
   goal = f'{100 * target:.1f}% top-1'
   x = statistics.costs_to_target(a, target, axis)
   y = statistics.costs_to_target(b, target, axis)
-  found = statistics.compare_time_to_target(a, b, target, axis)
+  found = statistics.compare_time_to_target(a, b, target, axis, rule.level)
   if found is None:
     return f'{goal} was reached by {_reached(a, x)} and {_reached(b, y)}'
   e = found.estimate
   cost = f'after {format_ratio(e)} of the {_cost(axis)}'
   if e.low is None:
     return f'{_name(a)} reached {goal} {cost}'
-  if not statistics.is_difference(e, 1.0):
-    return f'{_name(a)} reached {goal} {cost}: {_not_shown(e)}'
+  if rule.silence or not statistics.is_difference(e, 1.0):
+    return f'{_name(a)} reached {goal} {cost}: {_not_shown(e, rule)}'
   return (
     f'{_name(a)} reached {goal} {"sooner" if e.mean < 1 else "later"}, {cost}'
   )
 
 
-def accuracy_sentence(a: _Arm, b: _Arm) -> str:
+def accuracy_sentence(a: _Arm, b: _Arm, rule: Rule = _PLAIN) -> str:
   """Returns how the final top-1 of `a` differs from that of `b`."""
   found = statistics.compare(
-    statistics.final_scores(a), statistics.final_scores(b)
+    statistics.final_scores(a), statistics.final_scores(b), rule.level
   )
-  text = f'final accuracy {format_points(found.estimate)} points'
-  counts = _count(found)
-  if found.estimate.low is None:
+  e, counts = found.estimate, _count(found)
+  text = f'final accuracy {format_points(e)} points'
+  if e.low is None:
     return f'{text}; {counts}: nothing can be said of the spread'
-  if not statistics.is_difference(found.estimate):
-    return f'{text}: {_not_shown(found.estimate)}, {counts}'
-  return f'{text}: {"better" if found.estimate.mean > 0 else "worse"}, {counts}'
+  is_equal, words = _is_equal(found, rule), []
+  if not rule.silence and statistics.is_difference(e):
+    words.append('better' if e.mean > 0 else 'worse')
+  elif not is_equal:
+    words.append(_not_shown(e, rule))
+  if is_equal or not statistics.is_difference(e):
+    words.append(_size(found, rule))
+  return f'{text}: {", ".join([*filter(None, words), counts])}'
+
+
+def _is_equal(found: Difference, rule: Rule) -> bool:
+  """Returns whether two cells are shown to differ by less than the margin."""
+  p_equal = found.p_equal(rule.margin)
+  if rule.silence or not rule.margin or p_equal is None:
+    return False
+  return p_equal < rule.level
+
+
+def _size(found: Difference, rule: Rule) -> str:
+  """Returns within how many points two cells are shown to be equal."""
+  if _is_equal(found, rule):
+    return f'equal within {format_margin(rule.margin)}'
+  bound = found.within(rule.level)
+  if rule.silence or bound is None:
+    return ''
+  return f'equal within {format_bound(bound)}'
 
 
 def _count(found: Difference) -> str:
@@ -90,99 +123,182 @@ def _no_run(arms: Sequence[_Arm]) -> str:
   return f'no run of {" or ".join(map(_name, arms))} finished'
 
 
-def answer(a: _Arm, b: _Arm) -> tuple[str, str]:
-  """Returns 'pays', 'does not pay' or 'not shown' of `a`, and on what ground.
+def answer(a: _Arm, b: _Arm, rule: Rule = _PLAIN) -> tuple[str, str]:
+  """Returns what `a` does, and on what ground.
 
-  Against `b`, the control of the same cost. By the final accuracy alone, the
-  one outcome that is fixed beforehand: whichever of two outcomes came out well
-  would pay twice as often by chance. A better mean does not count where runs of
-  its own arm diverged, since those are not in it.
+  'pays', 'does not pay', 'equal' or 'not shown'. Against `b`, the control of
+  the same cost. By the final accuracy alone, the one outcome that is fixed
+  beforehand: whichever of two outcomes came out well would pay twice as often
+  by chance. A better mean does not count where runs of its own arm diverged,
+  since those are not in it.
   """
   x, y = statistics.final_scores(a), statistics.final_scores(b)
   if not x or not y:
     return 'not shown', _no_run([b if x else a])
-  found = statistics.compare(x, y)
-  e = found.estimate
+  found = statistics.compare(x, y, rule.level)
+  e, size = found.estimate, _size(found, rule)
   ground = f'{format_points(e)} points, {_count(found)}'
-  if not statistics.is_difference(e):
-    return 'not shown', ground
+  if rule.silence or not statistics.is_difference(e):
+    if _is_equal(found, rule):
+      lost = [x for x in (a, b) if any(r['status'] == 'diverged' for r in x)]
+      if not lost:
+        return 'equal', ground
+      size = f'runs of {_name(lost[0])} diverged'
+    return 'not shown', ', '.join(filter(None, (ground, rule.silence or size)))
   better, worse = (a, b) if e.mean > 0 else (b, a)
   diverged, fewer = (
     sum(run['status'] == 'diverged' for run in arm) for arm in (better, worse)
   )
   if diverged > fewer:
     return 'not shown', f'{ground}, runs of {_name(better)} diverged'
+  if _is_equal(found, rule):
+    ground = f'{ground}, {size}'
   return 'pays' if better is a else 'does not pay', ground
 
 
-def overall(name: str, answers: Mapping[Axis, tuple[str, str]]) -> str:
+def overall(
+  name: str, answers: Mapping[Axis, tuple[str, str]], margin: float = 0.0
+) -> str:
   """Returns the first line of a page: what each control answered.
 
   By the cost that it has in common with the arm, whose name is `name`.
   """
+  said = {
+    'pays': 'pays',
+    'does not pay': 'does not pay',
+    'equal': f'is equal within {format_margin(margin)} to the control',
+    'not shown': 'is not shown to pay',
+  }
   clauses = []
-  for word in ('pays', 'does not pay', 'not shown'):
+  for word, text in said.items():
     controls = [
       f'at equal {_cost(axis)} ({ground})'
       for axis, (found, ground) in answers.items()
       if found == word
     ]
     if controls:
-      said = 'is not shown to pay' if word == 'not shown' else word
-      clauses.append(f'{said} {_enumerate(controls)}')
+      clauses.append(f'{text} {_enumerate(controls)}')
   sentence = f'{name} {"; it ".join(clauses)}.'
   return sentence[0].upper() + sentence[1:]
 
 
-def ranking(arms: Sequence[_Arm], reference: _Arm) -> str:
+def ranking(arms: Sequence[_Arm], reference: _Arm, rule: Rule = _PLAIN) -> str:
   """Returns the first line of a page: which arms differ from the reference.
 
   By the final accuracy, the largest difference first; by p-values adjusted for
   their number, since the largest of many is no single comparison.
   """
-  theirs = statistics.final_scores(reference)
-  found = {
-    _name(arm): statistics.compare(scores, theirs)
-    for arm in arms
-    if theirs and (scores := statistics.final_scores(arm))
-  }
-  p_values = statistics.holm([x.p_value for x in found.values()])
-  differ = [
-    (name, x.estimate)
-    for (name, x), p in zip(found.items(), p_values, strict=True)
-    if p is not None and p < 1 - statistics.CONFIDENCE
-  ]
-  differ.sort(key=lambda x: -x[1].mean)
+  scores = {_name(x): statistics.final_scores(x) for x in (reference, *arms)}
+  found = claims.find(scores, _name(reference), rule)
+  differ = [(k, x) for k, x in found.items() if x.differs]
+  differ.sort(key=lambda x: -x[1].difference.estimate.mean)
   clauses = []
-  for word, sign in (('better', 1), ('worse', -1)):
+  for word in ('better', 'worse'):
     said = [
-      f'{k} ({format_points(e)} points)' for k, e in differ if sign * e.mean > 0
+      f'{k} ({format_points(x.difference.estimate)} points)'
+      for k, x in differ
+      if x.verdict == word
     ]
     if said:
       clauses.append(f'{word} than {_name(reference)}: {_enumerate(said)}')
-  left = [_name(arm) for arm in arms if _name(arm) not in dict(differ)]
-  if left:
-    named = _enumerate(left), 'is' if len(left) == 1 else 'are'
-    if len(left) > _MAX_NAMED:
-      named = f'{len(left)} of {len(arms)} cells', 'are'
+  equal = [k for k, x in found.items() if x.verdict == 'equal']
+  if equal:
     clauses.append(
-      f'{" ".join(named)} not shown to differ from {_name(reference)} in final '
-      'accuracy'
+      f'{_count_named(equal, arms)} equal to {_name(reference)} within '
+      f'{format_margin(rule.margin)}'
+    )
+  settled = {*dict(differ), *equal}
+  if left := [_name(arm) for arm in arms if _name(arm) not in settled]:
+    bounds = [found[k].within if k in found else None for k in left]
+    clauses.append(
+      f'{_count_named(left, arms)} not shown to differ from '
+      f'{_name(reference)} in final accuracy{_reserve(bounds, rule)}'
     )
   sentence = '; '.join(clauses)
   return f'{sentence[0].upper()}{sentence[1:]}.'
 
 
-def multiplicity_note(count: int) -> str:
-  """Returns what `count` intervals of 95% side by side are worth."""
-  if count < 2:
+def _count_named(names: Sequence[str], arms: Sequence[_Arm]) -> str:
+  """Returns 'a and b are', or how many of them."""
+  if len(names) > _MAX_NAMED:
+    return f'{len(names)} of {len(arms)} cells are'
+  return f'{_enumerate(names)} {"is" if len(names) == 1 else "are"}'
+
+
+def _reserve(bounds: Sequence[float | None], rule: Rule) -> str:
+  """Returns what is said of cells that are not shown to differ."""
+  if rule.silence:
+    return f' ({rule.silence})'
+  known = [x for x in bounds if x is not None]
+  if len(known) < len(bounds):
     return ''
-  chance = 100 * (1 - statistics.CONFIDENCE**count)
-  return (
-    f'Each interval holds 95% by itself: of {count} independent comparisons '
-    f'without any difference, at least one would show one in {chance:.0f}% of '
-    'all cases.'
-  )
+  return f' (equal within {format_bound(max(known))})'
+
+
+def power_sentence(found: Mapping[str, Any]) -> str:
+  """Returns what can be shown, by an entry of `power` in docs/compare.md."""
+  seeds, images = found['seeds'], found['num_images']
+  seen, goal = found['detectable'], format_margin(found['goal'])
+  text = f'With {seeds} seeds and {images:,} images '
+  if seen is None:
+    text += 'no difference can be shown'
+  else:
+    text += f'differences of {format_bound(seen)} can be seen'
+    low, high = (
+      'more' if x is None else format_bound(x).split()[0]
+      for x in found['detectable_between']
+    )
+    if low != high:
+      text += f' ({low} to {high}, so far as the spread is known)'
+  last = found['detectable_at_max']
+  if found['max_seeds'] > seeds and last is not None:
+    text += f', with {found["max_seeds"]} of {format_bound(last)}'
+  needed = found['seeds_for_goal']
+  if needed is None:
+    text += f'; for {goal} no number of seeds is enough: take more images'
+  else:
+    text += f'; for {goal} take {needed} seeds'
+    if found['seconds_a_seed'] is not None:
+      hours = needed * found['seconds_a_seed'] / 3600
+      text += f' ({formats.hours(hours)})'
+  cells = found['num_cells']
+  many = f', {cells} cells together' if cells > 1 else ''
+  return f'{text}. In 80% of all cases{many}; spread {found["source"]}.'
+
+
+def outlook(result: Mapping[str, Any]) -> Iterator[str]:
+  """Yields what to think of a comparison that is finished, and of more seeds.
+
+  What was exploratory, and where a difference is not shown, what could have
+  been. `result` is what comparison.json holds.
+  """
+  if note := sequential.plan_of(result).note():
+    yield note
+  after = (result.get('power') or {}).get('after')
+  open_ones = [
+    x for x in result.get('differences', ()) if x['verdict'] == 'not shown'
+  ]
+  if after and open_ones:
+    yield power_sentence(after)
+
+
+def multiplicity_note(count: int, rule: Rule = _PLAIN) -> str:
+  """Returns what `count` intervals of differences side by side are worth."""
+  text = ''
+  if rule.level != sequential.ERROR:
+    text = (
+      f'Intervals of differences are of {100 * (1 - rule.level):.3g}% at this '
+      'look: those of all looks up to the planned number of seeds hold '
+      'together in 95% of all cases. '
+    )
+  if count > 1:
+    chance = 100 * (1 - (1 - sequential.ERROR) ** count)
+    text += (
+      f'Each interval holds {"" if text else "95% "}by itself: of {count} '
+      'independent comparisons without any difference, at least one would show '
+      f'one in {chance:.0f}% of all cases.'
+    )
+  return text.strip()
 
 
 def selection_note(cells: Sequence[Estimate]) -> str:
@@ -207,6 +323,18 @@ def selection_note(cells: Sequence[Estimate]) -> str:
     f'{lead:.1f} points above their average. Run it again with new seeds '
     'before its number is quoted.'
   )
+
+
+def format_margin(margin: float) -> str:
+  """Returns a number of points: '1 point', '0.5 points'."""
+  number = f'{100 * margin:.4g}'
+  return f'{number} point{"s"[: number != "1"]}'
+
+
+def format_bound(bound: float) -> str:
+  """Returns the same, rounded up: to a tenth, below a point to a hundredth."""
+  parts = 10 if bound >= 0.01 else 100
+  return format_margin(math.ceil(100 * bound * parts - 1e-9) / parts / 100)
 
 
 def format_points(e: Estimate) -> str:
@@ -246,9 +374,10 @@ def _format(
   return f'{text} [{rounded(e.low):.{digits}f}, {rounded(e.high):.{digits}f}]'
 
 
-def _not_shown(e: Estimate) -> str:
-  few = e.n < statistics.MIN_RUNS
-  return 'too few runs to tell' if few else 'no difference shown'
+def _not_shown(e: Estimate, rule: Rule) -> str:
+  if e.n < statistics.MIN_RUNS:
+    return 'too few runs to tell'
+  return rule.silence or 'no difference shown'
 
 
 def _reached(arm: _Arm, costs: Mapping[int, float | None]) -> str:

@@ -30,9 +30,12 @@ from jaxprog.comparison import (
   live,
   page,
   plans,
+  power,
   runs,
+  sequential,
   statistics,
   tables,
+  verdicts,
 )
 from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.plans import Comparison
@@ -64,7 +67,7 @@ def compare(
   if isinstance(config, str):
     config = config_lib.load_config(config)
   workdir, url = mirror.locate(workdir, config.base.mirror)
-  config = config_lib.with_mirror(config)
+  config = cells.complete(config_lib.with_mirror(config))
   chosen = cells.create_cells(config)
   engines.check(config)
   if config.engine != 'serial':  # The devices are the runs'.
@@ -86,6 +89,9 @@ def compare(
       ) as comparison.engine,
     ):
       files.write_json(workdir / 'config.json', config_lib.to_json(config))
+      previous = collect.read_previous(workdir)
+      comparison.power = power.begin(config, planned, previous)
+      comparison.say(verdicts.power_sentence(comparison.power))
       lines = comparison.engine.slots > 1
       with live.comparison(workdir, console, lines=lines):
         _tune(comparison)
@@ -291,22 +297,33 @@ def _write(
   target = config.target_top1 or min(known, default=0.0)
   # By the last run of each.
   by_cell = {planned.cell.name: planned for planned in every}
+  finished = len(done) == len(comparison.cells) * config.seeds
   result: dict[str, Any] = {
     'version': page.VERSION,
     'reference': comparison.reference.name,
     'budget': config.budget,
     'target_top1': target,
-    'finished': len(done) == len(comparison.cells) * config.seeds,
-    'verdicts': collect.find_verdicts(
-      records, comparison.cells, target, config.budget
+    'finished': finished,
+    **collect.conclude(
+      records,
+      comparison.cells,
+      config,
+      target,
+      finished=finished,
+      previous=collect.read_previous(comparison.workdir),
     ),
     'config': config_lib.to_json(config),
     'environment': environment.environment(),
     'cells': [_describe_cell(comparison, x) for x in by_cell.values()],
     'runs': records,
   }
+  before, after = comparison.power, None
+  if finished:
+    after = power.end(before, result)
+  result['power'] = {'before': before, 'after': after}
   files.write_json(comparison.workdir / 'comparison.json', result)
-  tables.write(comparison.workdir, records, result['cells'])
+  rule = sequential.rule_of(result)
+  tables.write(comparison.workdir, records, result['cells'], rule)
   return result
 
 
@@ -329,13 +346,15 @@ def _describe_cell(comparison: Comparison, planned: Planned) -> dict[str, Any]:
 def _conclude(comparison: Comparison, result: Mapping[str, Any]) -> None:
   """Draws, prints and writes what a person reads."""
   records, workdir = result['runs'], comparison.workdir
+  rule = sequential.rule_of(result)
   with activity.doing('drawing the comparison'):
-    picture = figures.plot(workdir, records, result['target_top1'])
+    picture = figures.plot(workdir, records, result['target_top1'], rule)
     page.write_page(workdir)
-  summaries = tables.summarize(records, result['reference'])
+  summaries = tables.summarize(records, result['reference'], rule)
+  said = [*result['verdicts'], *verdicts.outlook(result)]
   parts = [
-    tables.render(summaries, result['reference']),
-    *map(rich.text.Text, ['', *result['verdicts'], *_remarks(result)]),
+    tables.render(summaries, result['reference'], rule),
+    *map(rich.text.Text, ['', *said, *_remarks(result)]),
   ]
   text = io.StringIO()
   for console in (
