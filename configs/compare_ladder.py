@@ -26,7 +26,8 @@ def get_config(which: str = 'middle') -> config_dict.ConfigDict:
   if which == 'digits':
     return create_digits()
   config = start_from('compare_default')
-  config.reference, config.budget, config.seeds = 'alone', 'flops', 5
+  config.reference, config.budget = 'alone', 'flops'
+  config.seeds, config.margin = 6, 0.005
   if which == 'imagenet':
     config.base = start_from('progressive')
     config.seeds = 3

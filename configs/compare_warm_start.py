@@ -39,7 +39,7 @@ def get_config(images: str = 'plain') -> config_dict.ConfigDict:
     },
   )
   config.budget = 'own'
-  config.seeds = 5
+  config.seeds = 6
   return config
 
 
