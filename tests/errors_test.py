@@ -29,3 +29,18 @@ def test_of_many_known_words_some_are_named():
 def test_a_mistake_in_a_worker_reaches_its_parent_as_it_was():
   found = pickle.loads(pickle.dumps(errors.UserError('a', 'b', 'c')))
   assert str(found) == 'a\nb\nc'
+
+
+@pytest.mark.parametrize(
+  ('text', 'shown'),
+  [
+    ('postgresql://me:a/b@c@host:1/d', 'postgresql://me:***@host:1/d'),
+    ("x --storage='mysql://me:pw@h/d' y", "x --storage='mysql://me:***@h/d' y"),
+    ('redis://:pw@host', 'redis://:***@host'),
+    ('http://host:80/a', 'http://host:80/a'),
+    ('ssh://me@host: no', 'ssh://me@host: no'),
+    ('gs://bucket/a@b', 'gs://bucket/a@b'),
+  ],
+)
+def test_a_mistake_shows_no_password(text, shown):
+  assert str(errors.UserError('', text)) == shown

@@ -228,6 +228,9 @@ def test_a_search_stays_where_it_began(tmp_path):
   many = create_config(engine='ray')
   with pytest.raises(errors.UserError, match='which is for one process'):
     studies.open_study(many, tmp_path / 'tune.db')
+  many.storage = f'sqlite:///{tmp_path}/x.db'
+  with pytest.raises(errors.UserError, match='SQLite is not for many'):
+    studies.check_storage(many)
 
 
 def test_a_trial_may_be_elsewhere(tmp_path):

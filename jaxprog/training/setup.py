@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -407,20 +407,9 @@ def create_task(
     create_state=jit(create_state),
     train_steps=train_steps,
     eval_step=eval_step,
-    numbers={
-      program: _put(
-        numbers_lib.read(
-          _part(stage, program),
-          steps,
-          model,
-          state_shapes.params,
-          num_classes=dataset.num_classes,
-          class_weights=_weigh_classes(dataset, stage),
-        ),
-        replicated,
-      )
-      for program in train_steps
-    },
+    numbers=_read_numbers(
+      setup, stage, model, state_shapes.params, train_steps
+    ),
     shardings=setup.shardings,
     seed=seed,
     init_rng=_place_key(init_rng, replicated),
@@ -548,6 +537,40 @@ def _create_steps(
   return train_steps, jit(eval_step)
 
 
+def _read_numbers(
+  setup: Setup,
+  stage: stages_lib.Stage,
+  model: nn.Module,
+  params: Any,
+  programs: Iterable[Program],
+) -> dict[Program, numbers_lib.Numbers]:
+  """Returns what the programs compute with, on all devices.
+
+  All processes read it from one config, and none waits for another, as it would
+  in device_put. Where they are only compiled for, numbers are shapes.
+  """
+  dataset, sharding = setup.datasets[stage.name], setup.shardings.replicated
+  is_here = sharding.mesh.devices.flat[0] in jax.devices()
+
+  def put(x):
+    return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+  found = {}
+  for program in programs:
+    numbers = numbers_lib.read(
+      _part(stage, program),
+      setup.steps[stage.name],
+      model,
+      params,
+      num_classes=dataset.num_classes,
+      class_weights=_weigh_classes(dataset, stage),
+    )
+    found[program] = (
+      jax.tree.map(put, numbers) if is_here else _place(numbers, sharding)
+    )
+  return found
+
+
 def compiler_options(
   config: config_dict.ConfigDict, steps: epochs.Steps
 ) -> dict[str, bool | int]:
@@ -625,19 +648,6 @@ def _place_key(key: jax.Array, sharding: jax.sharding.NamedSharding) -> Any:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
   data = jax.device_put(jax.random.key_data(key), sharding)
   return jax.random.wrap_key_data(data)
-
-
-def _put(numbers: Any, sharding: jax.sharding.NamedSharding) -> Any:
-  """Returns `numbers` on all devices, as `_place_key` does; nobody waits.
-
-  All processes have read them from one config: device_put would compare each.
-  """
-  if sharding.mesh.devices.flat[0] not in jax.devices():
-    return _place(numbers, sharding)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(x.shape, sharding, lambda at: x[at]),
-    numbers,
-  )
 
 
 def _place(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
