@@ -126,7 +126,7 @@ def test_the_findings_come_first_in_signs_that_any_pipe_can_carry(
   )
   assert result.returncode == 0, result.stdout + result.stderr
   assert result.stdout.isascii()
-  assert result.stdout.startswith('+ config: three, ten\n')
+  assert result.stdout.startswith('+ config: three, ten; 1 left out\n')
   findings, plan = result.stdout.split('0 to mend.')
   assert "\n+ stage 'ten': digits is prepared" in findings
   assert 'event=plan stage=ten' in plan

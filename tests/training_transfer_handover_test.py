@@ -40,17 +40,27 @@ def trained(data_dir, tmp_path_factory):
   return workdir
 
 
+def create_task(data_dir, **fields):
+  chosen = setup.create_setup(create_config(data_dir, **fields), only=('ten',))
+  return chosen, setup.create_task(chosen, chosen.chosen[0])
+
+
+@pytest.fixture(scope='module')
+def fresh(data_dir):
+  """Fresh variables of 'ten', whatever is handed over to it."""
+  _, task = create_task(data_dir)
+  return task.init(task.init_rng)
+
+
 @pytest.fixture
-def begin(trained, data_dir):
+def begin(trained, data_dir, fresh):
   """Returns source, fresh and first variables of 'ten', and their record."""
 
   def begin(weights='best', **fields):
-    config = create_config(data_dir, **fields)
-    chosen = setup.create_setup(config, only=('ten',))
-    task = setup.create_task(chosen, chosen.chosen[0])
+    chosen, task = create_task(data_dir, **fields)
     variables, origin = handover.hand_over(chosen, trained, task)
     source, _ = checkpoints.load_weights(trained, 'two', weights)
-    return source, task.init(task.init_rng), variables, origin, task
+    return source, fresh, variables, origin, task
 
   return begin
 
@@ -169,9 +179,9 @@ def test_rows_fit_the_backbone_that_they_were_trained_on(
   config = create_config(data_dir)
   files = jaxprog.export(config, trained, stage='three')
   source = next(str(x) for x in files.values() if x.suffix == '.safetensors')
-  config = create_config(data_dir, transfer_head='by_class', init_from=source)
-  chosen = setup.create_setup(config, only=('ten',))
-  task = setup.create_task(chosen, chosen.chosen[0])
+  chosen, task = create_task(
+    data_dir, transfer_head='by_class', init_from=source
+  )
   _, origin = handover.hand_over(chosen, trained, task)
   assert origin['head_rows'] == {source: ['1', '3', '5']}  # None of 'two'.
 
