@@ -95,6 +95,31 @@ def read_page(tmp_path, runs, target=0.3):
   return page.write_page(tmp_path).read_text()
 
 
+def test_what_more_seeds_show_than_were_planned_is_exploratory(tmp_path):
+  runs = fixture.create_cell('a', [0.5, 0.51, 0.5, 0.49])
+  runs += fixture.create_cell('b', [0.6, 0.611, 0.6, 0.59])
+  texts = []
+  for planned in (3, 4):
+    result = {
+      **create_result(runs),
+      'config': {'seeds': 4, 'margin': 0.0},
+      'max_seeds': planned,
+      'looks': [
+        {'seeds': 3, 'level': 0.01, 'verdict': 'B was better.'},
+        {'seeds': 4, 'level': None if planned == 3 else 0.04, 'verdict': ''},
+      ],
+    }
+    (tmp_path / 'comparison.json').write_text(json.dumps(result))
+    texts.append(page.write_page(tmp_path).read_text())
+  more, as_planned = texts
+  assert '3 seeds were planned' in more
+  assert 'With 3: B was better.' in more
+  assert '&lt;0.001' not in more
+  assert '&lt;0.001' in as_planned
+  assert 'were planned' not in as_planned
+  assert 'Intervals of differences are of 9' in as_planned
+
+
 def test_differences_to_the_reference_come_first(workdir):
   text = (workdir / 'report.html').read_text()
   summaries = tables.summarize(fixture.create_arms(), 'ladder')
