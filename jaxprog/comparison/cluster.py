@@ -228,7 +228,7 @@ def _find_nodes(needs: Mapping[str, float]) -> list[Mapping[str, Any]]:
   """Returns the hosts that have room for a run.
 
   Raises:
-    UserError: if none has, or a run would leave GPUs alone by mistake.
+    UserError: if none has.
   """
   nodes = [node for node in ray.nodes() if node['Alive']]
   found = [node for node in nodes if _count_runs(node, needs)]
