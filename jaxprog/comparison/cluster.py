@@ -192,7 +192,7 @@ def _environment() -> dict[str, str]:
   Modules are found where this process finds them; those that are installed
   each host has itself.
   """
-  installed = sys.prefix, sys.base_prefix
+  installed = f'{sys.prefix}{os.sep}', f'{sys.base_prefix}{os.sep}'
   paths = [os.path.abspath(x) for x in sys.path]
   own = [x for x in paths if not x.startswith(installed)]
   kept = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
@@ -228,7 +228,7 @@ def _find_nodes(needs: Mapping[str, float]) -> list[Mapping[str, Any]]:
   """Returns the hosts that have room for a run.
 
   Raises:
-    UserError: if none has, or a run would leave GPUs alone by mistake.
+    UserError: if none has.
   """
   nodes = [node for node in ray.nodes() if node['Alive']]
   found = [node for node in nodes if _count_runs(node, needs)]
