@@ -198,4 +198,6 @@ def test_a_sweep_compiles_once(data_dir, tmp_path, caplog):
       )
       jax.jit(lambda x, y=drawn[0]: x + y)(1.0)
     missed.append(re.findall("CACHE MISS for '(\\w+)'", caplog.text))
-  assert missed[1] == ['jit__lambda']
+  # What is never the same was compiled, and so misses are heard of.
+  assert 'jit__lambda' in missed[1]
+  assert not {'jit_train_step', 'jit_eval_step'} & {*missed[1]}
