@@ -22,7 +22,7 @@ _HEALTH = {
   'RAY_health_check_timeout_ms': '500',
   'RAY_health_check_failure_threshold': '4',
 }
-_LIMIT_SECONDS = 300
+_LIMIT_SECONDS = 600
 
 
 class Cluster:

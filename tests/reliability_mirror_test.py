@@ -300,10 +300,12 @@ def test_a_search_that_is_written_to_is_uploaded_as_of_one_moment(
     database.execute('insert into trials values (1)')
     database.commit()
     database.execute('insert into trials values (2)')
+    (folder / 'tune.journal').write_text('{"op_code":0}\n{"op_')
     following.flush()
   (tmp_path / 'copy.db').write_bytes(objects(server)['tune.db'])
   with contextlib.closing(sqlite3.connect(tmp_path / 'copy.db')) as database:
     assert database.execute('select * from trials').fetchall() == [(1,)]
+  assert objects(server)['tune.journal'] == b'{"op_code":0}\n'
 
 
 def test_who_looks_fetches_what_it_needs_and_uploads_what_it_wrote(
