@@ -79,7 +79,7 @@ def tune(
     studies.enqueue_unfinished(study)
     search = _Search(config, workdir, study, space, owner, engine)
     console = rich.console.Console(markup=False)
-    with live.search(workdir, console, lines=engine.slots > 1):
+    with live.search(workdir, console, lines=config.engine != 'serial'):
       _run_trials(search)
     found = _describe(study)
     _write(config, workdir, found)
