@@ -2,7 +2,7 @@ import dataclasses
 
 import comparison_fixture
 
-from jaxprog.comparison import cells, collect
+from jaxprog.comparison import cells, collect, sequential
 
 
 def test_seconds_of_unlike_devices_are_not_compared():
@@ -12,11 +12,15 @@ def test_seconds_of_unlike_devices_are_not_compared():
     for cell in chosen
     for seed in range(3)
   ]
-  (sentence,) = collect.find_verdicts(records, chosen, 0.2, 'seconds')
+  (sentence,) = collect.find_verdicts(
+    records, chosen, 0.2, 'seconds', sequential.Rule()
+  )
   assert 'seconds of kind 0 and kind 1 are not equal' in sentence
   alike = [{**record, 'device': 'kind 0'} for record in records]
   for found, budget in ((alike, 'seconds'), (records, 'images')):
     own = [dataclasses.replace(cell, equal=budget) for cell in chosen]
-    sentences = collect.find_verdicts(found, own, 0.2, budget)
+    sentences = collect.find_verdicts(
+      found, own, 0.2, budget, sequential.Rule()
+    )
     assert len(sentences) == 2
     assert 'kind' not in ' '.join(sentences)
