@@ -3,7 +3,7 @@ import math
 import comparison_fixture
 import pytest
 
-from jaxprog.comparison import sequential, statistics, verdicts
+from jaxprog.comparison import claims, sequential, statistics, verdicts
 from jaxprog.comparison.sequential import Rule
 
 run, cell = comparison_fixture.create_run, comparison_fixture.create_cell
@@ -393,3 +393,19 @@ def test_a_target_that_none_can_miss_is_in_no_ratio():
   runs = [{**run, 'boundaries': [start]} for run in runs]
   said = verdicts.compare_sentence(runs[:3], runs[3:], 0.0, 'images')
   assert said.startswith('0.0% top-1 was reached by 3 of 3 runs of a and 3')
+
+
+def test_cells_are_not_ranked_by_the_runs_that_are_left():
+  arms = {
+    cell: comparison_fixture.create_cell(cell, [x] * 3)
+    for cell, x in (('a', 0.4), ('b', 0.5), ('c', 0.4))
+  }
+  for cell in 'bc':
+    gone = comparison_fixture.create_run(cell, 3, None, 'diverged', curve=[])
+    arms[cell].append(gone)
+  found = claims.find(arms, 'a', Rule(margin=0.01))
+  assert [x.verdict for x in found.values()] == ['not shown', 'not shown']
+  assert [x.within for x in found.values()] == [None, None]
+  arms['a'].append({**arms['b'][-1], 'cell': 'a'})
+  found = claims.find(arms, 'a', Rule(margin=0.01))
+  assert [x.verdict for x in found.values()] == ['better', 'not shown']

@@ -234,8 +234,7 @@ def conclude(
   if finished:
     plan = plan.add(config.seeds, rule, next(iter(sentences), ''))
   runs = statistics.by_cell(records)
-  scores = {cell: statistics.final_scores(runs[cell]) for cell in runs}
-  found = claims.find(scores, cells[0].name, rule) if records else {}
+  found = claims.find(runs, cells[0].name, rule) if records else {}
   return {
     'max_seeds': plan.max_seeds,
     'looks': list(plan.looks),

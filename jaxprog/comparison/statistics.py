@@ -91,7 +91,8 @@ class Difference(NamedTuple):
     """
     if self.p_value is None or self.error is None:
       return None
-    return abs(self.estimate.mean) + float(self.error.half(2 * level))
+    bound = abs(self.estimate.mean) + float(self.error.half(2 * level))
+    return min(bound, _DIFFERENCES[1])
 
 
 class MeanCurve(NamedTuple):

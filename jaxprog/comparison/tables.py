@@ -85,7 +85,7 @@ def summarize(
   """
   cells = statistics.by_cell(runs)
   scores = {cell: statistics.final_scores(cells[cell]) for cell in cells}
-  found = claims.find(scores, reference, rule)
+  found = claims.find(cells, reference, rule)
   return [
     CellSummary(
       cell,

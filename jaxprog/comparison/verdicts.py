@@ -190,8 +190,8 @@ def ranking(arms: Sequence[_Arm], reference: _Arm, rule: Rule = _PLAIN) -> str:
   By the final accuracy, the largest difference first; by p-values adjusted for
   their number, since the largest of many is no single comparison.
   """
-  scores = {_name(x): statistics.final_scores(x) for x in (reference, *arms)}
-  found = claims.find(scores, _name(reference), rule)
+  cells = {_name(x): x for x in (reference, *arms)}
+  found = claims.find(cells, _name(reference), rule)
   differ = [(k, x) for k, x in found.items() if x.differs]
   differ.sort(key=lambda x: -x[1].difference.estimate.mean)
   clauses = []
