@@ -5,7 +5,7 @@ import comparison_fixture as fixture
 import pytest
 
 from jaxprog import errors
-from jaxprog.comparison import charts, page, tables, verdicts
+from jaxprog.comparison import charts, page, statistics, tables, verdicts
 from jaxprog.reporting.page import markup
 from jaxprog.tools import report
 
@@ -13,7 +13,7 @@ from jaxprog.tools import report
 def create_result(runs):
   cells = dict.fromkeys(run['cell'] for run in runs)
   return {
-    'version': page.VERSION,
+    'version': statistics.VERSION,
     'finished': True,
     'reference': runs[0]['cell'],
     'verdicts': ['<b>The ladder pays</b>.', 'a against b: no difference.'],

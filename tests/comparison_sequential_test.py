@@ -151,3 +151,14 @@ def test_what_is_under_way_claims_nothing():
   result = previous(Plan(9), 9, finished=False, over=5)
   assert sequential.rule_of(result).silence == sequential.UNDER_WAY
   assert sequential.rule_of({**result, 'finished': True}) == Rule()
+
+
+def test_what_comes_too_late_is_said_before_anything_is_trained():
+  assert not Plan(9).warning(3, 9)
+  assert not Plan(3).warning(3, 0)
+  _, looked = conclude(Plan(3), 3)
+  assert not looked.warning(3, 0)
+  assert looked.warning(5, 0) == (
+    '3 seeds were planned: with 5 after 3 no difference will be claimed.'
+  )
+  assert 'max_seeds=9 comes too late: with 5' in looked.warning(5, 9)

@@ -3,7 +3,7 @@ import math
 import comparison_fixture
 import pytest
 
-from jaxprog.comparison import sequential, statistics, verdicts
+from jaxprog.comparison import claims, sequential, statistics, verdicts
 from jaxprog.comparison.sequential import Rule
 
 run, cell = comparison_fixture.create_run, comparison_fixture.create_cell
@@ -368,3 +368,44 @@ def test_of_many_cells_one_is_not_named_for_its_interval_alone():
   name = others[3][0]['cell']
   assert name in verdicts.ranking(others[3:4], ladder).split(' than ladder')[1]
   assert name not in verdicts.ranking(others, ladder)
+
+
+def test_with_a_hold_out_the_best_weights_are_spoken_of():
+  a = at_target('a', (8, 8.2, 8.4), LEVEL)
+  b = at_target('b', (10, 10, 10), (0.41, 0.41, 0.41))
+  held = [[{**run, 'holdout_images': 100} for run in arm] for arm in (a, b)]
+  said = sentence(*held)
+  assert "; best weights' accuracy +0.0 [-2.5, 2.5] points" in said
+  # The curves, of fewer images, say less than the accuracies do.
+  assert said.startswith('a reached 30.0% top-1 on the hold-out after 0.82x [')
+  assert sentence(a, b).startswith('a reached 30.0% top-1 sooner, after 0.82x')
+  assert "in best weights' accuracy" in verdicts.ranking(held[:1], held[1])
+
+
+def test_a_target_that_none_can_miss_is_in_no_ratio():
+  """The lowest accuracy of all runs may be 0, where curves do not rise."""
+  runs = [
+    comparison_fixture.create_run(cell, seed, 0.0, num_images=90)
+    for cell in 'ab'
+    for seed in range(3)
+  ]
+  start = comparison_fixture.create_boundary(500)
+  runs = [{**run, 'boundaries': [start]} for run in runs]
+  said = verdicts.compare_sentence(runs[:3], runs[3:], 0.0, 'images')
+  assert said.startswith('0.0% top-1 was reached by 3 of 3 runs of a and 3')
+
+
+def test_cells_are_not_ranked_by_the_runs_that_are_left():
+  arms = {
+    cell: comparison_fixture.create_cell(cell, [x] * 3)
+    for cell, x in (('a', 0.4), ('b', 0.5), ('c', 0.4))
+  }
+  for cell in 'bc':
+    gone = comparison_fixture.create_run(cell, 3, None, 'diverged', curve=[])
+    arms[cell].append(gone)
+  found = claims.find(arms, 'a', Rule(margin=0.01))
+  assert [x.verdict for x in found.values()] == ['not shown', 'not shown']
+  assert [x.within for x in found.values()] == [None, None]
+  arms['a'].append({**arms['b'][-1], 'cell': 'a'})
+  found = claims.find(arms, 'a', Rule(margin=0.01))
+  assert [x.verdict for x in found.values()] == ['better', 'not shown']

@@ -113,6 +113,7 @@ def test_a_hold_out_chooses_and_validation_images_are_compared(
   assert record['final_top1'] == validation['top1']
   assert record['num_images'] == validation['num_images'] == 360
   assert record['num_images'] != stage['num_eval_images']
+  assert record['holdout_images'] == stage['num_eval_images']
   right = outcomes.from_json(record['outcomes']).right
   assert len(right) == 360
   assert np.mean(right) == pytest.approx(validation['top1'])

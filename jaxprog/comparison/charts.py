@@ -11,6 +11,7 @@ from jaxprog.comparison import (
   under_way,
   verdicts,
 )
+from jaxprog.comparison.sequential import Rule
 from jaxprog.comparison.statistics import Axis, Record
 from jaxprog.reporting import timeline
 from jaxprog.reporting.page import charts
@@ -28,7 +29,7 @@ _UNFINISHED = 'unfinished'
 
 
 def differences(
-  summaries: Sequence[tables.CellSummary], reference: str
+  summaries: Sequence[tables.CellSummary], reference: str, rule: Rule
 ) -> Html | None:
   """Returns each cell's difference to the reference, in points; None of one.
 
@@ -60,8 +61,10 @@ def differences(
     )
     rows.append((cell, bar, said))
   ticks = [(scale.at(x), f'{x:+g}' if x else '0') for x in scale.ticks()]
+  whose = statistics.whose(run for x in summaries for run in x.runs)
   return charts.bar_rows(
-    f'Final top-1 less that of {reference}, in points, 95% intervals',
+    f'{whose.capitalize()} top-1 less that of {reference}, in points, '
+    f'{rule.describe_intervals()}',
     [tag('span', '○ not told from 0 (Holm)', class_='entry')],
     [*rows, ('', charts.axis(ticks), '')],
   )
@@ -91,10 +94,12 @@ def curves(
     ]
     shown.append(tag('div', _curves(arms, axis, target), class_='choice'))
   left = f', the best {len(arms)} of {len(cells)} cells'
+  holdout = statistics.has_holdout(runs)
   return join(
     tag(
       'h3',
-      'Top-1 over what it cost, all stages counted',
+      f'{"Hold-out top-1" if holdout else "Top-1"} over what it cost, all '
+      'stages counted',
       left if len(arms) < len(cells) else None,
     ),
     tag('div', *parts, *shown, class_='switch'),
@@ -128,12 +133,11 @@ def _curves(
     aim = [(0.0, 100 * target), (x_end, 100 * target)]
     series.append(charts.Series('target', 'chance', aim, stairs=True))
   values = [y for line in series for y in line.values]
-  done = [run for runs in arms.values() for run in statistics.done(runs)]
-  count = min((run['num_images'] for run in done), default=1)
+  every = [run for runs in arms.values() for run in runs]
   return charts.line_chart(
     title,
     series,
-    y=timeline.fit_top1(values, count),
+    y=timeline.fit_top1(values, statistics.curve_images(every)),
     x_end=x_end,
     x_label=TITLES[axis],
     format_x=formats.flops if axis == 'flops' else tables.format_count,

@@ -47,14 +47,14 @@ def read_record(
   history = run_lib.read_history(planned.workdir)
   curve, boundaries = _read_costs(planned, history, handovers)
   last = history_lib.find_stage(history, planned.names[-1])
-  num_images = last['num_eval_images'] if last else 0
+  num_images, holdout_images = last['num_eval_images'] if last else 0, 0
   final = best = outcomes = None
   if outcome['status'] == 'done' and last and last['best']:
     epoch, final = (last['epochs'][-1][x] for x in ('epoch', 'val_top1'))
     validation = last.get('validation')
     if validation:
       epoch, final = validation['epoch'], validation['top1']
-      num_images = validation['num_images']
+      num_images, holdout_images = validation['num_images'], num_images
     found = final, last['best']['top1']
     final, best = (x if formats.is_number(x) else None for x in found)
     path = outcomes_lib.find_path(
@@ -75,6 +75,7 @@ def read_record(
     'final_top1': final,
     'best_top1': best,
     'num_images': num_images,
+    'holdout_images': holdout_images,
     'outcomes': outcomes_lib.to_json(outcomes),
     'curve': curve,
     'boundaries': boundaries,
@@ -210,7 +211,8 @@ def read_previous(workdir: pathlib.Path) -> dict[str, Any] | None:
     found = json.loads(text)
   except (FileNotFoundError, ValueError):
     return None
-  return found if isinstance(found, dict) else None
+  known = isinstance(found, dict) and found.get('version') == statistics.VERSION
+  return found if known else None
 
 
 def conclude(
@@ -232,8 +234,7 @@ def conclude(
   if finished:
     plan = plan.add(config.seeds, rule, next(iter(sentences), ''))
   runs = statistics.by_cell(records)
-  scores = {cell: statistics.final_scores(runs[cell]) for cell in runs}
-  found = claims.find(scores, cells[0].name, rule) if records else {}
+  found = claims.find(runs, cells[0].name, rule) if records else {}
   return {
     'max_seeds': plan.max_seeds,
     'looks': list(plan.looks),

@@ -181,9 +181,9 @@ def _draw_heat(axes: Axes, grid: Grid) -> None:
   names = [textwrap.fill(shorten(x, _LONG), _CELL_WIDTH) for x in grid.columns]
   axes.set_xticks(range(len(grid.columns)), names)
   axes.set_yticks(range(len(grid.rows)), [shorten(x, _LONG) for x in grid.rows])
-  _bare(
-    axes, grid.column_key, grid.row_key, 'Final top-1 (%): mean, ± std, runs'
-  )
+  every = [run for runs in grid.runs.values() for run in runs]
+  title = f'{statistics.whose(every).capitalize()} top-1 (%): mean, ± std, runs'
+  _bare(axes, grid.column_key, grid.row_key, title)
   axes.grid(visible=False)
   axes.spines[:].set_visible(False)
 
@@ -198,7 +198,9 @@ def _draw_curves(
 
   Of few runs these alone. Names stand beside the ends.
   """
-  _bare(axes, 'training images', 'top-1 (%)', title)
+  every = [run for runs in cells.values() for run in runs]
+  holdout = 'hold-out ' * statistics.has_holdout(every)
+  _bare(axes, 'training images', f'{holdout}top-1 (%)', title)
   ends: list[tuple[float, str, str]] = []
   for cell, runs in cells.items():
     lines, interval = statistics.lines(runs, 'images')
@@ -301,8 +303,8 @@ def _draw_differences(
   axes.axvline(0, color=_SOFT, linewidth=1, linestyle=':')
   _bare(
     axes,
-    f'final top-1 less that of {shorten(reference, _LONG)}, points: mean and '
-    '95% interval; filled: p < 0.05 (Holm)',
+    f'{statistics.whose(runs)} top-1 less that of {shorten(reference, _LONG)}, '
+    f'points: means, {rule.describe_intervals()}; filled: p < 0.05 (Holm)',
   )
   axes.grid(visible=False, axis='y')
   axes.set_yticks(range(len(others)), [shorten(x.cell, _LONG) for x in others])

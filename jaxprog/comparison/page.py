@@ -8,7 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprog import buckets, errors, files, formats
-from jaxprog.comparison import charts, sequential, tables, under_way, verdicts
+from jaxprog.comparison import (
+  charts,
+  sequential,
+  statistics,
+  tables,
+  under_way,
+  verdicts,
+)
 from jaxprog.comparison.statistics import Record
 from jaxprog.comparison.under_way import UnderWay
 from jaxprog.reliability import lock
@@ -17,8 +24,6 @@ from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.page.overview import tile
 from jaxprog.reporting.parts import Column, Table
 
-# Of what comparison.json holds; see docs/compare.md.
-VERSION = 2
 _CELLS = (
   Column('cell', lambda x: x['name'], left=True),
   Column('stages', lambda x: ', '.join(x['stages']), left=True),
@@ -28,7 +33,7 @@ _CELLS = (
 _RUNS = (
   Column('cell', lambda x: x['cell'], left=True),
   Column('seed', lambda x: str(x['seed'])),
-  Column('final top-1', lambda x: _final(x['final_top1'])),
+  Column('top-1', lambda x: _final(x['final_top1'])),
   Column('rate', lambda x: f'{x["learning_rate"]:.3g}'),
   Column('status', lambda x: x['status'], left=True),
   Column('resumed', lambda x: str(x['resumed'])),
@@ -93,9 +98,9 @@ def _read(source: pathlib.Path) -> dict[str, Any]:
     return {'finished': False, 'verdicts': [], 'runs': [], 'cells': []}
   if not isinstance(result, dict):
     raise ValueError('it holds no object')
-  if result.get('version') != VERSION:
+  if result.get('version') != statistics.VERSION:
     found = result.get('version', 'none')
-    raise ValueError(f'its version is {found}, not {VERSION}')
+    raise ValueError(f'its version is {found}, not {statistics.VERSION}')
   return result
 
 
@@ -136,7 +141,7 @@ def _sections(
     rule = sequential.rule_of(result)
     summaries = tables.summarize(runs, result['reference'], rule)
     accuracies, costs = tables.tabulate(summaries)
-    drawn = charts.differences(summaries, result['reference'])
+    drawn = charts.differences(summaries, result['reference'], rule)
     yield 'verdicts', 'Verdicts', join(_verdicts(result), drawn)
     notes = tables.notes(summaries, result['reference'], rule)
     said = (tag('p', x, class_='note') for x in notes)

@@ -48,6 +48,10 @@ class Rule(NamedTuple):
     """The error of an interval at this look, below and above it together."""
     return ERROR if self.silence else levels(self.looks)[-1]
 
+  def describe_intervals(self) -> str:
+    """Returns '95% intervals', or what those of a look hold in."""
+    return f'{100 * (1 - self.level):.3g}% intervals'
+
   def adjust(self, p_value: float | None) -> float | None:
     """Returns the total error at which this look would just claim (p-value).
 
@@ -100,6 +104,19 @@ class Plan(NamedTuple):
     others = [x for x in self.looks if x['seeds'] != seeds]
     looks = sorted([*others, look], key=lambda x: x['seeds'])
     return self._replace(looks=tuple(looks))
+
+  def warning(self, seeds: int, max_seeds: int) -> str:
+    """Returns what is to be known before `seeds` are trained, '' if nothing."""
+    rule = self.rule(seeds, finished=True, margin=0.0)
+    if not rule.silence and max_seeds in (0, self.max_seeds):
+      return ''
+    last = max((x['seeds'] for x in self.looks), default=0)
+    text = f'{self.max_seeds} seeds were planned'
+    if max_seeds not in (0, self.max_seeds):
+      text += f', and max_seeds={max_seeds} comes too late'
+    if rule.silence:
+      text += f': with {seeds} after {last} no difference will be claimed'
+    return f'{text}.'
 
   def note(self) -> str:
     """Returns what exploratory looks are worth, and what was shown before."""

@@ -23,6 +23,8 @@ from jaxprog.monitoring import outcomes as outcomes_lib
 from jaxprog.monitoring.outcomes import Outcomes
 
 T = TypeVar('T')
+# Of comparison.json; see docs/compare.md.
+VERSION = 2
 # What is kept of a run, and the costs that its curve is told over.
 Record = Mapping[str, Any]
 Axis = Literal['images', 'flops', 'seconds', 'epochs']
@@ -89,7 +91,8 @@ class Difference(NamedTuple):
     """
     if self.p_value is None or self.error is None:
       return None
-    return abs(self.estimate.mean) + float(self.error.half(2 * level))
+    bound = abs(self.estimate.mean) + float(self.error.half(2 * level))
+    return min(bound, _DIFFERENCES[1])
 
 
 class MeanCurve(NamedTuple):
@@ -300,10 +303,11 @@ def count_lost(runs: Iterable[Record]) -> list[str]:
 
 
 def final_scores(runs: Iterable[Record]) -> dict[int, Score]:
-  """Returns the final top-1 of each run that is done, by seed.
+  """Returns the top-1 of each run that is done, by seed.
 
-  Not the best of its epochs: that one is chosen on the evaluation images, and
-  the more evaluations there are, the higher it comes out.
+  Of its last weights: the best of its epochs is chosen on the evaluation
+  images, and the more evaluations there are, the higher it comes out. Of the
+  best where a hold-out chose them.
   """
   return {
     run['seed']: Score(
@@ -313,6 +317,22 @@ def final_scores(runs: Iterable[Record]) -> dict[int, Score]:
     )
     for run in done(runs)
   }
+
+
+def has_holdout(runs: Iterable[Record]) -> bool:
+  """Returns whether a hold-out chose weights: then curves are of it."""
+  return any(run.get('holdout_images') for run in done(runs))
+
+
+def whose(runs: Iterable[Record]) -> str:
+  """Returns of which weights the top-1 is that cells are compared by."""
+  return "best weights'" if has_holdout(runs) else 'final'
+
+
+def curve_images(runs: Iterable[Record]) -> int:
+  """Returns of how many images curves are, at the least."""
+  counts = (x.get('holdout_images') or x['num_images'] for x in done(runs))
+  return min(counts, default=1)
 
 
 def points(run: Record, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
@@ -377,16 +397,17 @@ def compare_time_to_target(
 ) -> Difference | None:
   """Returns the ratio of the costs to a target, or None where it has no sense.
 
-  Only where every run of both reached the target. The mean of those that did
-  would be better the more of the slow ones are missing from it; what is left
-  then is to say how many did. The ratio is the geometric mean over the seeds
-  that pair, as in `compare`, and its interval that of log a - log b, whose ends
-  are raised again: costs vary by factors, and a / b then says as much as b / a.
-  `std` stays that of the logarithms.
+  Only where every run of both reached the target, above 0. The mean of those
+  that did would be better the more of the slow ones are missing from it; what
+  is left then is to say how many did. The ratio is the geometric mean over the
+  seeds that pair, as in `compare`, and its interval that of log a - log b,
+  whose ends are raised again: costs vary by factors, and a / b then says as
+  much as b / a. `std` stays that of the logarithms.
   """
   found = [costs_to_target(runs, target, axis) for runs in (a, b)]
   costs = [{seed: cost for seed, cost in arm.items() if cost} for arm in found]
-  if any(not x or len(x) < len(y) for x, y in zip(costs, found, strict=True)):
+  reached = zip(costs, found, strict=True)
+  if not target or any(not x or len(x) < len(y) for x, y in reached):
     return None
   first, second, paired = _pair(*costs)
   x, y = np.log(first), np.log(second)
@@ -407,11 +428,9 @@ def _target_noise(runs: Iterable[Record], target: float, axis: Axis) -> float:
   What the images leave uncertain of an accuracy, over how fast it rises there.
   """
   finished = done(runs)
-  images = min(run['num_images'] for run in finished)
   slopes = [_slope(run, target, axis) for run in finished]
-  return (
-    noise_lib.binomial_variance(target, images) / float(np.median(slopes)) ** 2
-  )
+  own = noise_lib.binomial_variance(target, curve_images(finished))
+  return own / float(np.median(slopes)) ** 2
 
 
 def _slope(run: Record, target: float, axis: Axis) -> float:
@@ -422,7 +441,7 @@ def _slope(run: Record, target: float, axis: Axis) -> float:
   return float(rise * (first_reach(costs, values, target) or costs[i]))
 
 
-def mean_curve(runs: Iterable[Record], axis: Axis) -> MeanCurve | None:
+def mean_curve(runs: Sequence[Record], axis: Axis) -> MeanCurve | None:
   """Returns the mean top-1 of the runs that are done, over costs along `axis`.
 
   On the costs that all of them have in common, so that no run enters or leaves
@@ -437,8 +456,7 @@ def mean_curve(runs: Iterable[Record], axis: Axis) -> MeanCurve | None:
   mean, spread = values.mean(0), _spread(values)
   if spread is None:
     return MeanCurve(grid, mean, None, None)
-  images = min(run['num_images'] for run in done(runs))
-  own = noise_lib.binomial_variance(mean, images)
+  own = noise_lib.binomial_variance(mean, curve_images(runs))
   error = noise_lib.standard_error(spread.variance, spread.freedom, Noise(own))
   low, high = _interval(mean, error, _ACCURACIES)
   return MeanCurve(grid, mean, low, high)

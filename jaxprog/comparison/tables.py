@@ -21,7 +21,7 @@ from jaxprog.reporting.report import terminal_table
 _AXES: tuple[Axis, ...] = ('epochs', 'images', 'flops', 'seconds')
 _NONE = '-'
 _CAPTION = (
-  'Final top-1 (%), over seeds. Difference: to {reference}, in points, over '
+  '{whose} top-1 (%), over seeds. Difference: to {reference}, in points, over '
   'the seeds that both have. p: of that, for all cells together (Holm), from '
   f'{statistics.MIN_RUNS} runs on. Intervals count other seeds and other '
   'evaluation images.'
@@ -85,7 +85,7 @@ def summarize(
   """
   cells = statistics.by_cell(runs)
   scores = {cell: statistics.final_scores(cells[cell]) for cell in cells}
-  found = claims.find(scores, reference, rule)
+  found = claims.find(cells, reference, rule)
   return [
     CellSummary(
       cell,
@@ -116,7 +116,8 @@ def tabulate(summaries: Sequence[CellSummary]) -> tuple[Table, Table]:
   accuracies = create_table(
     ('cell', 'n', 'top-1', 'std', '95% interval', 'difference', 'p', 'equal'),
     [_accuracy_row(summary) for summary in summaries],
-    'Final top-1 over seeds, %; equal: within so many points, all together',
+    f'{_whose(summaries)} top-1 over seeds, %; equal: within so many points, '
+    'all together',
   )
   costs = create_table(
     ('cell', 'best rate', 'epochs', 'images', 'FLOPs', 'seconds', 'runs'),
@@ -145,8 +146,15 @@ def notes(
   summaries: Sequence[CellSummary], reference: str, rule: Rule = _PLAIN
 ) -> list[str]:
   """Returns what a reader of the table has to know, a sentence or two each."""
-  texts = [_CAPTION.format(reference=reference)]
+  texts = [_CAPTION.format(reference=reference, whose=_whose(summaries))]
   runs = [run for summary in summaries for run in summary.runs]
+  if statistics.has_holdout(runs):
+    texts.append(
+      'Weights were chosen on the hold-out, which curves and targets are of; '
+      'the validation images were looked at once.'
+    )
+    if not all(run.get('holdout_images') for run in statistics.done(runs)):
+      texts.append('Some runs have no hold-out: theirs are the last weights.')
   compared = [s.difference for s in summaries if s.difference]
   if not all(difference.paired for difference in compared):
     texts.append(
@@ -164,6 +172,11 @@ def notes(
       f'Of {len(runs)} runs {" and ".join(lost)}: counted here, in no mean.'
     )
   return [text for text in texts if text]
+
+
+def _whose(summaries: Sequence[CellSummary]) -> str:
+  runs = [run for summary in summaries for run in summary.runs]
+  return statistics.whose(runs).capitalize()
 
 
 def _run_rows(runs: Iterable[Record]) -> list[dict[str, Any]]:

@@ -43,6 +43,8 @@ def target_sentence(
 ) -> str:
   """Returns what `a` paid to reach `target`, as a multiple of what `b` paid."""
   goal = f'{100 * target:.1f}% top-1'
+  if statistics.has_holdout([*a, *b]):
+    goal += ' on the hold-out'
   x = statistics.costs_to_target(a, target, axis)
   y = statistics.costs_to_target(b, target, axis)
   found = statistics.compare_time_to_target(a, b, target, axis, rule.level)
@@ -65,7 +67,7 @@ def accuracy_sentence(a: _Arm, b: _Arm, rule: Rule = _PLAIN) -> str:
     statistics.final_scores(a), statistics.final_scores(b), rule.level
   )
   e, counts = found.estimate, _count(found)
-  text = f'final accuracy {format_points(e)} points'
+  text = f'{statistics.whose([*a, *b])} accuracy {format_points(e)} points'
   if e.low is None:
     return f'{text}; {counts}: nothing can be said of the spread'
   is_equal, words = _is_equal(found, rule), []
@@ -188,8 +190,8 @@ def ranking(arms: Sequence[_Arm], reference: _Arm, rule: Rule = _PLAIN) -> str:
   By the final accuracy, the largest difference first; by p-values adjusted for
   their number, since the largest of many is no single comparison.
   """
-  scores = {_name(x): statistics.final_scores(x) for x in (reference, *arms)}
-  found = claims.find(scores, _name(reference), rule)
+  cells = {_name(x): x for x in (reference, *arms)}
+  found = claims.find(cells, _name(reference), rule)
   differ = [(k, x) for k, x in found.items() if x.differs]
   differ.sort(key=lambda x: -x[1].difference.estimate.mean)
   clauses = []
@@ -212,7 +214,8 @@ def ranking(arms: Sequence[_Arm], reference: _Arm, rule: Rule = _PLAIN) -> str:
     bounds = [found[k].within if k in found else None for k in left]
     clauses.append(
       f'{_count_named(left, arms)} not shown to differ from '
-      f'{_name(reference)} in final accuracy{_reserve(bounds, rule)}'
+      f'{_name(reference)} in {statistics.whose(reference)} accuracy'
+      f'{_reserve(bounds, rule)}'
     )
   sentence = '; '.join(clauses)
   return f'{sentence[0].upper()}{sentence[1:]}.'

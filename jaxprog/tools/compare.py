@@ -92,6 +92,9 @@ def compare(
       previous = collect.read_previous(workdir)
       comparison.power = power.begin(config, planned, previous)
       comparison.say(verdicts.power_sentence(comparison.power))
+      plan = sequential.go_on(previous, config.seeds, config.max_seeds)
+      if warning := plan.warning(config.seeds, config.max_seeds):
+        comparison.say(warning)
       lines = config.engine != 'serial'
       with live.comparison(workdir, console, lines=lines):
         _tune(comparison)
@@ -299,7 +302,7 @@ def _write(
   by_cell = {planned.cell.name: planned for planned in every}
   finished = len(done) == len(comparison.cells) * config.seeds
   result: dict[str, Any] = {
-    'version': page.VERSION,
+    'version': statistics.VERSION,
     'reference': comparison.reference.name,
     'budget': config.budget,
     'target_top1': target,
