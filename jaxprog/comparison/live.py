@@ -93,7 +93,7 @@ def _work(
       shown = fleet.Fleet(console, 'runs')
       stack.callback(shown.close)
     while not is_over.is_set():
-      # What fails here fails aloud at the end.
+      # A disk that is full ends the runs themselves.
       with contextlib.suppress(OSError, errors.UserError):
         if see is not None:
           shown.show(see())

@@ -1,18 +1,16 @@
 """The report of a search: of trials that are over, and of those under way."""
 
-import datetime
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxprog import errors, files, formats
-from jaxprog.comparison import tables, under_way
+from jaxprog.comparison import page, tables, under_way
 from jaxprog.monitoring import fleet, standing
 from jaxprog.monitoring.standing import Running
 from jaxprog.reliability import lock
-from jaxprog.reporting.page import html
-from jaxprog.reporting.page.markup import Html, render, tag
+from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.page.overview import tile
 
 
@@ -50,15 +48,9 @@ def write_page(
   running = list(standing.find(workdir, 'trials/*'))
   if is_live is None:
     is_live = bool(lock.find_owner(workdir))
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-  name = workdir.resolve().name
-  status, style = 'stopped', 'warn'
-  if is_live:
-    status = 'under way'
-  elif len(found['trials']) >= config.get('num_trials', 0):
-    status, style = 'finished', 'good'
   try:
-    shown = [*_trials(found)]
+    over, shown = len(found['trials']), [*_trials(found)]
+    state = [*_state(workdir, config, found, running)]
   except (LookupError, TypeError, AttributeError) as e:
     raise errors.UserError(
       f'The search is damaged: {e!r}.',
@@ -66,24 +58,17 @@ def write_page(
       'Repeat --mode=tune: it writes the file anew.',
     ) from e
   sections = [
-    ('so-far', 'So far', tag('div', *_state(workdir, config, found, running))),
-    *([('trials', 'Trials', tag('div', *shown))] if shown else []),
+    ('so-far', 'So far', join(*state)),
+    *([('trials', 'Trials', join(*shown))] if shown else []),
   ]
-  text = html.document(
-    f'{name}: search',
-    html.create_header(
-      'Search',
-      name,
-      html.create_chips(
-        tag('span', status, class_=f'chip {style}'),
-        written=now,
-        is_live=is_live,
-      ),
-    ),
+  text = page.document(
+    'Search',
+    workdir,
     sections,
-    'Made from tune.json and what each run says of itself by --mode=report. '
-    'Each trial has a report of its own below trials/.',
-    live=html.renew(now) if is_live else None,
+    'Made from tune.json and what each run says of itself; --mode=report makes '
+    'it again. Each trial has a report of its own below trials/.',
+    is_finished=over >= config.get('num_trials', 0),
+    is_live=is_live,
   )
   path = workdir / 'report.html'
   files.write_bytes(path, text.encode())
@@ -117,7 +102,7 @@ def _trials(found: Mapping[str, Any]) -> Iterator[Html]:
       formats.percent(x['top1']),
       str(x['epochs']),
       x['status'],
-      *(_short(x['parameters'].get(name)) for name in names),
+      *(short(x['parameters'].get(name)) for name in names),
     )
     for x in trials
   ]
@@ -127,7 +112,8 @@ def _trials(found: Mapping[str, Any]) -> Iterator[Html]:
     yield render(tables.create_table(titles, rows, caption, left=(0, 3)))
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+  """Returns what a table says of a field's value."""
   return f'{value:.3g}' if isinstance(value, float) else str(value)
 
 
