@@ -17,13 +17,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import rich.console
 from ml_collections import config_dict
 
 from jaxprog import buckets, errors, files, formats, stages
 from jaxprog import config as config_lib
-from jaxprog.comparison import engines, live, statistics, tasks
+from jaxprog.comparison import engines, live, search_page, statistics, tasks
 from jaxprog.data import workers
 from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
@@ -43,8 +42,6 @@ try:
 except ImportError as e:
   _missing = e
 
-# For how long a process that was lost may still have the workdir of its trial.
-_PATIENCE_SECONDS = 300.0
 _KINDS = ('choice', 'integer', 'log', 'uniform')
 
 
@@ -65,36 +62,32 @@ def tune(
   if isinstance(config, str):
     config = config_lib.load_config(config)
   workdir, url = mirror.locate(workdir, config.base.mirror)
-  config = config_lib.with_mirror(config)
+  config = config_lib.complete(config_lib.with_mirror(config), 'tune_default')
   space = create_space(config)
-  _preflight(config, workdir)
-  with (
-    signals.StopRequest(),
-    mirror.hold(workdir, url) as owner,
-    engines.start(config, workdir, _say) as engine,
-  ):
-    study = studies.open_study(config, workdir, engine.slots)
-    plain = studies.without_password(config)
-    files.write_json(workdir / 'config.json', config_lib.to_json(plain))
-    studies.enqueue_unfinished(study)
-    search = _Search(config, workdir, study, space, owner, engine)
-    console = rich.console.Console(markup=False)
-    with live.search(workdir, console, lines=engine.slots > 1):
-      _run_trials(search)
-    found = _describe(study)
-    _write(config, workdir, found)
+  with engines.devices_elsewhere(config):
+    base = stages.complete(config.base)
+    if (
+      config.engine != 'serial'
+    ):  # Trials look whether they are the right ones.
+      base.platform = 'any'
+    preflight.launch(base, workdir, only=config.only)
+    with (
+      signals.StopRequest(),
+      mirror.hold(workdir, url) as owner,
+      engines.start(config, workdir, _say) as engine,
+    ):
+      study = studies.open_study(config, workdir, engine.slots)
+      plain = studies.without_password(config)
+      files.write_json(workdir / 'config.json', config_lib.to_json(plain))
+      studies.enqueue_unfinished(study)
+      search = _Search(config, workdir, study, space, owner, engine)
+      console = rich.console.Console(markup=False)
+      with live.search(workdir, console, lines=engine.slots > 1):
+        _run_trials(search)
+      found = _describe(study)
+      _write(config, workdir, found)
   _show(config, workdir, found)
   return found
-
-
-def _preflight(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
-  """Raises UserError for what would fail hours later, at no cost."""
-  base = stages.complete(config.base)
-  if config.engine != 'serial':
-    # Accelerators are for trials, which look whether they are the right ones.
-    jax.config.update('jax_platforms', 'cpu')
-    base.platform = 'any'
-  preflight.launch(base, workdir, only=config.only)
 
 
 def create_space(
@@ -105,12 +98,6 @@ def create_space(
   Raises:
     UserError: for the first mistake in a search.
   """
-  if 'search' not in config:
-    raise errors.UserError(
-      'This config is no search: it has no search.',
-      '--mode=tune',
-      'Start from tune_default.',
-    )
   for field in (
     Field('sampler', str, None, choices=('random', 'tpe')),
     Field('pruner', str, None, choices=('hyperband', 'median', 'none')),
@@ -239,20 +226,16 @@ def _run_trial(search: _Search) -> None:
     RuntimeError: if another search has taken over the workdir.
   """
   config, study, owner = search.config, search.study, search.owner
-  is_here = config.engine == 'serial'
   owner.check()  # The trial's own lock knows nothing of it.
   trial = study.ask(search.space)
   directory = trial.user_attrs.get('directory', f'{trial.number:04d}')
   trial.set_user_attr('directory', directory)
   config_of_trial = _create_ladder(config, trial.params)
   chosen = stages.select(stages.create_stages(config_of_trial), config.only)
-  shown = ', '.join(f'{k}={_short(v)}' for k, v in trial.params.items())
+  shown = ', '.join(
+    f'{k}={search_page.short(v)}' for k, v in trial.params.items()
+  )
   _say(f'trial {directory}: {shown}')
-  check: Callable[[], object] = owner.check
-  patience = 0.0
-  if not is_here:
-    check = functools.partial(lock.check_owner, search.workdir, owner.token)
-    patience = _PATIENCE_SECONDS
   try:
     outcome = search.engine.run(
       f'trial {directory}',
@@ -261,8 +244,7 @@ def _run_trial(search: _Search) -> None:
       config_of_trial,
       search.workdir / 'trials' / directory,
       [stage.name for stage in chosen],
-      check,
-      patience,
+      *engines.guard(config, search.workdir, owner),
     )
   except tasks.LostError as e:
     study.tell(trial, state=TrialState.FAIL)
@@ -274,7 +256,7 @@ def _run_trial(search: _Search) -> None:
       trial.set_user_attr(name, outcome[name])
   top1 = outcome['top1']
   study.tell(trial, top1, TrialState.PRUNED if top1 is None else None)
-  if not is_here:
+  if config.engine != 'serial':
     result = 'pruned' if top1 is None else f'top-1 {top1:.1%}'
     _say(f'trial {directory}: {result}')
 
@@ -418,8 +400,4 @@ def _say(text: str) -> None:
 
 
 def _parameter(field: str, trial: Mapping[str, Any]) -> str:
-  return _short(trial['parameters'].get(field))
-
-
-def _short(value: Any) -> str:
-  return f'{value:.3g}' if isinstance(value, float) else str(value)
+  return search_page.short(trial['parameters'].get(field))
