@@ -1,6 +1,5 @@
 """The report of a search: of trials that are over, and of those under way."""
 
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from jaxprog.comparison import page, tables, under_way
 from jaxprog.monitoring import fleet, standing
 from jaxprog.monitoring.standing import Running
 from jaxprog.reliability import lock
+from jaxprog.reporting import rundir
 from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.page.overview import tile
 
@@ -118,9 +118,4 @@ def short(value: Any) -> str:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the JSON object in a file, {} where there is none."""
-  try:
-    value = json.loads(path.read_bytes())
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}
+  return rundir.read_object(path) or {}
