@@ -316,6 +316,12 @@ def test_a_config_of_an_older_version_has_the_younger_fields():
   found = config_lib.complete(config, 'compare_default')
   assert (found.seeds, found.max_seeds, found.margin) == (4, 0, 0.0)
   assert config_lib.to_json(found) == config_lib.to_json(create(seeds=4))
+  search = start_from('tune_default')
+  before = config_lib.to_json(search)
+  for field in ('storage', 'engine', 'ray'):
+    del search[field]
+  found = config_lib.complete(search, 'tune_default')
+  assert config_lib.to_json(found) == before
 
 
 def test_a_process_that_only_plans_has_its_devices_back():

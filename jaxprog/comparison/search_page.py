@@ -1,7 +1,7 @@
 """The report of a search: of trials that are over, and of those under way."""
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprog import errors, files, formats
@@ -12,6 +12,7 @@ from jaxprog.reliability import lock
 from jaxprog.reporting import rundir
 from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.page.overview import tile
+from jaxprog.reporting.parts import Table
 
 
 def is_search(workdir: pathlib.Path) -> bool:
@@ -49,8 +50,9 @@ def write_page(
   if is_live is None:
     is_live = bool(lock.find_owner(workdir))
   try:
-    over, shown = len(found['trials']), [*_trials(found)]
-    state = [*_state(workdir, config, found, running)]
+    trials, state = found['trials'], [*_state(workdir, config, found, running)]
+    fields = dict.fromkeys(k for x in trials for k in x['parameters'])
+    table = render(tabulate(found, list(fields)))
   except (LookupError, TypeError, AttributeError) as e:
     raise errors.UserError(
       f'The search is damaged: {e!r}.',
@@ -59,7 +61,7 @@ def write_page(
     ) from e
   sections = [
     ('so-far', 'So far', join(*state)),
-    *([('trials', 'Trials', join(*shown))] if shown else []),
+    *([('trials', 'Trials', table)] if trials else []),
   ]
   text = page.document(
     'Search',
@@ -67,7 +69,7 @@ def write_page(
     sections,
     'Made from tune.json and what each run says of itself; --mode=report makes '
     'it again. Each trial has a report of its own below trials/.',
-    is_finished=over >= config.get('num_trials', 0),
+    is_finished=len(trials) >= config.get('num_trials', 0),
     is_live=is_live,
   )
   path = workdir / 'report.html'
@@ -93,23 +95,22 @@ def _state(
     yield render(under_way.running_table(workdir, running, _name))
 
 
-def _trials(found: Mapping[str, Any]) -> Iterator[Html]:
-  trials = sorted(found['trials'], key=lambda x: -(x['top1'] or 0))
-  names = list(dict.fromkeys(k for x in trials for k in x['parameters']))
+def tabulate(found: Mapping[str, Any], fields: Sequence[str]) -> Table:
+  """Returns a row for each trial that is over, the best one first."""
   rows = [
     (
       x['directory'],
       formats.percent(x['top1']),
       str(x['epochs']),
       x['status'],
-      *(short(x['parameters'].get(name)) for name in names),
+      *(short(x['parameters'].get(field)) for field in fields),
     )
-    for x in trials
+    for x in sorted(found['trials'], key=lambda x: -(x['top1'] or 0))
   ]
-  if rows:
-    titles = ('trial', 'top-1', 'epochs', 'status', *names)
-    caption = 'The best first; the best of many is partly luck'
-    yield render(tables.create_table(titles, rows, caption, left=(0, 3)))
+  titles = ('trial', 'top-1', 'epochs', 'status', *fields)
+  caption = 'The best first; the best of many is partly luck'
+  left = (0, *range(3, len(titles)))
+  return tables.create_table(titles, rows, caption, left=left)
 
 
 def short(value: Any) -> str:

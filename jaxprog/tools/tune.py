@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import io
 import math
 import pathlib
@@ -27,7 +26,6 @@ from jaxprog.data import workers
 from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import lock, mirror, signals
-from jaxprog.reporting.parts import Column
 from jaxprog.reporting.report import terminal_table
 from jaxprog.training import ladder, loop, preflight
 
@@ -370,34 +368,21 @@ def _show(
 ) -> None:
   """Prints the ten best trials and what they do not say."""
   fields = [x['field'] for x in config.search]
-  ranked = sorted(found['trials'], key=lambda x: -(x['top1'] or 0))
-  columns = [
-    Column('trial', lambda x: x['directory'], left=True),
-    Column('top-1', lambda x: formats.percent(x['top1'])),
-    Column('epochs', lambda x: str(x['epochs'])),
-    Column('status', lambda x: x['status'], left=True),
-    *(Column(x, functools.partial(_parameter, x), left=True) for x in fields),
-  ]
-  console = rich.console.Console(markup=False)
-  console.print(terminal_table(columns, ranked[:10]))
+  table = search_page.tabulate(found, fields)
+  rich.console.Console(markup=False).print(
+    terminal_table(table.columns, table.rows[:10])
+  )
   pruned = sum(x['status'] == 'pruned' for x in found['trials'])
   alike = len(found['alike'])
-  console.print(
+  _say(
     f'{len(found["trials"])} trials, {pruned} of them pruned. Of the others '
     f'{found["num_images"]:,} evaluation images do not tell {alike} from the '
     'best. The best of many is partly luck: train it with other seeds before '
     'you believe it.\n'
-    f'{buckets.shown(workdir / "best_config.json")}',
-    highlight=False,
-    markup=False,
-    soft_wrap=True,
+    f'{buckets.shown(workdir / "best_config.json")}'
   )
 
 
 def _say(text: str) -> None:
   console = rich.console.Console(markup=False)
   console.print(text, highlight=False, soft_wrap=True)
-
-
-def _parameter(field: str, trial: Mapping[str, Any]) -> str:
-  return search_page.short(trial['parameters'].get(field))
