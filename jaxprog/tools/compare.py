@@ -91,7 +91,7 @@ def compare(
       previous = collect.read_previous(workdir)
       comparison.power = power.begin(config, planned, previous)
       comparison.say(verdicts.power_sentence(comparison.power))
-      lines = comparison.engine.slots > 1
+      lines = config.engine != 'serial'
       with live.comparison(workdir, console, lines=lines):
         _tune(comparison)
         result = _run_all(comparison, _time_cells(comparison))

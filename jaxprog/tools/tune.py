@@ -64,9 +64,8 @@ def tune(
   space = create_space(config)
   with engines.devices_elsewhere(config):
     base = stages.complete(config.base)
-    if (
-      config.engine != 'serial'
-    ):  # Trials look whether they are the right ones.
+    if config.engine != 'serial':
+      # Accelerators are for trials, which look whether they are the right ones.
       base.platform = 'any'
     preflight.launch(base, workdir, only=config.only)
     with (
@@ -80,7 +79,7 @@ def tune(
       studies.enqueue_unfinished(study)
       search = _Search(config, workdir, study, space, owner, engine)
       console = rich.console.Console(markup=False)
-      with live.search(workdir, console, lines=engine.slots > 1):
+      with live.search(workdir, console, lines=config.engine != 'serial'):
         _run_trials(search)
       found = _describe(study)
       _write(config, workdir, found)
