@@ -182,6 +182,19 @@ def with_mirror(
   return config
 
 
+def complete(
+  config: config_dict.ConfigDict, default: str
+) -> config_dict.ConfigDict:
+  """Returns `config` with the fields of a shipped one that it lacks, in place.
+
+  They are younger than it.
+  """
+  known = start_from(default)
+  for name in set(known) - set(config):
+    config[name] = known[name]
+  return config
+
+
 def config_hash(config: config_dict.ConfigDict) -> str:
   """Returns 16 hex digits that change whenever the result might."""
   plain = {k: v for k, v in to_json(config).items() if k not in _FREE}

@@ -1,3 +1,4 @@
+import os
 import pathlib
 import subprocess
 import sys
@@ -312,6 +313,37 @@ def test_a_config_of_an_older_version_has_the_younger_fields():
   config = create(seeds=4)
   for field in ('max_seeds', 'margin', 'pilot'):
     del config[field]
-  found = cells.complete(config)
+  found = config_lib.complete(config, 'compare_default')
   assert (found.seeds, found.max_seeds, found.margin) == (4, 0, 0.0)
   assert config_lib.to_json(found) == config_lib.to_json(create(seeds=4))
+  search = start_from('tune_default')
+  before = config_lib.to_json(search)
+  for field in ('storage', 'engine', 'ray'):
+    del search[field]
+  found = config_lib.complete(search, 'tune_default')
+  assert config_lib.to_json(found) == before
+
+
+def test_a_process_that_only_plans_has_its_devices_back():
+  program = (
+    'import jax\n'
+    'from jaxprog import start_from\n'
+    'from jaxprog.comparison import engines\n'
+    'config = start_from("compare_default")\n'
+    'for config.engine in "serial", "ray":\n'
+    '  with engines.devices_elsewhere(config):\n'
+    '    during = jax.config.jax_platforms\n'
+    '    client = during and jax.devices()[0].client\n'
+    '  print(during, jax.config.jax_platforms)\n'
+    'jax.config.update("jax_platforms", "cpu")\n'
+    'print(jax.devices()[0].client is client)\n'
+  )
+  environ = {k: v for k, v in os.environ.items() if k != 'JAX_PLATFORMS'}
+  done = subprocess.run(
+    [sys.executable, '-c', program],
+    env=environ,
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout.splitlines() == ['None None', 'cpu None', 'False']

@@ -324,7 +324,8 @@ def paced():
   def lines():
     return [x for x in plain_lines(console) if x['event'] == 'step']
 
-  return clock, shown, train, lines
+  yield clock, shown, train, lines
+  shown.close()
 
 
 def test_time_left_of_epoch_stage_and_run(paced):
@@ -371,11 +372,11 @@ def test_time_left_ignores_pauses_between_epochs(paced):
 
 def test_rate_follows_a_machine_that_slows_down():
   clock, console = Clock(), create_console(terminal=False)
-  shown = progress_lib.Progress(1, console=console, clock=clock)
-  shown.start_stage(0, 'a', [10_000])
-  for step in range(1, 1201):
-    clock.now += 0.1 if step < 1000 else 3.0
-    shown.step(step, METRICS)
+  with progress_lib.Progress(1, console=console, clock=clock) as shown:
+    shown.start_stage(0, 'a', [10_000])
+    for step in range(1, 1201):
+      clock.now += 0.1 if step < 1000 else 3.0
+      shown.step(step, METRICS)
   # 8,800 steps of 3 s are 7:20:00.
   hours, minutes, _ = plain_lines(console)[-1]['stage_left'].split(':')
   assert int(hours) + int(minutes) / 60 == pytest.approx(7 + 20 / 60, abs=0.05)
@@ -405,11 +406,11 @@ def test_pipe_gets_one_greppable_line_an_epoch():
 
 def test_pipe_gets_a_line_on_steps_every_eight_seconds():
   clock, console = Clock(), create_console(terminal=False)
-  shown = progress_lib.Progress(1, console=console, clock=clock)
-  shown.start_stage(0, 'a', [10_000], note='two words')
-  for step in range(1, 10_001):
-    clock.now += 0.1
-    shown.step(step, METRICS)
+  with progress_lib.Progress(1, console=console, clock=clock) as shown:
+    shown.start_stage(0, 'a', [10_000], note='two words')
+    for step in range(1, 10_001):
+      clock.now += 0.1
+      shown.step(step, METRICS)
   lines = plain_lines(console)
   assert lines[0]['note'] == '"two words"'
   assert sum(x['event'] == 'step' for x in lines) == 125

@@ -15,7 +15,7 @@ import pytest
 import rich.console
 import runs as run_lib
 
-from jaxprog import errors, files
+from jaxprog import errors, files, stages
 from jaxprog.comparison import cells, collect, live, runs
 from jaxprog.monitoring import outcomes
 from jaxprog.reliability import checkpoints, lock
@@ -124,6 +124,23 @@ def test_a_hold_out_chooses_and_validation_images_are_compared(
   folder = pathlib.Path(tuning['runs'][0]['workdir'])
   (stage,) = run_lib.read_history(folder)['stages']
   assert trial['score'] == stage['epochs'][-1]['val_top1']
+
+
+def test_seeds_and_rates_leave_a_program_as_it_is(data_dir):
+  base = stages.complete(compare_config.get_ladder(data_dir).base)
+
+  def key(seed=0, **fields):
+    config = stages.complete(base)
+    config.seed = seed
+    config.stages[1].update(fields)
+    before = config.to_yaml()
+    cell = cells.Cell('same', {})
+    found = runs.program_key(runs.Planned(cell, seed, config, (), data_dir))
+    assert config.to_yaml() == before
+    return found
+
+  assert key() == key(seed=1, learning_rate=0.5)
+  assert len({key(), key(optimizer='lamb'), key(num_epochs=2.0)}) == 3
 
 
 def test_a_comparison_that_another_has_taken_over_ends(data_dir, tmp_path):

@@ -102,7 +102,7 @@ def test_a_search_goes_on_where_it_was_stopped(run_main, data_dir, tmp_path):
   )
   kill = signal.SIGKILL
   assert stop_in_trial('0000', kill, arguments, workdir) == -kill
-  assert stop_in_trial('0002', signal.SIGTERM, arguments, workdir) == 123
+  assert stop_in_trial('0002', signal.SIGTERM, arguments, workdir) == 143
   finished = run_main(*arguments)
   assert finished.returncode == 0, finished.stderr + finished.stdout
   found = json.loads((workdir / 'tune.json').read_text())

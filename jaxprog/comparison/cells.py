@@ -90,15 +90,6 @@ def create_cells(config: config_dict.ConfigDict) -> tuple[Cell, ...]:
   return tuple(found)
 
 
-def complete(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """Returns `config` with the fields that are younger than it, in place."""
-  if 'base' in config:
-    for name, value in config_lib.start_from('compare_default').items():
-      if name not in config:
-        config[name] = value
-  return config
-
-
 def create_ladder(
   config: config_dict.ConfigDict, cell: Cell, seed: int
 ) -> config_dict.ConfigDict:

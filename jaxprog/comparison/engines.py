@@ -9,18 +9,26 @@ that they may share what they like.
 """
 
 import contextlib
+import functools
 import importlib
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
+import jax
+from jax.extend import backend
 from ml_collections import config_dict
 
 from jaxprog import errors
 from jaxprog.comparison import tasks
 from jaxprog.fields import Field
+from jaxprog.reliability import lock
 
 _T = TypeVar('_T')
+
+# For a run whose workdir a process still has that is about to die, or thought
+# dead: longer than a file server remembers its locks.
+_PATIENCE_SECONDS = 300.0
 
 
 class Engine(Protocol):
@@ -91,6 +99,39 @@ def check(config: config_dict.ConfigDict) -> None:
   ):
     field.check(config.ray[field.name.removeprefix('ray.')], 'config')
   tasks.count_needs(config.ray)
+
+
+@contextlib.contextmanager
+def devices_elsewhere(config: config_dict.ConfigDict) -> Iterator[None]:
+  """Has JAX leave accelerators to runs that are not in this process.
+
+  Afterwards it finds them again: a notebook goes on to train.
+  """
+  before = jax.config.jax_platforms  # type: ignore[attr-defined]
+  if config.engine == 'serial' or before == 'cpu':
+    yield
+    return
+  jax.config.update('jax_platforms', 'cpu')
+  try:
+    yield
+  finally:
+    is_hidden = jax.default_backend() == 'cpu'  # Else it had them before.
+    jax.config.update('jax_platforms', before)
+    if is_hidden:
+      backend.clear_backends()
+
+
+def guard(
+  config: config_dict.ConfigDict, workdir: pathlib.Path, owner: lock.Lock
+) -> tuple[Callable[[], object], float]:
+  """Returns what a run calls, which raises once another has `workdir`.
+
+  And for how many seconds it is to wait for its own directory.
+  """
+  if config.engine == 'serial':
+    return owner.check, 0.0
+  check = functools.partial(lock.check_owner, workdir, owner.token)
+  return check, _PATIENCE_SECONDS
 
 
 @contextlib.contextmanager

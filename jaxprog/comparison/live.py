@@ -6,7 +6,6 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import rich.console
 
@@ -20,12 +19,6 @@ _LOOK_SECONDS = 2.0
 # How often the page is written: not sooner, and so that it takes a hundredth of
 # a core, which training may be short of.
 _PAGE_SECONDS, _REST = 30.0, 100.0
-
-
-class _WritePage(Protocol):
-  def __call__(
-    self, workdir: pathlib.Path, *, is_live: bool | None = None
-  ) -> pathlib.Path: ...
 
 
 def comparison(
@@ -53,56 +46,42 @@ def search(
 def _watched(
   workdir: pathlib.Path,
   console: rich.console.Console,
-  write_page: _WritePage,
+  write_page: Callable[..., pathlib.Path],
   see: Callable[[], fleet.Seen] | None,
 ) -> Iterator[None]:
   is_over = threading.Event()
-  thread = threading.Thread(
-    target=_work,
-    args=(workdir, console, write_page, see, is_over),
-    name='live',
-    daemon=True,
-  )
+
+  def write(**how: bool) -> None:
+    # Nobody has taken over the workdir; a full disk ends the runs themselves.
+    with contextlib.suppress(OSError, errors.UserError):
+      if owners.is_this(lock.find_owner(workdir)):
+        write_page(workdir, **how)
+
+  def work() -> None:
+    next_page = time.monotonic() + _LOOK_SECONDS
+    with contextlib.ExitStack() as stack:
+      if see is not None:
+        shown = fleet.Fleet(console, 'runs')
+        stack.callback(shown.close)
+      while not is_over.is_set():
+        if see is not None:
+          with contextlib.suppress(OSError, errors.UserError):
+            shown.show(see())
+        if time.monotonic() >= next_page:
+          began = time.thread_time()
+          write()
+          rest = max(_PAGE_SECONDS, _REST * (time.thread_time() - began))
+          next_page = time.monotonic() + rest
+        is_over.wait(_LOOK_SECONDS)
+
+  thread = threading.Thread(target=work, name='live', daemon=True)
   thread.start()
   try:
     yield
   finally:
     is_over.set()
     thread.join()
-    # Of one that was stopped it is what is left.
-    with contextlib.suppress(OSError, errors.UserError):
-      if _is_ours(workdir):
-        write_page(workdir, is_live=False)
-
-
-def _is_ours(workdir: pathlib.Path) -> bool:
-  """Returns whether nobody has taken over the workdir."""
-  return owners.is_this(lock.find_owner(workdir))
-
-
-def _work(
-  workdir: pathlib.Path,
-  console: rich.console.Console,
-  write_page: _WritePage,
-  see: Callable[[], fleet.Seen] | None,
-  is_over: threading.Event,
-) -> None:
-  next_page = time.monotonic() + _LOOK_SECONDS
-  with contextlib.ExitStack() as stack:
-    if see is not None:
-      shown = fleet.Fleet(console, 'runs')
-      stack.callback(shown.close)
-    while not is_over.is_set():
-      # What fails here fails aloud at the end.
-      with contextlib.suppress(OSError, errors.UserError):
-        if see is not None:
-          shown.show(see())
-        if time.monotonic() >= next_page and _is_ours(workdir):
-          began = time.thread_time()
-          write_page(workdir)
-          rest = max(_PAGE_SECONDS, _REST * (time.thread_time() - began))
-          next_page = time.monotonic() + rest
-      is_over.wait(_LOOK_SECONDS)
+    write(is_live=False)  # Of one that was stopped it is what is left.
 
 
 def _see(plan: under_way.Plan) -> fleet.Seen:

@@ -108,23 +108,45 @@ def _create_page(
   result: Mapping[str, Any], workdir: pathlib.Path, is_live: bool
 ) -> str:
   """Returns the page of what comparison.json holds, and of what goes on."""
-  name = workdir.resolve().name
   plan = None if result['finished'] else under_way.read_plan(workdir)
   state = under_way.look(plan, result['runs']) if plan else None
-  is_live = is_live and not result['finished']
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-  return html.document(
-    f'{name}: comparison',
-    html.create_header(
-      'Comparison',
-      name,
-      html.create_chips(
-        _status(result, workdir, is_live), written=now, is_live=is_live
-      ),
-    ),
+  return document(
+    'Comparison',
+    workdir,
     [*_sections(result, state)],
     'Made from comparison.json and what each run says of itself; --mode=report '
     'makes it again. Each run has a report of its own below cells/.',
+    is_finished=result['finished'],
+    is_live=is_live,
+  )
+
+
+def document(
+  kind: str,
+  workdir: pathlib.Path,
+  sections: Sequence[_Section],
+  footer: str,
+  *,
+  is_finished: bool,
+  is_live: bool,
+) -> str:
+  """Returns a page on the runs of a workdir as they are now."""
+  name = workdir.resolve().name
+  said, is_live = 'stopped', is_live and not is_finished
+  if is_finished:
+    said = 'finished'
+  elif is_live:
+    said = 'under way'
+  elif buckets.url_of(workdir):  # Its lock is with who trains.
+    said = 'not finished'
+  chip = tag('span', said, class_=f'chip {"good" if is_finished else "warn"}')
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  chips = html.create_chips(chip, written=now, is_live=is_live)
+  return html.document(
+    f'{name}: {kind.lower()}',
+    html.create_header(kind, name, chips),
+    sections,
+    footer,
     live=html.renew(now) if is_live else None,
   )
 
@@ -210,20 +232,6 @@ def _count_statuses(state: UnderWay) -> Table:
     for cell, found in counts.items()
   ]
   return tables.create_table(('cell', *shown), rows, 'Runs of each cell')
-
-
-def _status(
-  result: Mapping[str, Any], workdir: pathlib.Path, is_live: bool
-) -> Html:
-  said = 'stopped'
-  if result['finished']:
-    said = 'finished'
-  elif is_live:
-    said = 'under way'
-  elif buckets.url_of(workdir):  # Its lock is with who trains.
-    said = 'not finished'
-  style = 'good' if result['finished'] else 'warn'
-  return tag('span', said, class_=f'chip {style}')
 
 
 def _verdicts(result: Mapping[str, Any]) -> Html:

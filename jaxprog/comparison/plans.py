@@ -1,9 +1,7 @@
 """What a comparison has to run, and how one of its runs comes to its end."""
 
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import rich.console
@@ -22,10 +20,6 @@ from jaxprog.comparison.cells import Cell
 from jaxprog.comparison.runs import Planned
 from jaxprog.comparison.statistics import Record
 from jaxprog.reliability import lock
-
-# For a run whose workdir a process still has that is about to die, or thought
-# dead: longer than a file server remembers its locks.
-_PATIENCE_SECONDS = 300.0
 
 
 @dataclasses.dataclass
@@ -190,18 +184,12 @@ class Comparison:
     )
     assert self.owner is not None
     self.owner.check()
-    check: Callable[[], object] = self.owner.check
-    patience = 0.0
-    if self.config.engine != 'serial':
-      check = functools.partial(
-        lock.check_owner, self.workdir, self.owner.token
-      )
-      patience = _PATIENCE_SECONDS
+    guard = engines.guard(self.config, self.workdir, self.owner)
     earlier = [other for other in self.begun if planned.shares(other)]
     self.begun.append(planned)
     self.training[planned.workdir] = planned
     try:
-      return self.engine.run(what, runs.run, planned, earlier, check, patience)
+      return self.engine.run(what, runs.run, planned, earlier, *guard)
     except tasks.LostError as e:
       return runs.failed(str(e))
     finally:

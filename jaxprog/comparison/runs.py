@@ -25,7 +25,7 @@ from jaxprog.comparison.budgets import StageCost
 from jaxprog.comparison.cells import Cell
 from jaxprog.monitoring import activity
 from jaxprog.reliability import checkpoints, integrity, lock
-from jaxprog.training import ladder, loop, xla_flags
+from jaxprog.training import ladder, loop
 from jaxprog.training import setup as setup_lib
 
 Outcome = dict[str, Any]
@@ -34,7 +34,7 @@ _VERSION = 1
 # What a finished stage has saved for those after it.
 _SHARED = {'best', 'final', 'ema', 'done.json'}
 
-# Cells and lengths whose later stages this process has compiled.
+# Keys of runs whose later stages this process has compiled.
 _compiled: set[str] = set()
 
 
@@ -117,7 +117,6 @@ def run(
     SaveError: if the disk is full, as it would be for the next run.
   """
   check()
-  xla_flags.use(planned.config.xla_flags)
 
   def train():
     found = share_stages(planned, earlier)
@@ -167,7 +166,7 @@ def _compile_once(planned: Planned) -> None:
   A short stage would end before the next one is compiled, and the hand-over
   would be measured with a wait that only the first run of a cell has.
   """
-  key = f'{planned.cell.name} {planned.last.num_epochs}'
+  key = program_key(planned)
   if len(planned.names) < 2 or key in _compiled:
     return
   _compiled.add(key)
@@ -177,6 +176,15 @@ def _compile_once(planned: Planned) -> None:
       for stage in setup.chosen[1:]:
         task = setup_lib.create_task(setup, stage)
         setup_lib.compile_task(task, carried=True)
+
+
+def program_key(planned: Planned) -> str:
+  """Returns what runs have in common that differ in seeds and rates alone."""
+  config = stages.complete(planned.config)  # A copy, that of stages too.
+  config.seed = 0
+  for stage in config.stages:
+    stage.learning_rate = 0.0
+  return f'{config_lib.config_hash(config)} {planned.names}'
 
 
 def must_wait(

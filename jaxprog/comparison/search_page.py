@@ -1,19 +1,18 @@
 """The report of a search: of trials that are over, and of those under way."""
 
-import datetime
-import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprog import errors, files, formats
-from jaxprog.comparison import tables, under_way
+from jaxprog.comparison import page, tables, under_way
 from jaxprog.monitoring import fleet, standing
 from jaxprog.monitoring.standing import Running
 from jaxprog.reliability import lock
-from jaxprog.reporting.page import html
-from jaxprog.reporting.page.markup import Html, render, tag
+from jaxprog.reporting import rundir
+from jaxprog.reporting.page.markup import Html, join, render, tag
 from jaxprog.reporting.page.overview import tile
+from jaxprog.reporting.parts import Table
 
 
 def is_search(workdir: pathlib.Path) -> bool:
@@ -50,15 +49,10 @@ def write_page(
   running = list(standing.find(workdir, 'trials/*'))
   if is_live is None:
     is_live = bool(lock.find_owner(workdir))
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-  name = workdir.resolve().name
-  status, style = 'stopped', 'warn'
-  if is_live:
-    status = 'under way'
-  elif len(found['trials']) >= config.get('num_trials', 0):
-    status, style = 'finished', 'good'
   try:
-    shown = [*_trials(found)]
+    trials, state = found['trials'], [*_state(workdir, config, found, running)]
+    fields = dict.fromkeys(k for x in trials for k in x['parameters'])
+    table = render(tabulate(found, list(fields)))
   except (LookupError, TypeError, AttributeError) as e:
     raise errors.UserError(
       f'The search is damaged: {e!r}.',
@@ -66,24 +60,17 @@ def write_page(
       'Repeat --mode=tune: it writes the file anew.',
     ) from e
   sections = [
-    ('so-far', 'So far', tag('div', *_state(workdir, config, found, running))),
-    *([('trials', 'Trials', tag('div', *shown))] if shown else []),
+    ('so-far', 'So far', join(*state)),
+    *([('trials', 'Trials', table)] if trials else []),
   ]
-  text = html.document(
-    f'{name}: search',
-    html.create_header(
-      'Search',
-      name,
-      html.create_chips(
-        tag('span', status, class_=f'chip {style}'),
-        written=now,
-        is_live=is_live,
-      ),
-    ),
+  text = page.document(
+    'Search',
+    workdir,
     sections,
-    'Made from tune.json and what each run says of itself by --mode=report. '
-    'Each trial has a report of its own below trials/.',
-    live=html.renew(now) if is_live else None,
+    'Made from tune.json and what each run says of itself; --mode=report makes '
+    'it again. Each trial has a report of its own below trials/.',
+    is_finished=len(trials) >= config.get('num_trials', 0),
+    is_live=is_live,
   )
   path = workdir / 'report.html'
   files.write_bytes(path, text.encode())
@@ -108,33 +95,28 @@ def _state(
     yield render(under_way.running_table(workdir, running, _name))
 
 
-def _trials(found: Mapping[str, Any]) -> Iterator[Html]:
-  trials = sorted(found['trials'], key=lambda x: -(x['top1'] or 0))
-  names = list(dict.fromkeys(k for x in trials for k in x['parameters']))
+def tabulate(found: Mapping[str, Any], fields: Sequence[str]) -> Table:
+  """Returns a row for each trial that is over, the best one first."""
   rows = [
     (
       x['directory'],
       formats.percent(x['top1']),
       str(x['epochs']),
       x['status'],
-      *(_short(x['parameters'].get(name)) for name in names),
+      *(short(x['parameters'].get(field)) for field in fields),
     )
-    for x in trials
+    for x in sorted(found['trials'], key=lambda x: -(x['top1'] or 0))
   ]
-  if rows:
-    titles = ('trial', 'top-1', 'epochs', 'status', *names)
-    caption = 'The best first; the best of many is partly luck'
-    yield render(tables.create_table(titles, rows, caption, left=(0, 3)))
+  titles = ('trial', 'top-1', 'epochs', 'status', *fields)
+  caption = 'The best first; the best of many is partly luck'
+  left = (0, *range(3, len(titles)))
+  return tables.create_table(titles, rows, caption, left=left)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+  """Returns what a table says of a field's value."""
   return f'{value:.3g}' if isinstance(value, float) else str(value)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the JSON object in a file, {} where there is none."""
-  try:
-    value = json.loads(path.read_bytes())
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}
+  return rundir.read_object(path) or {}

@@ -75,8 +75,6 @@ class Fleet:
     ]
     for name, run in seen.running:
       at = run.standing
-      values = {k: at.get(k) for k in ('top1', 'images_per_second')}
-      left = formats.duration(at.get('seconds_left'))
       lines.append(
         activity.event(
           'run',
@@ -85,8 +83,9 @@ class Fleet:
           stage=run.stage,
           epoch=run.epoch,
           step=f'{at["step"]}/{at["total_steps"]}' if at else None,
-          **values,
-          left=left,
+          top1=at.get('top1'),
+          images_per_second=at.get('images_per_second'),
+          left=formats.duration(at.get('seconds_left')),
         )
       )
     for line in lines:

@@ -78,11 +78,11 @@ def read_run(workdir: str | os.PathLike[str]) -> RunFiles:
   return RunFiles(
     name=workdir.resolve().name,
     history=history,
-    config=_read_object(workdir / 'config.json'),
-    environment=_read_object(workdir / 'environment.json'),
+    config=read_object(workdir / 'config.json'),
+    environment=read_object(workdir / 'environment.json'),
     incidents=incidents_lib.read(workdir / 'incidents.jsonl'),
-    hardware_plan=_read_object(workdir / 'hardware_plan.json'),
-    probed=(_read_object(workdir / 'probe.json') or {}).get('rows', ()),
+    hardware_plan=read_object(workdir / 'hardware_plan.json'),
+    probed=(read_object(workdir / 'probe.json') or {}).get('rows', ()),
     temperatures={name: x for name, x in fitted.items() if x},
   )
 
@@ -122,7 +122,7 @@ def _list_runs(folder: pathlib.Path) -> list[pathlib.Path]:
   return []
 
 
-def _read_object(path: pathlib.Path) -> dict[str, Any] | None:
+def read_object(path: pathlib.Path) -> dict[str, Any] | None:
   """Returns the JSON object in a file, None where there is none."""
   try:
     value = json.loads(path.read_bytes())

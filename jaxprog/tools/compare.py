@@ -67,15 +67,14 @@ def compare(
   if isinstance(config, str):
     config = config_lib.load_config(config)
   workdir, url = mirror.locate(workdir, config.base.mirror)
-  config = cells.complete(config_lib.with_mirror(config))
+  config = config_lib.with_mirror(config)
+  config = config_lib.complete(config, 'compare_default')
   chosen = cells.create_cells(config)
   engines.check(config)
-  if config.engine != 'serial':  # The devices are the runs'.
-    jax.config.update('jax_platforms', 'cpu')
-  if jax.process_count() > 1:
-    raise errors.UserError('A comparison runs in one process.')
-  preflight.claim_workdir(workdir)
-  with signals.StopRequest():
+  with engines.devices_elsewhere(config), signals.StopRequest():
+    if jax.process_count() > 1:
+      raise errors.UserError('A comparison runs in one process.')
+    preflight.claim_workdir(workdir)
     console = rich.console.Console(markup=False)
     comparison = Comparison(config, workdir, chosen, console)
     comparison.say(f'comparison: {len(chosen)} cells, the costs of their steps')

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import io
 import math
 import pathlib
@@ -17,18 +16,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import rich.console
 from ml_collections import config_dict
 
 from jaxprog import buckets, errors, files, formats, stages
 from jaxprog import config as config_lib
-from jaxprog.comparison import engines, live, statistics, tasks
+from jaxprog.comparison import engines, live, search_page, statistics, tasks
 from jaxprog.data import workers
 from jaxprog.fields import Field
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import lock, mirror, signals
-from jaxprog.reporting.parts import Column
 from jaxprog.reporting.report import terminal_table
 from jaxprog.training import ladder, loop, preflight
 
@@ -43,8 +40,6 @@ try:
 except ImportError as e:
   _missing = e
 
-# For how long a process that was lost may still have the workdir of its trial.
-_PATIENCE_SECONDS = 300.0
 _KINDS = ('choice', 'integer', 'log', 'uniform')
 
 
@@ -65,36 +60,31 @@ def tune(
   if isinstance(config, str):
     config = config_lib.load_config(config)
   workdir, url = mirror.locate(workdir, config.base.mirror)
-  config = config_lib.with_mirror(config)
+  config = config_lib.complete(config_lib.with_mirror(config), 'tune_default')
   space = create_space(config)
-  _preflight(config, workdir)
-  with (
-    signals.StopRequest(),
-    mirror.hold(workdir, url) as owner,
-    engines.start(config, workdir, _say) as engine,
-  ):
-    study = studies.open_study(config, workdir, engine.slots)
-    plain = studies.without_password(config)
-    files.write_json(workdir / 'config.json', config_lib.to_json(plain))
-    studies.enqueue_unfinished(study)
-    search = _Search(config, workdir, study, space, owner, engine)
-    console = rich.console.Console(markup=False)
-    with live.search(workdir, console, lines=config.engine != 'serial'):
-      _run_trials(search)
-    found = _describe(study)
-    _write(config, workdir, found)
+  with engines.devices_elsewhere(config):
+    base = stages.complete(config.base)
+    if config.engine != 'serial':
+      # Accelerators are for trials, which look whether they are the right ones.
+      base.platform = 'any'
+    preflight.launch(base, workdir, only=config.only)
+    with (
+      signals.StopRequest(),
+      mirror.hold(workdir, url) as owner,
+      engines.start(config, workdir, _say) as engine,
+    ):
+      study = studies.open_study(config, workdir, engine.slots)
+      plain = studies.without_password(config)
+      files.write_json(workdir / 'config.json', config_lib.to_json(plain))
+      studies.enqueue_unfinished(study)
+      search = _Search(config, workdir, study, space, owner, engine)
+      console = rich.console.Console(markup=False)
+      with live.search(workdir, console, lines=config.engine != 'serial'):
+        _run_trials(search)
+      found = _describe(study)
+      _write(config, workdir, found)
   _show(config, workdir, found)
   return found
-
-
-def _preflight(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
-  """Raises UserError for what would fail hours later, at no cost."""
-  base = stages.complete(config.base)
-  if config.engine != 'serial':
-    # Accelerators are for trials, which look whether they are the right ones.
-    jax.config.update('jax_platforms', 'cpu')
-    base.platform = 'any'
-  preflight.launch(base, workdir, only=config.only)
 
 
 def create_space(
@@ -105,12 +95,6 @@ def create_space(
   Raises:
     UserError: for the first mistake in a search.
   """
-  if 'search' not in config:
-    raise errors.UserError(
-      'This config is no search: it has no search.',
-      '--mode=tune',
-      'Start from tune_default.',
-    )
   for field in (
     Field('sampler', str, None, choices=('random', 'tpe')),
     Field('pruner', str, None, choices=('hyperband', 'median', 'none')),
@@ -239,20 +223,16 @@ def _run_trial(search: _Search) -> None:
     RuntimeError: if another search has taken over the workdir.
   """
   config, study, owner = search.config, search.study, search.owner
-  is_here = config.engine == 'serial'
   owner.check()  # The trial's own lock knows nothing of it.
   trial = study.ask(search.space)
   directory = trial.user_attrs.get('directory', f'{trial.number:04d}')
   trial.set_user_attr('directory', directory)
   config_of_trial = _create_ladder(config, trial.params)
   chosen = stages.select(stages.create_stages(config_of_trial), config.only)
-  shown = ', '.join(f'{k}={_short(v)}' for k, v in trial.params.items())
+  shown = ', '.join(
+    f'{k}={search_page.short(v)}' for k, v in trial.params.items()
+  )
   _say(f'trial {directory}: {shown}')
-  check: Callable[[], object] = owner.check
-  patience = 0.0
-  if not is_here:
-    check = functools.partial(lock.check_owner, search.workdir, owner.token)
-    patience = _PATIENCE_SECONDS
   try:
     outcome = search.engine.run(
       f'trial {directory}',
@@ -261,8 +241,7 @@ def _run_trial(search: _Search) -> None:
       config_of_trial,
       search.workdir / 'trials' / directory,
       [stage.name for stage in chosen],
-      check,
-      patience,
+      *engines.guard(config, search.workdir, owner),
     )
   except tasks.LostError as e:
     study.tell(trial, state=TrialState.FAIL)
@@ -274,7 +253,7 @@ def _run_trial(search: _Search) -> None:
       trial.set_user_attr(name, outcome[name])
   top1 = outcome['top1']
   study.tell(trial, top1, TrialState.PRUNED if top1 is None else None)
-  if not is_here:
+  if config.engine != 'serial':
     result = 'pruned' if top1 is None else f'top-1 {top1:.1%}'
     _say(f'trial {directory}: {result}')
 
@@ -388,38 +367,21 @@ def _show(
 ) -> None:
   """Prints the ten best trials and what they do not say."""
   fields = [x['field'] for x in config.search]
-  ranked = sorted(found['trials'], key=lambda x: -(x['top1'] or 0))
-  columns = [
-    Column('trial', lambda x: x['directory'], left=True),
-    Column('top-1', lambda x: formats.percent(x['top1'])),
-    Column('epochs', lambda x: str(x['epochs'])),
-    Column('status', lambda x: x['status'], left=True),
-    *(Column(x, functools.partial(_parameter, x), left=True) for x in fields),
-  ]
-  console = rich.console.Console(markup=False)
-  console.print(terminal_table(columns, ranked[:10]))
+  table = search_page.tabulate(found, fields)
+  rich.console.Console(markup=False).print(
+    terminal_table(table.columns, table.rows[:10])
+  )
   pruned = sum(x['status'] == 'pruned' for x in found['trials'])
   alike = len(found['alike'])
-  console.print(
+  _say(
     f'{len(found["trials"])} trials, {pruned} of them pruned. Of the others '
     f'{found["num_images"]:,} evaluation images do not tell {alike} from the '
     'best. The best of many is partly luck: train it with other seeds before '
     'you believe it.\n'
-    f'{buckets.shown(workdir / "best_config.json")}',
-    highlight=False,
-    markup=False,
-    soft_wrap=True,
+    f'{buckets.shown(workdir / "best_config.json")}'
   )
 
 
 def _say(text: str) -> None:
   console = rich.console.Console(markup=False)
   console.print(text, highlight=False, soft_wrap=True)
-
-
-def _parameter(field: str, trial: Mapping[str, Any]) -> str:
-  return _short(trial['parameters'].get(field))
-
-
-def _short(value: Any) -> str:
-  return f'{value:.3g}' if isinstance(value, float) else str(value)
