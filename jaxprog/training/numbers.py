@@ -57,7 +57,8 @@ def read_images(stage: stages.Stage) -> Numbers:
   strengths = {kind: getattr(stage, kind) for kind in augment.COLORS}
   least, most = stage.erasing_min_area, stage.erasing_max_area
   return {
-    'alphas': np.array((stage.mixup_alpha, stage.cutmix_alpha)),
+    'mixup_alpha': stage.mixup_alpha or None,
+    'cutmix_alpha': stage.cutmix_alpha or None,
     'colors': augment.color_ranges(strengths),
     'erasing': {
       'probability': stage.erasing_probability,
