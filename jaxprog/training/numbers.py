@@ -2,9 +2,9 @@
 
 As constants, each trial of a sweep would compile what the one before had. What
 is computed of them alone is computed here, in 64 bits, and rounded once, as
-Python and XLA do with constants: a step comes to the same bits. Shapes and
-choices stay static, and whether a number is 0: a step is compiled without what
-that would do.
+Python and XLA do with constants: a step comes to the same bits, or its last
+ones differ where the compiler fuses otherwise. Shapes and choices stay static,
+and whether a number is 0: a step is compiled without what that would do.
 """
 
 from typing import Any
