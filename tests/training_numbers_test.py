@@ -158,8 +158,11 @@ def test_a_number_is_an_argument_of_the_step(data_dir, case):
     assert any(f'numbers{path}' in read for path in changed), name
 
 
-def test_how_many_paths_are_dropped_is_an_argument(data_dir):
-  texts = {lower(data_dir, None, drop_path=x) for x in (0.1, 0.2)}
+def test_numbers_of_convolutions_and_blocks_are_arguments(data_dir):
+  texts = {
+    lower(data_dir, None, drop_path=x, optimizer='muon', momentum=1 - x)
+    for x in (0.1, 0.2)
+  }
   assert len(texts) == 1
 
 

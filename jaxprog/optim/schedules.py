@@ -32,7 +32,9 @@ def create_learning_rate_fn(
   Within a compiled step, its second argument is what `read_numbers` says.
   """
   own = read_numbers(stage, steps)
-  rate_fn = _create_rate_fn(stage, steps)
+  rate_fn: Decay = _one_cycle
+  if stage.schedule != 'one_cycle':
+    rate_fn = _warm_up(_create_decay(stage, steps))
 
   def learning_rate_fn(step, numbers=own):
     return rate_fn(jnp.asarray(step), numbers)
@@ -48,7 +50,7 @@ def read_numbers(stage: stages.Stage, steps: epochs.Steps) -> Numbers:
   peak, end = stage.peak_learning_rate, stage.end_factor
   if stage.schedule == 'one_cycle':
     return _read_one_cycle(stage, steps.total)
-  warmup = _warmup(stage, steps)
+  warmup = 0 if stage.schedule == 'cosine' else steps.warmup
   num = max(steps.total - warmup, 1)
   starts = np.array((warmup, *steps.restarts), np.int32) - warmup
   return {
@@ -67,20 +69,10 @@ def read_numbers(stage: stages.Stage, steps: epochs.Steps) -> Numbers:
   }
 
 
-def _warmup(stage: stages.Stage, steps: epochs.Steps) -> int:
-  return 0 if stage.schedule == 'cosine' else steps.warmup
-
-
-def _create_rate_fn(stage: stages.Stage, steps: epochs.Steps) -> Decay:
+def _warm_up(decay: Decay) -> Decay:
   """Returns the rate of a step, of all numbers."""
-  if stage.schedule == 'one_cycle':
-    return _one_cycle if steps.total > 1 else _one_step
-  decay = _create_decay(stage, steps)
-  is_warmed_up = _warmup(stage, steps) > 0
 
   def rate_fn(step, n):
-    if not is_warmed_up:
-      return n['peak'] * decay(step, n)
     rising = step.astype(jnp.float32) * n['per_warmup']
     falling = decay(step - n['warmup'], n)
     return n['peak'] * jnp.where(step < n['warmup'], rising, falling)
@@ -137,18 +129,13 @@ def _one_cycle(step: jax.Array, n: Numbers) -> jax.Array:
   return jnp.where(step < n['up'], rising, falling)
 
 
-def _one_step(step: jax.Array, n: Numbers) -> jax.Array:
-  """Returns the rate of a stage of one step, which has only the peak."""
-  return jnp.full(step.shape, n['peak'], jnp.float32)
-
-
 def _read_one_cycle(stage: stages.Stage, total_steps: int) -> Numbers:
   peak, last = stage.peak_learning_rate, total_steps - 1
   up = max(stage.warmup_fraction * total_steps - 1, min(1.0, last / 2))
+  last = max(last, 1)  # A stage of one step has only the peak.
   first = peak / stage.div_factor
   final = first / stage.final_div_factor
   return {
-    'peak': peak,
     'last': last,
     'up': up,
     'per_up': arguments.inverse(max(up, 1e-9)),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What color_jitter changes. Draws depend on their order.
+# What adjust_colors changes. Draws depend on their order.
 COLORS = ('brightness', 'contrast', 'saturation', 'hue')
 # Weights of red, green and blue in a grey level: torchvision's.
 _GREY = (0.2989, 0.587, 0.114)
@@ -76,36 +76,12 @@ def mirror(images: jax.Array, mirrored: jax.Array) -> jax.Array:
   return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
-def color_jitter(
-  keys: jax.Array,
-  images: jax.Array,
-  ranges: Any = None,
-  **strengths: float,
-) -> jax.Array:
-  """Returns images (N, H, W, 3) of other colours, f32 in [0, 255].
-
-  As torchvision's ColorJitter on float images: each factor is uniform in
-  [max(0, 1 - x), 1 + x], the hue turns by as much as [-hue, hue], in random
-  order. What is 0 is not computed.
-
-  Args:
-    keys: of each example.
-    images: in [0, 255], of any type.
-    ranges: those of `color_ranges`, where strengths are no constants.
-    **strengths: of COLORS, x of the factor of all channels, of the distance to
-      the image's mean grey and of that to the pixel's grey; the hue in turns
-      of the colour wheel, at most 1/2.
-  """
-  kinds = {kind: x for kind, x in strengths.items() if x}
-  if not kinds:
-    return images.astype(jnp.float32)
-  if ranges is None:
-    ranges = color_ranges(kinds)
-  return adjust_colors(images, tuple(kinds), *draw_colors(keys, ranges))
-
-
 def color_ranges(strengths: Mapping[str, float]) -> np.ndarray:
-  """Returns where the amounts of kinds lie that are not 0, f32 (2, K)."""
+  """Returns where the amounts of kinds lie that are not 0, f32 (2, K).
+
+  As torchvision's ColorJitter: of strength x, a factor is in
+  [max(0, 1 - x), 1 + x], and the hue turns by as much as [-x, x].
+  """
   kinds = {kind: x for kind, x in strengths.items() if x}
   low = [-x if k == 'hue' else max(0.0, 1 - x) for k, x in kinds.items()]
   high = [x if k == 'hue' else 1 + x for k, x in kinds.items()]
@@ -134,10 +110,14 @@ def adjust_colors(
 ) -> jax.Array:
   """Returns images (N, H, W, 3) after K operations each, f32 in [0, 255].
 
+  As torchvision's ColorJitter on float images.
+
   Args:
     images: in [0, 255].
     kinds: K of COLORS.
-    amounts: f32 (N, K), of each kind: the factor, or turns of the hue.
+    amounts: f32 (N, K), of each kind: the factor of all channels, of the
+      distance to the image's mean grey or of that to the pixel's grey, or turns
+      of the hue.
     order: int32 (N, K): which of `kinds` comes first, second and so on.
   """
   # Channel by channel, because compilers do badly on a last axis of 3: six
@@ -305,9 +285,8 @@ def mix(
   targets: jax.Array,
   weights: jax.Array,
   *,
-  mixup_alpha: float = 0.0,
-  cutmix_alpha: float = 0.0,
-  alphas: Any = None,
+  mixup_alpha: Any = None,
+  cutmix_alpha: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns images and targets, each mixed with those of the example before.
 
@@ -323,17 +302,15 @@ def mix(
     targets: f32 (N, classes), of which each row sums to 1.
     weights: (N,), of the examples in the loss. One whose partner has 0, such
       as an image that could not be read, stays as it is.
-    mixup_alpha: 0 is no mixup.
-    cutmix_alpha: 0 is no CutMix.
-    alphas: both of them, where they are no constants.
+    mixup_alpha: above 0; None: no mixup.
+    cutmix_alpha: above 0; None: no CutMix.
   """
-  if not mixup_alpha and not cutmix_alpha:
+  if mixup_alpha is None and cutmix_alpha is None:
     return images, targets
   height, width = images.shape[1:3]
-  if alphas is None:
-    alphas = mixup_alpha, cutmix_alpha
-  asked = mixup_alpha > 0, cutmix_alpha > 0
-  share_of_pixel, share = _draw_shares(rng, height, width, asked, alphas)
+  share_of_pixel, share = _draw_shares(
+    rng, height, width, mixup_alpha, cutmix_alpha
+  )
   mixed = jnp.roll(weights, 1) > 0
   share_of_pixel = jnp.where(
     mixed[:, None, None, None], share_of_pixel[..., None], 1
@@ -346,17 +323,16 @@ def _average(x: jax.Array, share: jax.Array) -> jax.Array:
   return share * x + (1 - share) * jnp.roll(x, 1, axis=0)
 
 
-def _draw_shares(rng, height, width, asked, alphas):
+def _draw_shares(rng, height, width, mixup_alpha, cutmix_alpha):
   """Returns what stays of each pixel, (height, width), and of the target."""
   rng = jax.random.fold_in(rng, _MIX)
   coin_key, share_key, box_key = jax.random.split(rng, 3)
-  mixup_alpha, cutmix_alpha = alphas
-  if all(asked):
+  if mixup_alpha is None or cutmix_alpha is None:
+    cut = jnp.array(mixup_alpha is None)
+    alpha = jnp.float32(cutmix_alpha if mixup_alpha is None else mixup_alpha)
+  else:
     cut = jax.random.bernoulli(coin_key)
     alpha = jnp.where(cut, cutmix_alpha, mixup_alpha)
-  else:
-    cut = jnp.array(asked[1])
-    alpha = jnp.float32(cutmix_alpha if asked[1] else mixup_alpha)
   share = jax.random.beta(share_key, alpha, alpha)
   pasted = _pasted(box_key, height, width, share)
   return (

@@ -2,9 +2,9 @@
 
 As constants, each trial of a sweep would compile what the one before had. What
 is computed of them alone is computed here, in 64 bits, and rounded once, as
-Python and XLA do with constants: a step comes to the same bits. Shapes and
-choices stay static, and whether a number is 0: a step is compiled without what
-that would do.
+Python and XLA do with constants: a step comes to the same bits, or its last
+ones differ where the compiler fuses otherwise. Shapes and choices stay static,
+and whether a number is 0: a step is compiled without what that would do.
 """
 
 from typing import Any
@@ -57,7 +57,8 @@ def read_images(stage: stages.Stage) -> Numbers:
   strengths = {kind: getattr(stage, kind) for kind in augment.COLORS}
   least, most = stage.erasing_min_area, stage.erasing_max_area
   return {
-    'alphas': np.array((stage.mixup_alpha, stage.cutmix_alpha)),
+    'mixup_alpha': stage.mixup_alpha or None,
+    'cutmix_alpha': stage.cutmix_alpha or None,
     'colors': augment.color_ranges(strengths),
     'erasing': {
       'probability': stage.erasing_probability,

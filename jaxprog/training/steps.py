@@ -176,9 +176,8 @@ def see_batch(
     _augment(rng, batch, numbers, stage, pixels),
     jax.nn.one_hot(batch['label'], num_classes),
     weights,
-    mixup_alpha=stage.mixup_alpha,
-    cutmix_alpha=stage.cutmix_alpha,
-    alphas=numbers['alphas'],
+    mixup_alpha=numbers['mixup_alpha'],
+    cutmix_alpha=numbers['cutmix_alpha'],
   )
   return images, targets, weights
 
@@ -192,9 +191,9 @@ def _augment(rng, batch, numbers, stage, pixels):
       rng, epoch, index, alternating=stage.alternating_flip
     )
     images = augment.mirror(images, mirrored)
-  colors = {kind: getattr(stage, kind) for kind in augment.COLORS}
-  if any(colors.values()):
-    images = augment.color_jitter(keys, images, numbers['colors'], **colors)
+  if kinds := tuple(kind for kind in augment.COLORS if getattr(stage, kind)):
+    drawn = augment.draw_colors(keys, numbers['colors'])
+    images = augment.adjust_colors(images, kinds, *drawn)
   images = augment.normalise(images, *pixels)
   if stage.erasing_probability:
     images = augment.random_erasing(keys, images, **numbers['erasing'])
