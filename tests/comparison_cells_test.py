@@ -282,7 +282,6 @@ def test_every_config_of_a_comparison_is_tried_here():
   ],
 )
 def test_a_mistake_in_an_engine_is_said(field, value, what):
-  pytest.importorskip('ray')
   config = start_from('compare_default')
   config.engine = 'ray'
   config.update_from_flattened_dict({field: value})

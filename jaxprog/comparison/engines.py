@@ -86,10 +86,6 @@ def check(config: config_dict.ConfigDict) -> None:
   )
   if config.engine == 'serial':
     return
-  try:
-    importlib.import_module('ray')
-  except ImportError as e:
-    raise errors.not_installed('A cluster', 'config.engine', e, 'ray') from None
   for field in (
     Field('ray.address', str, None),
     Field('ray.num_cpus', float, None, within='(0, inf)'),
@@ -99,6 +95,10 @@ def check(config: config_dict.ConfigDict) -> None:
   ):
     field.check(config.ray[field.name.removeprefix('ray.')], 'config')
   tasks.count_needs(config.ray)
+  try:
+    importlib.import_module('ray')
+  except ImportError as e:
+    raise errors.not_installed('A cluster', 'config.engine', e, 'ray') from None
 
 
 @contextlib.contextmanager
