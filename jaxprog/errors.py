@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 # Of a sentence that names what is known, in characters.
 _MAX_LENGTH = 800
-# Of scheme://user:password@host; it may have a / and an @ of its own.
-_PASSWORD = re.compile(r'(://[^\s/:@]*:)\S*@')
+# Of scheme://user:password@host; it may have a / and an @ of its own. One that
+# is the $NAME of a variable is none.
+_PASSWORD = re.compile(r'(://[^\s/:@]*:)(?!\$\w+@[^\s@]*(?:\s|$))\S*@')
 
 
 class UserError(Exception):

@@ -37,6 +37,8 @@ def test_a_mistake_in_a_worker_reaches_its_parent_as_it_was():
     ('postgresql://me:a/b@c@host:1/d', 'postgresql://me:***@host:1/d'),
     ("x --storage='mysql://me:pw@h/d' y", "x --storage='mysql://me:***@h/d' y"),
     ('redis://:pw@host', 'redis://:***@host'),
+    ('mysql://me:$PW@host/d', 'mysql://me:$PW@host/d'),
+    ('mysql://me:$x@y@host/d', 'mysql://me:***@host/d'),
     ('http://host:80/a', 'http://host:80/a'),
     ('ssh://me@host: no', 'ssh://me@host: no'),
     ('gs://bucket/a@b', 'gs://bucket/a@b'),

@@ -142,15 +142,6 @@ def _url(config: config_dict.ConfigDict) -> sqlalchemy.engine.URL:
   return sqlalchemy.engine.make_url(os.path.expandvars(config.storage))
 
 
-def without_password(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """Returns `config` as it may be written down."""
-  config = config_dict.ConfigDict(config)
-  if config.storage not in ('', 'journal'):
-    url = sqlalchemy.engine.make_url(config.storage)
-    config.storage = url.render_as_string()
-  return config
-
-
 def _create_study(
   config: config_dict.ConfigDict,
   storage: str | storages.BaseStorage,

@@ -74,8 +74,9 @@ def tune(
       engines.start(config, workdir, _say) as engine,
     ):
       study = studies.open_study(config, workdir, engine.slots)
-      plain = studies.without_password(config)
-      files.write_json(workdir / 'config.json', config_lib.to_json(plain))
+      plain = config_lib.to_json(config)
+      plain['storage'] = errors.without_passwords(config.storage)
+      files.write_json(workdir / 'config.json', plain)
       studies.enqueue_unfinished(study)
       search = _Search(config, workdir, study, space, owner, engine)
       console = rich.console.Console(markup=False)
