@@ -8,6 +8,7 @@ from jaxprog.comparison.sequential import Rule
 
 run, cell = comparison_fixture.create_run, comparison_fixture.create_cell
 SPREAD = (-0.01, 0.0, 0.01)
+PLAIN = Rule()
 
 
 def estimate(finals):
@@ -99,6 +100,12 @@ def test_one_run_against_several():
   )
 
 
+def answer(a, b, rule=PLAIN):
+  names = [x[0]['cell'] for x in (a, b)]
+  found = claims.find(dict(zip(names, (a, b), strict=True)), names[0], rule)
+  return verdicts.answer(a, b, found, rule)
+
+
 def test_unequal_numbers_of_runs_that_pair():
   a, b = arm('a', 0.4), arm('b', 0.4, (*SPREAD, 0.5))
   assert verdicts.accuracy_sentence(a, b) == (
@@ -123,16 +130,16 @@ def test_two_runs_each_are_called_neither_better_nor_sooner():
   assert text.count('too few runs to tell') == 2
   assert 'better' not in text
   assert 'sooner' not in text
-  assert verdicts.answer(a, b)[0] == 'not shown'
+  assert answer(a, b)[0] == 'not shown'
 
 
 def test_runs_without_any_spread_are_as_uncertain_as_their_images():
   few = {'num_images': 360}
   a, b = arm('a', 0.889, (0, 0, 0), **few), arm('b', 0.864, (0, 0, 0), **few)
   assert 'no difference shown' in verdicts.accuracy_sentence(a, b)
-  assert verdicts.answer(a, b)[0] == 'not shown'
+  assert answer(a, b)[0] == 'not shown'
   a, b = arm('a', 0.889, (0, 0, 0)), arm('b', 0.864, (0, 0, 0))
-  assert verdicts.answer(a, b)[0] == 'pays'
+  assert answer(a, b)[0] == 'pays'
 
 
 def test_runs_that_are_not_in_the_mean_are_said():
@@ -176,65 +183,80 @@ def test_what_rounds_to_nothing_has_no_sign():
 )
 def test_an_answer_follows_the_final_accuracy(level, word):
   a, b = arm('a', level, (-0.001, 0.0, 0.002)), arm('b', 0.4)
-  assert verdicts.answer(a, b)[0] == word
+  assert answer(a, b)[0] == word
 
 
 def test_one_run_each_answers_nothing():
   a, b = arm('a', 0.9, (0.0,)), arm('b', 0.1, (0.0,))
-  assert verdicts.answer(a, b)[0] == 'not shown'
+  assert answer(a, b)[0] == 'not shown'
 
 
 def test_an_arm_whose_runs_diverge_does_not_win_by_those_that_are_left():
   a, b = arm('the ladder', 0.5), arm('the control', 0.4)
   a.append(run('a', 3, status='diverged'))
-  word, ground = verdicts.answer(a, b)
+  word, ground = answer(a, b)
   assert word == 'not shown'
   assert ground.endswith(', runs of the ladder diverged')
   # It may lose by them, though.
-  assert verdicts.answer(b, a)[0] == 'not shown'
+  assert answer(b, a)[0] == 'not shown'
   worse = [*arm('c', 0.3), a[-1]]
-  assert verdicts.answer(worse, b)[0] == 'does not pay'
+  assert answer(worse, b)[0] == 'does not pay'
 
 
 def test_arms_are_not_equal_by_the_runs_that_are_left():
   a, b = arm('the ladder', 0.4), arm('the control', 0.4)
   rule = Rule(margin=0.01)
-  assert verdicts.answer(a, b, rule)[0] == 'equal'
+  assert answer(a, b, rule)[0] == 'equal'
   a.append(run('a', 3, status='diverged'))
-  word, ground = verdicts.answer(a, b, rule)
+  word, ground = answer(a, b, rule)
   assert word == 'not shown'
   assert ground.endswith(', runs of the ladder diverged')
 
 
 def test_the_first_line_answers_for_each_control():
   ladder = arm('the ladder', 0.4, (0, 0.01, 0.021))
-  answers = {
-    'flops': verdicts.answer(ladder, arm('b', 0.38, (0, 0.01, 0.02))),
-    'images': verdicts.answer(ladder, arm('c', 0.42, (0, 0.01, 0.02))),
-    'seconds': verdicts.answer(ladder, arm('d', 0.4, (0.02, 0, 0.02))),
+  arms = {
+    'b': arm('b', 0.38, (0, 0.01, 0.02)),
+    'c': arm('c', 0.42, (0, 0.01, 0.02)),
+    'd': arm('d', 0.4, (0.02, 0, 0.02)),
   }
-  assert verdicts.overall('the ladder', answers) == (
+  controls = {'flops': 'b', 'images': 'c', 'seconds': 'd'}
+  assert verdicts.overall(ladder, arms, controls) == (
     'The ladder pays at equal FLOPs (+2.0 [1.9, 2.2] points, n = 3); it does '
     'not pay at equal images (-2.0 [-2.1, -1.8] points, n = 3); it is not '
     'shown to pay at equal seconds (-0.3 [-4.1, 3.5] points, n = 3, equal '
-    'within 2.9 points).'
+    'within 5.1 points).'
   )
 
 
 def test_the_first_line_joins_controls_of_the_same_answer():
   ladder, control = arm('the ladder', 0.4), arm('b', 0.3, (0, 0.01, 0.02))
-  found = verdicts.answer(ladder, control)
-  text = verdicts.overall('the ladder', {'flops': found, 'images': found})
-  assert text == (
+  controls = {'flops': 'b', 'images': 'b'}
+  assert verdicts.overall(ladder, {'b': control}, controls) == (
     'The ladder pays at equal FLOPs (+9.0 [9.0, 9.0] points, n = 3) and at '
     'equal images (+9.0 [9.0, 9.0] points, n = 3).'
   )
 
 
+def test_the_first_line_counts_how_many_cells_there_are():
+  ladder = arm('the ladder', 0.4, (0, 0.01, 0.014))
+  arms = {'b': arm('b', 0.385, (0, 0.01, 0.02))}
+  text = verdicts.overall(ladder, arms, {'flops': 'b'})
+  assert (
+    text == 'The ladder pays at equal FLOPs (+1.3 [0.4, 2.2] points, n = 3).'
+  )
+  arms |= {name: arm(name, 0.4, (0.02, 0, 0.02)) for name in 'cde'}
+  text = verdicts.overall(ladder, arms, {'flops': 'b'})
+  assert text == (
+    'The ladder is not shown to pay at equal FLOPs (+1.3 [0.4, 2.2] points, '
+    'n = 3, p = 0.091 of 4 cells together).'
+  )
+
+
 def test_the_first_line_says_where_there_was_nothing_to_compare():
   lost = arm('the control', 0.4, status='failed')
-  found = verdicts.answer(arm('the ladder', 0.4), lost)
-  assert verdicts.overall('the ladder', {'flops': found}) == (
+  ladder, controls = arm('the ladder', 0.4), {'flops': 'the control'}
+  assert verdicts.overall(ladder, {'the control': lost}, controls) == (
     'The ladder is not shown to pay at equal FLOPs (no run of the control '
     'finished).'
   )
@@ -269,10 +291,10 @@ def test_a_margin_separates_equal_from_not_shown(margin, shown, word, said):
   b = arm('b', 0.4, (0, 0, 0, 0, 0))
   rule = Rule(margin=margin)
   assert verdicts.accuracy_sentence(a, b, rule).endswith(said)
-  found, ground = verdicts.answer(a, b, rule)
+  found, ground = answer(a, b, rule)
   assert found == word
   assert ('equal within 2' in ground) == ('better, equal' in said)
-  text = verdicts.overall('a', {'flops': (found, ground)}, margin)
+  text = verdicts.overall(a, {'b': b}, {'flops': 'b'}, rule)
   assert ('A is equal within 2 points to the control' in text) == (
     word == 'equal'
   )
@@ -286,7 +308,7 @@ def test_what_is_exploratory_or_under_way_is_not_claimed():
     assert text == (
       f'final accuracy +10.0 [10.0, 10.0] points: {silence}, n = 3'
     )
-    word, ground = verdicts.answer(a, b, rule)
+    word, ground = answer(a, b, rule)
     assert (word, ground.endswith(silence)) == ('not shown', True)
     text = verdicts.ranking([a], b, rule)
     assert text == (

@@ -177,7 +177,7 @@ def find_verdicts(
   """
   by_cell = statistics.by_cell(records)
   reference, *others = (cell for cell in cells if cell.name in by_cell)
-  sentences, answers = [], dict[Axis, tuple[str, str]]()
+  sentences, controls = [], dict[Axis, str]()
   unlike = set[str]()
   for cell in others:
     names = [cell.name, reference.name]
@@ -196,11 +196,13 @@ def find_verdicts(
     text = verdicts.compare_sentence(a, b, target, axis, rule)
     sentences.append(f'{" against ".join(names)}: {text}.')
     if cell.control and cell.equal:
-      answers[axis] = verdicts.answer(a, b, rule)
-  if answers:
-    sentences.insert(0, verdicts.overall(reference.name, answers, rule.margin))
-  elif arms := [by_cell[x.name] for x in others if x.name not in unlike]:
-    sentences.insert(0, verdicts.ranking(arms, by_cell[reference.name], rule))
+      controls[axis] = cell.name
+  ladder = by_cell[reference.name]
+  arms = {x.name: by_cell[x.name] for x in others if x.name not in unlike}
+  if controls:
+    sentences.insert(0, verdicts.overall(ladder, arms, controls, rule))
+  elif arms:
+    sentences.insert(0, verdicts.ranking([*arms.values()], ladder, rule))
   return sentences
 
 

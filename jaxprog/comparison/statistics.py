@@ -83,6 +83,13 @@ class Difference(NamedTuple):
     one_side = float(self.error.p_value(inside)) / 2
     return one_side if inside > 0 else 1 - one_side
 
+  def turned(self) -> 'Difference':
+    """Returns second less first."""
+    e = self.estimate
+    low, high = (None if x is None else -x for x in (e.high, e.low))
+    turned = e._replace(mean=-e.mean, low=low, high=high)
+    return self._replace(estimate=turned, counts=self.counts[::-1])
+
   def within(self, level: float) -> float | None:
     """Returns the smallest margin whose `p_equal` is `level`.
 

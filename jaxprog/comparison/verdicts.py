@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxprog import formats
 from jaxprog.comparison import claims, sequential, statistics
+from jaxprog.comparison.claims import Claim
 from jaxprog.comparison.sequential import Rule
 from jaxprog.comparison.statistics import Axis, Difference, Estimate, Record
 
@@ -13,6 +14,9 @@ from jaxprog.comparison.statistics import Axis, Difference, Estimate, Record
 _MAX_DIGITS = 4
 # More cells that do not differ are counted.
 _MAX_NAMED = 3
+
+# What a ladder does beside a control that is so much.
+_ANSWERS = {'worse': 'pays', 'better': 'does not pay', 'equal': 'equal'}
 
 _PLAIN = Rule()
 
@@ -125,61 +129,82 @@ def _no_run(arms: Sequence[_Arm]) -> str:
   return f'no run of {" or ".join(map(_name, arms))} finished'
 
 
-def answer(a: _Arm, b: _Arm, rule: Rule = _PLAIN) -> tuple[str, str]:
+def answer(
+  a: _Arm, b: _Arm, found: Mapping[str, Claim], rule: Rule = _PLAIN
+) -> tuple[str, str]:
   """Returns what `a` does, and on what ground.
 
   'pays', 'does not pay', 'equal' or 'not shown'. Against `b`, the control of
-  the same cost. By the final accuracy alone, the one outcome that is fixed
-  beforehand: whichever of two outcomes came out well would pay twice as often
-  by chance. A better mean does not count where runs of its own arm diverged,
-  since those are not in it.
+  the same cost, by what is `found` of all cells beside `a`: as shown is what
+  holds of all of them together. By the final accuracy alone, the one outcome
+  that is fixed beforehand: whichever of two outcomes came out well would pay
+  twice as often by chance.
   """
-  x, y = statistics.final_scores(a), statistics.final_scores(b)
-  if not x or not y:
-    return 'not shown', _no_run([b if x else a])
-  found = statistics.compare(x, y, rule.level)
-  e, size = found.estimate, _size(found, rule)
-  ground = f'{format_points(e)} points, {_count(found)}'
-  if rule.silence or not statistics.is_difference(e):
-    if _is_equal(found, rule):
-      lost = [x for x in (a, b) if any(r['status'] == 'diverged' for r in x)]
-      if not lost:
-        return 'equal', ground
-      size = f'runs of {_name(lost[0])} diverged'
-    return 'not shown', ', '.join(filter(None, (ground, rule.silence or size)))
-  better, worse = (a, b) if e.mean > 0 else (b, a)
-  diverged, fewer = (
-    sum(run['status'] == 'diverged' for run in arm) for arm in (better, worse)
-  )
-  if diverged > fewer:
-    return 'not shown', f'{ground}, runs of {_name(better)} diverged'
-  if _is_equal(found, rule):
-    ground = f'{ground}, {size}'
-  return 'pays' if better is a else 'does not pay', ground
+  claim = found.get(_name(b))
+  if claim is None:
+    return 'not shown', _no_run([b if statistics.done(a) else a])
+  difference = claim.difference.turned()
+  e = difference.estimate
+  word = _ANSWERS.get(claim.verdict, 'not shown')
+  ground = [f'{format_points(e)} points', _count(difference)]
+  if word == 'not shown':
+    ground.append(claim.silence or _why_not(a, b, found))
+  elif word != 'equal' and claim.is_equal:
+    ground.append(f'equal within {format_margin(rule.margin)}')
+  return word, ', '.join(filter(None, ground))
+
+
+def _why_not(a: _Arm, b: _Arm, found: Mapping[str, Claim]) -> str:
+  """Returns what keeps a difference, or that there is none, from being shown.
+
+  Or how large one can be.
+  """
+  claim = found[_name(b)]
+  if claim.p_value is None:
+    return ''
+  if min(claim.p_value, claim.p_equal or 1.0) < sequential.ERROR:
+    theirs, ours = claim.diverged
+    return f'runs of {_name(a if ours >= theirs else b)} diverged'
+  if statistics.is_difference(claim.difference.estimate):
+    count = sum(x.p_value is not None for x in found.values())
+    return f'p = {claim.p_value:.3f} of {count} cells together'
+  if claim.within is None:
+    return ''
+  return f'equal within {format_bound(claim.within)}'
 
 
 def overall(
-  name: str, answers: Mapping[Axis, tuple[str, str]], margin: float = 0.0
+  ladder: _Arm,
+  arms: Mapping[str, _Arm],
+  controls: Mapping[Axis, str],
+  rule: Rule = _PLAIN,
 ) -> str:
   """Returns the first line of a page: what each control answered.
 
-  By the cost that it has in common with the arm, whose name is `name`.
+  `controls` are those of `arms` that have a cost in common with the ladder. By
+  p-values adjusted for the number of arms.
   """
+  name = _name(ladder)
+  found = claims.find({name: ladder, **arms}, name, rule)
+  answers = {
+    axis: answer(ladder, arms[control], found, rule)
+    for axis, control in controls.items()
+  }
   said = {
     'pays': 'pays',
     'does not pay': 'does not pay',
-    'equal': f'is equal within {format_margin(margin)} to the control',
+    'equal': f'is equal within {format_margin(rule.margin)} to the control',
     'not shown': 'is not shown to pay',
   }
   clauses = []
   for word, text in said.items():
-    controls = [
+    grounds = [
       f'at equal {_cost(axis)} ({ground})'
-      for axis, (found, ground) in answers.items()
-      if found == word
+      for axis, (answered, ground) in answers.items()
+      if answered == word
     ]
-    if controls:
-      clauses.append(f'{text} {_enumerate(controls)}')
+    if grounds:
+      clauses.append(f'{text} {_enumerate(grounds)}')
   sentence = f'{name} {"; it ".join(clauses)}.'
   return sentence[0].upper() + sentence[1:]
 
