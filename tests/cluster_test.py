@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
+import venv
 
 import pytest
 import ray_cluster
@@ -239,7 +241,18 @@ def test_a_client_of_a_cluster_compares_as_a_host_of_it(
   assert_same_bits(tmp_path, long)
 
 
-def test_seconds_are_refused_on_unlike_devices(data_dir, tmp_path):
+def create_python(folder, package, version):
+  """Returns a Python with all that this one has, one package by its name."""
+  venv.create(folder, with_pip=False)
+  (site,) = folder.glob('lib/python*/site-packages')
+  (site / 'others.pth').write_text(f'{sysconfig.get_path("purelib")}\n')
+  info = site / f'{package}-{version}.dist-info'
+  info.mkdir()
+  (info / 'METADATA').write_text(f'Name: {package}\nVersion: {version}\n')
+  return folder / 'bin' / 'python'
+
+
+def test_hosts_that_are_unlike_are_refused(data_dir, tmp_path):
   kinds = [{'chip': 1, f'accelerator_type:{x}': 1} for x in ('A100', 'H100')]
   cluster = ray_cluster.Cluster(resources=kinds)
   try:
@@ -252,6 +265,10 @@ def test_seconds_are_refused_on_unlike_devices(data_dir, tmp_path):
     chip = '--config.ray.resources=chip=2'
     output = finish(start(*command, chip, cluster=cluster), 2)
     assert 'No host of the cluster has what a run takes' in output
+    python = create_python(tmp_path / 'python', 'optax', '0.0.1')
+    cluster.add_host({}, python)
+    output = finish(start(*command, cluster=cluster), 2)
+    assert 'has optax 0.0.1, this one' in output
     assert not (tmp_path / 'new').exists()
   finally:
     cluster.close()

@@ -55,22 +55,23 @@ class Cluster:
       self.close()
       raise
 
-  def add_host(self, resources):
+  def add_host(self, resources, python=sys.executable):
     return self._start(
       f'--address={self.address}',
       '--num-cpus=1',
       '--min-worker-port=0',
       '--max-worker-port=0',
       f'--resources={json.dumps(resources)}',
+      python=python,
     )
 
   def close(self):
     self._stack.close()
 
-  def _start(self, *arguments):
-    script = pathlib.Path(sys.executable).with_name('ray')
+  def _start(self, *arguments, python=sys.executable):
+    ray = python, '-m', 'ray.scripts.scripts'
     process = subprocess.Popen(
-      [script, 'start', '--block', '--disable-usage-stats', *arguments],
+      [*ray, 'start', '--block', '--disable-usage-stats', *arguments],
       env={**self.environ, **_HEALTH, 'PYTHONPATH': str(runs.ROOT)},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,

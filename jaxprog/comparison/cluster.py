@@ -287,18 +287,13 @@ def _check_hosts(
       'config.ray',
       'It needs jaxprog, and the folder in which this command runs.',
     ) from None
-  kinds = {}
-  for node, (host, processor, found) in zip(nodes, seen, strict=True):
-    if found != path.read_bytes():
-      raise errors.UserError(
-        f'Host {host} of the cluster does not see the workdir.',
-        f'--workdir={buckets.shown(workdir)}',
-        'Name a folder on a file system that all hosts share.',
-      )
+  kinds, here = {}, tasks.look(os.getcwd(), path)
+  for node, host in zip(nodes, seen, strict=True):
+    _check_host(host, here, workdir)
     devices = [x for x in node['Resources'] if x.startswith(_ACCELERATOR)]
     uses_others = any(v for k, v in needs.items() if k != 'CPU')
-    kind = ', '.join(sorted(devices)) if uses_others else processor
-    kinds[kind.replace(_ACCELERATOR, '')] = host
+    kind = ', '.join(sorted(devices)) if uses_others else host.processor
+    kinds[kind.replace(_ACCELERATOR, '')] = host.name
   if alike and len(kinds) > 1:
     raise errors.UserError(
       'Seconds are only equal on equal devices; the cluster has '
@@ -306,6 +301,32 @@ def _check_hosts(
       'config.budget and config.controls',
       'Use another budget, or name one kind in config.ray.resources.',
     )
+
+
+def _check_host(
+  host: tasks.Host, here: tasks.Host, workdir: pathlib.Path
+) -> None:
+  """Raises UserError if a host does not have what this one has.
+
+  Versions: what runs come to depends on them. TensorFlow only reads datasets,
+  and a host may have it under another name.
+  """
+  if host.found != here.found:
+    raise errors.UserError(
+      f'Host {host.name} of the cluster does not see the workdir.',
+      f'--workdir={buckets.shown(workdir)}',
+      'Name a folder on a file system that all hosts share.',
+    )
+  names = sorted({*host.versions, *here.versions})
+  for name in (x for x in names if not x.startswith('tensorflow')):
+    theirs, ours = (x.versions.get(name, 'none') for x in (host, here))
+    if theirs != ours:
+      raise errors.UserError(
+        f'Host {host.name} of the cluster has {name} {theirs}, this one '
+        f'{ours}.',
+        'config.ray',
+        'Install the same versions on all: what runs come to depends on them.',
+      )
 
 
 def _check_accelerators(

@@ -8,7 +8,7 @@ import pathlib
 import platform
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import config_dict
@@ -91,8 +91,17 @@ def work(
       return Stopped()
 
 
-def look(folder: str, path: pathlib.Path) -> tuple[str, str, bytes]:
-  """Returns a host's name, its processor, and what it finds in a file.
+class Host(NamedTuple):
+  """What a host is, what it computes with, and what it finds in a file."""
+
+  name: str
+  processor: str
+  versions: Mapping[str, str]
+  found: bytes
+
+
+def look(folder: str, path: pathlib.Path) -> Host:
+  """Returns what this host is and finds at `path`, b'' for nothing.
 
   Raises:
     OSError: if there is no such folder.
@@ -102,7 +111,9 @@ def look(folder: str, path: pathlib.Path) -> tuple[str, str, bytes]:
     found = path.read_bytes()
   except OSError:
     found = b''
-  return platform.node(), environment.processor(), found
+  return Host(
+    platform.node(), environment.processor(), environment.versions(), found
+  )
 
 
 @contextlib.contextmanager

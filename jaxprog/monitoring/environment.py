@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
     'cpu': processor(),
     'memory_bytes': _memory(),
     'python': platform.python_version(),
-    'versions': _versions(),
+    'versions': versions(),
     'devices': _devices(),
     'git': _git(pathlib.Path(__file__).parent),
     'command': errors.without_passwords(shlex.join(sys.orig_argv)),
@@ -70,12 +70,13 @@ def _memory() -> int | None:
     return None
 
 
-def _versions() -> dict[str, str]:
-  versions = {}
+def versions() -> dict[str, str]:
+  """Returns the versions of the packages that a run computes with."""
+  found = {}
   for name in _PACKAGES:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      versions[name] = importlib.metadata.version(name)
-  return versions
+      found[name] = importlib.metadata.version(name)
+  return found
 
 
 def _devices() -> dict[str, Any] | None:
