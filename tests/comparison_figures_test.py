@@ -194,6 +194,8 @@ def test_few_runs_are_drawn_and_of_more_the_mean(seeds, lines):
   _, curves, *_ = figures.draw_ladder(runs, 0.3, 'ladder').axes
   drawn = [x for x in curves.lines if x.get_label() == 'ladder']
   assert len(drawn) == lines
+  # What has one evaluation is seen too.
+  assert all(x.get_marker() == 'o' for x in drawn)
   # An interval at the end of each of the seven means, and no band.
   assert len(curves.collections) == (7 if lines == 1 else 0)
 

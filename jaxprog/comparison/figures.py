@@ -27,6 +27,8 @@ _COLORS = (
 # The next seven lines have the same colours and another dash.
 _DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)))
 _INK, _SOFT = plots.INK, '#6b6b6b'
+# A curve of one evaluation is seen by its end.
+_END = {'marker': 'o', 'markersize': 4, 'markevery': [-1]}
 # Even in lightness and without red against green.
 MAP = 'cividis'
 _PLAIN = Rule()
@@ -207,7 +209,7 @@ def _draw_curves(
     style = styles[cell]
     for x, y in lines:
       width = 1.8 if len(lines) == 1 else 1.0
-      axes.plot(x, y, label=cell, linewidth=width, **style)
+      axes.plot(x, y, label=cell, linewidth=width, **_END, **style)
     if interval:
       axes.vlines(lines[0][0][-1], *interval, color=style['color'])
     if lines:
