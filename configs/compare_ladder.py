@@ -4,8 +4,8 @@ What is compared with is the last stage alone; the others have its FLOPs for all
 of their stages. `short`, `middle` (the default) and `long` are Tiny ImageNet
 after Imagenette and after other first stages, with a small network, at three
 budgets; `classes` is Tiny ImageNet after a hundred of its classes.
-`imagenet` asks for ImageNet-1k at full size, and `digits` takes a minute on two
-cores, to see how it works.
+`imagenet` asks for ImageNet-1k at full size, of the whole ladder and of images
+that grow; `digits` takes a minute on two cores, to see how it works.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from jaxprog import UserError, start_from
 # Epochs of Tiny ImageNet alone: the budget of all cells.
 BUDGETS = {'short': 2.5, 'middle': 4.5, 'long': 10.5}
 # Sides of the images where they grow within the stage.
-GROWING = (16, 24, 32)
+SIZES = (16, 24, 32)
 
 
 def get_config(which: str = 'middle') -> config_dict.ConfigDict:
@@ -31,9 +31,11 @@ def get_config(which: str = 'middle') -> config_dict.ConfigDict:
   if which == 'imagenet':
     config.base = start_from('progressive')
     config.seeds = 3
+    alone = config.base.stages[-1:]
     config.cells = (
-      create_cell('alone', config.base.stages[-1:]),
+      create_cell('alone', alone),
       create_cell('ladder', config.base.stages),
+      create_cell('growing', alone, create_growing(alone[0], (128, 176, 224))),
     )
     return config
   if which not in (*BUDGETS, 'classes'):
@@ -94,14 +96,7 @@ def create_ways(
     'distill_weight': 0.0,
     'distill_features': 1.0,
   }
-  growing: dict[str, Any] = {'image_size': GROWING[0]}
-  growing['eval_image_size'] = GROWING[-1]
-  sharper: dict[str, Any] = {'low_frequency_size': GROWING[0]}
-  for fields, field in (
-    (growing, 'image_size'),
-    (sharper, 'low_frequency_size'),
-  ):
-    fields['phases'] = create_phases(last['num_epochs'], field)
+  sharper = create_phases(last, 'low_frequency_size', SIZES)
   unsmoothed = create_cell('unsmoothed', ladder)
   unsmoothed['overrides']['stages[0].label_smoothing'] = 0.0
   return (
@@ -110,7 +105,7 @@ def create_ways(
     create_cell('features', ladder, features),
     unsmoothed,
     create_cell('same_classes', [small, last]),
-    create_cell('growing', alone, growing),
+    create_cell('growing', alone, create_growing(last, SIZES)),
     create_cell('low_frequency', alone, sharper),
   )
 
@@ -128,13 +123,25 @@ def create_cell(
   }
 
 
-def create_phases(num_epochs: float, field: str) -> tuple[dict[str, Any], ...]:
-  """Returns phases of about equal length in which a field grows."""
-  return tuple(
-    {'from_epoch': round(num_epochs * i / len(GROWING)), field: size}
-    for i, size in enumerate(GROWING)
-    if i
+def create_growing(
+  stage: Mapping[str, Any], sizes: Sequence[int]
+) -> dict[str, Any]:
+  """Returns the fields with which images grow within the stage."""
+  growing = create_phases(stage, 'image_size', sizes)
+  return {**growing, 'eval_image_size': sizes[-1]}
+
+
+def create_phases(
+  stage: Mapping[str, Any], field: str, sizes: Sequence[int]
+) -> dict[str, Any]:
+  """Returns the fields with which one has each of `sizes` about as long."""
+  first, *others = sizes
+  part = stage['num_epochs'] / len(sizes)
+  phases = (
+    {'from_epoch': round(part * i), field: size}
+    for i, size in enumerate(others, 1)
   )
+  return {field: first, 'phases': tuple(phases)}
 
 
 def create_digits() -> config_dict.ConfigDict:
