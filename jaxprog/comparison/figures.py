@@ -28,7 +28,7 @@ _COLORS = (
 _DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)))
 _INK, _SOFT = plots.INK, '#6b6b6b'
 # A curve of one evaluation is seen by its end.
-_END = {'marker': 'o', 'markersize': 4, 'markevery': [-1]}
+_END: dict[str, Any] = {'marker': 'o', 'markersize': 4, 'markevery': [-1]}
 # Even in lightness and without red against green.
 MAP = 'cividis'
 _PLAIN = Rule()
