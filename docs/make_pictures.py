@@ -32,7 +32,7 @@ import rich.terminal_theme
 import rich.text
 from PIL import Image
 
-from jaxprog.comparison import figures, statistics
+from jaxprog.comparison import statistics
 from jaxprog.reporting import plots
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -84,17 +84,10 @@ def main() -> None:
     path = pathlib.Path(given['ladder'])
     found = [read_comparison(path / budget) for budget in BUDGETS]
     (DOCS / 'ladder.png').write_bytes(plots.encode(draw_gains(found)))
-  if 'warm_start' in given:
-    result = read_comparison(pathlib.Path(given['warm_start']))
-    with tempfile.TemporaryDirectory() as folder:
-      path = figures.plot(
-        pathlib.Path(folder), result['runs'], result['target_top1']
-      )
-      (DOCS / 'warm_start.png').write_bytes(path.read_bytes())
   if 'nette_tiny' in given:
     path = pathlib.Path(given['nette_tiny'], 'training_history.json')
     plots.plot_history(json.loads(path.read_text()), DOCS / 'nette_tiny.png')
-  left = {'ladder', 'warm_start', 'nette_tiny'} - given.keys()
+  left = {'ladder', 'nette_tiny'} - given.keys()
   if left:
     print(f'Left as they are, for want of a workdir: {", ".join(sorted(left))}')
 
