@@ -4,8 +4,8 @@
 
 Trains the quickstart, at 80 columns and at 160, for what shows a terminal or a
 report: leave the machine alone meanwhile, since the pictures show times. Those
-of longer runs are made of their workdirs: ladder= (that of its three budgets),
-warm_start= and nette_tiny=. Needs Chromium.
+of longer runs are made of their workdirs: ladder= (that of its three budgets)
+and nette_tiny=. Needs Chromium.
 """
 
 import contextlib
