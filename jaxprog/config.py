@@ -392,7 +392,7 @@ def _run_config_file(
         "Shipped configs are found by name: start_from('default'), with "
         'from jaxprog import start_from.'
       )
-    elif isinstance(e, AttributeError | TypeError):
+    elif not lines and isinstance(e, AttributeError | TypeError):
       suggestion = 'It must define get_config(), which may take one string.'
     raise errors.UserError(
       f'The config file fails: {type(e).__name__}: {message}',
