@@ -157,6 +157,29 @@ class Comparison:
       ladder.platform = 'any'
     return self.meter.measure(ladder, cell.only)
 
+  def check_begun(self) -> None:
+    """Refuses runs that began with another config, before anything is written.
+
+    Rates that are not tuned yet, and lengths that seconds decide, are not
+    known: the runs that have them are looked at when it is their turn.
+    """
+    tuning = self.config.tuning
+    for cell in self.cells:
+      if cell.equal == 'seconds' and cell != self.reference:
+        continue
+      if tuning.factors and tuned_as(cell) not in self.tuning:
+        planned = [
+          self.plan_trial(cell, seed, rung, factor)
+          for seed in cells.tuning_seeds(self.config)
+          for rung in range(len(tuning.rungs))
+          for factor in tuning.factors
+          if is_tuned(cell)
+        ]
+      else:
+        planned = [self.plan_run(cell, x) for x in cells.seeds(self.config)]
+      for run in planned:
+        runs.read_outcome(run)
+
   def run(self, planned: Planned, what: str) -> Record:
     """Brings a run to its end, with a line before it and one after it.
 

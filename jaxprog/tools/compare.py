@@ -87,16 +87,18 @@ def compare(
         config, workdir, comparison.say, alike=alike
       ) as comparison.engine,
     ):
-      files.write_json(workdir / 'config.json', config_lib.to_json(config))
+      comparison.check_begun()
       previous = collect.read_previous(workdir)
       comparison.power = power.begin(config, planned, previous)
       comparison.say(verdicts.power_sentence(comparison.power))
       plan = sequential.go_on(previous, config.seeds, config.max_seeds)
       if warning := plan.warning(config.seeds, config.max_seeds):
         comparison.say(warning)
+      files.write_json(workdir / 'config.json', config_lib.to_json(config))
       lines = config.engine != 'serial'
       with live.comparison(workdir, console, lines=lines):
         _tune(comparison)
+        comparison.check_begun()  # At the rates that were chosen.
         result = _run_all(comparison, _time_cells(comparison))
       _conclude(comparison, result)
   return result
