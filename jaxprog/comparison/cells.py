@@ -376,12 +376,6 @@ def _reference_first(
 
 def _check_fields(config: config_dict.ConfigDict) -> None:
   """Raises UserError for a mistake in the comparison's own fields."""
-  if 'base' not in config:
-    raise errors.UserError(
-      'This config is no comparison: it has no base.',
-      '--mode=compare',
-      'Begin with --config=compare_strategies.',
-    )
   for name in ('grid', 'cells', 'operators'):
     if not isinstance(config[name], list | tuple):
       raise errors.UserError(

@@ -66,6 +66,7 @@ def compare(
   workers.leave_if_starting()
   if isinstance(config, str):
     config = config_lib.load_config(config)
+  config_lib.check_kind(config, 'compare')
   workdir, url = mirror.locate(workdir, config.base.mirror)
   config = config_lib.with_mirror(config)
   config = config_lib.complete(config, 'compare_default')

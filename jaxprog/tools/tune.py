@@ -61,6 +61,7 @@ def tune(
     raise errors.not_installed('A search', '--mode=tune', _missing, 'tune')
   if isinstance(config, str):
     config = config_lib.load_config(config)
+  config_lib.check_kind(config, 'tune')
   workdir, url = mirror.locate(workdir, config.base.mirror)
   config = config_lib.complete(config_lib.with_mirror(config), 'tune_default')
   space = create_space(config)
