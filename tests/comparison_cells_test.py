@@ -1,5 +1,6 @@
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -301,6 +302,20 @@ def test_a_mistake_in_an_engine_is_said(field, value, what):
   with pytest.raises(errors.UserError) as caught:
     engines.check(config)
   assert what in str(caught.value)
+
+
+def test_an_address_where_nobody_answers_is_said_at_once(tmp_path):
+  pytest.importorskip('ray')
+  config = start_from('compare_default')
+  config.engine = 'ray'
+  with socket.socket() as taken:
+    taken.bind(('127.0.0.1', 0))  # And listens to nobody.
+    config.ray.address = f'127.0.0.1:{taken.getsockname()[1]}'
+    with (
+      pytest.raises(errors.UserError, match='refused'),
+      engines.start(config, tmp_path, print),
+    ):
+      pass
 
 
 def test_without_ray_it_is_said_what_to_install():
