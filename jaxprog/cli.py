@@ -393,9 +393,11 @@ def run(asked: Flags, overrides: Mapping[str, str]) -> int:
   mode, config = MODES[asked.mode], None
   of_workdir = asked.mode == 'report' or asked.checkpoints
   if not of_workdir:
+    from jaxprog import config as config_lib
+
     spec = asked.config or _saved_config(asked)
     config = jaxprog.load_config(spec, overrides)
-    _check_kind(config, asked.mode)
+    config_lib.check_kind(config, asked.mode)
   elif asked.config or overrides:
     print(f'{_name_mode(asked)} reads no config.', file=sys.stderr)
   workdir = asked.workdir or None
@@ -411,24 +413,6 @@ def run(asked: Flags, overrides: Mapping[str, str]) -> int:
     xla_flags.use(config.get('base', config).xla_flags)
   code = call(config, workdir, **given)
   return code if isinstance(code, int) else 0
-
-
-def _check_kind(config: Any, mode: str) -> None:
-  """Raises UserError unless the config is one of what --mode does."""
-  of_many = 'tune' if 'search' in config else 'compare'
-  kind = of_many if 'base' in config else 'train'
-  asks_many = mode in ('compare', 'tune')
-  if kind == (mode if asks_many else 'train'):
-    return
-  how = f'Use --mode={kind}, or the config that it starts from.'
-  if kind == 'train':
-    what = f'This config is of one run: --mode={mode} needs another kind.'
-    how = 'Start from compare_default or tune_default.'
-  elif asks_many:
-    what = f'This config is none for --mode={mode}.'
-  else:
-    what = 'This config is not of one run.'
-  raise errors.UserError(what, f'--mode={mode}', how)
 
 
 def _processes(asked: Flags) -> contextlib.AbstractContextManager[None]:

@@ -182,6 +182,24 @@ def with_mirror(
   return config
 
 
+def check_kind(config: config_dict.ConfigDict, mode: str) -> None:
+  """Raises UserError unless `config` is one of what --mode does."""
+  of_many = 'tune' if 'search' in config else 'compare'
+  kind = of_many if 'base' in config else 'train'
+  asks_many = mode in ('compare', 'tune')
+  if kind == (mode if asks_many else 'train'):
+    return
+  how = f'Use --mode={kind}, or the config that it starts from.'
+  if kind == 'train':
+    what = f'This config is of one run: --mode={mode} needs another kind.'
+    how = 'Start from compare_default or tune_default.'
+  elif asks_many:
+    what = f'This config is none for --mode={mode}.'
+  else:
+    what = 'This config is not of one run.'
+  raise errors.UserError(what, f'--mode={mode}', how)
+
+
 def complete(
   config: config_dict.ConfigDict, default: str
 ) -> config_dict.ConfigDict:
@@ -392,7 +410,7 @@ def _run_config_file(
         "Shipped configs are found by name: start_from('default'), with "
         'from jaxprog import start_from.'
       )
-    elif isinstance(e, AttributeError | TypeError):
+    elif not lines and isinstance(e, AttributeError | TypeError):
       suggestion = 'It must define get_config(), which may take one string.'
     raise errors.UserError(
       f'The config file fails: {type(e).__name__}: {message}',

@@ -1,5 +1,6 @@
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -149,6 +150,19 @@ def test_controls_are_the_last_stage_alone_with_all_that_can_be_equal():
       "Two cells are named 'adamw'",
       'config.grid',
     ),
+    (
+      {'cells': ({'name': 'x', 'overrides': {}, 'stages': 'ten'},)},
+      "must be a tuple of strings, not 'ten'",
+      "cell 'x'.stages",
+    ),
+    (
+      {'cells': ({'name': 'x', 'overrides': {}, 'stages': ('tenn',)},)},
+      "Unknown stage 'tenn'",
+      "cell 'x'.stages",
+    ),
+    ({'cells': ({'name': 'x', 'overrides': {3: 4}},)}, '{3: 4}', 'config'),
+    ({'grid': ({'x': {3: 4}},)}, '{3: 4}', 'config.grid[0]'),
+    ({'grid': ({'model': ('r' * 300,)},)}, 'too long', 'config.grid'),
     ({'reference': 'adam'}, "no cell: 'adam'", 'config.reference'),
     ({'seeds': 0}, 'seeds is 0; it must be at least 1', 'config.seeds'),
     ({'seeds': 1.5}, 'whole number', 'config.seeds'),
@@ -288,6 +302,20 @@ def test_a_mistake_in_an_engine_is_said(field, value, what):
   with pytest.raises(errors.UserError) as caught:
     engines.check(config)
   assert what in str(caught.value)
+
+
+def test_an_address_where_nobody_answers_is_said_at_once(tmp_path):
+  pytest.importorskip('ray')
+  config = start_from('compare_default')
+  config.engine = 'ray'
+  with socket.socket() as taken:
+    taken.bind(('127.0.0.1', 0))  # And listens to nobody.
+    config.ray.address = f'127.0.0.1:{taken.getsockname()[1]}'
+    with (
+      pytest.raises(errors.UserError, match='refused'),
+      engines.start(config, tmp_path, print),
+    ):
+      pass
 
 
 def test_without_ray_it_is_said_what_to_install():

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import re
 
 import comparison_fixture
 import matplotlib.colors
@@ -259,8 +260,8 @@ def test_pictures_are_written(tmp_path, grid_runs, arm_runs):
   assert matplotlib.image.imread(path).shape[1] == 1430
 
 
-def terminal(runs, reference):
-  console = rich.console.Console(width=80, file=io.StringIO())
+def terminal(runs, reference, width=80):
+  console = rich.console.Console(width=width, file=io.StringIO())
   summaries = tables.summarize(runs, reference)
   console.print(tables.render(summaries, reference))
   return console.file.getvalue()
@@ -276,6 +277,21 @@ def test_a_table_fits_80_columns_and_keeps_its_numbers(grid_runs):
   assert 'Of 60 runs 1 diverged: counted here, in no mean.' in words
   assert 'The best of 20 cells is chosen on these same runs' in words
   assert 'of 19 independent comparisons' in words
+
+
+def test_a_narrow_table_has_names_and_whole_numbers():
+  runs = [
+    create_run(cell, seed, top1 + seed / 100)
+    for cell, top1 in {'plain': 0.4, 'sgd-one_cycle': 0.3}.items()
+    for seed in range(3)
+  ]
+  wide, narrow = (
+    terminal(runs, 'plain', width).partition('Final')[0].split()
+    for width in (200, 60)
+  )
+  numbers = [x.strip('[],') for x in wide if re.search(r'\d', x)]
+  assert len(numbers) > 20
+  assert {'plain', *numbers} <= {x.strip('[],') for x in narrow}
 
 
 def test_a_summary_adjusts_p_values_for_the_number_of_cells():

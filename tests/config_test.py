@@ -366,6 +366,13 @@ def test_what_fails_in_a_config_file_is_named_with_its_line(tmp_path):
   with pytest.raises(errors.UserError, match='KeyError: 3') as e:
     config_lib.load_config(str(path))
   assert e.value.where == f'--config={path}, line 2'
+  path.write_text('def get_config():\n  return len(3)\n')
+  with pytest.raises(errors.UserError, match='TypeError') as e:
+    config_lib.load_config(str(path))
+  assert (e.value.where, e.value.suggestion) == (f'--config={path}, line 2', '')
+  with pytest.raises(errors.UserError, match='TypeError') as e:
+    config_lib.load_config(f'{path}:x')
+  assert 'which may take one string' in e.value.suggestion
   (tmp_path / 'c.json').write_text('{}')
   with pytest.raises(errors.UserError, match='takes no argument'):
     config_lib.load_config(f'{tmp_path}/c.json:x')

@@ -134,3 +134,19 @@ def test_a_network_of_ones_own_is_checked_as_it_is_trained(
   assert jaxprog.check(config, tmp_path / 'other', **given) == 2
   assert refused.value.what.rstrip('.') in capsys.readouterr().out
   assert not (tmp_path / 'other').exists()
+
+
+@pytest.mark.parametrize(
+  ('name', 'config', 'what'),
+  [
+    ('compare', 'quickstart', 'is of one run'),
+    ('compare', 'tune_digits', 'is none for --mode=compare'),
+    ('tune', 'quickstart', 'is of one run'),
+    ('tune', 'compare_ladder:digits', 'is none for --mode=tune'),
+    ('train', 'compare_ladder:digits', 'is not of one run'),
+  ],
+)
+def test_a_config_of_another_kind_is_refused(name, config, what, tmp_path):
+  with pytest.raises(jaxprog.UserError, match=what):
+    getattr(jaxprog, name)(jaxprog.load_config(config), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()

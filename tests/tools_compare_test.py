@@ -221,7 +221,24 @@ def test_another_config_in_the_same_workdir_is_a_mistake(strategies):
   other.base.num_filters = 8
   with pytest.raises(errors.UserError, match='another config') as caught:
     tool.compare(other, workdir)
-  assert caught.value.where == "cell 'adamw', seed 0"
+  assert caught.value.where == ("cell 'adamw', seed 0: num_filters: 4 -> 8")
+
+
+def test_what_is_refused_leaves_the_results_as_they_are(strategies):
+  config, workdir, _ = strategies
+  names = ('config.json', 'comparison.json', 'comparison_runs.csv')
+  before = [(workdir / name).read_bytes() for name in names]
+  other = config.copy_and_resolve_references()
+  other.base.stages, (broken,) = config.base.stages, config.cells
+  rate = {'stages[-1].learning_rate': 1e29}
+  other.cells = ({**broken, 'overrides': {**broken['overrides'], **rate}},)
+  with pytest.raises(errors.UserError, match='another config') as caught:
+    tool.compare(other, workdir)
+  assert caught.value.where.endswith('ten.learning_rate: 1e+30 -> 1e+29')
+  other.cells, other.pilot = config.cells, 'nowhere'
+  with pytest.raises(errors.UserError, match='pilot'):
+    tool.compare(other, workdir)
+  assert [(workdir / name).read_bytes() for name in names] == before
 
 
 @pytest.mark.slow

@@ -65,10 +65,19 @@ def create_config(data_dir='data', **fields):
       },
       'adamx',
     ),
+    ({'search': ('lr',)}, "is not 'lr'"),
+    ({'search': ({**RATE, 'field': 3},)}, 'An entry of the search is not'),
+    (
+      {'search': ({'field': 'stage_defaults.b1', 'uniform': (0.8, 0.9)},)},
+      'their defaults change nothing',
+    ),
     ({'sampler': 'grid'}, "Unknown sampler 'grid'"),
+    ({'sampler_seed': -1}, 'sampler_seed is -1'),
+    ({'pruner_startup_trials': -1}, 'pruner_startup_trials is -1'),
+    ({'pruner_warmup_epochs': -1}, 'pruner_warmup_epochs is -1'),
     ({'num_trials': 0}, 'num_trials is 0; it must be at least 1'),
     ({'timeout_minutes': -1}, 'must be at least 0'),
-    ({'only': ('four',)}, 'four'),
+    ({'only': ('four',)}, "Unknown stage 'four'"),
     ({'engine': 'slurm'}, "Unknown engine 'slurm'"),
     ({'storage': 'files'}, 'no URL of a database'),
     (
@@ -208,6 +217,22 @@ def test_trials_are_the_same_wherever_they_are_kept(data_dir, tmp_path):
   )
   assert database == journal
   assert len({str(x) for x in journal}) == 12
+
+
+@pytest.mark.parametrize('storage', ['', 'journal'])
+def test_a_search_among_tuples_goes_on(storage, tmp_path):
+  means = ((0.5, 0.5, 0.5), (0.4, 0.4, 0.4))
+  search = ({'field': 'mean_rgb', 'choice': means},)
+  config = create_config(search=search, storage=storage)
+  for _ in range(2):
+    study = studies.open_study(config, tmp_path)
+    studies.enqueue_unfinished(study)
+    for _ in range(4):
+      study.tell(study.ask(tune.create_space(config)), 0.5)
+    study.ask(tune.create_space(config))
+  assert [x.params['mean_rgb'] in map(list, means) for x in study.trials] == [
+    True
+  ] * 10
 
 
 def test_a_search_stays_where_it_began(tmp_path):

@@ -9,13 +9,13 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from ml_collections import config_dict
 
 from jaxprog import config as config_lib
 from jaxprog import errors, stages
-from jaxprog.fields import Field
+from jaxprog.fields import Field, unknown
 
 _Budget = Literal['epochs', 'images', 'flops', 'seconds']
 _BUDGETS: tuple[_Budget, ...] = ('epochs', 'images', 'flops', 'seconds')
@@ -25,6 +25,8 @@ _OWN = 'own'
 _LADDER = 'ladder'
 # The control as long as it says itself, whose learning rate serves the others.
 CONTROL = 'last_alone'
+# Letters in the name of a cell, which file systems end at 255 bytes.
+_MAX_NAME = 200
 # Fields of the last stage that follow from something else.
 _DERIVED = {
   'num_epochs': 'It follows from the budget: change base.stages[-1] instead.',
@@ -65,7 +67,8 @@ def create_cells(config: config_dict.ConfigDict) -> tuple[Cell, ...]:
   _check_fields(config)
   with _placing(lambda where: where.replace('config', 'config.base', 1)):
     stages.create_stages(config.base)
-  found = [*_grid_cells(config), *map(_explicit_cell, config.cells)]
+  found = [*_grid_cells(config)]
+  found += [_explicit_cell(config, entry) for entry in config.cells]
   if not found and (config.operators or config.controls):
     found = [Cell(_LADDER, {})]
   if not found:
@@ -186,11 +189,11 @@ def _axis(axis: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
       "Write {'stages[-1].batch_size': (32, 64)}.",
     )
   for key, values in axis.items():
-    if isinstance(values, Mapping):
+    if _are_fields(values):
       yield _safe(key), dict(values)
     elif isinstance(values, list | tuple) and len(axis) == 1:
       for value in values:
-        yield _name_value(key, value), {key: value}
+        yield _name_value(str(key), value), {str(key): value}
     else:
       raise errors.UserError(
         f'An axis of the grid is one field with a tuple of values, or names '
@@ -220,9 +223,16 @@ def _safe(text: str) -> str:
   return re.sub(r'[^A-Za-z0-9._-]+', '_', str(text)).strip('._-') or '_'
 
 
-def _explicit_cell(entry: Any) -> Cell:
+def _explicit_cell(config: config_dict.ConfigDict, entry: Any) -> Cell:
   name, overrides = _read_entry(entry, 'overrides', 'config.cells', ('stages',))
-  return Cell(name, overrides, tuple(entry.get('stages', ())))
+  where = f'cell {name!r}'
+  field = Field('stages', tuple[str, ...], None)
+  only = field.check(entry.get('stages', ()), where)
+  known = [stage['name'] for stage in config.base.stages]
+  for stage in only:
+    if stage not in known:
+      raise unknown(stage, known, 'stage', f'{where}.stages')
+  return Cell(name, overrides, only)
 
 
 def _operator_cell(config: config_dict.ConfigDict, entry: Any) -> Cell:
@@ -251,7 +261,7 @@ def _read_entry(
         errors.did_you_mean(str(key), known),
       )
   name, changed = entries.get('name'), entries.get(field)
-  if not isinstance(name, str) or not isinstance(changed, Mapping):
+  if not isinstance(name, str) or not _are_fields(changed):
     raise errors.UserError(
       f'A cell is not {entry!r}.',
       where,
@@ -264,6 +274,13 @@ def _read_entry(
       f'Name it {_safe(name)!r}.',
     )
   return name, dict(changed)
+
+
+def _are_fields(changed: Any) -> TypeGuard[Mapping[str, Any]]:
+  """Returns whether `changed` is a dict whose keys may be paths of fields."""
+  return isinstance(changed, Mapping) and all(
+    isinstance(field, str) for field in changed
+  )
 
 
 def _create_controls(
@@ -304,6 +321,12 @@ def _create_controls(
 def _check_names(found: Sequence[Cell]) -> None:
   names = [cell.name for cell in found]
   for i, cell in enumerate(found):
+    if len(cell.name) > _MAX_NAME:
+      raise errors.UserError(
+        f'The name of a cell is a directory, and too long: {cell.name!r}.',
+        'config.grid, config.cells and config.operators',
+        "In a grid names may be given: {'few': {FIELD: VALUE}, ...}.",
+      )
     if cell.name in names[:i]:
       raise errors.UserError(
         f'{cell.name!r} is the name of a control.'
@@ -353,12 +376,6 @@ def _reference_first(
 
 def _check_fields(config: config_dict.ConfigDict) -> None:
   """Raises UserError for a mistake in the comparison's own fields."""
-  if 'base' not in config:
-    raise errors.UserError(
-      'This config is no comparison: it has no base.',
-      '--mode=compare',
-      'Begin with --config=compare_strategies.',
-    )
   for name in ('grid', 'cells', 'operators'):
     if not isinstance(config[name], list | tuple):
       raise errors.UserError(

@@ -5,6 +5,8 @@ import logging
 import math
 import os
 import pathlib
+import re
+import socket
 import sys
 import threading
 import warnings
@@ -25,6 +27,8 @@ _T = TypeVar('_T')
 
 # How names begin of what runs see of this process's environment.
 _PASSED_ON = ('JAX', 'XLA_', 'LIBTPU_', 'TF_')
+# How long the address of a cluster is asked whether anybody is there.
+_ANSWER_SECONDS = 20
 # Between two looks at what a flow waits for.
 _POLL_SECONDS = 0.5
 # How Ray names what a host computes on.
@@ -201,7 +205,12 @@ def _environment() -> dict[str, str]:
 
 def _connect(address: str) -> None:
   """Joins a cluster; without an address Ray's own rules name one."""
+  named = address or os.environ.get('RAY_ADDRESS', '')
   try:
+    if found := re.fullmatch(r'([\w.-]+):(\d+)', named):
+      # Ray would ask for minutes where nobody answers.
+      host, port = found.groups()
+      socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
     with activity.doing('joining the Ray cluster'), warnings.catch_warnings():
       # JAX's, of processes that are forked and call nothing of it.
       warnings.filterwarnings('ignore', message='os.fork', module='subprocess')
@@ -211,15 +220,15 @@ def _connect(address: str) -> None:
         logging_level=logging.ERROR,
       )
   except (
-    ConnectionError,
+    OSError,
+    OverflowError,  # Of a port.
     RuntimeError,
     ValueError,
     ray.exceptions.RayError,
   ) as e:
-    address = address or os.environ.get('RAY_ADDRESS', '')
     raise errors.UserError(
       f'There is no Ray cluster: {" ".join(str(e).split())[:300]}',
-      f'config.ray.address={address}',
+      f'config.ray.address={named}',
       "Begin one with 'ray start --head'; with '' there is one of this host.",
     ) from None
 

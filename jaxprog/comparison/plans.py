@@ -1,7 +1,9 @@
 """What a comparison has to run, and how one of its runs comes to its end."""
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import rich.console
@@ -82,14 +84,14 @@ class Comparison:
     the cell's own where that is told in seconds.
     """
     factor = self.tuning.get(tuned_as(cell), {}).get('factor', 1.0)
-    folder = f'cells/{cell.name}/seed-{seed}'
+    folder = _run_folder(cell, seed)
     return self._plan(cell, seed, folder, factor, num_epochs=num_epochs)
 
   def plan_trial(
     self, cell: Cell, seed: int, rung: int, factor: float
   ) -> Planned:
     """Returns a run of a part of the last stage, at a multiple of its rate."""
-    folder = f'tuning/{cell.name}/rung-{rung}/rate-x{factor:g}/seed-{seed}'
+    folder = _trial_folder(cell, seed, rung, factor)
     part = self.config.tuning.rungs[rung]
     return self._plan(cell, seed, folder, factor, part=part)
 
@@ -157,6 +159,31 @@ class Comparison:
       ladder.platform = 'any'
     return self.meter.measure(ladder, cell.only)
 
+  def check_begun(self) -> None:
+    """Refuses runs that began with another config, before anything is written.
+
+    Those of a cell differ in seeds alone, so one speaks for all. Rates that are
+    not tuned yet, and lengths that seconds decide, are not known: the runs that
+    have them are looked at when it is their turn.
+    """
+    tuning = self.config.tuning
+    for cell in self.cells:
+      if cell.equal == 'seconds' and cell != self.reference:
+        continue
+      folder: Callable[..., str] = _run_folder
+      plan: Callable[..., Planned] = self.plan_run
+      seeds = cells.seeds(self.config)
+      if tuning.factors and tuned_as(cell) not in self.tuning:
+        first = {'rung': 0, 'factor': tuning.factors[0]}
+        folder = functools.partial(_trial_folder, **first)
+        plan = functools.partial(self.plan_trial, **first)
+        seeds = cells.tuning_seeds(self.config)
+      for seed in seeds:
+        history = self.workdir / folder(cell, seed) / 'training_history.json'
+        if history.exists():
+          runs.read_outcome(plan(cell, seed))
+          break
+
   def run(self, planned: Planned, what: str) -> Record:
     """Brings a run to its end, with a line before it and one after it.
 
@@ -198,6 +225,14 @@ class Comparison:
   def say(self, text: str) -> None:
     """Prints a line."""
     self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _run_folder(cell: Cell, seed: int) -> str:
+  return f'cells/{cell.name}/seed-{seed}'
+
+
+def _trial_folder(cell: Cell, seed: int, rung: int, factor: float) -> str:
+  return f'tuning/{cell.name}/rung-{rung}/rate-x{factor:g}/seed-{seed}'
 
 
 def is_tuned(cell: Cell) -> bool:

@@ -25,7 +25,7 @@ from jaxprog.comparison.budgets import StageCost
 from jaxprog.comparison.cells import Cell
 from jaxprog.monitoring import activity
 from jaxprog.reliability import checkpoints, integrity, lock
-from jaxprog.training import ladder, loop
+from jaxprog.training import ladder, loop, preflight
 from jaxprog.training import setup as setup_lib
 
 Outcome = dict[str, Any]
@@ -83,19 +83,25 @@ def read_outcome(planned: Planned) -> Outcome | None:
   would do so again.
 
   Raises:
-    UserError: if it was another run that ended there.
+    UserError: if it was another run that began there.
   """
   path = planned.workdir / 'outcome.json'
-  try:
+  outcome = None
+  with contextlib.suppress(FileNotFoundError, ValueError):
     outcome = json.loads(path.read_text(encoding='utf-8'))
-  except (FileNotFoundError, ValueError):
-    return None
-  if outcome.get('config_hash') != _hash(planned):
+  changes = preflight.check_changes(
+    planned.config, planned.workdir, allow_config_change=True
+  )
+  if outcome.get('config_hash') != _hash(planned) if outcome else changes:
+    what = '; '.join(changes[:3])
     raise errors.UserError(
       f'The run in {planned.workdir} was one of another config.',
-      f'cell {planned.cell.name!r}, seed {planned.seed}',
+      f'cell {planned.cell.name!r}, seed {planned.seed}'
+      + (f': {what}' if what else ''),
       'Use another --workdir, or the config that the comparison began with.',
     )
+  if outcome is None:
+    return None
   return outcome if outcome['status'] != 'failed' else None
 
 

@@ -44,21 +44,32 @@ def summary_table(history: Mapping[str, Any]) -> rich.table.Table:
   return terminal_table(SUMMARY, history['stages'])
 
 
+# Letters that are left of a text in the narrowest terminal.
+_NAME = 8
+
+
 def terminal_table(
   columns: Iterable[Column], rows: Iterable[Any], gap: int = 2
 ) -> rich.table.Table:
-  """Returns a table for a terminal; only its texts take a second line.
+  """Returns a table for a terminal; no number is torn apart.
 
-  Between two columns there are `gap` letters.
+  Between two columns there are `gap` letters. In a narrow terminal texts take a
+  second line, and so do intervals, between two numbers.
   """
+  rows = list(rows)
   table = rich.table.Table(
     box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, gap - 1)
   )
   for column in columns:
+    texts = [column.title, *(str(column.cell(row)) for row in rows)]
+    longest = max(map(len, texts))
+    word = max(len(word) for text in texts for word in text.split() or [''])
     table.add_column(
       column.title,
       justify='left' if column.left else 'right',
-      no_wrap=not column.left,
+      no_wrap=not column.left and word == longest,
+      # Else it may come to nothing.
+      min_width=min(longest, _NAME) if column.left else word,
       overflow='fold',
     )
   for row in rows:

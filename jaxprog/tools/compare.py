@@ -66,6 +66,7 @@ def compare(
   workers.leave_if_starting()
   if isinstance(config, str):
     config = config_lib.load_config(config)
+  config_lib.check_kind(config, 'compare')
   workdir, url = mirror.locate(workdir, config.base.mirror)
   config = config_lib.with_mirror(config)
   config = config_lib.complete(config, 'compare_default')
@@ -87,16 +88,18 @@ def compare(
         config, workdir, comparison.say, alike=alike
       ) as comparison.engine,
     ):
-      files.write_json(workdir / 'config.json', config_lib.to_json(config))
+      comparison.check_begun()
       previous = collect.read_previous(workdir)
       comparison.power = power.begin(config, planned, previous)
       comparison.say(verdicts.power_sentence(comparison.power))
       plan = sequential.go_on(previous, config.seeds, config.max_seeds)
       if warning := plan.warning(config.seeds, config.max_seeds):
         comparison.say(warning)
+      files.write_json(workdir / 'config.json', config_lib.to_json(config))
       lines = config.engine != 'serial'
       with live.comparison(workdir, console, lines=lines):
         _tune(comparison)
+        comparison.check_begun()  # At the rates that were chosen.
         result = _run_all(comparison, _time_cells(comparison))
       _conclude(comparison, result)
   return result

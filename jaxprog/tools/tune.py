@@ -10,9 +10,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import math
 import pathlib
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ from jaxprog import buckets, errors, files, formats, stages
 from jaxprog import config as config_lib
 from jaxprog.comparison import engines, live, search_page, statistics, tasks
 from jaxprog.data import workers
-from jaxprog.fields import Field
+from jaxprog.fields import Field, unknown
 from jaxprog.monitoring import history as history_lib
 from jaxprog.reliability import lock, mirror, signals
 from jaxprog.reporting.report import terminal_table
@@ -59,6 +61,7 @@ def tune(
     raise errors.not_installed('A search', '--mode=tune', _missing, 'tune')
   if isinstance(config, str):
     config = config_lib.load_config(config)
+  config_lib.check_kind(config, 'tune')
   workdir, url = mirror.locate(workdir, config.base.mirror)
   config = config_lib.complete(config_lib.with_mirror(config), 'tune_default')
   space = create_space(config)
@@ -101,6 +104,10 @@ def create_space(
     Field('pruner', str, None, choices=('hyperband', 'median', 'none')),
     Field('num_trials', int, None, within='[1, inf)'),
     Field('timeout_minutes', float, None),
+    Field('sampler_seed', int, None),
+    Field('pruner_startup_trials', int, None),
+    Field('pruner_warmup_epochs', int, None),
+    Field('only', tuple[str, ...], None),
     Field('storage', str, None),
   ):
     field.check(config.get(field.name), 'config')
@@ -112,7 +119,7 @@ def create_space(
       'config.search',
       "Write {'field': 'stages[-1].learning_rate', 'log': (1e-4, 1e-1)}.",
     )
-  space = {x.get('field'): _create_distribution(x) for x in config.search}
+  space = {_field(x): _create_distribution(x) for x in config.search}
   found = [
     path
     for x in config.search
@@ -123,12 +130,34 @@ def create_space(
   for path in found:
     if found.count(path) > 1:
       raise errors.UserError(f'{path} is searched twice.', 'config.search')
-  firsts = {field: _extremes(drawn)[0] for field, drawn in space.items()}
-  for field, drawn in space.items():
+  known = [stage['name'] for stage in config.base.stages]
+  for name in config.only:
+    if name not in known:
+      raise unknown(name, known, 'stage', 'config.only')
+  firsts = {path: _extremes(drawn)[0] for path, drawn in space.items()}
+  for path, drawn in space.items():
     for value in _extremes(drawn):
-      ladder = _create_ladder(config, {**firsts, field: value})
+      ladder = _create_ladder(config, {**firsts, path: value})
       stages.select(stages.create_stages(ladder), config.only)
   return space
+
+
+def _field(entry: Any) -> str:
+  """Returns the path of the field that an entry of the search names."""
+  path = entry.get('field') if isinstance(entry, Mapping) else None
+  if not isinstance(path, str):
+    raise errors.UserError(
+      f'An entry of the search is not {entry!r}.',
+      'config.search',
+      "Write {'field': 'stages[-1].learning_rate', 'log': (1e-4, 1e-1)}.",
+    )
+  if path.startswith('stage_defaults'):
+    raise errors.UserError(
+      'Stages are complete: their defaults change nothing any more.',
+      f'config.search: {path}',
+      f'Write stages[*]{path.removeprefix("stage_defaults")}.',
+    )
+  return path
 
 
 def _create_distribution(
@@ -144,7 +173,10 @@ def _create_distribution(
   if not isinstance(values, Sequence) or isinstance(values, str) or not values:
     raise errors.UserError(f'{values!r} is no list of values.', where)
   if kind == 'choice':
-    return distributions.CategoricalDistribution(values)
+    # As they are once stored, or Optuna would not know them again.
+    choices = json.loads(json.dumps(values))
+    warnings.filterwarnings('ignore', 'Choices for a categorical')
+    return distributions.CategoricalDistribution(choices)
   whole, log = kind == 'integer', kind == 'log'
   if not (
     len(values) == 2

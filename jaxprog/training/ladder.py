@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
+from jaxprog import config as config_lib
 from jaxprog import errors
 from jaxprog.data import workers
 from jaxprog.monitoring import activity, diagnostics, pictures
@@ -58,6 +59,7 @@ def train(
   """
   began = time.monotonic()
   workers.leave_if_starting()
+  config_lib.check_kind(config, 'train')
   xla_flags.use(config.xla_flags)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.StopRequest())

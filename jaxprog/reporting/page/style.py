@@ -226,6 +226,8 @@ footer { color: var(--soft); font-size: .83rem; margin: 4rem 0 2.5rem; }
   .named .line-of { display: inline; white-space: normal; }
   .facts { grid-template-columns: 1fr; gap: 0; }
   .facts dd { margin-bottom: .4rem; }
+  .switch { display: grid; grid-template-columns: auto minmax(0, 1fr); }
+  .switch > .choice { grid-column: 1 / -1; }
 }
 @media print {
   nav, .hint, .scripts .scripted { display: none; }
