@@ -299,7 +299,7 @@ def _read(
     return _Read(None, e.what)
   except preprocess.BadImageError as e:
     is_none = isinstance(e.__cause__, UnidentifiedImageError)
-    reason = 'it is no image' if is_none else str(e).removeprefix(': ')
+    reason = 'it is no image' if is_none else str(e)
     return _Read(None, reason)
   return _Read(pixels, turned=_is_turned(encoded))
 
