@@ -1,9 +1,7 @@
 """Saved weights, with the stage and the network that they belong to."""
 
-import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -195,9 +193,8 @@ def _with_temperature(trained: Trained, workdir: pathlib.Path) -> Trained:
 
 def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the run's config for weights that were saved without theirs."""
-  with contextlib.suppress(OSError, ValueError):
-    return {'config': json.loads((workdir / 'config.json').read_bytes())}
-  return {}
+  config = files.read_object(workdir / 'config.json')
+  return {'config': config} if config else {}
 
 
 def _last_done_stage(
