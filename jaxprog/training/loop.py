@@ -84,10 +84,7 @@ class Course:
   @functools.cached_property
   def order(self) -> outcomes.Order:
     """The order in which outcomes of the selection's images are kept."""
-    dataset = self.task.dataset
-    split = dataset.selection
-    names = split.names()
-    return outcomes.sort_images(names, split.labels, dataset.classes)
+    return outcomes.sort_images(self.task.dataset.selection)
 
   @property
   def group(self) -> str:
