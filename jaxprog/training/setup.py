@@ -123,8 +123,6 @@ class Task:
       start_step=start_step,
       num_workers=self.num_workers,
       worker_kind=self.config.worker_kind,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
     )
 
   def batch_shapes(
