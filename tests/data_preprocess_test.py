@@ -187,7 +187,7 @@ def test_sixteen_bits_keep_their_high_byte():
 def test_modes_that_few_files_have_become_rgb(mode):
   base = {'La': 'LA', 'RGBa': 'RGBA'}.get(mode, 'RGB')
   image = Image.new('RGB', (2, 2), (90, 90, 90)).convert(base).convert(mode)
-  got = preprocess._to_rgb(image, 'x')
+  got = preprocess._to_rgb(image)
   assert got.mode == 'RGB'
   assert got.getpixel((1, 1)) == (90, 90, 90)
 

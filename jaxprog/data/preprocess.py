@@ -308,7 +308,6 @@ def _resize(
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-  """Returns the decoded image in mode RGB."""
   try:
     image.load()
     if image.mode[0] in 'IF':
