@@ -58,6 +58,8 @@ class Program(NamedTuple):
   taught: bool
 
 
+# What decides what the network computes, and its weights' shapes do not show.
+NETWORK = ('model', 'num_filters', 'stem_kernel', 'blur_pool')
 # What a phase may change in the compiled step, besides shapes.
 _TRACED = fields.names(fields.STAGE, 'traced')
 
