@@ -361,8 +361,8 @@ def create_task(
   """Returns the model, the optimizer and the steps of `stage`.
 
   `learning_rate_fn` takes the place of the stage's own schedule, and its second
-  argument may be the schedule's numbers; evaluation
-  chooses `among` classes, bool (classes,), or all.
+  argument may be the schedule's numbers; evaluation chooses `among` classes,
+  bool (classes,), or all.
   """
   dataset, steps = setup.datasets[stage.name], setup.steps[stage.name]
   (platform,) = {x.platform for x in setup.shardings.batch.mesh.devices.flat}
@@ -379,14 +379,13 @@ def create_task(
   learning_rate_fn = learning_rate_fn or schedules.create_learning_rate_fn(
     stage, steps
   )
-  tx = optimizers.create_optimizer(stage)
   replicated = setup.shardings.replicated
   seed = zlib.crc32(f'{setup.config.seed}/{stage.name}'.encode())
   init_rng, step_rng = jax.random.split(jax.random.key(seed))
   init = functools.partial(state_lib.init_variables, model, stage.image_size)
   create_teacher, teacher = _find_teacher(setup, stage, create_model, dtype)
   create_state = _create_state_fn(
-    stage, tx, model, create_teacher, teacher, init_rng
+    stage, model, create_teacher, teacher, init_rng
   )
   state_shapes = jax.eval_shape(lambda rng: create_state(init(rng)), init_rng)
   jit = functools.partial(jax.jit, out_shardings=replicated)
@@ -452,7 +451,6 @@ def _find_teacher(
 
 def _create_state_fn(
   stage: stages_lib.Stage,
-  tx: optax.GradientTransformation,
   model: nn.Module,
   create_teacher: Callable[[int], nn.Module],
   teacher: distillation.Teacher,
@@ -472,7 +470,7 @@ def _create_state_fn(
 
   return functools.partial(
     state_lib.create_state,
-    tx=tx,
+    tx=optimizers.create_optimizer(stage),
     ema=stage.ema_decay > 0,
     projection=create_projection,
   )

@@ -59,11 +59,15 @@ def create_train_step(
     teach: what a teacher says of images; the step's last argument is then that
       teacher.
   """
-  prepare = _create_prepare_fn(stage, pixels, num_classes, frozen)
   grads_of = _create_grads_fn(model, stage, frozen, teach)
 
   def train_step(state, batch, rng, numbers, *teacher):
-    examples = prepare(rng, state.step, batch, numbers)
+    examples = see_batch(
+      rng, state.step, batch, numbers['images'], stage, pixels, num_classes
+    )
+    if stage.drop_path and not frozen:
+      keys = augment.example_keys(rng, batch['epoch'], batch['index'])
+      examples += (augment.draw_paths(keys, numbers['path_rates']),)
     grads, batch_stats, loss, top1 = grads_of(
       state, numbers, teacher[0] if teacher else None, *examples
     )
@@ -87,41 +91,21 @@ def create_train_step(
       # A pass over all that is learned, 8% of a tiny network's step: only for
       # stages that need it.
       new += [learned['params'], learned['opt_state']]
-    metrics['finite'] = finite = _all_finite(new)
+    metrics['finite'] = _all_finite(new)
     learned['metrics'] = _add_metrics(
       state.metrics, metrics, jnp.sum(examples[2])
     )
-    kept = {name: getattr(state, name) for name in learned}
-    skipped = state.metrics['skipped'] + 1
-    kept['metrics'] = {**state.metrics, 'skipped': skipped}
-    state = state.replace(step=state.step + 1, **_select(finite, learned, kept))
-    return state, metrics
+    return _go_on(state, learned, metrics['finite']), metrics
 
   return train_step
 
 
-def _create_prepare_fn(
-  stage: stages.Stage,
-  pixels: tuple[Sequence[float], Sequence[float]],
-  num_classes: int,
-  frozen: bool,
-) -> Callable[..., list[jax.Array]]:
-  """Returns f(rng, step, batch, numbers).
-
-  What comes back, images, targets, weights and perhaps paths, is what the
-  function of `_create_grads_fn` takes.
-  """
-
-  def prepare(rng, step, batch, numbers):
-    examples = list(
-      see_batch(rng, step, batch, numbers['images'], stage, pixels, num_classes)
-    )
-    if stage.drop_path and not frozen:
-      keys = augment.example_keys(rng, batch['epoch'], batch['index'])
-      examples.append(augment.draw_paths(keys, numbers['path_rates']))
-    return examples
-
-  return prepare
+def _go_on(state, learned, finite):
+  """Returns the state after a step, as it was but `learned` if `finite`."""
+  kept = {name: getattr(state, name) for name in learned}
+  skipped = state.metrics['skipped'] + 1
+  kept['metrics'] = {**state.metrics, 'skipped': skipped}
+  return state.replace(step=state.step + 1, **_select(finite, learned, kept))
 
 
 def _begin_anew(state, is_now, tx):
