@@ -105,11 +105,6 @@ class Pack:
     return {'path': self.path, 'kind': self.kind, 'sha256': self.sha256}
 
 
-def pack_name(storage: Storage) -> str:
-  """Returns 'raw', 'raw.256' or 'jpeg.512.90'."""
-  return '.'.join(str(x) for x in storage if x)
-
-
 def open_pack(path: pathlib.Path, fingerprint: str) -> Pack | None:
   """Returns the pack at `path`, None if there is none of that dataset."""
   info = _read_info(path)

@@ -90,7 +90,8 @@ def train(
       )
       _announce(run)
     _train_stages(run)
-    run.progress.message(report.summary_table(run.history))
+    table = report.terminal_table(report.SUMMARY, run.history['stages'])
+    run.progress.message(table)
   return shown.History(run.history)
 
 

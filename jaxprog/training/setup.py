@@ -586,7 +586,7 @@ def _weigh_classes(
   counts = np.ones(dataset.num_classes, np.int64)
   if isinstance(dataset.train, records.Records):  # They may only be counted.
     labels = dataset.train.labels
-    counts = balance.count_classes(labels, dataset.num_classes)
+    counts = np.bincount(labels, minlength=dataset.num_classes)
   return balance.class_weights(
     counts, stage.class_weighting, stage.balanced_sampling
   )
