@@ -62,7 +62,7 @@ def create_train_step(
   grads_of = _create_grads_fn(model, stage, frozen, teach)
 
   def train_step(state, batch, rng, numbers, *teacher):
-    examples = see_batch(
+    examples: tuple[jax.Array, ...] = see_batch(
       rng, state.step, batch, numbers['images'], stage, pixels, num_classes
     )
     if stage.drop_path and not frozen:
