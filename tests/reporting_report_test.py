@@ -214,9 +214,7 @@ def test_summary_table_fits_80_columns():
   history = history_fixture.create_history((None, 2))
   history['stages'][1]['status'] = 'stopped_early'
   console = rich.console.Console(file=io.StringIO(), width=80)
-  console.print(
-    report_lib.terminal_table(report_lib.SUMMARY, history['stages'])
-  )
+  console.print(report_lib.summary_table(history))
   text = console.file.getvalue()
   best = history['stages'][0]['best']
   row = next(x for x in text.splitlines() if 'imagenette' in x).split()
@@ -301,9 +299,7 @@ def test_a_holdout_is_not_passed_off_as_validation():
   console = rich.console.Console(file=io.StringIO(), width=80)
   history = {'config_hash': '', 'stages': [stage]}
   stage['num_classes'] = 200  # Of ten, five are nearly all.
-  console.print(
-    report_lib.terminal_table(report_lib.SUMMARY, history['stages'])
-  )
+  console.print(report_lib.summary_table(history))
   assert {'90.0%', '99.0%'} <= set(console.file.getvalue().split())
 
 

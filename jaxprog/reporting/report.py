@@ -39,6 +39,11 @@ def report(run: RunFiles) -> str:
   return '\n'.join(lines) + '\n'
 
 
+def summary_table(history: Mapping[str, Any]) -> rich.table.Table:
+  """Returns a table of the stages' results, to be printed after a run."""
+  return terminal_table(SUMMARY, history['stages'])
+
+
 def terminal_table(
   columns: Iterable[Column], rows: Iterable[Any], gap: int = 2
 ) -> rich.table.Table:

@@ -90,8 +90,7 @@ def train(
       )
       _announce(run)
     _train_stages(run)
-    table = report.terminal_table(report.SUMMARY, run.history['stages'])
-    run.progress.message(table)
+    run.progress.message(report.summary_table(run.history))
   return shown.History(run.history)
 
 

@@ -125,11 +125,6 @@ def open_run(
     incidents.add('config_change', '; '.join(changes))
   before, plain = _write_inputs(config, workdir)
   history['config_hash'] = config_lib.config_hash(config_lib.restore(plain))
-  dog = watchdog.Watchdog(
-    config.watchdog_minutes,
-    log=workdir / 'watchdog.log',
-    on_timeout=lambda text: incidents.add('watchdog', text),
-  )
   fetcher = fetching.Fetcher(config, [x.dataset for x in tasks])
   return Run(
     setup=setup,
@@ -142,7 +137,7 @@ def open_run(
     incidents=incidents,
     note=note,
     owner=owner,
-    dog=stack.enter_context(dog),
+    dog=stack.enter_context(_create_watchdog(config, workdir, incidents)),
     fetcher=stack.enter_context(contextlib.closing(fetcher)),
     compiler=_create_executor('compiler', stack),
     compilers=_create_executor('compilers', stack, num_threads=4),
@@ -159,6 +154,18 @@ def _seconds_so_far(history: dict[str, Any]) -> float:
   """Returns what a run took; of an older program's its stages alone."""
   known = sum(stage['seconds'] for stage in history['stages'])
   return history.get('wall_seconds', known)
+
+
+def _create_watchdog(
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  incidents: incidents_lib.Incidents,
+) -> watchdog.Watchdog:
+  return watchdog.Watchdog(
+    config.watchdog_minutes,
+    log=workdir / 'watchdog.log',
+    on_timeout=lambda text: incidents.add('watchdog', text),
+  )
 
 
 def _open_incidents(
