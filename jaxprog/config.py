@@ -425,7 +425,6 @@ def _run_config_file(
 
 
 def _override(config: config_dict.ConfigDict, field: str, text: str) -> None:
-  """Sets what a path names in `config`, from text."""
   where = f'--config.{field}={text}'
   for path in locate(config, field, where):
     target, last = _find(config, path, where)

@@ -46,17 +46,30 @@ def is_at(file: int, path: str | os.PathLike[str]) -> bool:
     return False
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-  """Writes what `plain` makes of `value` as JSON, atomically."""
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """Returns the JSON object in a file, None where there is none."""
+  try:
+    value = json.loads(pathlib.Path(path).read_bytes())
+  except (OSError, ValueError):
+    return None
+  return value if isinstance(value, dict) else None
+
+
+def write_json(
+  path: str | os.PathLike[str], value: Any, *, durable: bool = True
+) -> None:
+  """Writes what `plain` makes of `value` as JSON, as `write_bytes` does."""
   text = json.dumps(plain(value), indent=2, allow_nan=False)
-  write_bytes(path, f'{text}\n'.encode())
+  write_bytes(path, f'{text}\n'.encode(), durable=durable)
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+def write_bytes(
+  path: str | os.PathLike[str], data: bytes, *, durable: bool = True
+) -> None:
   """Replaces the file at `path`; a reader sees all of the old or the new.
 
-  The new one is on the disk before its name is, so that a crash of the whole
-  machine cannot leave an empty file.
+  If `durable`, the new one is on the disk before its name is, so that a crash
+  of the whole machine cannot leave an empty file.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +77,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   try:
     with open(temporary, 'wb') as file:
       file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
+      if durable:
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)

@@ -303,8 +303,11 @@ def _create_stage(stage: config_dict.ConfigDict, where: str) -> Stage:
   return created
 
 
-def _clashes(stage: Stage) -> Iterable[tuple[str, str, str]]:
-  """Yields as `_weight_mistakes`."""
+# The field, what is wrong, a suggestion.
+_Mistake = tuple[str, str, str]
+
+
+def _clashes(stage: Stage) -> Iterable[_Mistake]:
   for one, other in (
     ('warmup_epochs', 'warmup_steps'),
     ('gradient_clipping', 'adaptive_clipping'),
@@ -320,8 +323,7 @@ def _clashes(stage: Stage) -> Iterable[tuple[str, str, str]]:
     )
 
 
-def _weight_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
-  """Yields (field, what is wrong, a suggestion)."""
+def _weight_mistakes(stage: Stage) -> Iterable[_Mistake]:
   path = stage.init_from
   if path and stage.transfer == 'none':
     yield (
@@ -353,8 +355,7 @@ def _weight_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
     )
 
 
-def _teacher_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
-  """Yields as `_weight_mistakes`."""
+def _teacher_mistakes(stage: Stage) -> Iterable[_Mistake]:
   source = stage.distill_from
   if not source:
     return
@@ -385,8 +386,7 @@ def _teacher_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
     )
 
 
-def _schedule_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
-  """Yields as `_weight_mistakes`."""
+def _schedule_mistakes(stage: Stage) -> Iterable[_Mistake]:
   name = stage.schedule
   warmup = stage.warmup_epochs or stage.warmup_steps
   if warmup and name in ('one_cycle', 'cosine'):
@@ -430,8 +430,7 @@ def _schedule_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
     yield 'phases', what, ''
 
 
-def _optimizer_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
-  """Yields as `_weight_mistakes`."""
+def _optimizer_mistakes(stage: Stage) -> Iterable[_Mistake]:
   name, known = stage.optimizer, fields.OPTIMIZERS[stage.optimizer]
   if stage.nesterov and not known.nesterov:
     yield (
@@ -483,8 +482,7 @@ def _optimizer_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
     yield 'micro_batch_size', what, ''
 
 
-def _schedule_free_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
-  """Yields as `_weight_mistakes`."""
+def _schedule_free_mistakes(stage: Stage) -> Iterable[_Mistake]:
   if not stage.is_schedule_free:
     return
   name = stage.optimizer
@@ -518,8 +516,7 @@ def _schedule_free_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
     yield field, f'{name} divides by {field}, which is 0.', 'Set it to 0.9.'
 
 
-def _image_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
-  """Yields as `_weight_mistakes`."""
+def _image_mistakes(stage: Stage) -> Iterable[_Mistake]:
   if stage.alternating_flip and not stage.flip:
     yield (
       'alternating_flip',
@@ -552,8 +549,7 @@ def _image_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
     yield 'phases', what, ''
 
 
-def _loss_mistakes(stage: Stage) -> Iterable[tuple[str, str, str]]:
-  """Yields as `_weight_mistakes`."""
+def _loss_mistakes(stage: Stage) -> Iterable[_Mistake]:
   threshold = stage.bce_target_threshold
   if threshold and stage.loss != 'bce':
     yield (

@@ -268,8 +268,10 @@ def test_labels_belong_to_their_images(dataset):
 )
 def test_evaluation_has_every_example_once(dataset, batch_size, num_shards):
   a_stage = stage(batch_size=batch_size, image_size=8)
-  batches = loader.eval_batches(
-    dataset.eval, a_stage, num_shards=num_shards, num_workers=2
+  batches = workers.Reader(
+    batches_lib.EvalBatches(dataset.eval, a_stage, num_shards=num_shards),
+    num_workers=2,
+    kind='thread',
   )
   images, labels = [], []
   with contextlib.closing(batches):
@@ -291,11 +293,11 @@ def test_processes_evaluate_as_many_batches_of_one_size(dataset):
   a_stage = stage(batch_size=128, image_size=8)
   found = []
   for i in range(2):
-    reader = loader.eval_batches(
+    batches = batches_lib.EvalBatches(
       dataset.eval, a_stage, num_shards=4, process_index=i, process_count=2
     )
-    with contextlib.closing(reader):
-      rows = [(x['image'].shape, int(x['mask'].sum())) for x in reader]
+    read = [batches_lib.read_batch(batches, j) for j in range(len(batches))]
+    rows = [(x['image'].shape, int(x['mask'].sum())) for x in read]
     assert [shape for shape, _ in rows] == [(64, 8, 8, 3)] * 3
     found.append([count for _, count in rows])
   assert found == [[64, 64, 64], [64, 64, 40]]

@@ -15,7 +15,7 @@ from jaxprog.monitoring import diagnostics
 
 
 def crop(image, size=16, seed=0, **options):
-  options = {'min_area': 0.35, 'max_aspect': 4 / 3, 'name': 'a.JPEG', **options}
+  options = {'min_area': 0.35, 'max_aspect': 4 / 3, **options}
   rng = np.random.default_rng(seed)
   return preprocess.random_crop(image, size, rng, **options)
 
@@ -187,7 +187,7 @@ def test_sixteen_bits_keep_their_high_byte():
 def test_modes_that_few_files_have_become_rgb(mode):
   base = {'La': 'LA', 'RGBa': 'RGBA'}.get(mode, 'RGB')
   image = Image.new('RGB', (2, 2), (90, 90, 90)).convert(base).convert(mode)
-  got = preprocess._to_rgb(image, 'x')
+  got = preprocess._to_rgb(image)
   assert got.mode == 'RGB'
   assert got.getpixel((1, 1)) == (90, 90, 90)
 
@@ -299,22 +299,22 @@ def damaged():
 
 
 @pytest.mark.parametrize('kind', damaged())
-def test_what_is_no_image_is_refused_by_name(kind):
+def test_what_is_no_image_is_refused(kind):
   image = damaged()[kind]
   for read in (
-    lambda: preprocess.decode(image, 'n01/x.JPEG'),
-    lambda: crop(image, name='n01/x.JPEG'),
-    lambda: preprocess.center_crop(image, 16, eval_crop=1.0, name='n01/x.JPEG'),
+    preprocess.decode,
+    crop,
+    lambda x: preprocess.center_crop(x, 16, eval_crop=1.0),
   ):
-    with pytest.raises(preprocess.BadImageError, match=r'n01/x\.JPEG'):
-      read()
+    with pytest.raises(preprocess.BadImageError):
+      read(image)
 
 
 def test_a_size_is_refused_before_memory_is_taken(monkeypatch):
   # Whatever Pillow's own limit was set to.
   monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
   with pytest.raises(preprocess.BadImageError, match='20000 x 20000'):
-    preprocess.decode(huge_png(20_000, 20_000), 'x')
+    preprocess.decode(huge_png(20_000, 20_000))
 
 
 def test_a_bit_flipped_file_is_pixels_or_refused():

@@ -32,6 +32,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     files.write_bytes(path, b'new')
   assert path.read_bytes() == b'old'
   assert list(tmp_path.iterdir()) == [path]
+  # What need not outlive a crash waits for no disk.
+  files.write_json(path, {'a': 1}, durable=False)
+  assert files.read_object(path) == {'a': 1}
+  assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('text', [None, b'', b'{"a":', b'[1]', b'\xff'])
+def test_what_is_no_object_is_none(tmp_path, text):
+  if text is not None:
+    (tmp_path / 'x').write_bytes(text)
+  assert files.read_object(tmp_path / 'x') is None
 
 
 def test_digests(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import rich.console
 import runs as run_lib
 
+from jaxprog import config as config_lib
 from jaxprog import errors, files, stages
 from jaxprog.comparison import cells, collect, live, runs
 from jaxprog.monitoring import outcomes
@@ -513,7 +514,8 @@ def test_a_run_that_never_began_has_a_record_too(strategies):
 def test_others_see_how_far_a_comparison_is(strategies, tmp_path, monkeypatch):
   """Of nothing but its config, then of a run that goes on, then of a kill."""
   monkeypatch.setattr(live, '_LOOK_SECONDS', 0.01)
-  _, whole, _result = strategies
+  config, whole, _result = strategies
+  config = config_lib.complete(config, 'compare_default')
   workdir = tmp_path / 'copy'
   workdir.mkdir()
 
@@ -522,7 +524,7 @@ def test_others_see_how_far_a_comparison_is(strategies, tmp_path, monkeypatch):
     page = (workdir / 'report.html').read_text()
     return run_lib.words(page), page
 
-  shutil.copy(whole / 'config.json', workdir)
+  files.write_json(workdir / 'config.json', config_lib.to_json(config))
   said, _ = see()
   assert 'stopped as of' in said
   assert '0 of 4 runs over 4 waiting' in said

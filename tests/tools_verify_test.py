@@ -193,7 +193,7 @@ def test_other_modes_are_images_too(config, data):
 @pytest.mark.parametrize('name', create())
 def test_other_modes_have_their_golden_means(name):
   golden = json.loads(GOLDEN.read_text())[name]
-  pixels = preprocess.decode(create()[name][0], name)
+  pixels = preprocess.decode(create()[name][0])
   assert pixels.dtype == np.uint8
   found = describe(pixels)
   # The rounding of JPEG and LAB; the means themselves are 10 to 120 levels.

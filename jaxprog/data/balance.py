@@ -3,11 +3,6 @@
 import numpy as np
 
 
-def count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
-  """Returns how many images each class has, (num_classes,)."""
-  return np.bincount(labels, minlength=num_classes)
-
-
 def is_unequal(counts: np.ndarray) -> bool:
   """Returns whether the classes that have images have not all as many."""
   return len(np.unique(counts[counts > 0])) > 1

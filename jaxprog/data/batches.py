@@ -304,7 +304,7 @@ def _read(
   try:
     crop(read(index), out=out)
   except preprocess.BadImageError as e:
-    return str(e).removeprefix(': ')
+    return str(e)
   except errors.UserError:  # It names the file.
     raise
   except Exception as e:

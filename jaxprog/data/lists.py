@@ -188,7 +188,6 @@ class Lists:
     return file.read_text().split()
 
   def _find(self, name: str) -> str | None:
-    """Returns the path of a list, None if there is none."""
     paths = (x + name for x in self._places)
     return next((x for x in paths if os.path.lexists(self._root / x)), None)
 

@@ -27,23 +27,14 @@ def train_batches(
   start_step: int = 0,
   num_workers: int = 0,
   worker_kind: str = 'auto',
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> workers.Reader:
-  """Returns the stage's batches from `start_step` on; close it after use.
+  """Returns this process's batches from `start_step` on; close it after use.
 
   `seed` must be another one in each stage. `num_workers` threads or processes
   read ahead, 0 reads when asked; the batches are the same.
   """
   split.stored.fetch()
-  batches = batches_lib.TrainBatches(
-    split,
-    stage,
-    seed=seed,
-    steps=steps,
-    process_index=process_index,
-    process_count=process_count,
-  )
+  batches = own_batches(split, stage, seed=seed, steps=steps)
   pack = split.pack
   kind = workers.choose_kind(
     worker_kind, num_workers, light=pack is not None and pack.kind == 'raw'
@@ -51,28 +42,38 @@ def train_batches(
   return workers.Reader(batches, start_step, num_workers=num_workers, kind=kind)
 
 
+def own_batches(
+  split: Records, stage: Stage, *, seed: int, steps: Steps
+) -> batches_lib.TrainBatches:
+  """Returns this process's part of each training batch."""
+  return batches_lib.TrainBatches(
+    split,
+    stage,
+    seed=seed,
+    steps=steps,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
 def eval_batches(
   split: Records,
   stage: Stage,
   *,
-  num_shards: int = 1,
   num_workers: int = 0,
   worker_kind: str = 'auto',
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> workers.Reader:
-  """Returns the batches of one evaluation; close it after use.
+  """Returns this process's batches of one evaluation; close it after use.
 
-  Their size is the stage's, rounded up to a multiple of `num_shards`, the
-  number of devices of all processes.
+  Their size is the stage's, rounded up to a multiple of all devices.
   """
   split.source.fetch()
   batches = batches_lib.EvalBatches(
     split,
     stage,
-    num_shards=num_shards,
-    process_index=process_index,
-    process_count=process_count,
+    num_shards=jax.device_count(),
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
   )
   kind = workers.choose_kind(worker_kind, num_workers)
   return workers.Reader(batches, num_workers=num_workers, kind=kind)

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import json
 import os
 import pathlib
 import shutil
@@ -83,7 +82,7 @@ class Pack:
 
   def _unchanged(self) -> contextlib.AbstractContextManager[None]:
     def is_same() -> bool:
-      return (_read_info(self.path) or {}).get('sha256') == self.sha256
+      return _read_info(self.path).get('sha256') == self.sha256
 
     return remote.unchanged(self.path, is_same)
 
@@ -106,35 +105,23 @@ class Pack:
     return {'path': self.path, 'kind': self.kind, 'sha256': self.sha256}
 
 
-def pack_name(storage: Storage) -> str:
-  """Returns 'raw', 'raw.256' or 'jpeg.512.90'."""
-  return '.'.join(str(x) for x in storage if x)
-
-
 def open_pack(path: pathlib.Path, fingerprint: str) -> Pack | None:
   """Returns the pack at `path`, None if there is none of that dataset."""
   info = _read_info(path)
-  if info is None:
-    return None
-  made_of = info['fingerprint'], info.get('decoding')
+  made_of = info.get('fingerprint'), info.get('decoding')
   if made_of != (fingerprint, _DECODING):
     return None
   return Pack(path, info['kind'], info.get('sha256', ''))
 
 
-def _read_info(path: pathlib.Path) -> dict[str, Any] | None:
-  try:
-    return json.loads((path / 'pack.json').read_text())
-  except (OSError, ValueError):
-    return None
+def _read_info(path: pathlib.Path) -> dict[str, Any]:
+  return files.read_object(path / 'pack.json') or {}
 
 
 def is_intact(path: pathlib.Path) -> bool:
   """Returns whether the images are those that were written, to the bit."""
   info = _read_info(path)
   try:
-    if info is None:
-      return False
     Pack(path, info['kind'], info['sha256']).fetch()
     return files.digest(path / 'images.bin') == info['sha256']
   except (OSError, KeyError):

@@ -220,7 +220,6 @@ def _find_current(
 
 
 def _find_raw(dataset: str, data_dir: pathlib.Path) -> pathlib.Path | None:
-  """Returns the raw folder of a dataset, if there is one."""
   folders = _raw_folders(dataset, data_dir)
   return next((x for x in folders if x.is_dir()), None)
 
@@ -736,8 +735,9 @@ def find_pack(records: Records, storage: Storage) -> packs.Pack | None:
 
 
 def _pack_path(records: Records, storage: Storage) -> pathlib.Path:
-  name = f'{records.directory.name}+{packs.pack_name(storage)}'
-  return records.directory.parent / 'packed' / name
+  name = '.'.join(str(x) for x in storage if x)  # raw, raw.256, jpeg.512.90.
+  packed = records.directory.parent / 'packed'
+  return packed / f'{records.directory.name}+{name}'
 
 
 def list_packs(directory: pathlib.Path) -> list[pathlib.Path]:

@@ -60,7 +60,7 @@ Encoded = bytes | Pixels
 
 
 class BadImageError(ValueError):
-  """An image that cannot be decoded; says which."""
+  """An image that cannot be decoded; says why."""
 
 
 class Opened(NamedTuple):
@@ -74,15 +74,15 @@ class Opened(NamedTuple):
   read: Callable[[Box, int], tuple[np.ndarray, Box, float]]
 
 
-def decode(image: Encoded, name: str = '') -> np.ndarray:
+def decode(image: Encoded) -> np.ndarray:
   """Returns the whole image as uint8 (height, width, 3).
 
   Raises:
-    BadImageError: naming `name`, if it is damaged, no image or too large.
+    BadImageError: if it is damaged, no image or too large.
   """
   if isinstance(image, Pixels):
     return image.read_rows(0, image.height)
-  opened = open_image(image, name)
+  opened = open_image(image)
   whole = (0.0, 0.0, float(opened.width), float(opened.height))
   # Its memory is used again.
   return opened.read(whole, 1)[0].copy()
@@ -96,7 +96,6 @@ def random_crop(
   min_area: float,
   max_aspect: float,
   interpolation: str = 'bilinear',
-  name: str = '',
   out: np.ndarray | None = None,
 ) -> np.ndarray:
   """Returns a random crop, resized, as uint8 (size, size, 3).
@@ -105,7 +104,7 @@ def random_crop(
   the way is an antialiased resize: bilinear, bicubic, or one of them at random.
   `out` is filled if it is given.
   """
-  opened = open_image(image, name)
+  opened = open_image(image)
   box = sample_box(opened.width, opened.height, rng, min_area, max_aspect)
   if interpolation == 'random':
     interpolation = 'bicubic' if rng.random() < 0.5 else 'bilinear'
@@ -127,7 +126,6 @@ def center_crop(
   *,
   eval_crop: float,
   interpolation: str = 'bilinear',
-  name: str = '',
   out: np.ndarray | None = None,
 ) -> np.ndarray:
   """Returns the middle of the image as uint8 (size, size, 3).
@@ -136,7 +134,7 @@ def center_crop(
   and CenterCrop(size), in one resize from the full scale. `out` is filled if
   it is given.
   """
-  opened = open_image(image, name)
+  opened = open_image(image)
   box = _center_box(opened.width, opened.height, size, eval_crop)
   # The filter looks beyond the box by its own width.
   reach = 2 * max(1.0, (box[2] - box[0]) / size, (box[3] - box[1]) / size) + 1
@@ -226,26 +224,26 @@ def _center_box(width: int, height: int, size: int, eval_crop: float) -> Box:
   return left, top, right, bottom
 
 
-def open_image(image: Encoded, name: str = '') -> Opened:
+def open_image(image: Encoded) -> Opened:
   """Returns an image whose header is read.
 
   Raises:
-    BadImageError: naming `name`, if it is no image or too large.
+    BadImageError: if it is no image or too large.
   """
   if isinstance(image, Pixels):
     return _open_pixels(image)
   # Before any decoder sees it: the slow one would take what the fast refuses.
   if jpeg.has_more_scans(image, MAX_SCANS):
-    raise BadImageError(f'{name}: more than {MAX_SCANS} scans')
+    raise BadImageError(f'more than {MAX_SCANS} scans')
   header = jpeg.read_header(image)
   if header is None:
-    return _open_with_pillow(image, name)
-  _check_size(header.width, header.height, name)
+    return _open_with_pillow(image)
+  _check_size(header.width, header.height)
 
   def read(box, denominator):
     region = jpeg.decode_region(image, header, box, denominator)
     if region is None:  # Pillow may be more patient, or knows what is wrong.
-      return _open_with_pillow(image, name).read(box, denominator)
+      return _open_with_pillow(image).read(box, denominator)
     corner, scale = (region.left, region.top) * 2, 1 / denominator
     inside = tuple(x * scale - y for x, y in zip(box, corner, strict=True))
     return region.pixels, inside, scale
@@ -263,31 +261,29 @@ def _open_pixels(image: Pixels) -> Opened:
   return Opened(image.width, image.height, read)
 
 
-def _open_with_pillow(image: bytes, name: str) -> Opened:
+def _open_with_pillow(image: bytes) -> Opened:
   try:
     opened = Image.open(io.BytesIO(image), formats=FORMATS)
   except Exception as e:  # Pillow's decoders raise what they like.
-    raise BadImageError(f'{name}: {_reason(e)}') from e
+    raise BadImageError(_reason(e)) from e
   width, height = opened.size
-  _check_size(width, height, name)
+  _check_size(width, height)
 
   def read(box, denominator):
     # A JPEG's scale is the smallest that is at least as large as this.
     small = (width // denominator, height // denominator)
     drafted = opened.draft(opened.mode, small) if denominator > 1 else None
     scale = drafted[1][2] / width if drafted else 1.0
-    pixels = np.asarray(_to_rgb(opened, name))
+    pixels = np.asarray(_to_rgb(opened))
     left, top, right, bottom = (x * scale for x in box)
     return pixels, (left, top, right, bottom), scale
 
   return Opened(width, height, read)
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def _check_size(width: int, height: int) -> None:
   if not 0 < width * height <= MAX_PIXELS:
-    raise BadImageError(
-      f'{name}: {width} x {height} pixels, more than {MAX_PIXELS:,}'
-    )
+    raise BadImageError(f'{width} x {height} pixels, more than {MAX_PIXELS:,}')
 
 
 def _resize(
@@ -311,8 +307,7 @@ def _resize(
   return out
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-  """Returns the decoded image in mode RGB."""
+def _to_rgb(image: Image.Image) -> Image.Image:
   try:
     image.load()
     if image.mode[0] in 'IF':
@@ -321,7 +316,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
       image = image.convert('LA')
     return image.convert('RGB')
   except Exception as e:  # Pillow's decoders raise what they like.
-    raise BadImageError(f'{name}: {_reason(e)}') from e
+    raise BadImageError(_reason(e)) from e
 
 
 def _to_bytes(image: Image.Image) -> np.ndarray:

@@ -66,13 +66,13 @@ def read_signatures(
   return _compute(records, file, progress) if table is None else table
 
 
-def sign(image: bytes, name: str = '') -> np.ndarray:
+def sign(image: bytes) -> np.ndarray:
   """Returns the SIGNATURE of one encoded image, ()."""
   signature = np.zeros((), SIGNATURE)
   digest = hashlib.sha256(image).digest()[:_DIGEST_BYTES]
   signature['digest'] = np.frombuffer(digest, np.uint8)
   try:
-    width, height, pixels, box = _decode_small(image, name)
+    width, height, pixels, box = _decode_small(image)
   except preprocess.BadImageError:
     return signature
   signature['readable'] = True
@@ -85,10 +85,10 @@ def sign(image: bytes, name: str = '') -> np.ndarray:
 
 
 def _decode_small(
-  image: bytes, name: str
+  image: bytes,
 ) -> tuple[int, int, Image.Image, preprocess.Box]:
   """Returns width and height, a small decoding, and where the image lies."""
-  opened = preprocess.open_image(image, name)
+  opened = preprocess.open_image(image)
   width, height = opened.width, opened.height
   denominator = 8
   while denominator > 1 and min(width, height) < denominator * _DECODED_SIDE:

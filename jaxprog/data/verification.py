@@ -251,7 +251,7 @@ def _find_damage(encoded: bytes) -> tuple[str, str]:
   try:
     preprocess.decode(encoded)
   except preprocess.BadImageError as e:
-    detail = str(e).removeprefix(': ')
+    detail = str(e)
     return 'truncated' if 'truncated' in detail else 'damaged', detail
   # Pillow is content with a PNG whose pixels are all there.
   if encoded.startswith(b'\x89PNG') and b'IEND' not in encoded:

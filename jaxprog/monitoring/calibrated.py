@@ -1,8 +1,9 @@
 """What was fitted to saved weights: WORKDIR/calibration/STAGE-WEIGHTS.json."""
 
-import json
 import pathlib
 from typing import Any
+
+from jaxprog import files
 
 
 def find_path(workdir: pathlib.Path, stage: str, weights: str) -> pathlib.Path:
@@ -14,8 +15,4 @@ def read(
   workdir: pathlib.Path, stage: str, weights: str
 ) -> dict[str, Any] | None:
   """Returns what is kept of saved weights, None where nothing can be read."""
-  try:
-    found = json.loads(find_path(workdir, stage, weights).read_bytes())
-  except (OSError, ValueError):
-    return None
-  return found if isinstance(found, dict) else None
+  return files.read_object(find_path(workdir, stage, weights))

@@ -25,7 +25,6 @@ class Writer:
   """
 
   def __init__(self, logdir: pathlib.Path):
-    """Begins a file."""
     logdir.mkdir(parents=True, exist_ok=True)
     # Files are read in the order of their names.
     name = f'events.out.tfevents.{time.time():.6f}.{platform.node()}'

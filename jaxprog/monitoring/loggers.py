@@ -6,7 +6,6 @@ import importlib.util
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -154,12 +153,7 @@ class Writer:
   def __enter__(self) -> 'Writer':
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
+  def __exit__(self, kind: object, error: object, trace: object) -> None:
     self.close(finished=kind is None)
 
   def _submit(self, write: Callable[[Logger], None]) -> None:

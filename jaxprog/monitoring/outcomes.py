@@ -11,12 +11,13 @@ import hashlib
 import io
 import pathlib
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprog import files
+from jaxprog.data.records import Records
 
 
 class Outcomes(NamedTuple):
@@ -37,12 +38,10 @@ class Order(NamedTuple):
   images: str
 
 
-def sort_images(
-  names: Sequence[str], labels: Iterable[int], classes: Sequence[str]
-) -> Order:
-  """Returns the order of images by class and file name, given one by one."""
-  pairs = zip(labels, names, strict=True)
-  names = [f'{classes[label]}/{name}' for label, name in pairs]
+def sort_images(split: Records) -> Order:
+  """Returns the order of a split's images by class and file name."""
+  pairs = zip(split.labels, split.names(), strict=True)
+  names = [f'{split.classes[label]}/{name}' for label, name in pairs]
   positions = sorted(range(len(names)), key=names.__getitem__)
   text = '\n'.join(names[i] for i in positions)
   digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()

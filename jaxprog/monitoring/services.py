@@ -1,6 +1,8 @@
 """Runs that W&B, MLflow and Trackio keep, each by its own library.
 
 What they keep stays on this machine until their own variables say otherwise.
+Each begins a run, or goes on with the one that was `kept`, and ends it as
+finished or as cut off.
 """
 
 import json
@@ -19,17 +21,30 @@ from jaxprog.monitoring import environment
 _PROJECT = 'jaxprog'
 
 
-class Wandb:
+class _Logged:
+  """A run of a library that has `log` and `Image`."""
+
+  _library: Any
+  _run: Any = None
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._run.log(dict(scalars), step=step)
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    shown = {tag: self._library.Image(image) for tag, image in images.items()}
+    self._run.log(shown, step=step)
+
+
+class _Wandb(_Logged):
   """A run of W&B's, offline unless WANDB_MODE says otherwise."""
 
   def __init__(self, workdir: pathlib.Path, kept: dict[str, Any]):
-    """Begins a run, or goes on with the one that was `kept`."""
     # Its own errors would be sent, offline too.
     os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')
     import wandb
 
     kept.setdefault('id', secrets.token_hex(4))
-    self._wandb = wandb
+    self._library = wandb
     self._run = wandb.init(
       project=os.environ.get('WANDB_PROJECT', _PROJECT),
       name=workdir.name,
@@ -41,29 +56,18 @@ class Wandb:
       settings=wandb.Settings(silent=True, console='off'),
     )
 
-  def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Logs `scalars`."""
-    self._run.log(dict(scalars), step=step)
-
-  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """Logs pictures."""
-    shown = {tag: self._wandb.Image(image) for tag, image in images.items()}
-    self._run.log(shown, step=step)
-
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """Sets the config; a run that goes on may have changed some of it."""
     self._run.config.update(dict(hparams), allow_val_change=True)
 
   def close(self, finished: bool = True) -> None:
-    """Ends the run, or marks it as cut off."""
     self._run.finish(exit_code=0 if finished else 1)
 
 
-class Mlflow:
+class _Mlflow:
   """A run of MLflow's, in its local store or at MLFLOW_TRACKING_URI."""
 
   def __init__(self, workdir: pathlib.Path, kept: dict[str, Any]):
-    """Begins a run, or goes on with the one that was `kept`."""
     os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')
     import mlflow
     from mlflow import entities
@@ -81,7 +85,6 @@ class Mlflow:
     self._id = kept['id']
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Logs `scalars`."""
     now = time.time_ns() // 10**6
     points = [
       self._entities.Metric(tag, float(value), now, step)
@@ -90,7 +93,6 @@ class Mlflow:
     self._client.log_batch(self._id, metrics=points)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """Logs pictures as artifacts."""
     for tag, image in images.items():
       self._client.log_image(self._id, image, artifact_file=f'{tag}.png')
 
@@ -109,7 +111,6 @@ class Mlflow:
       self._client.set_tag(self._id, 'mlflow.source.git.commit', commit)
 
   def close(self, finished: bool = True) -> None:
-    """Ends the run, or marks it as cut off."""
     status = 'FINISHED' if finished else 'KILLED'
     self._client.set_terminated(self._id, status)
 
@@ -125,18 +126,16 @@ class Mlflow:
     return self._client.create_run(number, run_name=name).info.run_id
 
 
-class Trackio:
+class _Trackio(_Logged):
   """A run of Trackio's, local unless its own variables name a server."""
 
   def __init__(self, workdir: pathlib.Path, kept: dict[str, Any]):
-    """Begins a run, or goes on with the one that was `kept`."""
     import trackio
 
-    self._trackio = trackio
+    self._library = trackio
     resume = 'allow' if 'id' in kept else 'never'
     # Trackio finds a run by its name, which others must not have.
     kept.setdefault('id', f'{workdir.name}-{secrets.token_hex(3)}')
-    self._run: Any = None
     self._begin = lambda config: trackio.init(
       os.environ.get('TRACKIO_PROJECT', _PROJECT),
       name=kept['id'],
@@ -144,15 +143,6 @@ class Trackio:
       resume=resume,
       embed=False,
     )
-
-  def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Logs `scalars`."""
-    self._run.log(dict(scalars), step=step)
-
-  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """Logs pictures."""
-    shown = {tag: self._trackio.Image(image) for tag, image in images.items()}
-    self._run.log(shown, step=step)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """Begins the run, which takes its config only then."""
@@ -164,7 +154,7 @@ class Trackio:
       self._run.finish()
 
 
-SERVICES = {'mlflow': Mlflow, 'trackio': Trackio, 'wandb': Wandb}
+SERVICES = {'mlflow': _Mlflow, 'trackio': _Trackio, 'wandb': _Wandb}
 
 
 class Service:

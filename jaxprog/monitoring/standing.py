@@ -7,7 +7,6 @@ to its history.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import threading
@@ -53,7 +52,7 @@ class Teller:
     while True:
       if (found := {**me, **self._describe()}) != said:
         with contextlib.suppress(OSError):  # It is no reason to end a run.
-          files.write_json(self._path, found)
+          files.write_json(self._path, found, durable=False)
         said = found
       if self._is_over.wait(_SECONDS):
         return
@@ -108,10 +107,7 @@ def find(root: pathlib.Path, *patterns: str) -> Iterator[Running]:
 
 def _read(workdir: pathlib.Path, owner: owners.Owner) -> dict[str, Any]:
   """Returns where a run stands, {} if that was written by one before it."""
-  try:
-    found = json.loads((workdir / _NAME).read_bytes())
-  except (OSError, ValueError):
-    return {}
+  found = files.read_object(workdir / _NAME) or {}
   return found if found.get('pid') == owner.get('pid') else {}
 
 

@@ -23,7 +23,6 @@ class TensorBoard:
   """
 
   def __init__(self, logdir: pathlib.Path):
-    """Writes below `logdir`."""
     self._logdir = logdir
     self._writers: dict[str, Any] = {}
     # The first step since the start that is not to be believed.

@@ -68,8 +68,10 @@ def read_traffic(compiled: jax.stages.Compiled) -> float:
   As the compiler counts them; where it does not (on GPUs), those of the
   operands and results of all operations between fusions. Loops count once.
   """
-  counted = (compiled.cost_analysis() or {}).get('bytes accessed')
-  return counted or float(estimate_traffic(compiled.as_text() or ''))
+  if counted := (compiled.cost_analysis() or {}).get('bytes accessed'):
+    return counted
+  operations = read_operations(compiled.as_text() or '')
+  return float(sum(x.num_bytes for x in operations))
 
 
 # Operations that move nothing.
@@ -110,11 +112,6 @@ def read_operations(program: str) -> list[Operation]:
       num_bytes = shapes[name] + sum(shapes.get(x, 0) for x in read)
       operations.append(Operation(name, kind, match[0], num_bytes))
   return operations
-
-
-def estimate_traffic(program: str) -> int:
-  """Returns the bytes that the operations of HLO's text read and write."""
-  return sum(x.num_bytes for x in read_operations(program))
 
 
 _COLLECTIVES = (

@@ -195,8 +195,6 @@ def _time_input(task: setup_lib.Task, num_steps: int) -> float:
     seed=task.seed,
     steps=task.steps,
     num_workers=1,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
   )
   with contextlib.closing(batches):
     next(batches)  # Files are opened for the first one.

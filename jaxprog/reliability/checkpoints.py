@@ -141,7 +141,6 @@ class Checkpoints:
           saver.close()
 
   def __enter__(self) -> 'Checkpoints':
-    """Returns itself."""
     return self
 
   def __exit__(self, kind: object, error: object, trace: object) -> None:

@@ -122,7 +122,6 @@ class StopRequest:
     return self
 
   def __exit__(self, exc_type: object, *exc_info: object) -> None:
-    """Stops listening."""
     global _active
     if _active is not self:
       return

@@ -79,14 +79,12 @@ class Watchdog:
     return now - self._heard > self._limit
 
   def __enter__(self) -> 'Watchdog':
-    """Starts to watch."""
     self._heard = self._looked = self._clock()
     if self._limit:
       self._thread.start()
     return self
 
   def __exit__(self, *exc_info: object) -> None:
-    """Stops watching."""
     self._closed.set()
     if self._limit:
       self._thread.join()

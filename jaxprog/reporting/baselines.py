@@ -4,15 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from jaxprog import named
 from jaxprog.reporting import facts, rundir
-
-
-class Data(NamedTuple):
-  """A dataset as others have used it: all there is."""
-
-  num_classes: int
-  num_train_images: int
-  num_eval_images: int
 
 
 class Baseline(NamedTuple):
@@ -41,12 +34,10 @@ class Beside(NamedTuple):
   differs: tuple[str, ...]
 
 
+# What others have used: all there is.
 _DATA = {
-  'imagenette': Data(10, 9_469, 3_925),
-  'tiny_imagenet': Data(200, 100_000, 10_000),
-  'imagenet_mini': Data(1_000, 34_745, 3_923),
-  'imagenet2012': Data(1_000, 1_281_167, 50_000),
-  'tfds:cifar10': Data(10, 50_000, 10_000),
+  **{name: x.published for name, x in named.DATASETS.items() if x.published},
+  'tfds:cifar10': named.Published(10, 50_000, 10_000),
 }
 
 _LEADERBOARD = 'fastai/imagenette, README, leaderboard'
@@ -147,7 +138,7 @@ def compare(run: rundir.RunFiles) -> list[Beside]:
 
 def _choose(stage: Mapping[str, Any], model: str | None) -> list[Baseline]:
   same = [x for x in _BASELINES if x.dataset == stage['dataset']]
-  if not same or stage['num_classes'] != _DATA[stage['dataset']].num_classes:
+  if not same or stage['num_classes'] != _DATA[stage['dataset']].classes:
     return []
   same = [x for x in same if x.model == model] or same
 
@@ -188,17 +179,16 @@ def _differences(
   if done != baseline.num_epochs:
     yield f'{baseline.num_epochs} epochs, here {done:g}'
   data = _DATA[baseline.dataset]
-  if stage['num_train_images'] != data.num_train_images:
+  if stage['num_train_images'] != data.train:
     yield (
-      f'{data.num_train_images:,} training images, here '
-      f'{stage["num_train_images"]:,}'
+      f'{data.train:,} training images, here {stage["num_train_images"]:,}'
     )
   validation = stage.get('validation') or {}
   count = validation.get('num_images', stage['num_eval_images'])
   if facts.is_on_holdout(stage):
     yield 'validation images, here on a hold-out'
-  elif count != data.num_eval_images:
-    yield f'{data.num_eval_images:,} evaluation images, here {count:,}'
+  elif count != data.eval:
+    yield f'{data.eval:,} evaluation images, here {count:,}'
   if (stage.get('transfer') or {}).get('from'):
     yield 'from scratch, here from an earlier stage'
   if baseline.remark:

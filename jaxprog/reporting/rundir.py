@@ -2,17 +2,18 @@
 
 import contextlib
 import difflib
-import json
 import os
 import pathlib
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxprog import buckets, errors
+from jaxprog import buckets, errors, files
 from jaxprog.monitoring import calibrated
 from jaxprog.monitoring import history as history_lib
 from jaxprog.monitoring import incidents as incidents_lib
+
+read_object = files.read_object  # Of the page of searches.
 
 # Any of these in a folder shows that a run, a comparison or a search has begun.
 _SIGNS = (
@@ -78,11 +79,11 @@ def read_run(workdir: str | os.PathLike[str]) -> RunFiles:
   return RunFiles(
     name=workdir.resolve().name,
     history=history,
-    config=read_object(workdir / 'config.json'),
-    environment=read_object(workdir / 'environment.json'),
+    config=files.read_object(workdir / 'config.json'),
+    environment=files.read_object(workdir / 'environment.json'),
     incidents=incidents_lib.read(workdir / 'incidents.jsonl'),
-    hardware_plan=read_object(workdir / 'hardware_plan.json'),
-    probed=(read_object(workdir / 'probe.json') or {}).get('rows', ()),
+    hardware_plan=files.read_object(workdir / 'hardware_plan.json'),
+    probed=(files.read_object(workdir / 'probe.json') or {}).get('rows', ()),
     temperatures={name: x for name, x in fitted.items() if x},
   )
 
@@ -120,12 +121,3 @@ def _list_runs(folder: pathlib.Path) -> list[pathlib.Path]:
   with contextlib.suppress(OSError):
     return sorted(x for x in folder.iterdir() if _is_run(x))
   return []
-
-
-def read_object(path: pathlib.Path) -> dict[str, Any] | None:
-  """Returns the JSON object in a file, None where there is none."""
-  try:
-    value = json.loads(path.read_bytes())
-  except (OSError, ValueError):
-    return None
-  return value if isinstance(value, dict) else None

@@ -116,7 +116,7 @@ def _divide(
       str(split.directory),
       "Train with eval_split='holdout:2%', or evaluate on more.",
     )
-  order = outcomes.sort_images(split.names(), split.labels, data.classes)
+  order = outcomes.sort_images(split)
   chosen = np.zeros(len(split), bool)
   chosen[order.positions[::2]] = True
   return (

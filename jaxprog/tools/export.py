@@ -28,7 +28,7 @@ from jaxprog.models import conv, interchange, resnet
 from jaxprog.monitoring import activity
 from jaxprog.reliability import checkpoints, copies
 from jaxprog.reporting import facts
-from jaxprog.training import hub_folder
+from jaxprog.training import hub_folder, setup
 from jaxprog.training import state as state_lib
 from jaxprog.training import trained as trained_lib
 
@@ -220,10 +220,7 @@ def _describe_file(trained: trained_lib.Trained) -> dict[str, str]:
   """Returns what the safetensors' header says besides names and shapes."""
   config, stage = trained.config, trained.stage
   fields = {
-    'model': config.model,
-    'num_filters': config.num_filters,
-    'stem_kernel': config.stem_kernel,
-    'blur_pool': config.blur_pool,
+    **{field: config[field] for field in setup.NETWORK},
     'classes': trained.classes,
     'class_names': trained.class_names,
     'image_size': stage.eval_size,

@@ -1,15 +1,13 @@
 """Says what images show: classes and probabilities of saved weights."""
 
-import collections
-import contextlib
 import csv
 import functools
 import io
+import itertools
 import os
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from jaxprog import buckets, errors, files, formats
 from jaxprog import paths as paths_lib
-from jaxprog.data import builders, folders, preparation, preprocess
+from jaxprog.data import builders, folders, parts, preparation, preprocess
 from jaxprog.monitoring import activity
 from jaxprog.reliability import copies
 from jaxprog.reporting import contact_sheet
@@ -215,8 +213,14 @@ def classify(
     in_shardings=(shardings.replicated, shardings.batch),
     out_shardings=shardings.replicated,
   )
+  workers = trained.config.num_workers or len(os.sched_getaffinity(0))
+  images = parts.in_order(
+    functools.partial(_read, trained, held), paths, workers
+  )
   ahead = None
-  for part, read in _read_ahead(trained, paths, count, held):
+  for start in range(0, len(paths), count):
+    part = paths[start : start + count]
+    read = list(itertools.islice(images, len(part)))
     batch = np.zeros((count, *[trained.stage.eval_size] * 2, 3), np.uint8)
     for row, image in enumerate(read):
       if image.pixels is not None:
@@ -248,30 +252,6 @@ def _create_predict_step(trained: trained_lib.Trained) -> Any:
   return predict_step
 
 
-def _read_ahead(
-  trained: trained_lib.Trained,
-  paths: Sequence[pathlib.Path],
-  count: int,
-  held: Mapping[pathlib.Path, builders.RawImage],
-) -> Iterator[tuple[Sequence[pathlib.Path], list[_Read]]]:
-  """Yields `count` files at a time and what is in them, two batches ahead."""
-  workers = trained.config.num_workers or len(os.sched_getaffinity(0))
-  read = functools.partial(_read, trained, held)
-  ahead: collections.deque = collections.deque()
-  with contextlib.ExitStack() as stack:
-    pool = futures.ThreadPoolExecutor(workers, 'images')
-    # Who leaves early does not wait for what is queued.
-    stack.callback(pool.shutdown, cancel_futures=True)
-    for start in range(0, len(paths), count):
-      part = paths[start : start + count]
-      ahead.append((part, pool.map(read, part)))
-      if len(ahead) > 2:
-        part, images = ahead.popleft()
-        yield part, list(images)
-    for part, images in ahead:
-      yield part, list(images)
-
-
 def _read(
   trained: trained_lib.Trained,
   held: Mapping[pathlib.Path, builders.RawImage],
@@ -299,7 +279,7 @@ def _read(
     return _Read(None, e.what)
   except preprocess.BadImageError as e:
     is_none = isinstance(e.__cause__, UnidentifiedImageError)
-    reason = 'it is no image' if is_none else str(e).removeprefix(': ')
+    reason = 'it is no image' if is_none else str(e)
     return _Read(None, reason)
   return _Read(pixels, turned=_is_turned(encoded))
 

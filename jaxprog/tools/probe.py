@@ -218,7 +218,7 @@ def _choose_scored(split: Records) -> np.ndarray:
 
 def _shuffle(split: Records) -> np.ndarray:
   """Returns all positions in an order that depends on the names alone."""
-  order = outcomes.sort_images(split.names(), split.labels, split.classes)
+  order = outcomes.sort_images(split)
   return np.random.default_rng(0).permutation(order.positions)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import pathlib
 import threading
 import time
@@ -65,10 +64,7 @@ def _path(task: setup_lib.Task) -> pathlib.Path | None:
 
 def _read(task: setup_lib.Task) -> dict[str, float]:
   path = _path(task)
-  try:
-    return json.loads(path.read_bytes()) if path else {}
-  except (OSError, ValueError):
-    return {}
+  return (files.read_object(path) if path else None) or {}
 
 
 def _key(task: setup_lib.Task, part: str) -> str:

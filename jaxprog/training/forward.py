@@ -79,11 +79,8 @@ def run(
   reader = loader.eval_batches(
     split,
     stage,
-    num_shards=jax.device_count(),
     num_workers=config.num_workers or len(os.sched_getaffinity(0)),
     worker_kind=config.worker_kind,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
   )
   found: list[list[np.ndarray]] = [[] for _ in networks]
   labels: list[np.ndarray] = []

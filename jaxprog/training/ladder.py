@@ -331,9 +331,7 @@ def _examine(run: run_lib.Run, task: setup_lib.Task) -> dict[str, Any]:
   if task.dataset.holdout is None:
     return {'diagnostics': found}
   if jax.process_index() == 0:
-    order = outcomes_lib.sort_images(
-      split.names(), split.labels, task.dataset.classes
-    )
+    order = outcomes_lib.sort_images(split)
     path = outcomes_lib.find_path(run.workdir, name, validation=True)
     outcomes_lib.write(path, order, outcomes['rank'] < 1, epoch)
   run.progress.message(

@@ -84,10 +84,7 @@ class Course:
   @functools.cached_property
   def order(self) -> outcomes.Order:
     """The order in which outcomes of the selection's images are kept."""
-    dataset = self.task.dataset
-    split = dataset.selection
-    names = split.names()
-    return outcomes.sort_images(names, split.labels, dataset.classes)
+    return outcomes.sort_images(self.task.dataset.selection)
 
   @property
   def group(self) -> str:
@@ -180,13 +177,11 @@ def _roll_back(course: Course, step: int) -> state_lib.TrainState:
   assert restored is not None  # A stage is saved before its first step.
   state, meta = restored
   saved = int(state.step)
-  batches = batches_lib.TrainBatches(
+  batches = loader.own_batches(
     task.dataset.train,
     task.stage,
     seed=_data_seed(task, record),
     steps=task.steps,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
   )
   text = (
     f'{course.skipped} steps in a row, up to step {step + 1}, were not finite'
@@ -309,11 +304,8 @@ def evaluate(
   reader = loader.eval_batches(
     split,
     task.stage,
-    num_shards=jax.device_count(),
     num_workers=task.num_workers,
     worker_kind=task.config.worker_kind,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
   )
   batches: list[steps.Outcomes] = []
   with contextlib.closing(reader):

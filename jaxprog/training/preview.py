@@ -38,13 +38,8 @@ def show_batch(
 
 def draw_first(task: setup.Task) -> Image.Image:
   """Returns what TensorBoard will have as images/STAGE/augmented."""
-  batches = batches_lib.TrainBatches(
-    task.dataset.train,
-    task.stage,
-    seed=task.seed,
-    steps=task.steps,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+  batches = loader.own_batches(
+    task.dataset.train, task.stage, seed=task.seed, steps=task.steps
   )
   batch = loader.to_device(
     batches_lib.read_batch(batches, 0), task.shardings.batch

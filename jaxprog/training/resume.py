@@ -39,8 +39,7 @@ _FIXED = (
 )
 # Fields of a state that may begin anew.
 _RENEWABLE = ('ema', 'opt_state')
-# What a state and its record tell of a stage that was saved without its config.
-_SAVED = ('blur_pool', 'model', 'num_filters', 'stem_kernel')
+# What its record tells of a stage that was saved without its config.
 _RECORDED = (
   'batch_size',
   'eval_split',
@@ -202,7 +201,7 @@ def _config_of(
     )
   names = [fields.name for fields in before.stages] if before else []
   config = stages.complete(before if task.stage.name in names else task.config)
-  config.update({field: meta[field] for field in _SAVED if field in meta})
+  config.update({x: meta[x] for x in setup_lib.NETWORK if x in meta})
   for fields in config.stages:
     if fields.name == task.stage.name:
       fields.update(known)

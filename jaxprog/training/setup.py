@@ -58,6 +58,8 @@ class Program(NamedTuple):
   taught: bool
 
 
+# What decides what the network computes, and its weights' shapes do not show.
+NETWORK = ('model', 'num_filters', 'stem_kernel', 'blur_pool')
 # What a phase may change in the compiled step, besides shapes.
 _TRACED = fields.names(fields.STAGE, 'traced')
 
@@ -123,8 +125,6 @@ class Task:
       start_step=start_step,
       num_workers=self.num_workers,
       worker_kind=self.config.worker_kind,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
     )
 
   def batch_shapes(
@@ -361,8 +361,8 @@ def create_task(
   """Returns the model, the optimizer and the steps of `stage`.
 
   `learning_rate_fn` takes the place of the stage's own schedule, and its second
-  argument may be the schedule's numbers; evaluation
-  chooses `among` classes, bool (classes,), or all.
+  argument may be the schedule's numbers; evaluation chooses `among` classes,
+  bool (classes,), or all.
   """
   dataset, steps = setup.datasets[stage.name], setup.steps[stage.name]
   (platform,) = {x.platform for x in setup.shardings.batch.mesh.devices.flat}
@@ -379,14 +379,13 @@ def create_task(
   learning_rate_fn = learning_rate_fn or schedules.create_learning_rate_fn(
     stage, steps
   )
-  tx = optimizers.create_optimizer(stage)
   replicated = setup.shardings.replicated
   seed = zlib.crc32(f'{setup.config.seed}/{stage.name}'.encode())
   init_rng, step_rng = jax.random.split(jax.random.key(seed))
   init = functools.partial(state_lib.init_variables, model, stage.image_size)
   create_teacher, teacher = _find_teacher(setup, stage, create_model, dtype)
   create_state = _create_state_fn(
-    stage, tx, model, create_teacher, teacher, init_rng
+    stage, model, create_teacher, teacher, init_rng
   )
   state_shapes = jax.eval_shape(lambda rng: create_state(init(rng)), init_rng)
   jit = functools.partial(jax.jit, out_shardings=replicated)
@@ -452,7 +451,6 @@ def _find_teacher(
 
 def _create_state_fn(
   stage: stages_lib.Stage,
-  tx: optax.GradientTransformation,
   model: nn.Module,
   create_teacher: Callable[[int], nn.Module],
   teacher: distillation.Teacher,
@@ -472,7 +470,7 @@ def _create_state_fn(
 
   return functools.partial(
     state_lib.create_state,
-    tx=tx,
+    tx=optimizers.create_optimizer(stage),
     ema=stage.ema_decay > 0,
     projection=create_projection,
   )
@@ -588,7 +586,7 @@ def _weigh_classes(
   counts = np.ones(dataset.num_classes, np.int64)
   if isinstance(dataset.train, records.Records):  # They may only be counted.
     labels = dataset.train.labels
-    counts = balance.count_classes(labels, dataset.num_classes)
+    counts = np.bincount(labels, minlength=dataset.num_classes)
   return balance.class_weights(
     counts, stage.class_weighting, stage.balanced_sampling
   )

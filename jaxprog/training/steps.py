@@ -46,24 +46,22 @@ def create_train_step(
   `state.metrics`. A step whose loss, gradient or new state is not finite
   changes nothing but `step` and is counted as skipped.
 
-  Args:
-    model: classifies images; its classifier is the module `head`.
-    learning_rate_fn: the rate of a step and the schedule's numbers, before the
-      plateau's scale.
-    stage: what is trained, as it is in this part of the stage.
-    steps: its lengths in steps.
-    pixels: mean and standard deviation that images are normalised with.
-    num_classes: length of the logits.
-    frozen: train the head alone: the backbone is a fixed function of the
-      image, with its running statistics, and needs no gradient.
-    teach: what a teacher says of images; the step's last argument is then that
-      teacher.
+  The classifier of `model` is its module `head`. `learning_rate_fn` says the
+  rate of a step by the schedule's numbers, before the plateau's scale. `stage`
+  and `steps` are as in this part of it. Images are normalised with `pixels`:
+  mean, standard deviation. If `frozen`, the head alone is trained: the backbone
+  is a fixed function of the image, with its running statistics, and needs no
+  gradient. `teach` is what a teacher says: the last argument is that teacher.
   """
-  prepare = _create_prepare_fn(stage, pixels, num_classes, frozen)
   grads_of = _create_grads_fn(model, stage, frozen, teach)
 
   def train_step(state, batch, rng, numbers, *teacher):
-    examples = prepare(rng, state.step, batch, numbers)
+    examples: tuple[jax.Array, ...] = see_batch(
+      rng, state.step, batch, numbers['images'], stage, pixels, num_classes
+    )
+    if stage.drop_path and not frozen:
+      keys = augment.example_keys(rng, batch['epoch'], batch['index'])
+      examples += (augment.draw_paths(keys, numbers['path_rates']),)
     grads, batch_stats, loss, top1 = grads_of(
       state, numbers, teacher[0] if teacher else None, *examples
     )
@@ -82,46 +80,22 @@ def create_train_step(
     learned = _learn(
       state, grads, batch_stats, learning_rate, tx, stage, numbers, frozen
     )
-    new = [loss, metrics['grad_norm'], batch_stats]
-    if not optimizers.is_bounded(stage):
-      # A pass over all that is learned, 8% of a tiny network's step: only for
-      # stages that need it.
-      new += [learned['params'], learned['opt_state']]
-    metrics['finite'] = finite = _all_finite(new)
-    learned['metrics'] = _add_metrics(
-      state.metrics, metrics, jnp.sum(examples[2])
-    )
-    kept = {name: getattr(state, name) for name in learned}
-    skipped = state.metrics['skipped'] + 1
-    kept['metrics'] = {**state.metrics, 'skipped': skipped}
-    state = state.replace(step=state.step + 1, **_select(finite, learned, kept))
-    return state, metrics
+    metrics['finite'] = _is_finite(stage, metrics, learned)
+    return _go_on(state, learned, metrics, jnp.sum(examples[2])), metrics
 
   return train_step
 
 
-def _create_prepare_fn(
-  stage: stages.Stage,
-  pixels: tuple[Sequence[float], Sequence[float]],
-  num_classes: int,
-  frozen: bool,
-) -> Callable[..., list[jax.Array]]:
-  """Returns f(rng, step, batch, numbers).
-
-  What comes back, images, targets, weights and perhaps paths, is what the
-  function of `_create_grads_fn` takes.
-  """
-
-  def prepare(rng, step, batch, numbers):
-    examples = list(
-      see_batch(rng, step, batch, numbers['images'], stage, pixels, num_classes)
-    )
-    if stage.drop_path and not frozen:
-      keys = augment.example_keys(rng, batch['epoch'], batch['index'])
-      examples.append(augment.draw_paths(keys, numbers['path_rates']))
-    return examples
-
-  return prepare
+def _go_on(state, learned, metrics, count):
+  """Returns the state after a step on `count` images: `learned`, if finite."""
+  sums = _add_metrics(state.metrics, metrics, count)
+  learned = {**learned, 'metrics': sums}
+  kept = {name: getattr(state, name) for name in learned}
+  skipped = state.metrics['skipped'] + 1
+  kept['metrics'] = {**state.metrics, 'skipped': skipped}
+  return state.replace(
+    step=state.step + 1, **_select(metrics['finite'], learned, kept)
+  )
 
 
 def _begin_anew(state, is_now, tx):
@@ -338,10 +312,15 @@ def average_decay(decay: Any, power: float, step: jax.Array) -> jax.Array:
   return jnp.minimum(decay, (1 + count) / (10 + count))
 
 
-def _all_finite(tree: Any) -> jax.Array:
-  """Returns whether no number of `tree` is NaN or infinite."""
+def _is_finite(stage, metrics, learned):
+  """Returns whether nothing that a step has come to is NaN or infinite."""
+  new = [metrics['loss'], metrics['grad_norm'], learned['batch_stats']]
+  if not optimizers.is_bounded(stage):
+    # A pass over all that is learned, 8% of a tiny network's step: only for
+    # stages that need it.
+    new += [learned['params'], learned['opt_state']]
   by_shape = collections.defaultdict(list)
-  for x in jax.tree.leaves(tree):
+  for x in jax.tree.leaves(new):
     if jnp.issubdtype(x.dtype, jnp.inexact):
       by_shape[x.shape].append(jnp.isfinite(x))
   # One reduction a shape: many small ones take longer than what they read.

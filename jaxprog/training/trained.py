@@ -1,9 +1,7 @@
 """Saved weights, with the stage and the network that they belong to."""
 
-import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,8 +23,6 @@ from jaxprog.training import state as state_lib
 _WEIGHTS = ('best', 'final', 'ema')
 # Logits of variables and images.
 Apply = Callable[[Any, Any], jax.Array]
-# What decides what the network computes, and its weights' shapes do not show.
-_OF_NETWORK = ('model', 'num_filters', 'stem_kernel', 'blur_pool')
 _OF_PIXELS = ('mean_rgb', 'std_rgb')
 # Of a stage, what another config may say: how its weights are used.
 _OF_USE = (
@@ -168,7 +164,7 @@ def load_trained(
     meta={**of_run, **meta},
     model_fn=model or setup.create_model_fn(config),
   )
-  _check_meta(trained, () if model else _OF_NETWORK, of_run)
+  _check_meta(trained, () if model else setup.NETWORK, of_run)
   used = {field: getattr(trained.stage, field) for field in _OF_USE}
   # Who taught it may be gone.
   stage_of_run = dataclasses.replace(
@@ -195,9 +191,8 @@ def _with_temperature(trained: Trained, workdir: pathlib.Path) -> Trained:
 
 def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the run's config for weights that were saved without theirs."""
-  with contextlib.suppress(OSError, ValueError):
-    return {'config': json.loads((workdir / 'config.json').read_bytes())}
-  return {}
+  config = files.read_object(workdir / 'config.json')
+  return {'config': config} if config else {}
 
 
 def _last_done_stage(
