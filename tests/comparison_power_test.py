@@ -89,6 +89,8 @@ def test_what_is_said_before_the_first_run():
   assert 'images no difference can be shown; for' in verdicts.power_sentence(
     found
   )
+  found = power.foresee(asked(seeds=1, max_seeds=1), None, '')
+  assert verdicts.power_sentence(found).startswith('With 1 seed and 2,000 im')
   found = power.foresee(asked(margin=0.0001), None, '')
   assert (
     'for 0.01 points no number of seeds is enough'

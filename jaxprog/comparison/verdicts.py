@@ -267,7 +267,7 @@ def power_sentence(found: Mapping[str, Any]) -> str:
   """Returns what can be shown, by an entry of `power` in docs/compare.md."""
   seeds, images = found['seeds'], found['num_images']
   seen, goal = found['detectable'], format_margin(found['goal'])
-  text = f'With {seeds} seeds and {images:,} images '
+  text = f'With {seeds} seed{"s" * (seeds > 1)} and {images:,} images '
   if seen is None:
     text += 'no difference can be shown'
   else:
