@@ -12,12 +12,14 @@ import io
 import pathlib
 import zipfile
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxprog import files
-from jaxprog.data.records import Records
+
+if TYPE_CHECKING:  # Reports are made without what reads images.
+  from jaxprog.data.records import Records
 
 
 class Outcomes(NamedTuple):
@@ -38,7 +40,7 @@ class Order(NamedTuple):
   images: str
 
 
-def sort_images(split: Records) -> Order:
+def sort_images(split: 'Records') -> Order:
   """Returns the order of a split's images by class and file name."""
   pairs = zip(split.labels, split.names(), strict=True)
   names = [f'{split.classes[label]}/{name}' for label, name in pairs]
